@@ -1,0 +1,5162 @@
+#!/usr/bin/env python3
+"""Aegis: the coding agents of one box as an HTTP service.
+
+    python3 aegis.py                 serve on http://127.0.0.1:9100
+    python3 aegis.py --demo          the same with a built-in stand-in agent: no account needed
+    curl -X POST localhost:9100/v1/sessions -H 'Content-Type: application/json' \\
+         -d '{"workDir": "/tmp", "prompt": "Say hello."}'
+
+Each session is a real, interactive terminal agent (Claude Code first of all) in a tmux window that
+a person can attach to at any time.  One file, standard library only, Python 3.9 or newer.
+
+Rooms, top to bottom; a room uses only rooms above it:
+
+    SETTINGS      the table of settings, limits with their reasons
+    TOOLS         ApiError, clock, ids, log, threads
+    FIELDS        the little language of request fields
+    STORE         sqlite: sessions, prompts, permission requests, events
+    EVENTS        the bus: stored first, then streamed
+    TMUX          the driver: one control-mode client, one-shot fallback
+    EXITS         tells at once when a process ends
+    SCREENS       text of a terminal -> what the agent is doing
+    TRANSCRIPTS   an agent's JSONL -> answers, messages, tokens, cost
+    AGENTS        what is special about claude, demo and shell
+    SESSIONS      the state machine, and the live session
+    DELIVERY      prompts: typed once, proved taken
+    REPORTS       what hooks, screens and exits change
+    LIFE          create, adopt after a restart, kill; the App that owns all of it
+    ACCESS        bearer token, Host and Origin
+    HANDLERS      one function for each endpoint
+    ROUTES        the one table, and what follows from it
+    HTTP          the server
+    DEMO AGENT    a stand-in with Claude Code's surface
+    BENCH         the figures, measured on this box
+    COMMAND LINE  serve, bench, selftest, demo-agent
+
+Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
+for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
+aegis-monitor (screens that fell quiet, timers) - aegis-log.
+
+Locks, outermost first: Session.lock -> Tmux.lock -> {Store.lock, Bus.lock}.  A session's lock is
+never held while tmux, a file or a socket is waited for.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import hmac
+import itertools
+import json
+import os
+import queue
+import re
+import secrets
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.parse
+import uuid
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+__version__ = "0.3.0-alpha"
+
+Json = Dict[str, Any]
+
+
+# ============================================================================
+# SETTINGS. What an operator may choose, and the limits nobody needs to.
+# ============================================================================
+# To add a setting: one row in SETTINGS; the flag, the environment variable,
+# the check at start, --help and the README's table follow.  A limit is a
+# constant with its unit and its reason.  Frozen after start.
+
+
+class Setting(NamedTuple):
+    """One thing an operator may choose."""
+
+    name: str      # attribute of Settings; the variable is AEGIS_NAME, the flag --name
+    kind: str      # text, int, seconds, onoff, list, words, choice:a|b
+    default: str   # as it would stand in the environment
+    about: str
+    flag: bool = True      # False: environment only, so that it never shows in `ps`
+    secret: bool = False   # masked wherever settings are shown
+
+
+SETTINGS = (
+    Setting("host", "text", "127.0.0.1", "Address to listen on; anything but loopback needs a token."),
+    Setting("port", "int", "9100", "Port to listen on; 0 picks a free one."),
+    Setting("auth_token", "text", "", "Bearer token that every request but health must carry.", flag=False, secret=True),
+    Setting("state_dir", "text", "~/.aegis", "Directory of the database and the launch files (made 0700)."),
+    Setting("agent", "choice:claude|demo|shell", "claude", "Agent of a session whose creator names none."),
+    Setting("claude_cmd", "words", "claude", "Claude Code: program and leading arguments."),
+    Setting("claude_args", "words", "", "Further arguments for every Claude Code."),
+    Setting("shell_cmd", "words", "", "Program of the `shell` agent; empty means $SHELL."),
+    Setting("model", "text", "", "Model for agents that take one; empty means the agent's own choice."),
+    Setting("permission_mode", "choice:default|acceptEdits|plan|auto|dontAsk|bypassPermissions", "default",
+            "Claude Code's permission mode; `default` asks."),
+    Setting("work_dirs", "list", "", "Only directories at or below these may be worked in; empty allows all."),
+    Setting("trust_workdir", "onoff", "on", "Accept the agent's trust question for the caller's own workDir."),
+    Setting("allowed_hosts", "list", "", "Further names that the Host header may carry, comma-separated."),
+    Setting("allowed_origins", "list", "", "Web origins that may call, such as https://box.example, comma-separated."),
+    Setting("tmux", "text", "tmux", "The tmux program."),
+    Setting("tmux_socket", "text", "", "Name of the private tmux socket; empty derives it from the state directory."),
+    Setting("ready_seconds", "seconds", "60", "An agent that shows no prompt within this time is an error."),
+    Setting("create_seconds", "seconds", "30", "How long create waits for the agent to report its first prompt."),
+    Setting("send_seconds", "seconds", "10", "How long send waits for the agent to report a prompt."),
+    Setting("hold_seconds", "seconds", "86400", "How long a permission request is held open for an answer."),
+    Setting("heartbeat_seconds", "seconds", "15", "Pause between the comments that keep event streams alive."),
+    Setting("keep_events", "int", "100000", "How many events stay stored for replay."),
+    Setting("log_level", "choice:debug|info|warning|error", "info", "What is logged on stderr; info has a line per request."),
+    Setting("log_format", "choice:text|json", "text", "Shape of a log line."),
+)
+
+MAX_PROMPT = 1_000_000         # characters; what one send may carry
+MAX_BODY = 8_000_000           # bytes of a request: a full prompt in JSON escapes is 6 bytes a character
+MAX_HOOK_BODY = 64_000_000     # bytes of an agent's report: a tool's whole output rides in it
+MAX_HEAD = 32_768              # bytes of request line and headers together
+MAX_CONNECTIONS = 2_000        # open sockets; beyond it the longest idle one is closed
+MAX_THREADS = 400              # requests that wait at once, streams included
+IDLE_SECONDS = 75.0            # a connection without a request is closed after this
+SLOW_SECONDS = 20.0            # a request must arrive, and an answer be taken, within this
+BUS_QUEUE = 1_000              # events a slow listener may lag behind before it is cut off
+QUIET_SECONDS = 0.25           # a pane without output for this long is looked at
+SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
+ESCAPE_GAP = 1.5               # two Escapes or Ctrl-Cs within a second open a menu or end the agent
+PANE_SIZE = (120, 40)          # columns and rows of a window that nobody is attached to
+HISTORY_LINES = 5_000          # scrollback that tmux keeps for each pane
+LAST_SCREEN = 16_384           # characters of the final screen that stay readable after the end
+BATCH_MAX, BATCH_STARTS = 50, 4  # items of one batch; agents started at once (a start costs 0.5 s of CPU)
+
+
+def default_socket(state_dir: str) -> str:
+    """Name the tmux socket so that two state directories never share a tmux server."""
+    if state_dir == os.path.expanduser("~/.aegis"):
+        return "aegis"
+    return "aegis-" + hashlib.sha256(state_dir.encode()).hexdigest()[:8]
+
+
+def read_setting(setting: Setting, raw: str) -> Any:
+    """Turn a setting's text into its value.  Raises ValueError with what it must be."""
+    kind, _, choices = setting.kind.partition(":")
+    if kind == "choice":
+        if raw not in choices.split("|"):
+            raise ValueError("must be one of " + ", ".join(choices.split("|")))
+        return raw
+    return KINDS[kind](raw)
+
+
+def read_int(raw: str) -> int:
+    """Read a whole number from 0 up."""
+    if not re.fullmatch(r"\d{1,9}", raw):
+        raise ValueError("must be a whole number from 0 up")
+    return int(raw)
+
+
+def read_seconds(raw: str) -> float:
+    """Read a positive number of seconds."""
+    if not re.fullmatch(r"\d{1,8}(\.\d{1,6})?", raw) or float(raw) <= 0:
+        raise ValueError("must be a number of seconds above 0")
+    return float(raw)
+
+
+def read_onoff(raw: str) -> bool:
+    """Read on or off, also as true/false, yes/no, 1/0."""
+    words = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+    if raw.lower() not in words:
+        raise ValueError("must be on or off")
+    return words[raw.lower()]
+
+
+def read_list(raw: str) -> Tuple[str, ...]:
+    """Read comma-separated words."""
+    return tuple(word.strip() for word in raw.split(",") if word.strip())
+
+
+def read_words(raw: str) -> Tuple[str, ...]:
+    """Read a command line as a shell splits it."""
+    return tuple(shlex.split(raw))
+
+
+KINDS: Dict[str, Callable[[str], Any]] = {
+    "text": str, "int": read_int, "seconds": read_seconds, "onoff": read_onoff, "list": read_list, "words": read_words,
+}
+
+
+class Settings:
+    """The chosen values, an attribute for each row of SETTINGS."""
+
+    def __init__(self, given: Mapping[str, str]) -> None:
+        """Take texts by name.  Raises ValueError naming the setting and the fix."""
+        for setting in SETTINGS:
+            raw = given.get(setting.name, setting.default)
+            try:
+                setattr(self, setting.name, read_setting(setting, raw))
+            except ValueError as complaint:
+                shown = "(hidden)" if setting.secret else repr(raw)
+                raise ValueError(f"AEGIS_{setting.name.upper()} (--{setting.name.replace('_', '-')}) "
+                                 f"is {shown}: it {complaint}") from None
+        if self.port > 65535:
+            raise ValueError(f"AEGIS_PORT (--port) is {self.port}: it must be at most 65535")
+        self.state_dir = os.path.realpath(os.path.expanduser(self.state_dir))
+        self.tmux_socket = self.tmux_socket or default_socket(self.state_dir)
+        self.work_dirs = tuple(os.path.realpath(os.path.expanduser(path)) for path in self.work_dirs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Keep type checkers content: the attributes come from the table."""
+        raise AttributeError(name)
+
+
+# ============================================================================
+# TOOLS. ApiError, the clock, ids, the log, threads.
+# ============================================================================
+# Small things that every room uses.  ApiError is the one way to tell a caller
+# no.  The log is written by a thread of its own, so that a slow terminal
+# never slows a request.  Only spawn() begins a thread.
+
+
+class ApiError(Exception):
+    """A refusal that the caller may read: status, code for programs, sentence for people."""
+
+    def __init__(self, status: int, code: str, message: str, **more: Any) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.more = status, code, message, more
+        self.headers: Json = more.pop("headers", {})
+
+    def body(self) -> Json:
+        """Give the contract's envelope."""
+        return {"error": self.message, "code": self.code, "statusCode": self.status, **self.more}
+
+
+def iso(moment: Optional[float]) -> Optional[str]:
+    """Write a Unix time as the contract does: 2026-04-08T09:00:00.000Z."""
+    if moment is None:
+        return None
+    whole = int(moment)
+    return f"{_iso_second(whole)}.{int((moment - whole) * 1000):03d}Z"
+
+
+_iso_last: Tuple[int, str] = (0, "")  # the last second written: most calls fall into the same one
+
+
+def _iso_second(second: int) -> str:
+    global _iso_last
+    known, text = _iso_last
+    if known != second:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        _iso_last = (second, text)
+    return text
+
+
+def new_id(prefix: str = "") -> str:
+    """Make an id that nobody can guess: 12 hex digits behind the prefix."""
+    return prefix + secrets.token_hex(6)
+
+
+def dump(value: Any) -> str:
+    """Write JSON compactly; never ASCII-escapes, never NaN."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def clip(text: str, length: int) -> str:
+    """Shorten a text for a log line or a summary."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+class Log:
+    """Lines for stderr, handed to a writer thread.  note() may be called from any thread."""
+
+    def __init__(self, level: str = "info", shape: str = "text", stream: Any = None) -> None:
+        self.threshold, self.shape = LEVELS[level], shape
+        self.stream = stream or sys.stderr
+        self.lines: "queue.SimpleQueue[Optional[Tuple[float, str, str, Json]]]" = queue.SimpleQueue()
+        self.writer: Optional[threading.Thread] = None
+
+    def note(self, level: str, message: str, **fields: Any) -> None:
+        """Log one line: a message and its fields."""
+        if LEVELS[level] >= self.threshold:
+            self.lines.put((time.time(), level, message, fields))
+
+    def start(self) -> None:
+        """Begin writing."""
+        self.writer = spawn("aegis-log", self._write)
+
+    def close(self) -> None:
+        """Write what is left and stop."""
+        self.lines.put(None)
+        if self.writer:
+            self.writer.join(2.0)
+
+    def _write(self) -> None:
+        while True:
+            batch = [self.lines.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < 500:
+                    batch.append(self.lines.get_nowait())
+            with contextlib.suppress(OSError, ValueError):
+                self.stream.write("".join(self.shaped(line) for line in batch if line))
+                self.stream.flush()
+            if None in batch:
+                return
+
+    def shaped(self, line: Tuple[float, str, str, Json]) -> str:
+        """Give a line its final text."""
+        at, level, message, fields = line
+        if self.shape == "json":
+            return dump({"time": iso(at), "level": level, "message": message, **fields}) + "\n"
+        told = "".join(f" {name}={value}" for name, value in fields.items())
+        text = f"{iso(at)} {level:7} {message}{told}"
+        return text.replace("\r", "\\r").replace("\n", "\\n") + "\n"
+
+
+def spawn(name: str, work: Callable[..., Any], *args: Any) -> threading.Thread:
+    """Begin a daemon thread; what it raises is the caller's to have caught."""
+    thread = threading.Thread(target=work, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8",
+                  errors="surrogateescape", newline="") as file:
+            file.write(text)
+        os.replace(made, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            made.unlink()
+        raise
+
+
+def read_tail(path: Path, size: int = 4_000) -> str:
+    """Read the last bytes of a file as text; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read(size).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+# ============================================================================
+# FIELDS. What a request may carry.
+# ============================================================================
+# A field is a JSON Schema dict, so that what is checked is what is published.
+# No "default" means required.  To add a keyword: one line in RULES.  Pure.
+
+Field = Json
+
+
+def text(about: str, upto: int, **more: Any) -> Field:
+    """Describe a string of at most `upto` characters."""
+    return {"type": "string", "description": about, "maxLength": upto, **more}
+
+
+def whole(about: str, low: int, high: int, **more: Any) -> Field:
+    """Describe a whole number within bounds."""
+    return {"type": "integer", "description": about, "minimum": low, "maximum": high, **more}
+
+
+def number(about: str, low: float, high: float, **more: Any) -> Field:
+    """Describe a number within bounds."""
+    return {"type": "number", "description": about, "minimum": low, "maximum": high, **more}
+
+
+def flag(about: str, **more: Any) -> Field:
+    """Describe true or false."""
+    return {"type": "boolean", "description": about, **more}
+
+
+def choice(about: str, *words: str, **more: Any) -> Field:
+    """Describe one of some words."""
+    return {"type": "string", "description": about, "enum": list(words), **more}
+
+
+def many(about: str, item: Field, upto: int, **more: Any) -> Field:
+    """Describe an array of at most `upto` items."""
+    return {"type": "array", "description": about, "items": item, "maxItems": upto, **more}
+
+
+def texts_by_name(about: str, pattern: str, item: Field, upto: int, **more: Any) -> Field:
+    """Describe an object of texts whose names match a pattern."""
+    return {"type": "object", "description": about, "propertyNames": {"pattern": pattern},
+            "additionalProperties": item, "maxProperties": upto, **more}
+
+
+def anything(about: str, **more: Any) -> Field:
+    """Describe an object whose content is not Aegis' business."""
+    return {"type": "object", "description": about, **more}
+
+
+TYPES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "string": (lambda v: isinstance(v, str), "a string"),
+    "integer": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+    "number": (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool), "a number"),
+    "boolean": (lambda v: isinstance(v, bool), "true or false"),
+    "array": (lambda v: isinstance(v, list), "an array"),
+    "object": (lambda v: isinstance(v, dict), "an object"),
+}
+
+# keyword -> (holds when, otherwise we say).  maxLength stands before pattern, so that no pattern
+# ever meets a text without bound.
+RULES: Dict[str, Tuple[Callable[[Any, Any], bool], str]] = {
+    "enum": (lambda v, known: v in known, "must be one of {}"),
+    "minLength": (lambda v, n: len(v) >= n, "must have at least {} characters"),
+    "maxLength": (lambda v, n: len(v) <= n, "must have at most {} characters"),
+    "pattern": (lambda v, p: re.search(p, v) is not None, "must match {}"),
+    "minimum": (lambda v, n: v >= n, "must be at least {}"),
+    "maximum": (lambda v, n: v <= n, "must be at most {}"),
+    "minItems": (lambda v, n: len(v) >= n, "must have at least {} items"),
+    "maxItems": (lambda v, n: len(v) <= n, "must have at most {} items"),
+    "maxProperties": (lambda v, n: len(v) <= n, "must have at most {} entries"),
+}
+
+
+def complaint(field: Field, value: Any) -> Optional[str]:
+    """Say what is wrong with a value, or None."""
+    kinds = field["type"] if isinstance(field["type"], list) else [field["type"]]
+    fitting = next((kind for kind in kinds if TYPES[kind][0](value)), None)
+    if fitting is None:
+        return "must be " + " or ".join(TYPES[kind][1] for kind in kinds)
+    if fitting == "string" and _has_lone_surrogate(value):
+        return "holds half a surrogate pair, which is not text"
+    for keyword, (holds, says) in RULES.items():
+        if keyword in field and _applies(keyword, fitting) and not holds(value, field[keyword]):
+            limit = field[keyword]
+            return says.format(", ".join(map(str, limit)) if isinstance(limit, list) else limit)
+    return _complaint_inside(field, value, fitting)
+
+
+def _applies(keyword: str, kind: str) -> bool:
+    by_kind = {"minLength": "string", "maxLength": "string", "pattern": "string", "minItems": "array",
+               "maxItems": "array", "maxProperties": "object"}
+    return by_kind.get(keyword, kind) == kind
+
+
+def _has_lone_surrogate(value: str) -> bool:
+    return not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _complaint_inside(field: Field, value: Any, kind: str) -> Optional[str]:
+    inner: List[Tuple[str, Optional[str]]] = []
+    if kind == "array" and "items" in field:
+        inner = [(f"item {index}", complaint(field["items"], item)) for index, item in enumerate(value)]
+    if kind == "object" and "additionalProperties" in field:
+        names = field["propertyNames"]["pattern"]
+        inner = [(repr(clip(name, 40)), complaint(field["additionalProperties"], item)
+                  if re.fullmatch(names, name) else f"is not a name that matches {names}") for name, item in value.items()]
+    return next((f"{where} {wrong}" for where, wrong in inner if wrong), None)
+
+
+def validate(fields: Mapping[str, Field], given: Mapping[str, Any]) -> Json:
+    """Give every field its value or default.  Raises ApiError 400 that names each fault at once."""
+    faults = {name: "is not a field of this request" for name in given if name not in fields}
+    values: Json = {}
+    for name, field in fields.items():
+        value = given.get(name)
+        if value is None:
+            if "default" not in field:
+                faults[name] = "is required"
+            values[name] = field.get("default")
+            continue
+        wrong = complaint(field, value)
+        if wrong:
+            faults[name] = wrong
+        values[name] = value
+    if faults:
+        told = "; ".join(f"{clip(name, 60)} {wrong}" for name, wrong in faults.items())
+        raise ApiError(400, "INVALID_REQUEST", told, fields=faults)
+    return values
+
+
+def from_words(fields: Mapping[str, Field], words: Mapping[str, str]) -> Json:
+    """Read query words as the types their fields want; what does not fit is left for validate."""
+    readers: Dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "boolean": read_onoff}
+    values: Json = {}
+    for name, word in words.items():
+        kind = fields.get(name, {}).get("type")
+        try:
+            values[name] = readers[kind](word) if kind in readers else word
+        except ValueError:
+            values[name] = word
+    return values
+
+
+# ============================================================================
+# STORE. What must survive, in sqlite.
+# ============================================================================
+# Sessions, prompts, permission requests and events; nothing durable lives
+# only in a Python object.  One connection, one writer lock, one short
+# transaction for each change.  WAL: a kill -9 loses nothing that was
+# committed.  To change the schema: append to MIGRATIONS; a released row is
+# never edited, PRAGMA user_version counts them.  Lock: Store.lock.
+
+MIGRATIONS = (
+    """
+    CREATE TABLE sessions (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, agent TEXT NOT NULL, work_dir TEXT NOT NULL,
+        status TEXT NOT NULL, reason TEXT, rule TEXT NOT NULL, since REAL NOT NULL,
+        created_at REAL NOT NULL, updated_at REAL NOT NULL, ended_at REAL, exit_code INTEGER,
+        model TEXT, permission_mode TEXT, launch TEXT NOT NULL, secret TEXT, idempotency TEXT,
+        conversation TEXT, parts TEXT NOT NULL, ledger TEXT NOT NULL,
+        output TEXT, turns INTEGER NOT NULL, window TEXT, pane TEXT, pid INTEGER, screen TEXT);
+    CREATE UNIQUE INDEX sessions_live_name ON sessions(name) WHERE ended_at IS NULL;
+    CREATE UNIQUE INDEX sessions_idempotency ON sessions(idempotency) WHERE idempotency IS NOT NULL;
+    CREATE INDEX sessions_newest ON sessions(created_at DESC);
+    CREATE TABLE prompts (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, kind TEXT NOT NULL,
+        text TEXT NOT NULL, state TEXT NOT NULL, reason TEXT, attempts INTEGER NOT NULL, agent_id TEXT,
+        idempotency TEXT, created_at REAL NOT NULL, typed_at REAL, submitted_at REAL, started_at REAL, ended_at REAL,
+        mark INTEGER, answer TEXT);
+    CREATE INDEX prompts_open ON prompts(session, seq) WHERE ended_at IS NULL;
+    CREATE UNIQUE INDEX prompts_idempotency ON prompts(session, idempotency) WHERE idempotency IS NOT NULL;
+    CREATE TABLE permissions (
+        id TEXT PRIMARY KEY, session TEXT NOT NULL, tool TEXT NOT NULL, input TEXT NOT NULL, summary TEXT NOT NULL,
+        state TEXT NOT NULL, decided_by TEXT, message TEXT, asked_at REAL NOT NULL, decided_at REAL);
+    CREATE INDEX permissions_of ON permissions(session, asked_at);
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL);
+    CREATE INDEX events_of ON events(session, id);
+    """,
+)
+
+
+class SessionRow(NamedTuple):
+    """One session as it is stored; times are Unix seconds."""
+
+    id: str
+    name: str
+    agent: str
+    work_dir: str
+    status: str
+    reason: Optional[str]          # for people: why the status is what it is
+    rule: str                      # the evidence that set it
+    since: float                   # when the status began
+    created_at: float
+    updated_at: float
+    ended_at: Optional[float]
+    exit_code: Optional[int]
+    model: Optional[str]
+    permission_mode: Optional[str]
+    launch: Json                   # what a later start needs: args, env, command
+    secret: Optional[str]          # authenticates the agent's reports; gone after the end
+    idempotency: Optional[str]
+    conversation: Optional[str]    # the agent's own id of the current conversation
+    parts: List[str]               # transcript files, oldest first; /clear begins another
+    ledger: Json                   # usage counted so far, and how far the transcript was read
+    output: Optional[str]          # the last turn's final answer
+    turns: int                     # turns that ended
+    window: Optional[str]
+    pane: Optional[str]
+    pid: Optional[int]
+    screen: Optional[str]          # the last screen, kept at the end
+
+
+class PromptRow(NamedTuple):
+    """One prompt, from the queue to the end of its turn."""
+
+    seq: int
+    id: str
+    session: str
+    kind: str                      # prompt, command, bash; terminal: typed by a person
+    text: str
+    state: str                     # queued, submitted, started, done, failed
+    reason: Optional[str]
+    attempts: int                  # how often Enter was pressed for it
+    agent_id: Optional[str]        # the agent's own id of the prompt
+    idempotency: Optional[str]
+    created_at: float
+    typed_at: Optional[float]      # set before the first key: from here it is never typed again
+    submitted_at: Optional[float]
+    started_at: Optional[float]
+    ended_at: Optional[float]
+    mark: Optional[int]            # bytes of transcript (or lines of screen) before it was typed
+    answer: Optional[str]
+
+
+class PermissionRow(NamedTuple):
+    """One question of an agent whether it may use a tool."""
+
+    id: str
+    session: str
+    tool: str
+    input: Json
+    summary: str
+    state: str                     # pending, approved, rejected, answered_in_terminal, expired
+    decided_by: Optional[str]
+    message: Optional[str]
+    asked_at: float
+    decided_at: Optional[float]
+
+
+class Event(NamedTuple):
+    """One thing that happened; id grows for ever."""
+
+    id: int
+    session: Optional[str]
+    type: str
+    at: float
+    data: Json
+
+
+JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data"))
+Statement = Tuple[str, Sequence[Any]]
+ENDED = ("exited", "killed")
+
+
+def packed(values: Mapping[str, Any]) -> List[Any]:
+    """Turn a row's values into what sqlite stores."""
+    return [dump(value) if name in JSON_COLUMNS else value for name, value in values.items()]
+
+
+def insert(table: str, values: Mapping[str, Any]) -> Statement:
+    """Write the statement that adds a row."""
+    marks = ", ".join("?" * len(values))
+    return f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", packed(values)
+
+
+def update(table: str, row_id: str, values: Mapping[str, Any]) -> Statement:
+    """Write the statement that changes a row."""
+    sets = ", ".join(f"{name} = ?" for name in values)
+    return f"UPDATE {table} SET {sets} WHERE id = ?", [*packed(values), row_id]
+
+
+class Store:
+    """The database.  Any thread may call; lock guards the one connection, and is a leaf."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self.version = 0  # grows with every commit: answers made from rows are cached by it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self.db = sqlite3.connect(str(path), timeout=5.0, isolation_level=None, check_same_thread=False,
+                                  cached_statements=200)
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = NORMAL")
+        self.db.execute("PRAGMA cache_size = -2000")
+        self._migrate()
+
+    def _migrate(self) -> None:
+        done = self.db.execute("PRAGMA user_version").fetchone()[0]
+        if done > len(MIGRATIONS):
+            raise ApiError(500, "STORE_TOO_NEW", f"{self.path} was written by a newer Aegis (schema {done})")
+        for version, script in enumerate(MIGRATIONS[done:], done + 1):
+            self.db.executescript(f"BEGIN; {script}; PRAGMA user_version = {version}; COMMIT;")
+
+    def close(self) -> None:
+        """Close the database; the next start opens it as it is."""
+        with self.lock:
+            self.db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Hold the writer lock for one all-or-nothing change.  Raises ApiError 503 when the disk will not."""
+        with self.lock:
+            try:
+                self.db.execute("BEGIN IMMEDIATE")
+                yield self.db
+                self.db.execute("COMMIT")
+                self.version += 1
+            except BaseException as error:
+                with contextlib.suppress(sqlite3.Error):
+                    if self.db.in_transaction:
+                        self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                    raise store_refusal(error) from error
+                raise
+
+    def rows(self, kind: Any, table: str, where: str = "1", *args: Any) -> List[Any]:
+        """Read rows as records of `kind`."""
+        with self.lock:
+            try:
+                found = self.db.execute(f"SELECT {', '.join(kind._fields)} FROM {table} WHERE {where}", args).fetchall()
+            except sqlite3.Error as error:
+                raise store_refusal(error) from error
+        packed_at = [index for index, name in enumerate(kind._fields) if name in JSON_COLUMNS]
+        return [kind._make(_unpack(list(row), packed_at)) for row in found]
+
+    def row(self, kind: Any, table: str, where: str, *args: Any) -> Any:
+        """Read the first row, or None."""
+        return next(iter(self.rows(kind, table, where + " LIMIT 1", *args)), None)
+
+    def value(self, sql: str, *args: Any) -> Any:
+        """Read one value."""
+        with self.lock:
+            try:
+                found = self.db.execute(sql, args).fetchone()
+            except sqlite3.Error as error:
+                raise store_refusal(error) from error
+        return found[0] if found else None
+
+    def pairs(self, sql: str, *args: Any) -> List[Tuple[Any, ...]]:
+        """Read plain tuples."""
+        with self.lock:
+            try:
+                return self.db.execute(sql, args).fetchall()
+            except sqlite3.Error as error:
+                raise store_refusal(error) from error
+
+
+def _unpack(row: List[Any], packed_at: Sequence[int]) -> List[Any]:
+    for index in packed_at:
+        row[index] = json.loads(row[index])
+    return row
+
+
+def store_refusal(error: sqlite3.Error) -> ApiError:
+    """Say in the caller's words that the disk or the database will not."""
+    return ApiError(503, "STORE_UNAVAILABLE", f"the database cannot take this change now ({error}); nothing was changed")
+
+
+# ============================================================================
+# EVENTS. Who wants to know, and what they missed.
+# ============================================================================
+# An event is stored in the transaction of the change it tells of, then handed
+# to listeners, in the order of ids: commit() does both under the store's
+# lock.  A listener that lags BUS_QUEUE events behind is cut off, never waited
+# for; it comes back with its last id and misses nothing.  To add a kind of
+# event: add it to EVENT_TYPES and commit it.
+
+EVENT_TYPES = {
+    "session.created": "a session was made",
+    "session.ready": "its agent shows a prompt for the first time",
+    "session.working": "a turn is under way",
+    "session.idle": "the agent waits for a prompt",
+    "session.permission_prompt": "the agent asks whether it may use a tool",
+    "session.asking": "the agent asks a question, shows a plan or an unknown dialog",
+    "session.rate_limited": "the account's usage limit stopped the agent",
+    "session.stalled": "a working agent neither draws nor reports",
+    "session.error": "the last turn failed, or the agent cannot work; `reason` says why",
+    "session.exited": "the agent ended by itself; `exitCode` and `reason` say how",
+    "session.killed": "the session was ended by the API",
+    "permission.requested": "a tool needs a decision; carries the request",
+    "permission.resolved": "it was decided; carries state and by whom",
+    "prompt.queued": "a prompt was accepted",
+    "prompt.submitted": "the agent reported that it took the prompt",
+    "prompt.started": "its turn began",
+    "prompt.done": "its turn ended; carries the answer's first 2,000 characters",
+    "prompt.failed": "it was cancelled, interrupted or failed; `reason` says which",
+    "turn.started": "a turn began, whoever typed its prompt",
+    "turn.ended": "a turn ended; `outcome` is done, interrupted or error",
+    "reset": "events before this one are no longer stored: read the state anew",
+}
+
+
+class Draft(NamedTuple):
+    """An event before it has an id."""
+
+    type: str
+    session: Optional[str]
+    data: Json
+
+
+def wire_event(event: Event) -> Json:
+    """Give an event its shape on the wire."""
+    return {"id": event.id, "type": event.type, "sessionId": event.session, "timestamp": iso(event.at), **event.data}
+
+
+def frame(event: Event) -> bytes:
+    """Write an event as the text of an event stream; JSON keeps its data on one line."""
+    return f"id: {event.id}\nevent: {event.type}\ndata: {dump(wire_event(event))}\n\n".encode()
+
+
+class Listener:
+    """One subscriber's bounded queue.  Filled by any thread, emptied by its own."""
+
+    def __init__(self, types: Sequence[str] = (), session: Optional[str] = None) -> None:
+        self.types, self.session = tuple(types), session
+        self.queue: "queue.SimpleQueue[Optional[Event]]" = queue.SimpleQueue()
+        self.cut = False
+
+    def wants(self, event: Event) -> bool:
+        """Tell whether the filters let an event through; `session.*` takes a family."""
+        if self.session and event.session != self.session:
+            return False
+        return not self.types or any(
+            event.type == kind or (kind.endswith("*") and event.type.startswith(kind[:-1])) for kind in self.types)
+
+    def offer(self, event: Event) -> None:
+        """Queue an event, or cut a listener off that lags too far behind."""
+        if self.cut or not self.wants(event):
+            return
+        if self.queue.qsize() >= BUS_QUEUE:
+            self.cut = True
+            self.queue.put(None)
+            return
+        self.queue.put(event)
+
+
+class Bus:
+    """Commits changes with their events, and tells the listeners in order."""
+
+    def __init__(self, store: Store, keep: int) -> None:
+        self.store, self.keep = store, keep
+        self.listeners: List[Listener] = []  # guarded by store.lock
+        self.last = store.value("SELECT max(id) FROM events") or 0
+
+    def commit(self, statements: Sequence[Statement], drafts: Sequence[Draft] = ()) -> List[Event]:
+        """Make a change and its events durable together, then tell.  All or nothing."""
+        now = time.time()
+        with self.store.lock:
+            events = []
+            with self.store.transaction() as db:
+                for sql, args in statements:
+                    db.execute(sql, args)
+                for draft in drafts:
+                    sql, args = insert("events", {"session": draft.session, "type": draft.type, "at": now,
+                                                  "data": draft.data})
+                    events.append(Event(db.execute(sql, args).lastrowid or 0, draft.session, draft.type, now, draft.data))
+                if events and events[-1].id % 1000 < len(events):
+                    db.execute("DELETE FROM events WHERE id <= ?", (events[-1].id - self.keep,))
+            for event in events:
+                self.last = event.id
+                for listener in self.listeners:
+                    listener.offer(event)
+        return events
+
+    def listen(self, listener: Listener, after: Optional[int]) -> List[Event]:
+        """Subscribe; gives the stored events behind `after` that it missed, live ones follow without a gap."""
+        with self.store.lock:
+            missed = [] if after is None else self.missed(listener, after)
+            self.listeners.append(listener)
+        return missed
+
+    def missed(self, listener: Listener, after: int) -> List[Event]:
+        """Read what a listener missed; begins with `reset` when some of it is gone."""
+        first = self.store.value("SELECT min(id) FROM events") or self.last + 1
+        if after > self.last or after < first - 1:
+            note = Event(self.last, None, "reset", time.time(), {"oldest": first, "asked": after})
+            return [note] if after > self.last else [note._replace(id=first - 1), *self._after(listener, first - 1)]
+        return self._after(listener, after)
+
+    def _after(self, listener: Listener, after: int) -> List[Event]:
+        found = self.store.rows(Event, "events", "id > ? AND (? IS NULL OR session = ?) ORDER BY id",
+                                after, listener.session, listener.session)
+        return [event for event in found if listener.wants(event)]
+
+    def leave(self, listener: Listener) -> None:
+        """Unsubscribe."""
+        with self.store.lock, contextlib.suppress(ValueError):
+            self.listeners.remove(listener)
+
+    def close(self) -> None:
+        """End every stream: the server stops."""
+        with self.store.lock:
+            for listener in self.listeners:
+                listener.queue.put(None)
+
+
+# ============================================================================
+# TMUX. The driver.
+# ============================================================================
+# One long-lived control-mode client on a private socket: a command costs a
+# fraction of a millisecond and no fork, and output and closing windows are
+# told, not polled for.  When the client dies it is started again (and with it
+# the server); until then, and where control mode is not to be had, commands
+# run one-shot.  Every word from outside is quoted by quote(), and none ever
+# reaches a place where tmux expands formats: names are cleaned, directories
+# and environments go through the launch file.  Lock: Tmux.lock guards the
+# pipe and the waiting line; nobody waits while holding it.
+
+TMUX_SESSION = "aegis"
+TMUX_TIMEOUT = 5.0    # seconds until a command counts as hung; one takes 0.3 ms
+TMUX_OPTIONS = (      # of the private server; a person who attaches gets the same
+    ("set-option", "-g", "remain-on-exit", "on"),           # the exit status stays readable
+    ("set-option", "-g", "history-limit", str(HISTORY_LINES)),
+    ("set-option", "-g", "default-size", "x".join(map(str, PANE_SIZE))),
+    ("set-option", "-g", "window-size", "latest"),
+    ("set-option", "-g", "default-terminal", "screen-256color"),
+    ("set-option", "-g", "automatic-rename", "off"),
+    ("set-option", "-g", "allow-rename", "off"),
+    ("set-option", "-g", "update-environment", ""),         # nobody's environment leaks in by attaching
+    ("set-option", "-s", "escape-time", "0"),
+    ("set-option", "-s", "focus-events", "on"),
+    ("set-option", "-s", "exit-empty", "off"),
+)
+Command = Sequence[str]
+
+
+class TmuxError(Exception):
+    """tmux would not, or is not there."""
+
+    def __init__(self, command: str, said: str) -> None:
+        super().__init__(f"tmux {command}: {said}")
+        self.command, self.said = command, said
+
+
+class Stroke(NamedTuple):
+    """One step of typing: a text to paste, or keys to press."""
+
+    text: str = ""
+    keys: Tuple[str, ...] = ()
+
+
+class Pane(NamedTuple):
+    """One pane as list-panes tells it."""
+
+    window: str
+    pane: str
+    pid: int
+    dead: bool
+    status: Optional[int]     # exit status; None when tmux did not learn it
+    session: str              # the id that Aegis tagged it with, or ""
+    command: str              # what it was started with
+
+
+def quote(word: str) -> str:
+    """Quote a word for a tmux command line: single quotes switch everything off, but cannot hold a line break."""
+    if "\0" in word:
+        raise TmuxError(clip(word, 20), "a word must not hold NUL")
+    if not re.search(r"[\x01-\x1f\x7f]", word):
+        return "'" + word.replace("'", "'\\''") + "'"
+    return '"' + re.sub(r'[\x01-\x1f\x7f"$\\]', lambda match: f"\\{ord(match.group()):03o}", word) + '"'
+
+
+def tmux_environment() -> Dict[str, str]:
+    """Give the tmux server's own environment: what a pane would inherit, so next to nothing."""
+    kept = {name: os.environ[name] for name in ("HOME", "PATH", "USER", "LOGNAME", "TMUX_TMPDIR") if name in os.environ}
+    return {"TERM": "xterm-256color", "LANG": os.environ.get("LANG", "C.UTF-8"), "SHELL": "/bin/sh", **kept}
+
+
+class Waiter:
+    """One request on the control client, and what came back."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+        self.lines: List[str] = []
+        self.errors: List[str] = []
+        self.done: "queue.SimpleQueue[bool]" = queue.SimpleQueue()
+
+
+class Tmux:
+    """The private tmux server.  Any thread may call run(); one thread reads."""
+
+    def __init__(self, program: str, socket_name: str, log: Log) -> None:
+        self.program, self.socket_name, self.log = program, socket_name, log
+        self.lock = threading.Lock()
+        self.client: Optional[subprocess.Popen] = None
+        self.waiters: "collections.deque[Waiter]" = collections.deque()
+        self.on_output: Callable[[List[str]], None] = lambda panes: None
+        self.on_change: Callable[[], None] = lambda: None
+        self.error: Optional[str] = None       # why there is no control client; None when there is one
+        self.closed = False
+        self.serial = itertools.count(1)
+        self.token = secrets.token_hex(8)      # makes the markers unguessable for what runs in the panes
+
+    # -- the control client
+
+    def start(self) -> None:
+        """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
+        self._connect()
+        spawn("aegis-tmux", self._read_forever)
+
+    def argv(self, *words: str) -> List[str]:
+        """Give a tmux command line for this server."""
+        return [self.program, "-u", "-L", self.socket_name, "-f", "/dev/null", *words]
+
+    def _connect(self) -> None:
+        options = [word for command in TMUX_OPTIONS for word in (*command, ";")]
+        first = ["start-server", ";", *options, "new-session", "-A", "-s", TMUX_SESSION, "-n", "home",
+                 "printf 'Aegis keeps this window so that tmux stays up.'"]
+        try:
+            client = subprocess.Popen(self.argv("-C", *first), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      stderr=subprocess.DEVNULL, env=tmux_environment(), cwd="/",
+                                      start_new_session=True, bufsize=0)
+        except OSError as error:
+            self.error = f"cannot run {self.program}: {error.strerror or error}"
+            raise TmuxError("start", self.error) from error
+        with self.lock:
+            self.client, self.error, self.waiters = client, None, collections.deque()
+
+    def _read_forever(self) -> None:
+        pause = 0.05
+        while not self.closed:
+            began = time.monotonic()
+            if self.client is not None:
+                self._read(self.client)
+                self._drop("the control client ended")
+            if self.closed:
+                return
+            pause = 0.05 if time.monotonic() - began > 5.0 else min(pause * 2, 5.0)
+            time.sleep(pause)
+            try:
+                self._connect()
+            except TmuxError as error:
+                self.log.note("error", str(error))
+                continue
+            spawn("aegis-audit", self.on_change)
+
+    def _drop(self, why: str) -> None:
+        with self.lock:
+            client, self.client, self.error = self.client, None, why
+            waiters, self.waiters = self.waiters, collections.deque()
+        for waiter in waiters:
+            waiter.errors.append(why)
+            waiter.done.put(False)
+        if client is not None:
+            reap(client)
+
+    def _read(self, client: subprocess.Popen) -> None:
+        source, rest = client.stdout.fileno(), b""  # type: ignore[union-attr]
+        block: Optional[Tuple[bytes, List[bytes]]] = None
+        while True:
+            try:
+                chunk = os.read(source, 262_144)
+            except OSError:
+                return
+            if not chunk:
+                return
+            lines = (rest + chunk).split(b"\n")
+            rest = lines.pop()
+            panes: Dict[bytes, None] = {}
+            for line in lines:
+                if block is not None:
+                    block = self._in_block(block, line)
+                elif line.startswith(b"%output "):
+                    panes[line[8:line.index(b" ", 8)]] = None
+                elif line.startswith(b"%begin "):
+                    block = (line[7:], [])
+                elif line.startswith((b"%window-close", b"%unlinked-window-close")):
+                    spawn("aegis-audit", self.on_change)
+                elif line.startswith(b"%exit"):
+                    return
+            if panes:
+                self.on_output([pane.decode() for pane in panes])
+
+    def _in_block(self, block: Tuple[bytes, List[bytes]], line: bytes) -> Optional[Tuple[bytes, List[bytes]]]:
+        """Take one line of an answer; the answer ends at the line that repeats its begin."""
+        label, lines = block
+        failed = line.startswith(b"%error ") and line[7:] == label
+        if not failed and not (line.startswith(b"%end ") and line[5:] == label):
+            lines.append(line)
+            return block
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        with self.lock:
+            waiter = self.waiters[0] if self.waiters else None
+            if waiter and texts == [waiter.marker]:
+                self.waiters.popleft()
+        if waiter is None:
+            return None
+        if texts == [waiter.marker]:
+            waiter.done.put(True)
+        elif failed:
+            waiter.errors.extend(texts)
+        else:
+            waiter.lines.extend(texts)
+        return None
+
+    # -- commands
+
+    def run(self, *commands: Command, timeout: float = TMUX_TIMEOUT) -> List[str]:
+        """Run commands in order, in one go; gives the lines they print.  Raises TmuxError."""
+        if self.client is None:
+            return self._run_once(commands, timeout)
+        waiter = Waiter(f"{self.token}-{next(self.serial)}")
+        lines = [" ".join(map(quote, command)) for command in (*commands, ("display-message", "-p", waiter.marker))]
+        with self.lock:
+            client = self.client
+            if client is not None:
+                self.waiters.append(waiter)
+                try:
+                    client.stdin.write(("\n".join(lines) + "\n").encode())  # type: ignore[union-attr]
+                except OSError:
+                    client = None
+        if client is None:
+            return self._run_once(commands, timeout)
+        try:
+            waiter.done.get(timeout=timeout)
+        except queue.Empty:
+            reap(client)
+            raise TmuxError(commands[0][0], f"no answer within {timeout:g} s") from None
+        if waiter.errors:
+            raise TmuxError(commands[0][0], "; ".join(waiter.errors))
+        return waiter.lines
+
+    def _run_once(self, commands: Sequence[Command], timeout: float) -> List[str]:
+        """Run commands as a process of its own: the way while the control client is away."""
+        words: List[str] = []
+        for command in commands:
+            words += [";"] * bool(words) + [word[:-1] + "\\;" if word.endswith(";") else word for word in command]
+        try:
+            done = subprocess.run(self.argv(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env=tmux_environment(), timeout=timeout, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise TmuxError(commands[0][0], str(error)) from error
+        if done.returncode:
+            raise TmuxError(commands[0][0], done.stderr.decode("utf-8", "replace").strip())
+        return done.stdout.decode("utf-8", "replace").splitlines()
+
+    # -- windows and panes
+
+    def open_window(self, name: str, tag: str, program: Sequence[str]) -> Pane:
+        """Start a program in a window of its own, tagged with the session's id."""
+        clean = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "agent"
+        shape = "#{window_id}:#{pane_id}:#{pane_pid}"
+        out = self.run(("new-window", "-d", "-P", "-F", shape, "-t", f"={TMUX_SESSION}:", "-n", clean, "--", *program))
+        window, pane, pid = out[-1].split(":")
+        self.run(("set-option", "-p", "-t", pane, "@aegis_id", tag))
+        return Pane(window, pane, int(pid), False, None, tag, "")
+
+    def panes(self) -> List[Pane]:
+        """List every pane of the server; the free text stands last."""
+        shape = "#{window_id}:#{pane_id}:#{pane_pid}:#{pane_dead}:#{pane_dead_status}:#{@aegis_id}:#{pane_start_command}"
+        found = []
+        for line in self.run(("list-panes", "-s", "-t", f"={TMUX_SESSION}", "-F", shape)):
+            window, pane, pid, dead, status, tag, command = line.split(":", 6)
+            found.append(Pane(window, pane, int(pid or 0), dead == "1", int(status) if status.isdigit() else None,
+                              tag, command))
+        return found
+
+    def capture(self, pane: str, ansi: bool = False, lines: int = 0, join: bool = False) -> str:
+        """Read a pane's screen, with `lines` of scrollback above it."""
+        words = ["capture-pane", "-p", "-t", pane] + ["-e"] * ansi + ["-J"] * join
+        return "\n".join(self.run(words + (["-S", str(-lines)] if lines else [])))
+
+    def ask(self, pane: str, shape: str) -> str:
+        """Expand a format for a pane."""
+        return "\n".join(self.run(("display-message", "-p", "-t", pane, shape)))
+
+    def type(self, pane: str, strokes: Sequence[Stroke], spool: Path) -> bool:
+        """Paste texts and press keys, in order and in one go; False when the pane is dead.
+
+        Every paste is bracketed, and guarded: a paste into a dead pane crashes tmux 3.3a and all its sessions.
+        Long texts go through the spool file, and without a control client all do, so that `ps` never shows one.
+        """
+        commands: List[Command] = [("if-shell", "-F", "-t", pane, "#{pane_in_mode}", f"send-keys -t {pane} -X cancel")]
+        for index, stroke in enumerate(strokes):
+            if stroke.keys:
+                commands.append(("send-keys", "-t", pane, *stroke.keys))
+                continue
+            buffer = f"aegis-{secrets.token_hex(4)}"
+            if self.client is None or len(stroke.text) > 20_000:
+                file = spool.with_suffix(f".paste{index}")
+                write_private(file, stroke.text)
+                commands.append(("load-buffer", "-b", buffer, str(file)))
+            else:
+                commands.append(("set-buffer", "-b", buffer, "--", stroke.text))
+            commands.append(("if-shell", "-F", "-t", pane, "#{pane_dead}", f"delete-buffer -b {buffer} ; display-message -p dead",
+                             f"paste-buffer -p -d -b {buffer} -t {pane}"))
+        try:
+            return "dead" not in self.run(*commands)
+        finally:
+            for index in range(len(strokes)):
+                with contextlib.suppress(OSError):
+                    spool.with_suffix(f".paste{index}").unlink()
+
+    def keys(self, pane: str, *names: str) -> None:
+        """Press keys by tmux's names for them."""
+        self.run(("send-keys", "-t", pane, *names))
+
+    def close_window(self, window: str) -> None:
+        """Close a window; it may be gone already."""
+        with contextlib.suppress(TmuxError):
+            self.run(("kill-window", "-t", window))
+
+    def close(self) -> None:
+        """Leave; the server and every agent in it go on."""
+        self.closed = True
+        client = self.client
+        if client is not None:
+            reap(client)
+
+
+def reap(client: subprocess.Popen) -> None:
+    """End a control client that we started, and collect it."""
+    with contextlib.suppress(OSError):
+        client.stdin.close()  # type: ignore[union-attr]
+    try:
+        client.wait(0.5)
+    except subprocess.TimeoutExpired:
+        client.kill()
+        client.wait()
+
+
+# ============================================================================
+# EXITS. Tells at once when a process ends.
+# ============================================================================
+# The strongest evidence there is, from the kernel: pidfd on Linux, kqueue on
+# BSD and macOS, a look every half second elsewhere.  One thread, asleep until
+# something ends.  Lock: Exits.lock guards `watched`.
+
+
+class Exits:
+    """Calls back once when a watched process has ended."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.watched: Dict[int, Tuple[int, Callable[[], None]]] = {}  # handle -> (pid, callback)
+        self.wake_r, self.wake_w = os.pipe()
+        os.set_blocking(self.wake_w, False)
+        self.poll_only: Dict[int, Callable[[], None]] = {}            # pid -> callback, where no handle is to be had
+        self.queue = select.kqueue() if hasattr(select, "kqueue") else None
+        self.closed = False
+
+    def start(self) -> None:
+        """Begin watching."""
+        spawn("aegis-exits", self._run_kqueue if self.queue else self._run_poll)
+
+    def watch(self, pid: int, ended: Callable[[], None]) -> None:
+        """Call `ended` from this room's thread when the process is gone; at once if it is already."""
+        try:
+            if self.queue:
+                handle = pid
+                with self.lock:
+                    self.watched[handle] = (pid, ended)
+                event = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD | select.KQ_EV_ONESHOT,
+                                      select.KQ_NOTE_EXIT)
+                self.queue.control([event], 0)
+                return
+            handle = os.pidfd_open(pid)
+            with self.lock:
+                self.watched[handle] = (pid, ended)
+        except ProcessLookupError:
+            spawn("aegis-exit", ended)
+            return
+        except (OSError, AttributeError):
+            with self.lock:
+                self.poll_only[pid] = ended
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.wake_w, b"x")
+
+    def _tell(self, handle: int) -> None:
+        with self.lock:
+            pid, ended = self.watched.pop(handle, (0, None))
+        if ended:
+            spawn("aegis-exit", ended)
+
+    def _run_poll(self) -> None:
+        poller = select.poll()
+        known = {self.wake_r}
+        poller.register(self.wake_r, select.POLLIN)
+        while not self.closed:
+            with self.lock:
+                fresh = set(self.watched) - known
+            for handle in fresh:
+                poller.register(handle, select.POLLIN)
+                known.add(handle)
+            for handle, _ in poller.poll(500 if self.poll_only else None):
+                if handle == self.wake_r:
+                    os.read(self.wake_r, 4096)
+                    continue
+                poller.unregister(handle)
+                known.discard(handle)
+                self._tell(handle)
+                os.close(handle)
+            self._look()
+
+    def _run_kqueue(self) -> None:
+        while not self.closed:
+            for event in self.queue.control(None, 16, 0.5 if self.poll_only else 60.0):  # type: ignore[union-attr]
+                self._tell(event.ident)
+            self._look()
+
+    def _look(self) -> None:
+        """Poll the processes that the kernel gives no handle for."""
+        with self.lock:
+            gone = [pid for pid in self.poll_only if not alive(pid)]
+            endings = [self.poll_only.pop(pid) for pid in gone]
+        for ended in endings:
+            spawn("aegis-exit", ended)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.closed = True
+        self._wake()
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ============================================================================
+# SCREENS. The text of a terminal -> what the agent is doing.
+# ============================================================================
+# A table of rules: kind, region, pattern.  Only anchored chrome counts: the
+# footer under the input box, the line above it, a dialog with its own hint at
+# the very bottom.  Words in an answer never match, for above the box nothing
+# is read.  Pure.  To teach it a new screen: a row in DIALOGS or FOOTERS, and
+# the capture among the tests' screens.
+
+RULE_LINE = re.compile(r"^\s*(?:─{8,}|─{2,} ↑ \d+ more ─)")
+BOX_START = re.compile(r"^[❯>!](?:\xa0| |$)")    # the box's own prompt glyph stands before a no-break space
+SCROLLED_BOX = re.compile(r"^─+ ↑ \d+ more ─")
+OPTION = re.compile(r"^\s*(❯|›)?\s*(\d{1,2})\.\s+(\[[ ✔x]\]\s*)?(\S.*?)\s*$")
+HINT = re.compile(r"(?i)\besc to (cancel|exit|go back|close|reject|dismiss|return|clear|continue)|\benter to "
+                  r"(confirm|select|continue|submit|view|open|retry|save|set)|\btab to amend|↑/?↓ to |press enter to continue"
+                  r"|\b(space|tab) to (toggle|select|cycle)|ctrl\+c to (cancel|exit)|^\s*\d\. .*\(esc\)\s*$")
+BUSY_FOOTER = re.compile(r"\besc to interrupt\b")
+BUSY_LINE = re.compile(r"^\s*[^\w\s●⎿❯]\s+\S.*…\s*\(.*\besc to interrupt\b.*\)|^\s*[✢✳✶✻✽·*]\s+\S+…(?:\s*\(.*)?$")
+SUSPENDED = re.compile(r"Claude Code (?:is|has been) suspended")
+
+
+class Option(NamedTuple):
+    """One row of a dialog."""
+
+    number: str
+    label: str
+    selected: bool
+
+
+class Reading(NamedTuple):
+    """What a screen says: the kind, the rule that said so, and what a caller may want to see."""
+
+    kind: str                          # idle, working, permission_prompt, asking, trust, login, unknown, …
+    rule: str
+    draft: str = ""                    # text in the input box
+    title: str = ""                    # a dialog's question
+    options: Tuple[Option, ...] = ()
+    excerpt: str = ""                  # the lines that decided
+
+
+# kind, name of the rule, pattern in the dialog's text.  The first that matches wins.
+DIALOGS: Tuple[Tuple[str, str, "re.Pattern[str]"], ...] = tuple(
+    (kind, name, re.compile(pattern)) for kind, name, pattern in (
+        ("trust", "trust dialog", r"Quick safety check|Do you trust the files in this folder|Is this a project you (created|trust)"),
+        ("apikey", "API key dialog", r"Detected a custom API key in your environment"),
+        ("bypass", "bypass warning", r"running in Bypass Permissions mode"),
+        ("login", "login screen", r"Select login method|Paste code here if prompted|Browser didn.t open\? Use the url|Login successful"),
+        ("onboarding", "onboarding screen", r"Choose the (text style|option) that looks best|Let.s get started\.|Security notes:"),
+        ("settings_error", "settings dialog", r"Settings (Error|Warning)|Exit and fix manually"),
+        ("rate_limited", "limit dialog", r"(?i)What do you want to do\?[\s\S]*(stop and wait for limit|limit to reset)"),
+        ("asking", "plan dialog", r"Ready to code\?|Exit plan mode\?|Would you like to proceed\?"),
+        ("permission_prompt", "permission dialog", r"(?m)^\s*│?\s*Do you want to [^\n]*\?|Waiting for permission"),
+    ))
+
+# Screens without a dialog's hint: printed by an agent that cannot start.
+LINES: Tuple[Tuple[str, str, "re.Pattern[str]"], ...] = (
+    ("onboarding", "cannot reach the service", re.compile(r"Unable to connect to Anthropic services|Failed to connect to api\.anthropic\.com")),
+)
+
+
+def read_claude_screen(text: str) -> Reading:
+    """Read a screen of Claude Code (or of the demo agent, which draws the same)."""
+    lines = [line.rstrip(" \t") for line in (without_colours(text) if "\x1b" in text else text).split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        return Reading("unknown", "blank screen")
+    box = find_box(lines)
+    if box:
+        return read_box(lines, *box)
+    if any(SUSPENDED.search(line) for line in lines[-6:]):
+        return Reading("asking", "suspended", title="The agent was suspended with Ctrl-Z", excerpt=lines[-1])
+    return read_dialog(lines)
+
+
+def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
+    """Find the input box: the indexes of its upper and lower rule line."""
+    rules = [index for index, line in enumerate(lines) if RULE_LINE.match(line)]
+    if len(rules) < 2 or len(lines) - rules[-1] > 8:
+        return None
+    upper, lower = rules[-2], rules[-1]
+    inside = lines[upper + 1:lower]
+    if not inside or not (BOX_START.match(inside[0]) or SCROLLED_BOX.match(lines[upper])):
+        return None
+    if HINT.search(" ".join(lines[lower + 1:lower + 2])) and not inside[0][1:2] == "\xa0":
+        return None
+    if OPTION.match(inside[0]) and len(inside) > 1 and OPTION.match(inside[1]):
+        return None
+    return upper, lower
+
+
+def read_box(lines: Sequence[str], upper: int, lower: int) -> Reading:
+    """Read a screen that shows the input box: busy or idle, by footer and the line above the box."""
+    footer = " ".join(line.strip() for line in lines[lower + 1:])
+    above = next((line for line in reversed(lines[max(0, upper - 4):upper]) if line.strip()), "")
+    draft = "\n".join(line[2:].strip() if index == 0 else line.strip()
+                      for index, line in enumerate(lines[upper + 1:lower])).strip()
+    if BUSY_FOOTER.search(footer):
+        return Reading("working", "footer: esc to interrupt", draft, excerpt=clip(footer, 200))
+    if BUSY_LINE.match(above):
+        return Reading("working", "spinner above the box", draft, excerpt=clip(above.strip(), 200))
+    if re.match(r"⚠ Usage limit reached|⚠ .*limit resets", footer):
+        return Reading("rate_limited", "footer: usage limit", draft, clip(footer, 200), excerpt=clip(footer, 200))
+    if re.search(r"Not logged in · Run /login", footer, re.I):
+        return Reading("login", "footer: not logged in", draft, excerpt=clip(footer, 200))
+    return Reading("idle", "input box", draft, excerpt=clip(footer, 200))
+
+
+def read_dialog(lines: Sequence[str]) -> Reading:
+    """Read a screen without an input box: a dialog with its hint at the bottom, or nothing known."""
+    bottom = list(lines[-45:])
+    hint = next((line for line in reversed(bottom[-4:]) if HINT.search(line)), "")
+    rules = [index for index, line in enumerate(bottom) if RULE_LINE.match(line)]
+    options = find_options(bottom)
+    if not hint and not (options and any(option.selected for option in options)):
+        for kind, name, pattern in LINES:
+            if any(pattern.search(line) for line in lines[-12:]):
+                return Reading(kind, name, excerpt=clip(" ".join(lines[-3:]), 300))
+        return Reading("unknown", "no box, no dialog", excerpt=clip(lines[-1], 200))
+    start = min(rules[-2:], default=0) if rules else 0
+    words = "\n".join(bottom[start:])
+    title = next((line.strip() for line in reversed(bottom[start:]) if line.strip().endswith("?")), "")
+    for kind, name, pattern in DIALOGS:
+        if pattern.search(words) or (kind in ("trust", "apikey", "bypass") and pattern.search("\n".join(bottom))):
+            return Reading(kind, name, "", title, options, clip(words, 1_500))
+    return Reading("asking", "unknown dialog", "", title or (bottom[start + 1].strip() if start + 1 < len(bottom) else ""),
+                   options, clip(words, 1_500))
+
+
+def find_options(lines: Sequence[str]) -> Tuple[Option, ...]:
+    """Find the numbered rows of the lowest dialog: they count up from 1."""
+    found: List[Option] = []
+    for line in lines:
+        match = OPTION.match(line.replace("│", " "))
+        if not match:
+            continue
+        cursor, digits, _, label = match.groups()
+        if digits == "1":
+            found = []
+        found.append(Option(digits, label, bool(cursor)))
+    return tuple(found) or find_unnumbered(lines)
+
+
+def find_unnumbered(lines: Sequence[str]) -> Tuple[Option, ...]:
+    """Find the rows of a dialog without numbers: the cursor's row, and those that stand in line with it."""
+    at = next((index for index in range(len(lines) - 1, -1, -1) if re.match(r"^ *❯ \S", lines[index])), None)
+    if at is None:
+        return ()
+    column = lines[at].index("❯") + 2
+    beside = re.compile(rf"^ {{{column}}}\S")
+    first = last = at
+    while first > 0 and beside.match(lines[first - 1]):
+        first -= 1
+    while last + 1 < len(lines) and beside.match(lines[last + 1]):
+        last += 1
+    return tuple(Option(str(number_), lines[index][column:].strip(), index == at)
+                 for number_, index in enumerate(range(first, last + 1), 1))
+
+
+SGR = re.compile(r"(\x1b\[[0-9;:]*m)")
+OTHER_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][A-B0]|\x1b\[[0-9;?]*[A-Za-ln-z]|[\x0e\x0f]")
+
+
+def without_colours(screen: str) -> str:
+    """Take the escape sequences out of a capture, and with them a box's placeholder, which only its dimness tells."""
+    lines = []
+    for line in OTHER_ESCAPES.sub("", screen).split("\n"):
+        if "❯\xa0" in line:
+            line = without_dim(line)
+        lines.append(SGR.sub("", line))
+    return "\n".join(lines)
+
+
+def without_dim(line: str) -> str:
+    """Drop dim text from a line, and the reversed cell of a cursor that stands on its first letter."""
+    pieces: List[Tuple[str, bool, bool]] = []
+    dim = reverse = False
+    for piece in SGR.split(line):
+        if SGR.fullmatch(piece):
+            dim, reverse = after_sgr(piece, dim, reverse)
+        elif piece:
+            pieces.append((piece, dim, reverse))
+    kept = [piece for index, (piece, dim, reverse) in enumerate(pieces)
+            if not dim and not (reverse and len(piece) == 1 and index + 1 < len(pieces) and pieces[index + 1][1])]
+    return "".join(kept)
+
+
+def after_sgr(sequence: str, dim: bool, reverse: bool) -> Tuple[bool, bool]:
+    """Follow one SGR sequence; the numbers of a colour (38;5;n and the like) are no attributes."""
+    codes = iter(int(code or 0) for code in re.split("[;:]", sequence[2:-1]))
+    for code in codes:
+        if code in (38, 48, 58):
+            kind = next(codes, 0)
+            for _ in range({5: 1, 2: 3}.get(kind, 0)):
+                next(codes, 0)
+        elif code in (0, 22):
+            dim, reverse = False, reverse and code == 22
+        elif code in (7, 27):
+            reverse = code == 7
+        elif code == 2:
+            dim = True
+    return dim, reverse
+
+
+def read_plain_screen(text: str) -> Reading:
+    """Read a screen of an agent whose screens mean nothing to us."""
+    return Reading("unknown", "no rules for this agent", excerpt=clip(text.strip()[-200:], 200))
+
+
+# ============================================================================
+# TRANSCRIPTS. An agent's JSONL -> answers, messages, tokens, cost.
+# ============================================================================
+# Read incrementally: a reader remembers its offset, always at a line's end,
+# and costs O(new bytes).  Messages are read on demand from the file's end;
+# their ids are offsets, so that "everything after" is one seek.  One API
+# message stands in several lines with the same id and usage: counted once.
+
+# Dollars per million tokens: input, output; published prices of 2026-11.  Cache reads cost 0.1 of
+# input, cache writes 1.25 (5 minutes) or 2 (1 hour).  A model that is not here is unpriced, never guessed.
+PRICES_DATE = "2026-11"
+PRICES: Tuple[Tuple[str, float, float], ...] = (
+    ("claude-opus-4-5", 5.0, 25.0), ("claude-opus-4-1", 15.0, 75.0), ("claude-opus-4-2025", 15.0, 75.0),
+    ("claude-sonnet-4-5", 3.0, 15.0), ("claude-sonnet-4-2025", 3.0, 15.0), ("claude-haiku-4-5", 1.0, 5.0),
+    ("claude-3-7-sonnet", 3.0, 15.0), ("claude-3-5-sonnet", 3.0, 15.0), ("claude-3-5-haiku", 0.8, 4.0),
+)
+USAGE_KEYS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+TAIL_BLOCK = 65_536      # bytes read at once from a transcript's end
+TAIL_MOST = 32_000_000   # bytes of transcript that one read may go through
+
+
+class Entry(NamedTuple):
+    """One meaning of one transcript line."""
+
+    kind: str                    # prompt, text, tool, result, interrupt, error, end, usage
+    at: Optional[str] = None     # the agent's own timestamp
+    text: str = ""
+    tool: Optional[str] = None
+    input: Any = None
+    tool_use_id: Optional[str] = None
+    prompt_id: Optional[str] = None
+    message: str = ""            # id of the API message
+    model: str = ""
+    usage: Optional[Json] = None
+    final: bool = False          # an assistant text that ended its turn
+
+
+def parse_line(raw: bytes) -> List[Entry]:
+    """Read one line; what it does not know it leaves out."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return []
+    if not isinstance(line, dict) or line.get("isSidechain"):
+        return []
+    kind = line.get("type")
+    if kind == "system":
+        return [Entry("end", line.get("timestamp"))] if line.get("subtype") == "turn_duration" else []
+    if kind not in ("user", "assistant") or not isinstance(line.get("message"), dict):
+        return []
+    content = line["message"].get("content") or []
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else [b for b in content if isinstance(b, dict)]
+    return _user_entries(line, blocks) if kind == "user" else _assistant_entries(line, blocks)
+
+
+def _user_entries(line: Json, blocks: List[Json]) -> List[Entry]:
+    at, prompt_id, entries = line.get("timestamp"), line.get("promptId"), []
+    if line.get("isMeta") or line.get("isCompactSummary"):
+        return []
+    for block in blocks:
+        if block.get("type") == "tool_result":
+            entries.append(Entry("result", at, _flat(block.get("content")), tool_use_id=block.get("tool_use_id"),
+                                 prompt_id=prompt_id))
+        elif block.get("type") == "text":
+            told = str(block.get("text") or "")
+            kind = "interrupt" if told.startswith("[Request interrupted by user") else "prompt"
+            entries.append(Entry(kind, at, told, prompt_id=prompt_id))
+    return entries
+
+
+def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
+    at, message = line.get("timestamp"), line["message"]
+    if line.get("isApiErrorMessage") or message.get("model") == "<synthetic>":
+        told = "\n".join(str(block.get("text") or "") for block in blocks)
+        return [Entry("error", at, told)]
+    shared = dict(message=str(message.get("id") or ""), model=str(message.get("model") or ""))
+    entries = [Entry("usage", at, usage=message.get("usage") or {}, **shared)]
+    for block in blocks:
+        if block.get("type") == "text":
+            entries.append(Entry("text", at, str(block.get("text") or ""), final=message.get("stop_reason") == "end_turn",
+                                 **shared))
+        elif block.get("type") == "tool_use":
+            entries.append(Entry("tool", at, tool=block.get("name"), input=block.get("input"), tool_use_id=block.get("id"),
+                                 **shared))
+    return entries
+
+
+def _flat(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(block.get("text") or f"<{block.get('type')}>") for block in content or [] if isinstance(block, dict))
+
+
+def new_ledger() -> Json:
+    """Give the books of a session that has used nothing yet."""
+    return {"offset": 0, "models": {}, "recent": {}}
+
+
+def count_usage(ledger: Json, entries: Sequence[Entry]) -> Json:
+    """Add the usage of new lines to the books; a message that was counted is counted anew, not twice."""
+    models = {name: dict(counts) for name, counts in ledger["models"].items()}
+    recent = dict(ledger["recent"])
+    for entry in entries:
+        if entry.kind != "usage" or not entry.usage:
+            continue
+        counts = models.setdefault(entry.model, {})
+        for key, amount in recent.pop(entry.message, {}).items():
+            counts[key] = counts.get(key, 0) - amount
+        amounts = usage_amounts(entry.usage)
+        for key, amount in amounts.items():
+            counts[key] = counts.get(key, 0) + amount
+        recent[entry.message] = amounts
+        for old in list(recent)[:-8]:
+            del recent[old]
+    return {**ledger, "models": models, "recent": recent}
+
+
+def usage_amounts(usage: Json) -> Dict[str, int]:
+    """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
+    amounts = {key: usage[key] for key in USAGE_KEYS if isinstance(usage.get(key), int) and usage[key]}
+    hour = (usage.get("cache_creation") or {}).get("ephemeral_1h_input_tokens")
+    return {**amounts, "hour": hour} if isinstance(hour, int) and hour else amounts
+
+
+def token_usage(ledger: Json) -> Json:
+    """Sum the books over all models, as the contract names them."""
+    total = {key: sum(counts.get(key, 0) for counts in ledger["models"].values()) for key in USAGE_KEYS}
+    names = ("input", "output", "cacheRead", "cacheWrite")
+    return dict(zip(names, (total[key] for key in USAGE_KEYS)))
+
+
+def cost_usd(ledger: Json) -> Optional[float]:
+    """Price the books in dollars; None when a model that was used has no known price."""
+    total = 0.0
+    for model, counts in ledger["models"].items():
+        price = next(((paid, got) for prefix, paid, got in PRICES if model.startswith(prefix)), None)
+        if price is None:
+            if any(counts.values()):
+                return None
+            continue
+        hour = counts.get("hour", 0)
+        written = 1.25 * (counts.get("cache_creation_input_tokens", 0) - hour) + 2.0 * hour
+        read = counts.get("input_tokens", 0) + 0.1 * counts.get("cache_read_input_tokens", 0) + written
+        total += (read * price[0] + counts.get("output_tokens", 0) * price[1]) / 1e6
+    return round(total, 6)
+
+
+def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
+    """Read the whole lines behind an offset; gives the new offset.  A file that shrank is read from its end."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < offset:
+                return size, []
+            if size == offset:
+                return offset, []
+            file.seek(offset)
+            data = file.read(size - offset)
+    except OSError:
+        return offset, []
+    end = data.rfind(b"\n") + 1
+    return offset + end, data[:end].splitlines() if end else []
+
+
+def lines_backwards(path: str, end: int) -> Iterator[Tuple[int, bytes]]:
+    """Give the lines that end at or before an offset, last first, each with the offset of its end."""
+    with open(path, "rb") as file:
+        position, rest = end, b""
+        while position > max(0, end - TAIL_MOST):
+            step = min(TAIL_BLOCK, position)
+            position -= step
+            file.seek(position)
+            pieces = (file.read(step) + rest).split(b"\n")
+            rest, at = pieces[0], position + len(pieces[0]) + 1
+            ends = list(itertools.accumulate((len(piece) + 1 for piece in pieces[1:]), initial=at))[1:]
+            for piece, finish in zip(reversed(pieces[1:]), reversed(ends)):
+                if piece:
+                    yield finish, piece
+        if rest and position == 0:
+            yield len(rest) + 1, rest
+
+
+ROLES = {"prompt": "user", "interrupt": "user", "text": "assistant", "error": "assistant", "tool": "assistant", "result": "tool"}
+
+
+def messages_of(raw: bytes, part: int, end: int) -> List[Json]:
+    """Give the messages of one transcript line."""
+    found = []
+    for entry in parse_line(raw):
+        if entry.kind not in ROLES or (entry.kind == "text" and not entry.text):
+            continue
+        message: Json = {"id": f"{part}-{end}" + (f".{len(found)}" if found else ""), "role": ROLES[entry.kind],
+                         "text": entry.text, "timestamp": entry.at}
+        if entry.tool:
+            message.update(tool=entry.tool, input=entry.input)
+        if entry.tool_use_id:
+            message["toolUseId"] = entry.tool_use_id
+        found.append(message)
+    return found
+
+
+def read_messages(parts: Sequence[str], limit: int, after: Optional[Tuple[int, int]]) -> List[Json]:
+    """Read messages: the last `limit`, or the first `limit` behind the (part, offset) of one."""
+    return _messages_after(parts, limit, *after) if after else _last_messages(parts, limit)
+
+
+def _last_messages(parts: Sequence[str], limit: int) -> List[Json]:
+    found: List[List[Json]] = []
+    count = 0
+    for part in range(len(parts) - 1, -1, -1):
+        with contextlib.suppress(OSError):
+            for end, raw in lines_backwards(parts[part], whole_lines(parts[part])):
+                if count >= limit:
+                    break
+                found.append(messages_of(raw, part, end))
+                count += len(found[-1])
+    flat = [message for group in reversed(found) for message in group]
+    return flat[-limit:] if limit else []
+
+
+def _messages_after(parts: Sequence[str], limit: int, part: int, offset: int) -> List[Json]:
+    found: List[Json] = []
+    for number in range(part, len(parts)):
+        with contextlib.suppress(OSError), open(parts[number], "rb") as file:
+            position = offset if number == part else 0
+            file.seek(position)
+            for raw in file:
+                position += len(raw)
+                if len(found) >= limit or not raw.endswith(b"\n"):
+                    break
+                found += messages_of(raw, number, position)
+    return found
+
+
+def whole_lines(path: str) -> int:
+    """Give the offset behind the last whole line of a file."""
+    with open(path, "rb") as file:
+        size = position = os.fstat(file.fileno()).st_size
+        while position:
+            step = min(TAIL_BLOCK, position)
+            position -= step
+            file.seek(position)
+            found = file.read(step).rfind(b"\n")
+            if found >= 0:
+                return position + found + 1
+    return 0 if size else size
+
+
+# ============================================================================
+# AGENTS. What is special about claude, demo and shell.
+# ============================================================================
+# An agent is a record of functions: how it is launched, how its screen reads,
+# how text is put into its box, whether it reports by hooks.  The rest of the
+# file asks the record and never the name.  To add one: a record in AGENTS.
+# A launch file (0600) carries directory, environment and arguments, so that
+# none of them meets a tmux command line or `ps`.
+
+HOOK_EVENTS: Tuple[Tuple[str, Optional[str]], ...] = (   # the reports we ask for, and their matcher
+    ("UserPromptSubmit", None), ("PermissionRequest", "*"), ("PostToolUse", "*"), ("PostToolUseFailure", "*"),
+    ("Stop", None), ("StopFailure", None), ("SessionEnd", None), ("PreCompact", None), ("PostCompact", None),
+    ("SubagentStart", None), ("SubagentStop", None),
+)
+OWN_FLAGS = ("--session-id", "--settings", "--resume", "-r", "--continue", "-c", "--fork-session", "-p", "--print",
+             "--permission-mode", "--model")
+NEVER_INHERITED = re.compile(   # marks of an agent that Aegis itself runs in, of our tmux, and our own settings
+    r"AEGIS_.*|CLAUDECODE|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|SESSION_.*|EXECPATH|REMOTE.*|CHILD.*|PARENT.*|TMPDIR|TASK_.*)"
+    r"|CLAUDE_(PROJECT_DIR|ENV_FILE|PID)|TMUX|TMUX_PANE|TERM|TERM_PROGRAM.*|COLUMNS|LINES|PWD|OLDPWD|SHLVL|_|STY|WINDOW")
+ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """What the rest of the file needs to know of an agent."""
+
+    name: str
+    reports: bool                                              # it has hooks and a transcript
+    program: Callable[[Settings, Json], Sequence[str]]         # the command line's first words
+    arguments: Callable[["LaunchPlan"], List[str]]             # the words behind them
+    read: Callable[[str], Reading]                             # screen -> meaning
+    keep_stderr: bool                                          # its start-up failures are text on stderr
+    missing: str                                               # what to do when the program is not there
+
+
+class LaunchPlan(NamedTuple):
+    """What one start of an agent is made from."""
+
+    settings: Settings
+    row: SessionRow
+    hooks: str                 # path of the settings file that holds the hooks
+    resume: bool = False
+
+
+def claude_arguments(plan: LaunchPlan) -> List[str]:
+    """Write Claude Code's command line."""
+    row = plan.row
+    words = ["--resume" if plan.resume else "--session-id", row.conversation or "",
+             "--permission-mode", row.permission_mode or "default", "--settings", plan.hooks]
+    if row.model:
+        words += ["--model", row.model]
+    return [*words, *plan.settings.claude_args, *row.launch.get("args", [])]
+
+
+def demo_arguments(plan: LaunchPlan) -> List[str]:
+    """Write the demo agent's command line; it takes Claude Code's flags."""
+    row = plan.row
+    words = ["--resume" if plan.resume else "--session-id", row.conversation or "",
+             "--permission-mode", row.permission_mode or "default", "--settings", plan.hooks]
+    return words + (["--model", row.model] if row.model else []) + list(row.launch.get("args", []))
+
+
+def demo_program(settings: Settings, launch: Json) -> Sequence[str]:
+    """Run this very file; ssl is switched off because the demo agent talks to loopback only, and starts faster."""
+    script = ("import sys; sys.modules['ssl'] = None; sys.path.insert(0, sys.argv.pop(1)); "
+              "import importlib; sys.exit(importlib.import_module(sys.argv.pop(1)).demo_agent_main(sys.argv[1:]))")
+    here = Path(__file__).resolve()
+    return [sys.executable, "-S", "-E", "-c", script, str(here.parent), here.stem]
+
+
+def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
+    """Run the command that the creator named, or the configured shell."""
+    return launch.get("command") or settings.shell_cmd or [os.environ.get("SHELL") or "/bin/sh"]
+
+
+AGENTS: Dict[str, Agent] = {agent.name: agent for agent in (
+    Agent("claude", True, lambda settings, launch: settings.claude_cmd, claude_arguments, read_claude_screen, True,
+          "install Claude Code (npm install -g @anthropic-ai/claude-code) or set AEGIS_CLAUDE_CMD"),
+    Agent("demo", True, demo_program, demo_arguments, read_claude_screen, True, "run Aegis with a Python that exists"),
+    Agent("shell", False, shell_program, lambda plan: list(plan.row.launch.get("args", [])), read_plain_screen, False,
+          "set AEGIS_SHELL_CMD or name a `command` that exists"),
+)}
+
+
+def hook_settings(url: str, secret: str, hold: float, bypass: bool) -> Json:
+    """Write the settings that make the agent report to us; they add to the user's own."""
+    hooks: Json = {}
+    for event, matcher in HOOK_EVENTS:
+        hook = {"type": "http", "url": url, "headers": {"X-Aegis-Secret": secret},
+                "timeout": int(hold) if event == "PermissionRequest" else 30}
+        hooks[event] = [{**({"matcher": matcher} if matcher else {}), "hooks": [hook]}]
+    return {"hooks": hooks, **({"skipDangerousModePermissionPrompt": True} if bypass else {})}
+
+
+def agent_environment(inherited: Mapping[str, str], extra: Mapping[str, str], state_dir: Path) -> Dict[str, str]:
+    """Choose an agent's environment: ours, without what would tell it that it is nested, and the creator's."""
+    kept = {name: value for name, value in inherited.items()
+            if re.fullmatch(ENV_NAME, name) and not NEVER_INHERITED.fullmatch(name)}
+    kept.setdefault("LANG", "C.UTF-8")
+    kept.setdefault("PYTHONPYCACHEPREFIX", str(state_dir / "cache"))
+    return {**kept, **extra}
+
+
+def find_program(words: Sequence[str], path: Optional[str]) -> Optional[str]:
+    """Find a program as the agent's own environment would."""
+    return shutil.which(os.path.expanduser(words[0]), path=path) if words else None
+
+
+def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[str], stderr: Optional[str]) -> str:
+    """Write the launch file: it becomes the agent, no shell stays beneath it."""
+    lines = ["#!/bin/sh", "unset TMUX TMUX_PANE"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    lines.append(f"cd -- {shlex.quote(work_dir)} || exit 97")
+    lines.append("exec " + " ".join(map(shlex.quote, argv)) + (f" 2>{shlex.quote(stderr)}" if stderr else ""))
+    return "\n".join(lines) + "\n"
+
+
+def canonical(sent: str) -> str:
+    """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
+    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent)
+    bare = re.sub(r"</?pasted_content[^>]*>", "", bare)
+    return "".join(char for char in unicodedata.normalize("NFC", bare)
+                   if not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp"))
+
+
+# ============================================================================
+# SESSIONS. The state machine, and the live session.
+# ============================================================================
+# What is known of a session stands in Facts, which never change in place;
+# judge() alone turns them into a status, strongest evidence first.  A Change
+# collects new facts, rows and events, and commits them together: the database
+# first, then memory, then whoever waits.  So status, answers and events can
+# not disagree.  Lock: Session.lock, never held while tmux or a file is waited
+# for.
+#
+#     starting -> idle <-> working <-> permission_prompt | asking
+#        |          ^        |
+#        v          |        v
+#      error <------+---- error | rate_limited | stalled
+#     any of them -> exited (the agent ended) | killed (we ended it)
+
+STATES = ("starting", "working", "idle", "permission_prompt", "asking", "rate_limited", "stalled", "error",
+          "exited", "killed")
+BUSY_STATES = ("starting", "working")          # in all others the session needs its caller
+QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
+OPEN_STATES = ("submitted", "started")         # of a prompt whose turn is under way
+
+# kind of screen -> status, and what the caller should do.  An empty sentence: the dialog's own title.
+DIALOG_STATUS: Dict[str, Tuple[str, str]] = {
+    "trust": ("asking", "the agent asks whether this folder is trusted: attach and answer, or turn AEGIS_TRUST_WORKDIR on"),
+    "apikey": ("asking", "the agent asks whether to use the API key of its environment: attach and answer once, "
+                         "or give it ANTHROPIC_AUTH_TOKEN instead"),
+    "bypass": ("asking", "the agent asks whether to run without permission checks: attach and answer once"),
+    "login": ("error", "the agent is not logged in: attach and run /login, or start Aegis with ANTHROPIC_API_KEY or "
+                       "CLAUDE_CODE_OAUTH_TOKEN set"),
+    "onboarding": ("error", "the agent was never set up for this user: run `claude` once in a terminal and finish its "
+                            "first questions"),
+    "settings_error": ("error", "the agent refuses its settings: attach and read what it says"),
+    "rate_limited": ("rate_limited", "the account's usage limit is reached"),
+    "permission_prompt": ("permission_prompt", ""),
+    "asking": ("asking", ""),
+}
+
+
+class Facts(NamedTuple):
+    """What is known of a session now."""
+
+    ended: Optional[str] = None                          # exited or killed
+    ready: bool = False                                  # its input box was seen
+    prompts: Tuple[PromptRow, ...] = ()                  # not ended yet, in order
+    pending: Tuple[PermissionRow, ...] = ()              # requests that the agent holds open
+    dialog: Optional[Reading] = None                     # a dialog on the screen that no hook told of
+    busy: Optional[str] = None                           # evidence of work that no prompt of ours explains
+    failure: Optional[Tuple[str, str]] = None            # status and reason, until the next prompt
+
+    @property
+    def current(self) -> Optional[PromptRow]:
+        """The prompt whose turn is under way."""
+        return next((prompt for prompt in self.prompts if prompt.state in OPEN_STATES), None)
+
+    @property
+    def waiting(self) -> List[PromptRow]:
+        """The prompts that the agent has not taken yet."""
+        return [prompt for prompt in self.prompts if prompt.state == "queued"]
+
+
+class Verdict(NamedTuple):
+    """A status, and why."""
+
+    status: str
+    reason: Optional[str]
+    rule: str
+
+
+def judge(facts: Facts) -> Verdict:
+    """Turn facts into a status: the strongest evidence wins."""
+    if facts.ended:
+        return Verdict(facts.ended, None, "the process is gone")
+    if facts.pending:
+        asked = facts.pending[0]
+        status = "asking" if asked.tool in QUESTION_TOOLS else "permission_prompt"
+        return Verdict(status, asked.summary, f"permission request {asked.id} is held open")
+    if facts.dialog:
+        status, advice = DIALOG_STATUS.get(facts.dialog.kind, ("asking", ""))
+        return Verdict(status, advice or facts.dialog.title or facts.dialog.rule, f"screen: {facts.dialog.rule}")
+    current = facts.current
+    if current:
+        return Verdict("working", None, f"turn of {current.id} is open")
+    if facts.busy:
+        return Verdict("working", None, facts.busy)
+    if not facts.ready:
+        status, reason = facts.failure or ("starting", None)
+        return Verdict(status, reason, "no input box was seen yet")
+    if facts.waiting:
+        return Verdict("working", None, f"{facts.waiting[0].id} is on its way to the agent")
+    if facts.failure:
+        return Verdict(*facts.failure, "the last turn failed")
+    return Verdict("idle", None, "no turn is open and the input box is there")
+
+
+def can_deliver(facts: Facts) -> bool:
+    """Tell whether the agent can take the next prompt: at its box, nothing open, nothing asked."""
+    return (facts.ready and not facts.ended and not facts.pending and not facts.dialog and not facts.busy
+            and not facts.current and any(prompt.typed_at is None for prompt in facts.waiting))
+
+
+class Evidence(NamedTuple):
+    """One thing that was seen, for explain."""
+
+    source: str
+    rule: str
+    at: float
+    detail: str
+
+
+class Context:
+    """The services that the rooms below share, and the live sessions."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.settings, self.log = settings, log
+        self.state_dir = Path(settings.state_dir)
+        self.run_dir = self.state_dir / "run"
+        self.store: Store
+        self.bus: Bus
+        self.tmux: Tmux
+        self.exits = Exits()
+        self.base_url = ""                             # where agents report to
+        self.started_at = time.time()
+        self.sessions: Dict[str, "Session"] = {}       # live ones by id; single dict operations only, so no lock
+        self.panes: Dict[str, "Session"] = {}          # live ones by tmux pane
+        self.kick: Callable[["Session"], None] = lambda session: None       # delivery may go on
+        self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
+        self.serial = itertools.count(1)
+        self.stopping = threading.Event()
+
+    def file(self, session_id: str, kind: str) -> Path:
+        """Name one of a session's files: launch, hooks, stderr, paste."""
+        return self.run_dir / f"{session_id}.{kind}"
+
+
+class Hold:
+    """A request of the agent that is held open until somebody decides."""
+
+    def __init__(self) -> None:
+        self.answer: Optional[Json] = None
+        self.reader, self.writer = socket.socketpair()  # readable when decided: can be waited for beside the agent's socket
+
+    def release(self, answer: Optional[Json]) -> None:
+        """Let the waiting request go with an answer; None means no opinion."""
+        self.answer = answer
+        with contextlib.suppress(OSError):
+            self.writer.send(b"x")
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        self.reader.close()
+        self.writer.close()
+
+
+class Session:
+    """One session.  lock guards row, facts and holds; changed is notified at every commit."""
+
+    def __init__(self, context: Context, row: SessionRow, facts: Facts) -> None:
+        self.context, self.row, self.facts = context, row, facts
+        self.agent = AGENTS[row.agent]
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.holds: Dict[str, Hold] = {}
+        self.evidence: "collections.deque[Evidence]" = collections.deque(maxlen=24)
+        self.closed_ids: "collections.deque[str]" = collections.deque(maxlen=64)  # agent's ids of turns that ended
+        self.active_at = row.updated_at
+        self.output_at = 0.0               # monotonic time of the pane's last output
+        self.looked_at = 0.0               # monotonic time of our last look
+        self.stopped_at = 0.0              # when the last turn ended
+        self.transcript_prompt: Optional[str] = None   # agent's id of the last prompt in the transcript
+        self.delivering = self.ending = self.dialog_seen = False
+        self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
+        self.reading: Optional[Reading] = None
+        self.escape_at = 0.0
+        self.tail: Tuple[Any, List[Json]] = (None, [])  # the last answer to "the last messages", and for what
+        self.transcript_lock = threading.Lock()         # one reader at a time; taken before lock
+
+    @contextlib.contextmanager
+    def changing(self, source: str, rule: str, detail: str = "") -> Iterator["Change"]:
+        """Collect a change under the lock and commit it at the end; an exception leaves all as it was."""
+        with self.lock:
+            change = Change(self, Evidence(source, rule, time.time(), clip(detail, 400)))
+            yield change
+            change.commit()
+
+    def note(self, source: str, rule: str, detail: str = "") -> None:
+        """Remember a piece of evidence that changes nothing."""
+        self.active_at = time.time()
+        self.evidence.append(Evidence(source, rule, self.active_at, clip(detail, 400)))
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        """Wait for a commit that makes `until` true; False when the time is over."""
+        with self.changed:
+            return self.changed.wait_for(lambda: until() or self.context.stopping.is_set(), seconds) and until()
+
+    @property
+    def live(self) -> bool:
+        """Tell whether the session has not ended."""
+        return self.row.ended_at is None
+
+
+class Change:
+    """New facts, rows and events of one session, committed together."""
+
+    def __init__(self, session: Session, why: Evidence) -> None:
+        self.session, self.why = session, why
+        self.facts = session.facts
+        self.columns: Json = {}
+        self.statements: List[Statement] = []
+        self.drafts: List[Draft] = []
+
+    def set(self, **facts: Any) -> None:
+        """Replace some facts."""
+        self.facts = self.facts._replace(**facts)
+
+    def tell(self, event: str, **data: Any) -> None:
+        """Add an event."""
+        self.drafts.append(Draft(event, self.session.row.id, data))
+
+    def prompt(self, prompt: PromptRow, **changes: Any) -> PromptRow:
+        """Change a prompt; a new state is told, an ended prompt leaves the facts."""
+        changed = prompt._replace(**changes)
+        self.statements.append(update("prompts", prompt.id, changes))
+        kept = tuple(changed if other.id == prompt.id else other for other in self.facts.prompts)
+        self.set(prompts=tuple(other for other in kept if other.ended_at is None))
+        if changed.state != prompt.state:
+            self._tell_prompt(prompt, changed)
+        return changed
+
+    def _tell_prompt(self, before: PromptRow, after: PromptRow) -> None:
+        told = {"promptId": after.id, "kind": after.kind}
+        if after.reason:
+            told["reason"] = after.reason
+        if after.state == "done":
+            told["answer"] = clip(after.answer or "", 2_000)
+        self.tell(f"prompt.{after.state}", **told)
+        if after.state == "started":
+            self.tell("turn.started", promptId=after.id, source="terminal" if after.kind == "terminal" else "api")
+
+    def end_prompt(self, prompt: PromptRow, outcome: str, reason: Optional[str] = None, answer: Optional[str] = None) -> None:
+        """End a prompt's turn: done, interrupted or error."""
+        now = time.time()
+        if prompt.state == "submitted" and outcome == "done":
+            prompt = self.prompt(prompt, state="started", started_at=now)
+        self.prompt(prompt, state="done" if outcome == "done" else "failed", ended_at=now, answer=answer,
+                    reason=reason or (None if outcome == "done" else outcome))
+        self.columns["turns"] = self.columns.get("turns", self.session.row.turns) + 1
+        self.tell("turn.ended", promptId=prompt.id, outcome=outcome, **({"reason": reason} if reason else {}))
+        if prompt.agent_id:
+            self.session.closed_ids.append(prompt.agent_id)
+
+    def commit(self) -> None:
+        """Make it durable, then true, then known."""
+        session, row, now = self.session, self.session.row, time.time()
+        if row.ended_at is None and not self.facts.ended:
+            verdict = judge(self.facts)
+            if (verdict.status, verdict.reason) != (row.status, row.reason):
+                self._move(verdict, now)
+        if self.columns or self.statements or self.drafts:
+            if self.columns:
+                self.columns["updated_at"] = now
+                self.statements.insert(0, update("sessions", row.id, self.columns))
+            session.context.bus.commit(self.statements, self.drafts)
+        session.row = row._replace(**self.columns)
+        session.facts = self.facts
+        session.active_at = now
+        session.evidence.append(self.why)
+        session.changed.notify_all()
+        if can_deliver(self.facts) and not session.delivering:
+            session.context.kick(session)
+
+    def _move(self, verdict: Verdict, now: float) -> None:
+        row = self.session.row
+        self.columns.update(reason=verdict.reason)
+        if verdict.status == row.status:
+            return
+        rule = f"{self.why.source}: {self.why.rule}; {verdict.rule}"
+        self.columns.update(status=verdict.status, rule=rule, since=now)
+        told: Json = {"name": row.name, "status": verdict.status, "previous": row.status}
+        if verdict.reason:
+            told["reason"] = verdict.reason
+        if verdict.status == "idle":
+            told["output"] = clip(self.columns.get("output", row.output) or "", 2_000)
+        self.tell(f"session.{verdict.status}", **told)
+
+
+def wire_permission(request: PermissionRow) -> Json:
+    """Give a permission request its shape on the wire."""
+    return {"id": request.id, "tool": request.tool, "input": request.input, "summary": request.summary,
+            "state": request.state, "requestedAt": iso(request.asked_at)}
+
+
+def pending_permission(facts: Facts) -> Optional[Json]:
+    """Give what waits for approve or reject, if anything does."""
+    asked = next((one for one in facts.pending if one.tool not in QUESTION_TOOLS), None)
+    if asked:
+        return wire_permission(asked)
+    if facts.dialog and facts.dialog.kind == "permission_prompt":
+        return {"id": None, "tool": None, "input": None, "summary": facts.dialog.title, "state": "pending",
+                "options": [option.label for option in facts.dialog.options]}
+    return None
+
+
+def pending_question(facts: Facts) -> Optional[Json]:
+    """Give the question or dialog that waits for an answer, if any does."""
+    asked = next((one for one in facts.pending if one.tool in QUESTION_TOOLS), None)
+    if asked:
+        return {"id": asked.id, "title": asked.summary, "tool": asked.tool, "questions": asked.input.get("questions") or [],
+                "plan": asked.input.get("plan")}
+    if facts.dialog and facts.dialog.kind not in ("permission_prompt", "login", "onboarding"):
+        return {"id": None, "title": facts.dialog.title, "kind": facts.dialog.kind,
+                "options": [option.label for option in facts.dialog.options], "text": facts.dialog.excerpt}
+    return None
+
+
+def attach_command(context: Context, row: SessionRow) -> Optional[str]:
+    """Write the command with which a person looks at a session, and types into it."""
+    if row.ended_at is not None or not row.window:
+        return None
+    return (f"{context.settings.tmux} -L {context.settings.tmux_socket} new-session -t {TMUX_SESSION} "
+            f"'\\;' set destroy-unattached on '\\;' select-window -t {row.window}").replace("'\\;'", "\\;")
+
+
+def view(context: Context, row: SessionRow, facts: Facts, active_at: Optional[float] = None) -> Json:
+    """Give a session its shape on the wire; secrets and environments stay out of it."""
+    return {
+        "id": row.id, "name": row.name, "agent": row.agent, "workDir": row.work_dir, "status": row.status,
+        "statusReason": row.reason, "createdAt": iso(row.created_at), "updatedAt": iso(row.updated_at),
+        "lastActivityAt": iso(max(active_at or 0, row.updated_at)), "endedAt": iso(row.ended_at),
+        "exitCode": row.exit_code, "model": row.model, "permissionMode": row.permission_mode,
+        "conversationId": row.conversation, "transcriptPath": row.parts[-1] if row.parts else None,
+        "window": row.window, "pid": row.pid, "attach": attach_command(context, row),
+        "queueLength": len(facts.waiting), "turns": row.turns, "tokenUsage": token_usage(row.ledger),
+        "costUsd": cost_usd(row.ledger), "pendingPermission": pending_permission(facts),
+        "pendingQuestion": pending_question(facts),
+    }
+
+
+def wire_prompt(prompt: PromptRow, position: Optional[int] = None) -> Json:
+    """Give a prompt its shape on the wire."""
+    return {"promptId": prompt.id, "kind": prompt.kind, "text": clip(prompt.text, 2_000), "state": prompt.state,
+            "reason": prompt.reason, "position": position, "attempts": prompt.attempts,
+            "createdAt": iso(prompt.created_at), "submittedAt": iso(prompt.submitted_at),
+            "startedAt": iso(prompt.started_at), "endedAt": iso(prompt.ended_at)}
+
+
+def find_live(context: Context, session_id: str) -> Session:
+    """Find a session that has not ended.  Raises ApiError 404, or 409 when it has ended."""
+    session = find_session(context, session_id)
+    if not session.live:
+        raise ApiError(409, "SESSION_ENDED", f"session {session_id} is {session.row.status}; it takes nothing any more")
+    return session
+
+
+def find_session(context: Context, session_id: str) -> Session:
+    """Find a session, live or ended.  Raises ApiError 404."""
+    session = context.sessions.get(session_id)
+    if session:
+        return session
+    row = context.store.row(SessionRow, "sessions", "id = ?", session_id)
+    if row is None:
+        raise ApiError(404, "SESSION_NOT_FOUND", f"there is no session {clip(session_id, 60)}")
+    return Session(context, row, Facts(ended=row.status))
+
+
+# -- what the agent writes itself: transcript and status file
+
+
+def catch_up(session: Session) -> List[Entry]:
+    """Read the transcript's new lines into the books; costs O(new bytes).  Gives the new entries."""
+    row = session.row
+    if not row.parts:
+        return []
+    with session.transcript_lock:
+        path, start = session.row.parts[-1], session.row.ledger["offset"]
+        offset, lines = read_new_lines(path, start)
+        if offset == start:
+            return []
+        entries = [entry for line in lines for entry in parse_line(line)]
+        with session.lock:
+            ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
+            session.context.bus.commit([update("sessions", row.id, {"ledger": ledger})])
+            session.row = session.row._replace(ledger=ledger)
+            session.changed.notify_all()
+        return entries
+
+
+class AgentStatus(NamedTuple):
+    """What the agent's own status file says."""
+
+    status: str        # idle, busy, waiting
+    at: float          # Unix seconds
+    waiting_for: str
+
+
+def read_status_file(session: Session) -> Optional[AgentStatus]:
+    """Read the client's undocumented status file; None when there is none."""
+    home = session.row.launch.get("home")
+    if not home or not session.row.pid:
+        return None
+    try:
+        told = json.loads((Path(home) / "sessions" / f"{session.row.pid}.json").read_bytes())
+        at = told.get("statusUpdatedAt") or told.get("updatedAt") or 0
+        return AgentStatus(str(told["status"]), at / 1000.0, str(told.get("waitingFor") or ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+# ============================================================================
+# DELIVERY. Prompts: typed once, proved taken.
+# ============================================================================
+# One durable queue per session.  A prompt is typed only into an empty box of
+# an agent that waits; `typed_at` is stored before the first key, and from
+# then on the prompt is never typed again, only Enter is pressed again while
+# the draft visibly stands in the box.  It counts as submitted when the agent
+# itself reports it, and as started when its turn shows.  Thread: one per
+# session, only while there is something to deliver.
+
+BOX_SECONDS = 5.0        # how long an agent that should be idle may take to show its empty box
+REPORT_SECONDS = 1.0     # a report comes 30-60 ms after Enter; then the screen is looked at
+GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
+LOOK_SECONDS = 0.015     # pause between looks at a screen that is about to change
+
+
+def enqueue(session: Session, kind: str, text_: str, key: Optional[str]) -> PromptRow:
+    """Put a prompt into the session's queue, durably; the same idempotency key gives the same prompt."""
+    context = session.context
+    with session.lock:
+        if key:
+            known = context.store.row(PromptRow, "prompts", "session = ? AND idempotency = ?", session.row.id, key)
+            if known and (known.kind, known.text) != (kind, text_):
+                raise ApiError(409, "IDEMPOTENCY_CONFLICT", "this Idempotency-Key was used for another prompt")
+            if known:
+                return known
+        if not session.live or session.ending:
+            raise ApiError(409, "SESSION_ENDED", f"session {session.row.id} is {session.row.status}")
+        prompt = new_prompt(context, session.row.id, kind, text_, key)
+        with session.changing("api", f"{kind} accepted", clip(text_, 100)) as change:
+            add_prompt(change, prompt)
+        return prompt
+
+
+def new_prompt(context: Context, session_id: str, kind: str, text_: str, key: Optional[str] = None) -> PromptRow:
+    """Make the row of a prompt that nobody has seen yet."""
+    return PromptRow(next(context.serial), new_id("p-"), session_id, kind, text_, "queued", None, 0, None, key,
+                     time.time(), None, None, None, None, None, None)
+
+
+def add_prompt(change: Change, prompt: PromptRow) -> None:
+    """Add a prompt to a change."""
+    change.statements.append(insert("prompts", prompt._asdict()))
+    change.set(prompts=(*change.facts.prompts, prompt))
+    if prompt.kind != "terminal":
+        change.tell("prompt.queued", promptId=prompt.id, kind=prompt.kind)
+
+
+def find_prompt(session: Session, prompt_id: str) -> PromptRow:
+    """Find a prompt in any state.  Raises ApiError 404."""
+    found = next((prompt for prompt in session.facts.prompts if prompt.id == prompt_id), None)
+    found = found or session.context.store.row(PromptRow, "prompts", "id = ? AND session = ?", prompt_id, session.row.id)
+    if found is None:
+        raise ApiError(404, "PROMPT_NOT_FOUND", f"session {session.row.id} has no prompt {clip(prompt_id, 60)}")
+    return found
+
+
+def cancel_prompt(session: Session, prompt_id: str) -> PromptRow:
+    """Take a prompt out of the queue.  Raises ApiError 409 once it is being typed."""
+    with session.lock:
+        prompt = find_prompt(session, prompt_id)
+        if prompt.state != "queued" or prompt.typed_at is not None:
+            raise ApiError(409, "PROMPT_NOT_QUEUED", f"prompt {prompt_id} is {prompt.state}"
+                           + (" (being typed)" if prompt.state == "queued" else ""))
+        with session.changing("api", "prompt cancelled") as change:
+            return change.prompt(prompt, state="failed", reason="cancelled", ended_at=time.time())
+
+
+def await_delivery(session: Session, prompt_id: str, seconds: float) -> PromptRow:
+    """Wait until the agent reported a prompt, or something needs the caller first."""
+    def settled() -> bool:
+        prompt = next((one for one in session.facts.prompts if one.id == prompt_id), None)
+        blocked = session.row.status not in BUSY_STATES and not session.delivering
+        return prompt is None or prompt.state != "queued" or blocked or not session.live
+    session.wait(settled, seconds)
+    return find_prompt(session, prompt_id)
+
+
+def deliver_all(context: Context, session: Session) -> None:
+    """Deliver prompts while the agent can take them; the body of a session's delivery thread."""
+    while True:
+        with session.lock:
+            if not can_deliver(session.facts) or session.ending or context.stopping.is_set():
+                session.delivering = False
+                session.changed.notify_all()
+                return
+            prompt = next(one for one in session.facts.waiting if one.typed_at is None)
+        try:
+            deliver(context, session, prompt)
+        except (TmuxError, OSError, ApiError) as error:
+            context.log.note("warning", "delivery failed", session=session.row.id, error=error)
+            fail_delivery(context, session, prompt.id, f"could not be typed: {error}")
+        except Exception:
+            context.log.note("error", "delivery failed", session=session.row.id, trace=traceback.format_exc())
+            fail_delivery(context, session, prompt.id, "could not be typed: internal error")
+
+
+def start_delivery(context: Context, session: Session) -> None:
+    """Begin a delivery thread unless the session has one; called with the session's lock held."""
+    if not session.delivering:
+        session.delivering = True
+        spawn("aegis-deliver", deliver_all, context, session)
+
+
+def fail_delivery(context: Context, session: Session, prompt_id: str, reason: str) -> None:
+    """Mark a prompt failed if it is still in the queue; a store that will not is tried again later."""
+    try:
+        with session.changing("delivery", "failed", reason) as change:
+            prompt = next((one for one in change.facts.prompts if one.id == prompt_id), None)
+            if prompt and prompt.state == "queued":
+                change.prompt(prompt, state="failed", reason=reason, ended_at=time.time())
+    except ApiError:
+        context.stopping.wait(1.0)
+
+
+def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
+    """Type one prompt and wait until the agent reports it."""
+    pane = session.row.pane or ""
+    if not await_box(context, session):
+        return
+    mark = None if session.agent.reports else screen_mark(context, pane)
+    with session.changing("delivery", "typing", prompt.id) as change:
+        if prompt.id not in [one.id for one in change.facts.waiting] or not can_deliver(change.facts):
+            return
+        prompt = change.prompt(prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark)
+    if not context.tmux.type(pane, keystrokes(session.agent, prompt), context.file(session.row.id, "spool")):
+        return  # the pane is dead: the end of its process is told by the exits
+    if session.agent.reports:
+        confirm(context, session, prompt)
+    else:
+        start_unreported(session, prompt.id, "typed; this agent does not report")
+
+
+# What the client would not take as text.  A first word like a command's runs it; some words end the agent.
+COMMAND_LIKE = re.compile(r"^\s*/(?:[A-Za-z0-9_][A-Za-z0-9_:-]*)?(?:\s|$)")
+EXIT_WORDS = frozenset(("exit", "quit", ":q", ":q!", ":wq", ":wq!"))
+CHUNK_UNITS, CHUNK_LINES = 700, 3   # a paste above 800 UTF-16 units or 3 lines collapses, and arrives wrapped in tags
+CHUNKS_MOST = 150                   # a longer text is pasted whole: the client takes 7 ms for each chunk
+ENTER = Stroke(keys=("Enter",))
+
+
+def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
+    """Choose the strokes that make a text arrive as it is, and only as text.
+
+    Short chunks keep the client from collapsing a paste.  A trailing backslash would make Enter a newline: a space,
+    which the client trims, stands behind it.  A leading `!` would switch the box to a shell: it is pasted behind a
+    letter, which is then deleted.  What looks like a command is text only in a collapsed paste, so it is made one.
+    """
+    text_ = prompt.text.replace("\0", "")
+    if not agent.reports:
+        return [Stroke(text_), ENTER]
+    if prompt.kind == "command":
+        return [Stroke(text_), ENTER]
+    if prompt.kind == "bash":
+        return [Stroke("!"), *map(Stroke, chunks(text_)), ENTER]
+    if COMMAND_LIKE.match(text_) or text_.strip() in EXIT_WORDS:
+        return [Stroke(text_ + "\n" * (CHUNK_LINES + 1)), ENTER]
+    text_ += " " if text_.endswith("\\") else ""
+    pieces = chunks(text_)
+    if len(pieces) > CHUNKS_MOST:
+        pieces = [text_]
+    if text_.lstrip().startswith("!"):
+        lead = text_[: text_.index("!") + 1]
+        rest = [text_[len(lead):]] if len(pieces) == 1 else chunks(text_[len(lead):])
+        return [Stroke("x" + lead.lstrip()), Stroke(keys=("C-a", "DC", "C-e")), *map(Stroke, filter(None, rest)), ENTER]
+    return [*map(Stroke, pieces), ENTER]
+
+
+def chunks(text_: str) -> List[str]:
+    """Cut a text into pieces that do not collapse; never inside a grapheme, where it would be seen."""
+    found, start = [], 0
+    while start < len(text_):
+        end = start + CHUNK_UNITS // (1 if text_[start:start + CHUNK_UNITS].isascii() else 2)
+        breaks = [match.end() for match in itertools.islice(re.finditer("\n", text_[start:end]), CHUNK_LINES - 1)]
+        if len(breaks) == CHUNK_LINES - 1:
+            end = start + breaks[-1]
+        while start + 1 < end < len(text_) and (unicodedata.category(text_[end])[0] == "M" or "\u200d" in text_[end - 1:end + 1]
+                                                or unicodedata.category(text_[end]) in ("Cf", "Sk")):
+            end -= 1
+        found.append(text_[start:end])
+        start = end
+    return found
+
+
+def screen_mark(context: Context, pane: str) -> int:
+    """Count the lines that a pane has shown so far."""
+    history, cursor = context.tmux.ask(pane, "#{history_size}:#{cursor_y}").split(":")
+    return int(history) + int(cursor)
+
+
+def look(context: Context, session: Session) -> Reading:
+    """Read a session's screen as it is now.  Raises TmuxError."""
+    return session.agent.read(context.tmux.capture(session.row.pane or "", ansi=True))
+
+
+def await_box(context: Context, session: Session) -> bool:
+    """Wait for an empty input box; False when the screen shows something else, which is then looked into."""
+    if not session.agent.reports:
+        return True
+    deadline, cleaned = time.monotonic() + BOX_SECONDS, 0
+    while time.monotonic() < deadline and not session.ending:
+        reading = look(context, session)
+        if reading.kind == "idle" and not reading.draft:
+            return True
+        if reading.kind == "idle" and cleaned < 6:
+            cleaned += 1
+            rows = 2 * (reading.draft.count("\n") + 2)
+            context.tmux.keys(session.row.pane or "", "C-e", *["C-u"] * min(rows, 80))
+        elif reading.kind not in ("idle", "working", "unknown"):
+            break
+        time.sleep(LOOK_SECONDS)
+    context.look_later(session, 0.0)
+    session.wait(lambda: not can_deliver(session.facts), 1.0)
+    return False
+
+
+def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
+    """Wait for the agent's report; press Enter again only while the draft is still in the box."""
+    began, presses = time.monotonic(), 1
+    patience = REPORT_SECONDS + len(prompt.text) / 200_000
+    while not taken(session, prompt.id, patience):
+        if session.ending or not session.live or context.stopping.is_set():
+            return
+        reading = look(context, session)
+        digest(session, catch_up(session))
+        if taken(session, prompt.id, 0.0):
+            return
+        if reading.kind == "idle" and reading.draft and presses < 5:
+            presses += 1
+            context.tmux.keys(session.row.pane or "", "Enter")
+            with session.changing("delivery", "Enter again", reading.draft) as change:
+                change.prompt(find_prompt(session, prompt.id), attempts=presses)
+        elif prompt.kind != "prompt" and reading.kind != "working":
+            end_unreported(session, prompt.id)
+            return
+        elif reading.kind not in ("idle", "working", "unknown"):
+            context.look_later(session, 0.0)
+        if time.monotonic() - began > GIVE_UP_SECONDS + patience:
+            fail_delivery(context, session, prompt.id, "the agent never reported it; look at the pane before you send it again")
+            return
+        patience = 0.25
+
+
+def taken(session: Session, prompt_id: str, seconds: float) -> bool:
+    """Wait until a prompt has left the queue."""
+    def gone() -> bool:
+        return not any(one.id == prompt_id and one.state == "queued" for one in session.facts.prompts)
+    return session.wait(gone, seconds)
+
+
+def start_unreported(session: Session, prompt_id: str, rule: str) -> None:
+    """Begin the turn of a prompt whose agent does not report."""
+    now = time.time()
+    with session.changing("delivery", rule) as change:
+        prompt = next((one for one in change.facts.prompts if one.id == prompt_id), None)
+        if prompt and prompt.state == "queued":
+            prompt = change.prompt(prompt, state="submitted", submitted_at=now)
+            change.prompt(prompt, state="started", started_at=now)
+            change.set(failure=None)
+
+
+def end_unreported(session: Session, prompt_id: str) -> None:
+    """End a command that left the box and reported nothing: the client did it by itself."""
+    with session.changing("screen", "the command left the box") as change:
+        prompt = next((one for one in change.facts.prompts if one.id == prompt_id), None)
+        if prompt and prompt.state == "queued":
+            prompt = change.prompt(prompt, state="submitted", submitted_at=time.time())
+            change.end_prompt(prompt, "done")
+
+
+def digest(session: Session, entries: Sequence[Entry]) -> None:
+    """Let new transcript lines prove what hooks did not tell: a prompt taken, a turn ended or interrupted."""
+    final = ""
+    for entry in entries:
+        if entry.kind == "prompt":
+            session.transcript_prompt = entry.prompt_id
+            _digest_prompt(session, entry)
+        elif entry.kind == "text" and entry.final:
+            final = entry.text
+        elif entry.kind in ("interrupt", "end"):
+            _digest_end(session, entry, final)
+
+
+def _digest_prompt(session: Session, entry: Entry) -> None:
+    with session.lock:
+        prompt = next((one for one in session.facts.prompts
+                       if (one.agent_id and one.agent_id == entry.prompt_id)
+                       or (one.state == "queued" and one.typed_at and canonical(one.text) == canonical(entry.text))), None)
+        if prompt is None or prompt.state == "started":
+            return
+        now = time.time()
+        with session.changing("transcript", "prompt line", entry.text) as change:
+            if prompt.state == "queued":
+                prompt = change.prompt(prompt, state="submitted", submitted_at=now, agent_id=entry.prompt_id)
+            change.prompt(prompt, state="started", started_at=now)
+            change.set(failure=None)
+
+
+def _digest_end(session: Session, entry: Entry, final: str) -> None:
+    with session.lock:
+        current = session.facts.current
+        if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
+            return
+        with session.changing("transcript", f"{entry.kind} line", entry.text) as change:
+            interrupted = entry.kind == "interrupt"
+            change.end_prompt(current, "interrupted" if interrupted else "done", answer=final or None)
+            if final and not interrupted:
+                change.columns["output"] = final
+        session.stopped_at = time.time()
+
+
+# ============================================================================
+# REPORTS. What hooks, screens and exits change.
+# ============================================================================
+# Three witnesses.  A hook is the agent's own word and changes facts at once.
+# A screen is looked at only when its pane fell quiet (or a dialog is awaited),
+# and proves what no hook tells: the first prompt, start-up questions, an
+# interrupt in the terminal.  The exit of a process outranks both.  A late or
+# repeated hook changes nothing: turns are told apart by the agent's own ids.
+# To add a hook: a row in HOOKS.
+
+Answer = Json
+
+
+def on_prompt(session: Session, body: Json) -> Answer:
+    """UserPromptSubmit: the agent took a prompt, ours or one typed in the terminal."""
+    prompt_id, said = str(body.get("prompt_id") or ""), str(body.get("prompt") or "")
+    with session.lock:
+        if prompt_id in session.closed_ids or any(one.agent_id == prompt_id for one in session.facts.prompts if prompt_id):
+            session.note("hook", "UserPromptSubmit again", prompt_id)
+            return {}
+        now = time.time()
+        with session.changing("hook", "UserPromptSubmit", said) as change:
+            ours = next((one for one in change.facts.waiting if one.typed_at), None)
+            if ours and canonical(ours.text) in canonical(said):
+                change.prompt(ours, state="submitted", submitted_at=now, agent_id=prompt_id)
+            else:
+                prompt = new_prompt(session.context, session.row.id, "terminal", said)
+                prompt = prompt._replace(attempts=1, typed_at=now, agent_id=prompt_id)
+                add_prompt(change, prompt)
+                change.prompt(prompt, state="submitted", submitted_at=now)
+            change.set(failure=None, dialog=None, busy=None, ready=True)
+    session.context.look_later(session, 0.15)
+    return {}
+
+
+def on_activity(session: Session, body: Json) -> Answer:
+    """PostToolUse and the like: the turn is alive; a tool that ran was allowed."""
+    with session.lock:
+        tool = body.get("tool_name")
+        allowed = next((one for one in session.facts.pending if one.tool == tool and one.input == body.get("tool_input")), None)
+        current = session.facts.current
+        if allowed and body.get("hook_event_name", "").startswith("PostToolUse"):
+            settle_permission(session, allowed.id, "answered_in_terminal", "terminal", "the tool ran")
+        if current and current.state == "submitted" and current.agent_id in (None, body.get("prompt_id")):
+            with session.changing("hook", str(body.get("hook_event_name"))) as change:
+                change.prompt(current, state="started", started_at=time.time())
+        else:
+            session.note("hook", str(body.get("hook_event_name")), str(tool or ""))
+    return {}
+
+
+def on_stop(session: Session, body: Json) -> Answer:
+    """Stop: the turn ended, unless background tasks still run."""
+    prompt_id, said = str(body.get("prompt_id") or ""), str(body.get("last_assistant_message") or "")
+    tasks = body.get("background_tasks") or []
+    with session.lock:
+        if prompt_id and prompt_id in session.closed_ids:
+            session.note("hook", "Stop again", prompt_id)
+            return {}
+        with session.changing("hook", "Stop", f"{len(tasks)} background tasks") as change:
+            if said:
+                change.columns["output"] = said
+            if tasks:
+                return {}
+            for prompt in ending_with(change.facts, prompt_id):
+                change.end_prompt(prompt, "done", answer=said)
+            change.set(busy=None, dialog=None)
+        session.stopped_at = time.time()
+        if prompt_id:
+            session.closed_ids.append(prompt_id)
+    session.context.look_later(session, 0.3)
+    return {}
+
+
+def on_failure(session: Session, body: Json) -> Answer:
+    """StopFailure: an API error ended the turn."""
+    prompt_id, kind = str(body.get("prompt_id") or ""), str(body.get("error") or "unknown")
+    with session.lock:
+        if prompt_id and prompt_id in session.closed_ids:
+            session.note("hook", "StopFailure again", prompt_id)
+            return {}
+        said = str(body.get("last_assistant_message") or "")
+        reason = failure_advice(kind, said)
+        with session.changing("hook", "StopFailure", reason) as change:
+            for prompt in ending_with(change.facts, prompt_id):
+                change.end_prompt(prompt, "error", reason, said)
+            change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
+        session.stopped_at = time.time()
+    session.context.look_later(session, 0.3)
+    return {}
+
+
+def failure_advice(kind: str, said: str) -> str:
+    """Say what failed, in the agent's words, and what to do where we know it."""
+    advice = {"authentication_failed": "log the agent in: attach and run /login, or fix its API key"}
+    return f"{kind}: {clip(said, 300)}" + (f" ({advice[kind]})" if kind in advice else "")
+
+
+def ending_with(facts: Facts, prompt_id: str) -> List[PromptRow]:
+    """Find the open prompts that one Stop ends: the agent merges prompts, and names the last of them."""
+    open_ones = [prompt for prompt in facts.prompts if prompt.state in OPEN_STATES]
+    known = [index for index, prompt in enumerate(open_ones) if prompt.agent_id == prompt_id]
+    return open_ones[: known[-1] + 1] if known else open_ones[:1] if not prompt_id else []
+
+
+def on_session_end(session: Session, body: Json) -> Answer:
+    """SessionEnd: /clear begins another conversation; any other end is told by the exit of the process."""
+    with session.changing("hook", "SessionEnd", str(body.get("reason"))) as change:
+        if body.get("reason") == "clear":
+            end_command(change, "/clear")
+    return {}
+
+
+def on_compacted(session: Session, body: Json) -> Answer:
+    """PreCompact and PostCompact: begin and end of /compact, or of the client's own compaction."""
+    ended = body.get("hook_event_name") == "PostCompact"
+    with session.changing("hook", str(body.get("hook_event_name")), str(body.get("trigger"))) as change:
+        if ended and body.get("trigger") == "manual":
+            end_command(change, "/compact")
+            change.set(busy=None)
+            session.stopped_at = time.time()
+        elif not ended and body.get("trigger") == "manual":
+            begin_command(change, "/compact")
+    return {}
+
+
+def begin_command(change: Change, word: str) -> Optional[PromptRow]:
+    """Start a slash command that the agent reports in its own way."""
+    prompt = next((one for one in change.facts.prompts if one.kind == "command" and one.text.split()[0] == word), None)
+    if prompt is None:
+        return None
+    now = time.time()
+    if prompt.state == "queued":
+        prompt = change.prompt(prompt, state="submitted", submitted_at=now)
+    return prompt if prompt.state == "started" else change.prompt(prompt, state="started", started_at=now)
+
+
+def end_command(change: Change, word: str) -> None:
+    """End a slash command."""
+    prompt = begin_command(change, word)
+    if prompt:
+        change.end_prompt(prompt, "done")
+
+
+HOOKS: Dict[str, Callable[[Session, Json], Answer]] = {
+    "UserPromptSubmit": on_prompt, "Stop": on_stop, "StopFailure": on_failure, "SessionEnd": on_session_end,
+    "PreCompact": on_compacted, "PostCompact": on_compacted, "PreToolUse": on_activity, "PostToolUse": on_activity,
+    "PostToolUseFailure": on_activity, "SubagentStart": on_activity, "SubagentStop": on_activity, "Notification": on_activity,
+}
+SUBAGENT_HOOKS = ("PermissionRequest", "PostToolUse", "PostToolUseFailure")   # what a subagent's report may change
+
+
+def receive_hook(session: Session, body: Json) -> Answer:
+    """Take one report of the agent; what is unknown is no error, for agents learn new ones."""
+    name = str(body.get("hook_event_name") or "")
+    learn_paths(session, body)
+    if body.get("agent_id") and name not in SUBAGENT_HOOKS:
+        session.note("hook", f"{name} of a subagent", str(body.get("agent_id")))
+        return {}
+    handle = HOOKS.get(name)
+    if handle is None:
+        session.note("hook", f"{name or 'nameless'} (unused)")
+        return {}
+    return handle(session, body)
+
+
+def learn_paths(session: Session, body: Json) -> None:
+    """Follow the agent to its conversation and transcript; /clear begins new ones."""
+    path, conversation, row = body.get("transcript_path"), body.get("session_id"), session.row
+    if not isinstance(path, str) or not isinstance(conversation, str) or body.get("agent_id"):
+        return
+    if (row.conversation == conversation and row.parts and row.parts[-1] == path) or not path.endswith(f"{conversation}.jsonl"):
+        return
+    if body.get("hook_event_name") == "SessionEnd":
+        return
+    digest(session, catch_up(session))
+    with session.lock:
+        begun = bool(row.parts) and row.parts[-1] != path
+        ledger = {**session.row.ledger, "offset": 0} if begun or not row.parts else session.row.ledger
+        with session.changing("hook", "conversation", conversation) as change:
+            change.columns.update(conversation=conversation, ledger=ledger,
+                                  parts=[*row.parts, path] if begun or not row.parts else row.parts)
+
+
+# -- permission requests
+
+
+def ask_permission(session: Session, body: Json) -> Tuple[str, Hold]:
+    """Open a permission request; the agent waits for its Hold beside its own dialog."""
+    tool, given = str(body.get("tool_name") or "?"), body.get("tool_input")
+    given = given if isinstance(given, dict) else {}
+    request = PermissionRow(new_id("perm-"), session.row.id, tool, given, summarise(tool, given), "pending", None, None,
+                            time.time(), None)
+    hold = Hold()
+    with session.changing("hook", "PermissionRequest", request.summary) as change:
+        if not session.live or session.ending:
+            raise ApiError(409, "SESSION_ENDED", "the session has ended")
+        change.statements.append(insert("permissions", request._asdict()))
+        change.set(pending=(*change.facts.pending, request), dialog=None)
+        current = change.facts.current
+        if current and current.state == "submitted":
+            change.prompt(current, state="started", started_at=request.asked_at)
+        change.tell("permission.requested", permission=wire_permission(request))
+        session.holds[request.id] = hold
+        session.dialog_seen = False
+    return request.id, hold
+
+
+def summarise(tool: str, given: Json) -> str:
+    """Say in one line what a tool is about to do."""
+    first = (given.get("questions") or [{}])[0] if isinstance(given.get("questions"), list) else {}
+    keys = {"AskUserQuestion": first.get("question") if isinstance(first, dict) else None, "ExitPlanMode": given.get("plan")}
+    what = keys.get(tool) or given.get("command") or given.get("file_path") or given.get("url") or given.get("description")
+    return clip(f"{tool}: {what}" if what else f"{tool} {dump(given)}", 300)
+
+
+def settle_permission(session: Session, request_id: str, state: str, by: str, why: str, message: Optional[str] = None,
+                      answer: Optional[Json] = None) -> bool:
+    """Decide a request once; False when it was decided before.  The winner releases the Hold."""
+    with session.lock:
+        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        if request is None:
+            return False
+        with session.changing(by, f"permission {state}", why) as change:
+            change.statements.append(update("permissions", request_id, {
+                "state": state, "decided_by": by, "message": message, "decided_at": time.time()}))
+            change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
+            change.tell("permission.resolved", permissionId=request_id, tool=request.tool, state=state, decidedBy=by)
+        hold = session.holds.pop(request_id, None)
+    if hold:
+        hold.release(answer)
+    return True
+
+
+# -- screens
+
+
+def inspect(context: Context, session: Session) -> Optional[Reading]:
+    """Look at a pane once, and let what it shows change the facts."""
+    row = session.row
+    if not row.pane or not session.live or session.ending:
+        return None
+    session.looked_at = time.monotonic()
+    seen_at = time.time()
+    try:
+        reading = look(context, session)
+    except TmuxError as error:
+        session.note("tmux", "capture failed", str(error))
+        return None
+    session.reading = reading
+    if not session.agent.reports:
+        inspect_quiet(context, session)
+        return reading
+    status = read_status_file(session)
+    digest(session, catch_up(session))
+    with session.lock:
+        if not session.live or session.ending:
+            return reading
+        if reading.kind == "trust" and context.settings.trust_workdir and not session.facts.ready and session.trusting is None:
+            session.trusting = True
+        elif session.trusting:
+            return reading
+        else:
+            weigh_screen(session, reading, status, seen_at)
+    if session.trusting:
+        spawn("aegis-trust", accept_trust, context, session)
+    return reading
+
+
+def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
+    """Change the facts by one look; called with the session's lock held."""
+    facts, told = session.facts, clip(reading.excerpt, 300)
+    dialog = reading.kind not in ("idle", "working", "unknown", "login")
+    if facts.pending:
+        weigh_pending(session, reading, dialog)
+        return
+    if dialog or (reading.kind == "login" and not facts.current):
+        if facts.dialog is None or facts.dialog._replace(excerpt="") != reading._replace(excerpt=""):
+            with session.changing("screen", reading.rule, told) as change:
+                change.set(dialog=reading)
+        return
+    if facts.dialog and reading.kind in ("idle", "working"):
+        with session.changing("screen", "the dialog is gone", told) as change:
+            change.set(dialog=None)
+        facts = session.facts
+    if reading.kind == "idle" and not facts.ready:
+        with session.changing("screen", "input box", told) as change:
+            change.set(ready=True, failure=None)
+            change.tell("session.ready", name=session.row.name)
+    elif facts.current:
+        weigh_turn(session, reading, status, facts.current, seen_at)
+    else:
+        weigh_rest(session, reading, status, seen_at)
+
+
+def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
+    """See whether a person answered the dialog of a held request: it stood there, and is gone."""
+    if dialog:
+        session.dialog_seen = True
+        return
+    if session.dialog_seen and reading.kind in ("working", "idle"):
+        for request in session.facts.pending:
+            settle_permission(session, request.id, "answered_in_terminal", "terminal", "the dialog is gone")
+
+
+def weigh_turn(session: Session, reading: Reading, status: Optional[AgentStatus], current: PromptRow, seen_at: float) -> None:
+    """See whether an open turn started, was put back into the box, or was interrupted without a hook."""
+    began = current.submitted_at or current.created_at
+    if reading.kind == "working" or (status and status.status == "busy" and status.at > began):
+        if current.state == "submitted":
+            with session.changing("screen", reading.rule, reading.excerpt) as change:
+                change.prompt(current, state="started", started_at=seen_at)
+        return
+    if reading.kind != "idle" or seen_at - began < QUIET_SECONDS or session.facts.busy:
+        return
+    calm = time.monotonic() - session.output_at
+    rested = status.status == "idle" and status.at > began if status else calm > 5.0
+    if not rested or calm < QUIET_SECONDS:
+        session.context.look_later(session, 0.3)
+        return
+    blocked = current.state == "submitted" and bool(reading.draft)
+    why = "the agent put the prompt back into its box (a hook of the user's blocked it)" if blocked else "interrupted"
+    with session.changing("status file" if status else "screen", "idle, and no Stop was reported", reading.excerpt) as change:
+        for prompt in [one for one in change.facts.prompts if one.state in OPEN_STATES]:
+            change.end_prompt(prompt, "interrupted", why)
+    session.stopped_at = time.time()
+
+
+def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
+    """See whether work began that no prompt explains (a shell command typed in the terminal), or ended."""
+    calm = time.monotonic() - session.output_at >= QUIET_SECONDS
+    if reading.kind == "working" or (status and status.status == "busy" and reading.kind != "idle"):
+        fresh = status.at > session.stopped_at + 0.2 if status else seen_at - session.stopped_at > SETTLE_SECONDS
+        if fresh and status and status.status == "idle":
+            fresh = False
+        if fresh and session.facts.ready and not session.facts.busy and seen_at - session.stopped_at > SETTLE_SECONDS:
+            with session.changing("screen", reading.rule, reading.excerpt) as change:
+                change.set(busy=f"screen: {reading.rule}")
+        if not session.facts.busy:
+            session.context.look_later(session, 0.5)
+    elif session.facts.busy and reading.kind == "idle" and calm:
+        with session.changing("screen", "the input box rests", reading.excerpt) as change:
+            change.set(busy=None)
+
+
+def inspect_quiet(context: Context, session: Session) -> None:
+    """Judge an agent without reports: quiet, and its own program in front, means it waits."""
+    front = context.tmux.ask(session.row.pane or "", "#{pane_current_command}")
+    now = time.time()
+    with session.lock:
+        facts, home = session.facts, session.row.launch.get("front")
+        if not facts.ready:
+            with session.changing("screen", "output fell quiet", front) as change:
+                change.columns["launch"] = {**session.row.launch, "front": front}
+                change.set(ready=True)
+                change.tell("session.ready", name=session.row.name)
+            return
+        current = facts.current
+        if current is None or front != home or now - (current.started_at or now) < 2 * QUIET_SECONDS:
+            if current:
+                context.look_later(session, QUIET_SECONDS)
+            return
+    answer = new_text(context, session, current)
+    with session.changing("screen", "quiet, and its own program is in front", front) as change:
+        change.columns["output"] = answer
+        change.end_prompt(current, "done", answer=answer)
+
+
+def new_text(context: Context, session: Session, prompt: PromptRow) -> str:
+    """Read what a pane shows since a prompt was typed, without the prompt's echo and the next prompt line."""
+    pane = session.row.pane or ""
+    history = int(context.tmux.ask(pane, "#{history_size}"))
+    lines = context.tmux.run(("capture-pane", "-p", "-J", "-t", pane, "-S", str((prompt.mark or 0) - history)))
+    texts = [line.rstrip() for line in lines]
+    while texts and not texts[-1]:
+        texts.pop()
+    echoed = prompt.text.split("\n")
+    return "\n".join(texts[min(len(echoed), len(texts)):-1]).strip("\n")
+
+
+def accept_trust(context: Context, session: Session) -> None:
+    """Answer the trust question for the caller's own directory: find the row by its text, look, then Enter.
+
+    Keys within 150 ms of a dialog's appearance are lost, and a key that is late must not meet the next one: each key
+    waits until its effect was seen, and Enter until the cursor has rested on the right row.
+    """
+    pane, rested, seen = session.row.pane or "", 0, -1
+    pressed_at, until = 0.0, time.monotonic() + 10.0
+    while time.monotonic() < until and not session.ending and not context.stopping.wait(0.1):
+        reading = look(context, session)
+        if reading.kind != "trust":
+            break
+        yes = next((index for index, option in enumerate(reading.options) if re.match(r"(?i)yes\b", option.label)), None)
+        now = next((index for index, option in enumerate(reading.options) if option.selected), None)
+        if yes is None or now is None:
+            break
+        rested, seen = (rested + 1 if now == seen else 0), now
+        if rested < 2 or time.monotonic() - pressed_at < (0.3 if yes == now else 1.0):
+            continue
+        session.note("screen", "trust accepted" if yes == now else "moving to the trust row", reading.options[yes].label)
+        context.tmux.keys(pane, "Enter" if yes == now else "Down" if yes > now else "Up")
+        pressed_at, rested = time.monotonic(), 0
+    session.trusting = False
+    context.look_later(session, 0.02)
+
+
+# -- exits
+
+
+def on_exit(context: Context, session: Session) -> None:
+    """The agent's process ended: learn how, keep its last words, close its window."""
+    if session.ending or not session.live:
+        return
+    status: Optional[int] = None
+    for _ in range(50):
+        try:
+            pane = next((one for one in context.tmux.panes() if one.pane == session.row.pane), None)
+        except TmuxError:
+            break
+        if pane is None or pane.dead:
+            status = pane.status if pane else None
+            break
+        time.sleep(0.01)
+    said = read_tail(context.file(session.row.id, "stderr")).strip()
+    how = f"the agent ended with status {status}" if status is not None else "the agent ended"
+    finish(context, session, "exited", f"{how}: {clip(said, 1_000)}" if said else how, status)
+
+
+def finish(context: Context, session: Session, status: str, reason: str, exit_code: Optional[int] = None) -> None:
+    """End a session for good: row and transcript stay readable, everything else goes."""
+    screen = None
+    if session.row.pane:
+        with contextlib.suppress(TmuxError):
+            screen = context.tmux.capture(session.row.pane, lines=200).strip("\n")[-LAST_SCREEN:]
+    if session.agent.reports:
+        with contextlib.suppress(ApiError):
+            digest(session, catch_up(session))
+    with session.lock:
+        if not session.live:
+            return
+        pane, window = session.row.pane, session.row.window
+        with session.changing("process", status, reason) as change:
+            end_everything(change, status, reason, exit_code, screen)
+        holds, session.holds = list(session.holds.values()), {}
+    for hold in holds:
+        hold.release(None)
+    context.sessions.pop(session.row.id, None)
+    if pane:
+        context.panes.pop(pane, None)
+    if window:
+        context.tmux.close_window(window)
+    for kind in ("launch", "hooks", "stderr"):
+        with contextlib.suppress(OSError):
+            context.file(session.row.id, kind).unlink()
+
+
+def end_everything(change: Change, status: str, reason: str, exit_code: Optional[int], screen: Optional[str]) -> None:
+    """Close what a session has open, prompts and requests included."""
+    now, row = time.time(), change.session.row
+    for request in change.facts.pending:
+        change.statements.append(update("permissions", request.id, {"state": "expired", "decided_by": status, "decided_at": now}))
+        change.tell("permission.resolved", permissionId=request.id, tool=request.tool, state="expired", decidedBy=status)
+    for prompt in change.facts.prompts:
+        wanted_exit = prompt.kind == "command" and prompt.text.split()[0] in ("/exit", "/quit") and prompt.typed_at
+        if prompt.state in OPEN_STATES:
+            change.end_prompt(prompt, "done" if wanted_exit else "error", None if wanted_exit else f"the session was {status}")
+        elif wanted_exit:
+            change.prompt(prompt, state="done", ended_at=now)
+        else:
+            change.prompt(prompt, state="failed", ended_at=now, reason=f"the session was {status} before it was delivered")
+    change.set(ended=status, prompts=(), pending=(), dialog=None)
+    change.columns.update(status=status, reason=reason, rule=f"{change.why.source}: {change.why.rule}", since=now, ended_at=now,
+                          exit_code=exit_code, secret=None, screen=screen)
+    change.tell(f"session.{status}", name=row.name, status=status, previous=row.status, reason=reason, exitCode=exit_code)
+
+
+# -- the monitor
+
+
+class Monitor:
+    """Looks at panes that fell quiet, and keeps timers; asleep while nothing happens.
+
+    lock guards dirty and timers.  One thread; what takes longer than a look gets a thread of its own.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.lock = threading.Lock()
+        self.wake = threading.Condition(self.lock)
+        self.dirty: Dict[str, Session] = {}
+        self.timers: Dict[str, Tuple[float, Session]] = {}
+        self.closed = False
+
+    def start(self) -> None:
+        """Begin."""
+        spawn("aegis-monitor", self._run)
+
+    def on_output(self, panes: List[str]) -> None:
+        """Note that panes drew something; called by the tmux reader."""
+        now, found = time.monotonic(), self.context.panes
+        with self.lock:
+            asleep = not self.dirty
+            for pane in panes:
+                session = found.get(pane)
+                if session is not None:
+                    session.output_at = now
+                    self.dirty[session.row.id] = session
+            if asleep and self.dirty:
+                self.wake.notify()
+
+    def look_later(self, session: Session, seconds: float) -> None:
+        """Look at a session's pane after a while; an earlier appointment stands."""
+        at = time.monotonic() + seconds
+        with self.lock:
+            known = self.timers.get(session.row.id)
+            if known is None or known[0] > at:
+                self.timers[session.row.id] = (at, session)
+                self.wake.notify()
+
+    def _run(self) -> None:
+        while not self.closed:
+            try:
+                for session in self.due(time.monotonic()):
+                    inspect(self.context, session)
+            except ApiError as error:
+                self.context.log.note("warning", "look failed", error=error)
+                self.context.stopping.wait(0.5)
+            except Exception:
+                self.context.log.note("error", "look failed", trace=traceback.format_exc())
+                self.context.stopping.wait(0.5)
+
+    def due(self, now: float) -> List[Session]:
+        """Wait for the next sessions to look at."""
+        with self.lock:
+            pause = self._pause(now)
+            if pause is None or pause > 0:
+                self.wake.wait(pause)
+            now = time.monotonic()
+            found = {key: one for key, (at, one) in self.timers.items() if at <= now}
+            for key in found:
+                del self.timers[key]
+            if self.context.tmux.client is None:
+                self.dirty.update(self.context.sessions)
+            for key, one in list(self.dirty.items()):
+                if not one.live:
+                    del self.dirty[key]
+                elif now - one.output_at >= quiet_needed(one) or now - one.looked_at >= look_gap(one):
+                    found[key] = one
+                    if now - one.output_at >= quiet_needed(one):
+                        del self.dirty[key]
+            return [one for one in found.values() if one.live]
+
+    def _pause(self, now: float) -> Optional[float]:
+        times = [at - now for at, _ in self.timers.values()]
+        if self.dirty:
+            times.append(0.02 if any(not one.facts.ready for one in self.dirty.values()) else 0.05)
+        if self.context.tmux.client is None and self.context.sessions:
+            times.append(0.5)
+        return max(0.0, min(times)) if times else None
+
+    def close(self) -> None:
+        """Stop."""
+        with self.lock:
+            self.closed = True
+            self.wake.notify()
+
+
+def quiet_needed(session: Session) -> float:
+    """Tell how long a pane must rest before its screen is worth a look."""
+    if not session.facts.ready and session.agent.reports:
+        return 0.02
+    return QUIET_SECONDS
+
+
+def look_gap(session: Session) -> float:
+    """Tell after how long a pane that does not rest is looked at all the same."""
+    if not session.facts.ready and session.agent.reports:
+        return 0.1
+    if session.facts.pending:
+        return 0.15
+    return 1.0 if not session.facts.current else 1e9
+
+
+# ============================================================================
+# LIFE. Create, adopt after a restart, kill; the App that owns all of it.
+# ============================================================================
+# A session's row is stored before its window opens, and the window's start
+# command names the session, so that whatever moment Aegis dies at, the next
+# start finds both ends: live rows without a pane have exited, panes of ended
+# rows are closed, and everything else goes on.  Stopping Aegis stops no agent.
+
+
+class Wanted(NamedTuple):
+    """What a caller wants created; None where the settings decide."""
+
+    name: Optional[str]
+    work_dir: str
+    prompt: Optional[str]
+    agent: Optional[str]
+    model: Optional[str]
+    permission_mode: Optional[str]
+    args: List[str]
+    env: Dict[str, str]
+    command: Optional[List[str]]
+    idempotency: Optional[str] = None
+
+
+def check_work_dir(settings: Settings, path: str) -> str:
+    """Resolve a working directory.  Raises ApiError 400 or 403 that says what is wrong with it."""
+    def refuse(what: str) -> ApiError:
+        return ApiError(400, "INVALID_REQUEST", f"workDir {what}", fields={"workDir": what})
+    if not os.path.isabs(path):
+        raise refuse("must be an absolute path")
+    if re.search(r"[\0\r\n]", path):
+        raise refuse("must not hold a line break or NUL")
+    try:
+        real = os.path.realpath(path)
+        if not os.path.exists(real):
+            raise refuse("does not exist")
+        if not os.path.isdir(real):
+            raise refuse("is not a directory")
+        if not os.access(real, os.R_OK | os.X_OK):
+            raise refuse("cannot be entered by the user that runs Aegis")
+    except (OSError, ValueError) as error:
+        raise refuse(f"cannot be used: {error}") from error
+    if settings.work_dirs and not any(real == root or real.startswith(root.rstrip("/") + "/") for root in settings.work_dirs):
+        raise ApiError(403, "WORKDIR_NOT_ALLOWED", f"workDir must be at or below one of: {', '.join(settings.work_dirs)}")
+    return real
+
+
+def check_arguments(args: Sequence[str]) -> None:
+    """Refuse arguments that Aegis itself must set.  Raises ApiError 400."""
+    taken_ = next((word for word in args if word.split("=")[0] in OWN_FLAGS), None)
+    if taken_:
+        raise ApiError(400, "INVALID_REQUEST", f"args must not hold {taken_}: Aegis sets it (see model, permissionMode, prompt)",
+                       fields={"args": f"must not hold {taken_}"})
+    if any("\0" in word for word in args):
+        raise ApiError(400, "INVALID_REQUEST", "args must not hold NUL", fields={"args": "must not hold NUL"})
+
+
+def create_session(context: Context, wanted: Wanted) -> Session:
+    """Make a session and start its agent; the same idempotency key gives the same session."""
+    settings = context.settings
+    if wanted.idempotency:
+        known = context.store.row(SessionRow, "sessions", "idempotency = ?", wanted.idempotency)
+        if known:
+            return find_session(context, known.id)
+    agent = AGENTS[wanted.agent or settings.agent]
+    check_arguments(wanted.args)
+    work_dir = check_work_dir(settings, wanted.work_dir)
+    environment = agent_environment(os.environ, wanted.env, context.state_dir)
+    if agent.name == "demo":
+        environment.setdefault("CLAUDE_CONFIG_DIR", str(context.state_dir / "demo"))
+    launch = {"args": wanted.args, "env": wanted.env, "command": wanted.command,
+              "home": environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")}
+    words = agent.program(settings, launch)
+    program = find_program(words, environment.get("PATH"))
+    if program is None:
+        raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {agent.missing}")
+    row = new_row(context, wanted, agent, work_dir, launch)
+    session = Session(context, row, Facts())
+    store_new(context, session, wanted)
+    context.sessions[row.id] = session
+    try:
+        start_agent(context, session, [program, *words[1:]], environment)
+    except (TmuxError, OSError) as error:
+        session.ending = True
+        finish(context, session, "exited", f"could not be started: {error}")
+        raise ApiError(503, "TMUX_UNAVAILABLE", f"the agent could not be started: {error}", sessionId=row.id) from error
+    return session
+
+
+def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str, launch: Json) -> SessionRow:
+    """Make the row of a session that is about to start."""
+    now, session_id, settings = time.time(), new_id(), context.settings
+    name = wanted.name or f"{agent.name}-{session_id[:6]}"
+    return SessionRow(
+        session_id, name, agent.name, work_dir, "starting", None, "api: created", now, now, now, None, None,
+        (wanted.model or settings.model or None) if agent.reports else None,
+        (wanted.permission_mode or settings.permission_mode) if agent.reports else None, launch, secrets.token_urlsafe(32),
+        wanted.idempotency, str(uuid.uuid4()) if agent.reports else None, [], new_ledger(), None, 0, None, None, None, None)
+
+
+def store_new(context: Context, session: Session, wanted: Wanted) -> None:
+    """Store a new session and its first prompt together.  Raises ApiError 409 when the name is taken."""
+    row = session.row
+    with session.lock:
+        change = Change(session, Evidence("api", "created", time.time(), ""))
+        change.statements.append(insert("sessions", row._asdict()))
+        change.tell("session.created", name=row.name, agent=row.agent, workDir=row.work_dir, status=row.status)
+        if wanted.prompt is not None:
+            add_prompt(change, new_prompt(context, row.id, "prompt", wanted.prompt))
+        try:
+            change.commit()
+        except sqlite3.IntegrityError as error:
+            raise ApiError(409, "NAME_IN_USE", f"a live session is already named {row.name!r}: choose another name, or none",
+                           fields={"name": "is in use"}) from error
+
+
+def start_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str]) -> None:
+    """Write the launch files, open the window, watch the process."""
+    row, agent = session.row, session.agent
+    hooks, launch, stderr = (context.file(row.id, kind) for kind in ("hooks", "launch", "stderr"))
+    if agent.reports:
+        write_private(hooks, dump(hook_settings(f"{context.base_url}/hooks/{row.id}", row.secret or "",
+                                                context.settings.hold_seconds, row.permission_mode == "bypassPermissions")))
+    argv = words + agent.arguments(LaunchPlan(context.settings, row, str(hooks)))
+    write_private(launch, launch_script(row.work_dir, environment, argv, str(stderr) if agent.keep_stderr else None))
+    session.output_at = session.looked_at = time.monotonic()
+    pane = context.tmux.open_window(row.name, row.id, ["/bin/sh", str(launch)])
+    context.panes[pane.pane] = session
+    with session.changing("tmux", "window opened", pane.window) as change:
+        change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
+    watch(context, session)
+    context.look_later(session, 0.05)
+    timer = threading.Timer(context.settings.ready_seconds, not_ready, (session,))
+    timer.daemon = True
+    timer.start()
+    session.wait(lambda: not session.live, 0.0)
+
+
+def not_ready(session: Session) -> None:
+    """Tell that an agent shows no input box within the time it is given."""
+    with contextlib.suppress(ApiError), session.lock:
+        if session.live and not session.facts.ready and not session.facts.dialog:
+            with session.changing("clock", "not ready in time") as change:
+                change.set(failure=("error", "the agent shows no input box: attach and look, or kill the session"))
+
+
+def watch(context: Context, session: Session) -> None:
+    """Be told when the agent's process ends."""
+    if session.row.pid:
+        context.exits.watch(session.row.pid, lambda: guarded_exit(context, session))
+
+
+def guarded_exit(context: Context, session: Session) -> None:
+    """Record an exit; a store that will not take it now is asked again."""
+    while session.live and not session.ending and not context.stopping.is_set():
+        try:
+            on_exit(context, session)
+            return
+        except ApiError as error:
+            context.log.note("error", "exit not recorded yet", session=session.row.id, error=error)
+            context.stopping.wait(1.0)
+
+
+def kill_session(context: Context, session_id: str) -> Tuple[SessionRow, bool]:
+    """End a session: process group, window, files and secret go; tells whether it was live."""
+    session = find_session(context, session_id)
+    with session.lock:
+        if not session.live or session.ending:
+            already = True
+        else:
+            already, session.ending = False, True
+            session.changed.notify_all()
+    if already:
+        session.wait(lambda: not session.live, 10.0)
+        return session.row, False
+    if session.row.pid:
+        terminate(session.row.pid)
+    finish(context, session, "killed", "killed by the API")
+    return session.row, True
+
+
+def terminate(pid: int, grace: float = 2.0) -> None:
+    """End a process group and what descends from it: asked first, then made to."""
+    family = [pid, *descendants(pid)]
+    for send, pause in ((signal.SIGHUP, grace), (signal.SIGKILL, 1.0)):
+        with contextlib.suppress(OSError):
+            os.killpg(pid, send)
+        for member in family:
+            with contextlib.suppress(OSError):
+                os.kill(member, send)
+        until = time.monotonic() + pause
+        while time.monotonic() < until:
+            family = [member for member in family if alive(member) and not is_zombie(member)]
+            if not family:
+                return
+            time.sleep(0.005)
+
+
+def is_zombie(pid: int) -> bool:
+    """Tell whether a process has ended and only waits to be collected (Linux; elsewhere: no)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    except (OSError, IndexError):
+        return False
+
+
+def descendants(pid: int) -> List[int]:
+    """List all processes below one, from /proc or else from ps."""
+    children: Dict[int, List[int]] = {}
+    for child, parent in process_parents():
+        children.setdefault(parent, []).append(child)
+    found, open_ = [], [pid]
+    while open_:
+        below = children.get(open_.pop(), [])
+        found += below
+        open_ += below
+    return found
+
+
+def process_parents() -> Iterator[Tuple[int, int]]:
+    """Give (pid, parent) of every process."""
+    if os.path.isdir("/proc/self"):
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
+                    yield int(name), int(fields[1])
+        return
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False).stdout
+    for line in listed.splitlines():
+        child, parent = line.split()
+        yield int(child), int(parent)
+
+
+# -- after a restart
+
+
+def adopt_all(context: Context) -> None:
+    """Match rows and panes after a start: what lives goes on, what is gone is told."""
+    panes = {pane_tag(pane): pane for pane in context.tmux.panes() if pane_tag(pane)}
+    rows = context.store.rows(SessionRow, "sessions", "ended_at IS NULL")
+    prompts = context.store.rows(PromptRow, "prompts", "ended_at IS NULL ORDER BY seq")
+    for row in rows:
+        mine = tuple(prompt for prompt in prompts if prompt.session == row.id)
+        adopt(context, row, mine, panes.pop(row.id, None))
+    for tag, pane in panes.items():
+        if context.store.value("SELECT 1 FROM sessions WHERE id = ?", tag):
+            context.log.note("warning", "closing the window of an ended session", session=tag)
+            terminate(pane.pid)
+            context.tmux.close_window(pane.window)
+        else:
+            context.log.note("warning", "a window is tagged with an unknown session: left alone", session=tag, window=pane.window)
+
+
+def pane_tag(pane: Pane) -> str:
+    """Tell which session a pane belongs to: by its tag, or by the launch file it was started with."""
+    named = re.search(r"/run/([0-9a-f]{12})\.launch", pane.command)
+    return pane.session or (named.group(1) if named else "")
+
+
+def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pane: Optional[Pane]) -> None:
+    """Take one live row over from the Aegis before us."""
+    was_ready = row.status not in ("starting",) or any(prompt.typed_at for prompt in prompts)
+    session = Session(context, row, Facts(ready=was_ready, prompts=prompts))
+    expire = [update("permissions", request.id, {"state": "expired", "decided_by": "restart", "decided_at": time.time()})
+              for request in context.store.rows(PermissionRow, "permissions", "session = ? AND state = 'pending'", row.id)]
+    if expire:
+        context.bus.commit(expire)
+    context.sessions[row.id] = session
+    if pane is None or pane.dead:
+        session.row = row._replace(pane=pane.pane if pane else None, window=pane.window if pane else None)
+        why = "ended while Aegis was away" if pane else "its window was gone when Aegis came back"
+        finish(context, session, "exited", f"the agent {why}", pane.status if pane else None)
+        return
+    context.panes[pane.pane] = session
+    context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
+    session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
+    digest(session, catch_up(session))
+    session.output_at = time.monotonic()
+    watch(context, session)
+    spawn("aegis-adopt", reconcile, context, session)
+
+
+def reconcile(context: Context, session: Session) -> None:
+    """Bring an adopted session to the present; a prompt typed in vain goes back into the queue."""
+    with contextlib.suppress(ApiError):
+        inspect(context, session)
+        context.look_later(session, QUIET_SECONDS)
+        unproved = next((one for one in session.facts.waiting if one.typed_at), None)
+        if unproved is None or not session.agent.reports:
+            recheck(session)
+            return
+        confirm_adopted(context, session, unproved)
+        recheck(session)
+
+
+def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> None:
+    """Decide about a prompt that was being typed when the last Aegis died."""
+    for _ in range(20):
+        if taken(session, prompt.id, 0.1):
+            return
+        reading = inspect(context, session)
+        if reading and reading.kind == "idle" and canonical(reading.draft):
+            context.tmux.keys(session.row.pane or "", "Enter")
+        elif reading and reading.kind not in ("idle", "unknown"):
+            continue
+    with session.changing("restart", "no trace of the prompt", prompt.id) as change:
+        known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
+        if known:
+            change.prompt(known, typed_at=None)
+
+
+def recheck(session: Session) -> None:
+    """Commit nothing but the verdict: what the facts say now."""
+    with session.changing("restart", "adopted"):
+        pass
+
+
+def audit(context: Context) -> None:
+    """Compare live sessions with the panes that tmux has, after a window closed or tmux came back."""
+    try:
+        panes = {pane.pane: pane for pane in context.tmux.panes()}
+    except TmuxError as error:
+        context.log.note("warning", str(error))
+        return
+    for session in list(context.sessions.values()):
+        if not session.row.pane or session.ending:
+            continue
+        pane = panes.get(session.row.pane)
+        if pane is None or pane_tag(pane) != session.row.id:
+            if session.row.pid and alive(session.row.pid):
+                terminate(session.row.pid)
+            with session.lock:
+                session.row = session.row._replace(pane=None, window=None)
+            with contextlib.suppress(ApiError):
+                finish(context, session, "exited", "its window was closed, or tmux ended")
+
+
+# -- what callers do to a live session
+
+
+def interrupt(context: Context, session: Session) -> Tuple[bool, str]:
+    """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened."""
+    with session.lock:
+        pending = list(session.facts.pending)
+        current, busy = session.facts.current, session.facts.busy
+    if pending:
+        for request in pending:
+            answer = permission_answer({"behavior": "deny", "message": "Interrupted.", "interrupt": True})
+            settle_permission(session, request.id, "rejected", "api", "interrupted", "interrupted", answer)
+    elif current or busy:
+        if not session.agent.reports or look(context, session).kind == "working":
+            press_once(context, session, "C-c")
+    else:
+        return False, "no turn is running"
+    ended = end_of_turn(context, session, current.id if current else None, 5.0)
+    return ended, "the turn ended" if ended else "the turn has not ended yet"
+
+
+def press_once(context: Context, session: Session, key: str) -> None:
+    """Press Ctrl-C or Escape, never twice within the time in which the agent takes it for something else."""
+    with session.lock:
+        wait = session.escape_at + ESCAPE_GAP - time.monotonic()
+        if wait > 0 and session.agent.reports:
+            return
+        session.escape_at = time.monotonic()
+    context.tmux.keys(session.row.pane or "", key)
+
+
+def end_of_turn(context: Context, session: Session, prompt_id: Optional[str], seconds: float) -> bool:
+    """Wait until a turn has ended, looking at the screen while waiting."""
+    def over() -> bool:
+        facts = session.facts
+        return not session.live or (not facts.busy and not any(
+            one.state in OPEN_STATES and prompt_id in (None, one.id) for one in facts.prompts))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if session.wait(over, 0.1):
+            return True
+        inspect(context, session)
+    return over()
+
+
+def permission_answer(decision: Json) -> Json:
+    """Write the answer to a held permission request."""
+    return {"hookSpecificOutput": {"hookEventName": "PermissionRequest", "decision": decision}}
+
+
+def decide(session: Session, request_id: Optional[str], state: str, decision: Json, message: Optional[str]) -> str:
+    """Answer a pending request.  Raises ApiError 404 or 409 when there is none, several, or it was decided."""
+    with session.lock:
+        pending = list(session.facts.pending)
+        if request_id is None and len(pending) != 1:
+            if not pending:
+                raise ApiError(409, "NO_PENDING_PERMISSION", "nothing waits for a decision"
+                               + (": the dialog on the screen can only be answered in the terminal" if session.facts.dialog else ""))
+            raise ApiError(409, "PERMISSION_AMBIGUOUS", "several requests wait: name one by permissionId",
+                           pending=[request.id for request in pending])
+        wanted = request_id or pending[0].id
+        request = next((one for one in pending if one.id == wanted), None)
+        if request and request.tool == "AskUserQuestion" and state == "approved" and "updatedInput" not in decision:
+            raise ApiError(409, "ANSWER_NEEDED", "this is a question: give updatedInput with its answers, or answer in the terminal")
+        if request and request.tool == "ExitPlanMode" and state == "approved":
+            decision = {"updatedInput": {}, **decision}   # allow alone leaves the plan dialog standing
+        if settle_permission(session, wanted, state, "api", state, message, permission_answer(decision)):
+            return wanted
+    known = session.context.store.row(PermissionRow, "permissions", "id = ? AND session = ?", wanted, session.row.id)
+    if known is None:
+        raise ApiError(404, "PERMISSION_NOT_FOUND", f"session {session.row.id} has no permission request {clip(wanted, 60)}")
+    raise ApiError(409, "PERMISSION_DECIDED", f"it was already {known.state} by {known.decided_by}", state=known.state,
+                   decidedBy=known.decided_by)
+
+
+class App:
+    """Owns the services: builds them from the settings, starts them in order, stops them in reverse."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.context = context = Context(settings, log)
+        self.settings, self.log = settings, log
+        prepare_directories(context)
+        self.lock_file = take_lock(context.state_dir)
+        context.store = Store(context.state_dir / "aegis.db")
+        context.bus = Bus(context.store, settings.keep_events)
+        context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
+        context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
+        self.monitor = Monitor(context)
+        context.kick = lambda session: start_delivery(context, session)
+        context.look_later = self.monitor.look_later
+        context.tmux.on_output = self.monitor.on_output
+        context.tmux.on_change = lambda: audit(context)
+
+    def start(self, base_url: str) -> None:
+        """Connect to tmux, adopt what lives, begin watching.  Raises TmuxError."""
+        self.context.base_url = base_url
+        self.context.tmux.start()
+        self.context.exits.start()
+        adopt_all(self.context)
+        self.monitor.start()
+
+    def let_go(self) -> None:
+        """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
+        context = self.context
+        context.stopping.set()
+        for session in list(context.sessions.values()):
+            with session.changed:
+                session.changed.notify_all()
+                for hold in session.holds.values():
+                    hold.release(None)
+        context.bus.close()
+
+    def stop(self) -> None:
+        """Stop watching; agents go on."""
+        context = self.context
+        self.monitor.close()
+        context.exits.close()
+        context.tmux.close()
+        context.store.close()
+        os.close(self.lock_file)
+
+
+def prepare_directories(context: Context) -> None:
+    """Make the state directory, for its owner only.  Raises ApiError when somebody else owns it."""
+    for path in (context.state_dir, context.run_dir):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise ApiError(500, "STATE_DIR", f"{path} belongs to another user")
+        path.chmod(0o700)
+
+
+def take_lock(state_dir: Path) -> int:
+    """Make sure that one server alone uses a state directory.  Raises ApiError naming the other."""
+    handle = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        other = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+        os.close(handle)
+        raise ApiError(409, "ALREADY_RUNNING", f"another Aegis (pid {other}) uses {state_dir}: stop it, or give this one "
+                       "another --state-dir and --port") from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+# ============================================================================
+# ACCESS. Bearer token, Host and Origin.
+# ============================================================================
+# Whoever may call this API may run code as its user.  So every request is
+# checked, on every method: the Host header against DNS rebinding, Origin and
+# Sec-Fetch-Site against web pages, then the token.  Secrets are compared in
+# constant time, as digests, so that their length does not show either.
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+def same_secret(given: str, wanted: str) -> bool:
+    """Compare secrets in constant time, whatever their lengths."""
+    digest_of = lambda value: hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()  # noqa: E731
+    return bool(wanted) and hmac.compare_digest(digest_of(given), digest_of(wanted))
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address to listen on is reachable from this box alone."""
+    return host in LOOPBACK_NAMES or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+class Access:
+    """The checks every request passes before anything else is looked at."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.token = settings.auth_token
+        bound = () if settings.host in ("0.0.0.0", "::", "") else (settings.host,)
+        self.hosts = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *bound, *settings.allowed_hosts))
+        self.origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
+
+    def check_place(self, headers: Mapping[str, str]) -> None:
+        """Refuse a foreign Host, and any web page that is not ours.  Raises ApiError 403."""
+        host = headers.get("host", "").lower()
+        if self.host_name(host) not in self.hosts:
+            raise ApiError(403, "HOST_REFUSED", f"the Host header {clip(host, 60)!r} is not this server's: "
+                           "use localhost, or add the name to AEGIS_ALLOWED_HOSTS")
+        origin = headers.get("origin", "").lower().rstrip("/")
+        if origin and origin not in self.origins and origin not in (f"http://{host}", f"https://{host}"):
+            raise ApiError(403, "ORIGIN_REFUSED", f"web pages of {clip(origin, 60)!r} may not call this server: "
+                           "add the origin to AEGIS_ALLOWED_ORIGINS if it is yours")
+        site = headers.get("sec-fetch-site", "none").lower()
+        if site in ("cross-site", "same-site") and origin not in self.origins:
+            raise ApiError(403, "ORIGIN_REFUSED", "a page of another site may not call this server")
+
+    @staticmethod
+    def host_name(host: str) -> str:
+        """Take the port off a Host header."""
+        return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+
+    def check_scope(self, scope: Optional[str], headers: Mapping[str, str]) -> None:
+        """Refuse a caller without the token.  Raises ApiError 401."""
+        if scope is None or scope == "hook" or not self.token:
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not same_secret(given.strip(), self.token):
+            raise ApiError(401, "UNAUTHORIZED", "this needs the header `Authorization: Bearer TOKEN` with the server's token",
+                           headers={"WWW-Authenticate": "Bearer"})
+
+
+# ============================================================================
+# HANDLERS. One function for each endpoint.
+# ============================================================================
+# A handler takes an Ask (the context and who asks), then one parameter for
+# each field of its row, workDir as work_dir.  It gives a plain value, or a
+# Stream, or Later: work that may wait, which then gets a thread of its own.
+# It raises ApiError and never touches sockets, headers or SQL.  Its docstring
+# is published as the endpoint's summary.
+
+
+class Ask(NamedTuple):
+    """Who asks, and what is not a field."""
+
+    context: Context
+    idempotency_key: Optional[str] = None
+    last_event_id: Optional[str] = None
+    secret: Optional[str] = None              # of an agent's report
+    hung_up: Optional[Callable[[], int]] = None  # gives the caller's socket, to notice that it left
+
+
+class Later(NamedTuple):
+    """Work that may wait."""
+
+    work: Callable[[], Any]
+
+
+class Stream(NamedTuple):
+    """An event stream: what was missed, then what comes."""
+
+    listener: Listener
+    missed: List[Event]
+
+
+def get_health(ask: Ask) -> Json:
+    """Tell whether the server and its tmux work."""
+    context = ask.context
+    error = context.tmux.error
+    return {"status": "ok" if error is None else "degraded", "version": __version__, "platform": sys.platform,
+            "uptime": int(time.time() - context.started_at),
+            "sessions": {"active": len(context.sessions), "total": total_sessions(context.store)},
+            "tmux": {"healthy": error is None, "error": error}, "timestamp": iso(time.time())}
+
+
+_totals: Dict[int, Tuple[int, int]] = {}  # by store: (version, count), so that health costs no query
+
+
+def total_sessions(store: Store) -> int:
+    """Count all sessions ever made."""
+    version, count = _totals.get(id(store), (-1, 0))
+    if version != store.version:
+        version, count = store.version, store.value("SELECT count(*) FROM sessions")
+        _totals[id(store)] = (version, count)
+    return count
+
+
+def create_session_handler(ask: Ask, **fields: Any) -> Any:
+    """Create a session: an agent in a tmux window of its own."""
+    return Later(lambda: created(ask, fields, wait=True))
+
+
+def created(ask: Ask, fields: Json, wait: bool) -> Json:
+    """Create a session, and wait for its first prompt's delivery if told."""
+    context, command = ask.context, fields.pop("command")
+    if isinstance(command, str):
+        try:
+            command = shlex.split(command)
+        except ValueError as error:
+            raise ApiError(400, "INVALID_REQUEST", f"command cannot be split into words: {error}",
+                           fields={"command": str(error)}) from None
+    wanted = Wanted(command=command or None, idempotency=ask.idempotency_key if wait else None, **fields)
+    session = create_session(context, wanted)
+    prompt = context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session.row.id)
+    if wanted.prompt is None or prompt is None:
+        return {**live_view(context, session), "promptDelivery": None}
+    if wait:
+        prompt = await_delivery(session, prompt.id, context.settings.create_seconds)
+        if not session.live and session.row.status == "exited" and prompt.submitted_at is None:
+            raise ApiError(502, "AGENT_EXITED", f"the agent ended before it took the prompt: {session.row.reason}",
+                           sessionId=session.row.id)
+    delivery = {"delivered": delivered(session, prompt), "attempts": prompt.attempts, "promptId": prompt.id, "state": prompt.state}
+    reason = prompt.reason or (session.row.reason if prompt.state == "queued" else None)
+    return {**live_view(context, session), "promptDelivery": {**delivery, **({"reason": reason} if reason else {})}}
+
+
+def delivered(session: Session, prompt: PromptRow) -> bool:
+    """Tell whether the agent itself reported a prompt."""
+    return bool(prompt.submitted_at and prompt.agent_id)
+
+
+def live_view(context: Context, session: Session) -> Json:
+    """Give a session's shape as of now."""
+    with session.lock:
+        return view(context, session.row, session.facts, session.active_at)
+
+
+_lists: Dict[Tuple[Any, ...], Tuple[int, Json]] = {}  # answers of list, by query, valid for one version of the store
+
+
+def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_dir: Optional[str]) -> Json:
+    """List sessions, newest first, page by page."""
+    context, store = ask.context, ask.context.store
+    query = (id(store), page, limit, status, work_dir)
+    version, answer = _lists.get(query, (-1, {}))
+    if version == store.version:
+        return answer
+    version = store.version
+    real = os.path.realpath(work_dir) if work_dir else None
+    where = "(? IS NULL OR status = ?) AND (? IS NULL OR work_dir = ?)"
+    args = (status, status, real, real)
+    total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
+    rows = store.rows(SessionRow, "sessions", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit,
+                      (page - 1) * limit)
+    answer = {"sessions": [listed(context, row) for row in rows],
+              "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)}}
+    while len(_lists) > 50:
+        _lists.pop(next(iter(_lists)), None)
+    _lists[query] = (version, answer)
+    return answer
+
+
+def listed(context: Context, row: SessionRow) -> Json:
+    """Give a listed session's shape: from memory while it lives."""
+    session = context.sessions.get(row.id)
+    return live_view(context, session) if session else view(context, row, Facts(ended=row.status))
+
+
+def get_session_stats(ask: Ask) -> Json:
+    """Count sessions by state, with turns, tokens and cost in all."""
+    context = ask.context
+    rows = context.store.pairs("SELECT status, turns, ledger FROM sessions")
+    counts = collections.Counter(status for status, _, _ in rows)
+    ledgers = [json.loads(ledger) for _, _, ledger in rows]
+    usage = [token_usage(ledger) for ledger in ledgers]
+    costs = [cost_usd(ledger) for ledger in ledgers]
+    return {"total": len(rows), "active": len(context.sessions), "idle": counts["idle"], "working": counts["working"],
+            "stalled": counts["stalled"], "byStatus": {state: counts[state] for state in STATES},
+            "turns": sum(turns for _, turns, _ in rows),
+            "queued": sum(len(session.facts.waiting) for session in list(context.sessions.values())),
+            "tokenUsage": {key: sum(one[key] for one in usage) for key in ("input", "output", "cacheRead", "cacheWrite")},
+            "costUsd": None if None in costs else round(sum(cost or 0 for cost in costs), 6)}
+
+
+def get_session(ask: Ask, id: str) -> Json:
+    """Get one session, live or ended."""
+    return live_view(ask.context, find_session(ask.context, id))
+
+
+def kill_session_handler(ask: Ask, id: str) -> Any:
+    """Kill a session: its processes and window go, its row and transcript stay."""
+    def work() -> Json:
+        row, was_live = kill_session(ask.context, id)
+        return {"id": row.id, "status": row.status, "killed": was_live}
+    find_session(ask.context, id)
+    return Later(work)
+
+
+def read_session(ask: Ask, id: str, limit: int, after: Optional[str], wait: Optional[str], timeout: float) -> Any:
+    """Read the last turn's answer, the messages, tokens and cost; `wait=idle` holds until the session needs its caller."""
+    session = find_session(ask.context, id)
+    mark = parse_mark(after)
+    if wait is None and not unsettled(session):
+        return read_now(ask.context, session, limit, mark)
+    return Later(lambda: read_later(ask.context, session, limit, mark, timeout if wait else None))
+
+
+def parse_mark(after: Optional[str]) -> Optional[Tuple[int, int]]:
+    """Read a message's id as the place in the transcript that it is."""
+    if after is None:
+        return None
+    part, offset = re.fullmatch(r"(\d{1,6})-(\d{1,15})(?:\.\d+)?", after).groups()  # type: ignore[union-attr]
+    return int(part), int(offset)
+
+
+def unsettled(session: Session) -> bool:
+    """Tell whether a turn ended so recently that its last lines may not stand in the transcript yet."""
+    return session.live and time.time() - session.stopped_at < 0.3
+
+
+def read_later(context: Context, session: Session, limit: int, mark: Optional[Tuple[int, int]], timeout: Optional[float]) -> Json:
+    """Wait for the session to need its caller, then for the transcript to be whole."""
+    in_time = True
+    if timeout is not None:
+        in_time = session.wait(lambda: session.row.status not in BUSY_STATES, timeout)
+    until = session.stopped_at + 0.4
+    while unsettled(session) and time.time() < until and not session.context.stopping.is_set():
+        digest(session, catch_up(session))
+        if session.stopped_at and any(entry == "end" for entry in recent_kinds(session)):
+            break
+        session.context.stopping.wait(0.02)
+    answer = read_now(context, session, limit, mark)
+    return answer if timeout is None else {**answer, "timedOut": not in_time}
+
+
+def recent_kinds(session: Session) -> List[str]:
+    """Give the kinds of the transcript's last lines."""
+    kinds: List[str] = []
+    with contextlib.suppress(OSError, IndexError):
+        path = session.row.parts[-1]
+        for _, raw in itertools.islice(lines_backwards(path, whole_lines(path)), 4):
+            kinds += [entry.kind for entry in parse_line(raw)]
+            if "prompt" in kinds:
+                break
+    return kinds
+
+
+def read_now(context: Context, session: Session, limit: int, mark: Optional[Tuple[int, int]]) -> Json:
+    """Give what a reader gets, as of now."""
+    digest(session, catch_up(session))
+    with session.lock:
+        row, facts = session.row, session.facts
+    return {"id": row.id, "name": row.name, "status": row.status, "statusReason": row.reason, "output": row.output,
+            "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger), "turns": row.turns,
+            "queueLength": len(facts.waiting), "messages": messages_now(session, row, limit, mark),
+            "pendingPermission": pending_permission(facts), "pendingQuestion": pending_question(facts)}
+
+
+def messages_now(session: Session, row: SessionRow, limit: int, mark: Optional[Tuple[int, int]]) -> List[Json]:
+    """Read messages; the last ones are remembered until the transcript grows."""
+    key = (len(row.parts), row.ledger["offset"], limit, mark)
+    known, messages = session.tail
+    if known == key:
+        return messages
+    messages = read_messages(row.parts, limit, mark)
+    if sum(len(message["text"]) for message in messages) < 20_000:
+        session.tail = (key, messages)
+    return messages
+
+
+def send_text(ask: Ask, id: str, text: str) -> Any:
+    """Send a prompt; while the agent works it waits in the session's queue."""
+    return typed_later(ask, id, "prompt", text)
+
+
+def run_command(ask: Ask, id: str, command: str) -> Any:
+    """Run a slash command of the agent, such as /compact."""
+    session = find_live(ask.context, id)
+    if session.agent.reports and not re.match(r"/[A-Za-z0-9_]", command):
+        raise ApiError(400, "INVALID_REQUEST", "command must begin with / and a name", fields={"command": "must begin with /"})
+    return typed_later(ask, id, "command", command)
+
+
+def run_bash(ask: Ask, id: str, command: str) -> Any:
+    """Run a shell command in the agent's own shell mode, without any permission check."""
+    return typed_later(ask, id, "bash", command)
+
+
+def typed_later(ask: Ask, session_id: str, kind: str, text_: str) -> Any:
+    """Queue what is to be typed; wait for the agent's report when it can take it at once."""
+    session = find_live(ask.context, session_id)
+    if not text_.strip():
+        raise ApiError(400, "INVALID_REQUEST", "the text must hold more than blanks", fields={"text": "is blank"})
+    with session.lock:
+        free = session.facts.ready and session.row.status in ("idle", "error", "rate_limited") and not session.facts.prompts
+        prompt = enqueue(session, kind, text_, ask.idempotency_key)
+
+    def work() -> Json:
+        done = await_delivery(session, prompt.id, ask.context.settings.send_seconds)
+        return sent(session, done)
+    return Later(work) if free else sent(session, prompt)
+
+
+def sent(session: Session, prompt: PromptRow) -> Json:
+    """Say where a prompt is."""
+    queued = prompt.state == "queued"
+    told = {"id": session.row.id, "promptId": prompt.id, "delivered": delivered(session, prompt), "queued": queued,
+            "position": queue_position(session, prompt) if queued else None, "state": prompt.state,
+            "attempts": prompt.attempts, "status": session.row.status}
+    return {**told, "reason": prompt.reason} if prompt.reason else told
+
+
+def queue_position(session: Session, prompt: PromptRow) -> Optional[int]:
+    """Count a prompt's place in the queue from 1."""
+    ids = [one.id for one in session.facts.waiting]
+    return ids.index(prompt.id) + 1 if prompt.id in ids else None
+
+
+def list_queue(ask: Ask, id: str) -> Json:
+    """List the prompts that the agent has not taken yet."""
+    session = find_session(ask.context, id)
+    return {"queue": [wire_prompt(prompt, place) for place, prompt in enumerate(session.facts.waiting, 1)]}
+
+
+def get_prompt(ask: Ask, id: str, prompt_id: str) -> Json:
+    """Get a prompt in any state."""
+    session = find_session(ask.context, id)
+    prompt = find_prompt(session, prompt_id)
+    return wire_prompt(prompt, queue_position(session, prompt))
+
+
+def cancel_prompt_handler(ask: Ask, id: str, prompt_id: str) -> Json:
+    """Take a prompt out of the queue before it is typed."""
+    return wire_prompt(cancel_prompt(find_session(ask.context, id), prompt_id))
+
+
+def interrupt_session(ask: Ask, id: str) -> Any:
+    """End the turn with one Ctrl-C, never the agent."""
+    session = find_live(ask.context, id)
+
+    def work() -> Json:
+        ended, what = interrupt(ask.context, session)
+        return {"id": id, "interrupted": ended, "status": session.row.status, "reason": what}
+    return Later(work)
+
+
+def escape_session(ask: Ask, id: str) -> Any:
+    """Press Escape: closes a dialog, or ends the turn; never twice in a row, which would open a menu."""
+    session = find_live(ask.context, id)
+
+    def work() -> Json:
+        with session.lock:
+            before = session.escape_at
+        press_once(ask.context, session, "Escape")
+        pressed = session.escape_at != before
+        if pressed:
+            end_of_turn(ask.context, session, None, 0.5)
+            inspect(ask.context, session)
+        return {"id": id, "sent": pressed, "status": session.row.status,
+                "reason": None if pressed else "Escape or Ctrl-C was pressed less than 1.5 s ago"}
+    return Later(work)
+
+
+def approve_permission(ask: Ask, id: str, permission_id: Optional[str], updated_input: Optional[Json]) -> Json:
+    """Allow what the agent asks for; permissionId may be left out when one request waits."""
+    decision: Json = {"behavior": "allow", **({"updatedInput": updated_input} if updated_input is not None else {})}
+    return decided(ask, id, permission_id, "approved", decision, None)
+
+
+def reject_permission(ask: Ask, id: str, permission_id: Optional[str], message: Optional[str]) -> Json:
+    """Refuse what the agent asks for; the message goes to the agent, and its turn goes on."""
+    decision = {"behavior": "deny", "message": message or "Rejected by the user."}
+    return decided(ask, id, permission_id, "rejected", decision, message)
+
+
+def decided(ask: Ask, session_id: str, request_id: Optional[str], state: str, decision: Json, message: Optional[str]) -> Json:
+    """Decide a request, and say what came of it."""
+    session = find_live(ask.context, session_id)
+    request_id = decide(session, request_id, state, decision, message)
+    return {"id": session_id, "permissionId": request_id, "decision": state, "status": session.row.status}
+
+
+def get_pane(ask: Ask, id: str, ansi: bool, lines: int) -> Any:
+    """Read the terminal's screen, with `lines` of scrollback; after the end, the last screen."""
+    session = find_session(ask.context, id)
+
+    def work() -> Json:
+        row = session.row
+        if not session.live or not row.pane:
+            return {"id": id, "text": row.screen or "", "width": None, "height": None, "live": False}
+        text_ = ask.context.tmux.capture(row.pane, ansi, lines)
+        width, height = ask.context.tmux.ask(row.pane, "#{pane_width}:#{pane_height}").split(":")
+        return {"id": id, "text": text_, "width": int(width), "height": int(height), "live": True}
+    return Later(work)
+
+
+def explain_session(ask: Ask, id: str) -> Any:
+    """Say which evidence made the state what it is."""
+    session = find_session(ask.context, id)
+
+    def work() -> Json:
+        inspect(ask.context, session)
+        with session.lock:
+            row, reading = session.row, session.reading
+            evidence = [{"source": one.source, "rule": one.rule, "at": iso(one.at), "detail": one.detail}
+                        for one in reversed(session.evidence)]
+        status = read_status_file(session) if session.live else None
+        screen = {"kind": reading.kind, "rule": reading.rule, "draft": reading.draft, "excerpt": reading.excerpt} if reading else None
+        return {"id": id, "status": row.status, "reason": row.reason, "since": iso(row.since), "rule": row.rule,
+                "evidence": evidence, "screen": screen,
+                "statusFile": {"status": status.status, "at": iso(status.at), "waitingFor": status.waiting_for} if status else None}
+    return Later(work)
+
+
+def create_batch(ask: Ask, sessions: List[Json]) -> Any:
+    """Create up to 50 sessions; one bad item never spoils the rest, and nobody waits for deliveries."""
+    def one(item: Json) -> Json:
+        return created(ask, validate(NEW_SESSION, item), wait=False)
+    return Later(lambda: in_batch(sessions, one, "created", "sessions", lambda item: {"name": item.get("name")}))
+
+
+def kill_batch(ask: Ask, ids: List[str]) -> Any:
+    """Kill up to 50 sessions."""
+    def one(session_id: str) -> str:
+        return kill_session(ask.context, session_id)[0].id
+    return Later(lambda: in_batch(ids, one, "killed", "ids", lambda item: {"id": item}))
+
+
+def in_batch(items: Sequence[Any], work: Callable[[Any], Any], verb: str, noun: str, label: Callable[[Any], Json]) -> Json:
+    """Do something for each item, a few at a time, and tell each item's result."""
+    def attempt(item: Any) -> Tuple[bool, Any]:
+        try:
+            return True, work(item)
+        except ApiError as error:
+            return False, error.body()
+    with concurrent.futures.ThreadPoolExecutor(BATCH_STARTS) as pool:
+        results = list(pool.map(attempt, items))
+    errors = [{"index": index, **label(item), **result}
+              for index, (item, (well, result)) in enumerate(zip(items, results)) if not well]
+    done = [result for well, result in results if well]
+    return {verb: len(done), "failed": len(errors), noun: done, "errors": errors}
+
+
+def stream_events(ask: Ask, types: Optional[str], session: Optional[str], after: Optional[int]) -> Stream:
+    """Follow all events as a stream (Server-Sent Events)."""
+    kinds = read_list(types or "")
+    unknown = [kind for kind in kinds if not any(known == kind or (kind.endswith("*") and known.startswith(kind[:-1]))
+                                                 for known in EVENT_TYPES)]
+    if unknown:
+        raise ApiError(400, "INVALID_REQUEST", f"types holds unknown events: {', '.join(unknown)}",
+                       fields={"types": "must name events, or a family such as session.*"})
+    if session is not None:
+        find_session(ask.context, session)
+    last = ask.last_event_id
+    if last is not None and re.fullmatch(r"\d{1,15}", last):
+        after = int(last)   # a reconnecting client knows better than its first address
+    listener = Listener(kinds, session)
+    return Stream(listener, ask.context.bus.listen(listener, after))
+
+
+def stream_session_events(ask: Ask, id: str, types: Optional[str], after: Optional[int]) -> Stream:
+    """Follow one session's events as a stream."""
+    return stream_events(ask, types, id, after)
+
+
+def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
+    """Take an agent's own report; only its session's secret opens this."""
+    session = ask.context.sessions.get(id)
+    if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
+        raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
+    if report.get("hook_event_name") != "PermissionRequest":
+        return receive_hook(session, report)
+    return Later(lambda: held(ask, session, report))
+
+
+def held(ask: Ask, session: Session, report: Json) -> Json:
+    """Hold a permission request until it is decided, its caller leaves, or the time is over."""
+    learn_paths(session, report)
+    request_id, hold = ask_permission(session, report)
+    poller = select.poll()
+    poller.register(hold.reader, select.POLLIN)
+    caller = ask.hung_up() if ask.hung_up else -1
+    if caller >= 0:
+        poller.register(caller, select.POLLIN)
+    try:
+        ready = [handle for handle, _ in poller.poll(ask.context.settings.hold_seconds * 1000)]
+        if hold.reader.fileno() not in ready and not ask.context.stopping.is_set():
+            state, why = ("answered_in_terminal", "the agent hung up") if ready else ("expired", "nobody decided in time")
+            settle_permission(session, request_id, state, "terminal" if ready else "clock", why)
+            ask.context.look_later(session, 0.1)
+        return hold.answer or {}
+    finally:
+        hold.close()
+
+
+# ============================================================================
+# ROUTES. The one table, and what follows from it.
+# ============================================================================
+# A new endpoint is one handler and one row.  From the rows alone follow
+# routing, /v1 and its aliases, 404 and 405, HEAD and OPTIONS, scopes,
+# validation and the README's table.  proofread() runs at import and refuses
+# a row that disagrees with its handler.  `quick`: answered by the accepting
+# thread itself, so the handler must not wait (it may give Later).
+
+
+class Route(NamedTuple):
+    """One endpoint."""
+
+    route: str                          # "POST /v1/sessions/:id/send"
+    handler: Callable[..., Any]         # its docstring is the summary, its parameters are the fields
+    scope: Optional[str]                # what a key must be allowed; None is open to anyone
+    takes: Mapping[str, Field] = {}     # path, query and body fields together
+    status: int = 200                   # of a successful answer
+    tool: Optional[str] = None          # the name under which agents are offered it
+    alias: bool = False                 # also answers without /v1
+    whole_body: Optional[str] = None    # the body, unchecked, is this one field
+    read_only: bool = True              # never changes anything, whatever its method
+
+
+ID = text("The session's id.", 64)
+PROMPT_ID = text("The prompt's id.", 64)
+PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
+NEW_SESSION: Dict[str, Field] = dict(
+    name=text("Name, unique among live sessions; made up when missing.", 100, default=None, minLength=1,
+              pattern=r"^[^\x00-\x1f\x7f]+$"),
+    workDir=text("Absolute path of an existing directory.", 4096, minLength=1),
+    prompt=text("First prompt, delivered when the agent is ready.", MAX_PROMPT, default=None, pattern=r"\S"),
+    agent=choice("The agent.", *AGENTS, default=None),
+    model=text("Model, as the agent names it.", 200, default=None, pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$"),
+    permissionMode=choice("Claude Code's permission mode.", "default", "acceptEdits", "plan", "auto", "dontAsk",
+                          "bypassPermissions", default=None),
+    args=many("Further arguments for the agent's program.", text("An argument.", 10_000), 100, default=[]),
+    env=texts_by_name("Further environment of the agent.", ENV_NAME, text("A value.", 100_000, pattern=r"^[^\x00]*$"), 200,
+                      default={}),
+    command={"type": ["array", "string"], "description": "Program of the `shell` agent, as words or one line.",
+             "items": text("A word.", 10_000), "maxItems": 100, "maxLength": 10_000, "default": None},
+)
+STREAM: Dict[str, Field] = dict(
+    types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
+    after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
+)
+
+ROUTES = (
+    Route("GET /v1/health", get_health, None),
+    Route("POST /v1/sessions", create_session_handler, "sessions:write", NEW_SESSION, 201, "create_session", True),
+    Route("GET /v1/sessions", list_sessions, "sessions:read", dict(
+        page=whole("Page, from 1.", 1, 1_000_000, default=1),
+        limit=whole("Sessions on a page.", 1, 200, default=20),
+        status=choice("Only sessions in this state.", *STATES, default=None),
+        workDir=text("Only sessions that work in this directory.", 4096, default=None)), tool="list_sessions", alias=True),
+    Route("GET /v1/sessions/stats", get_session_stats, "sessions:read", tool="session_stats", alias=True),
+    Route("POST /v1/sessions/batch", create_batch, "sessions:write", dict(
+        sessions=many("Bodies of create.", anything("A body of create."), BATCH_MAX, minItems=1)), tool="create_sessions", alias=True),
+    Route("DELETE /v1/sessions/batch", kill_batch, "sessions:write", dict(
+        ids=many("Ids of sessions.", ID, BATCH_MAX, minItems=1)), tool="kill_sessions", alias=True),
+    Route("GET /v1/sessions/:id", get_session, "sessions:read", dict(id=ID), tool="get_session", alias=True),
+    Route("DELETE /v1/sessions/:id", kill_session_handler, "sessions:write", dict(id=ID), tool="kill_session", alias=True),
+    Route("GET /v1/sessions/:id/read", read_session, "sessions:read", dict(
+        id=ID, limit=whole("At most so many messages.", 0, 1000, default=20),
+        after=text("Only messages behind the one with this id.", 40, default=None, pattern=r"^\d{1,6}-\d{1,15}(\.\d{1,6})?$"),
+        wait=choice("Hold the answer until the session needs its caller.", "idle", default=None),
+        timeout=number("Seconds to hold it at most.", 0, 3600, default=60)), tool="read_session", alias=True),
+    Route("POST /v1/sessions/:id/send", send_text, "sessions:write", dict(
+        id=ID, text=text("The prompt, always text: never a command, never a shell.", MAX_PROMPT, minLength=1)),
+          tool="send_prompt", alias=True),
+    Route("POST /v1/sessions/:id/command", run_command, "sessions:write", dict(
+        id=ID, command=text("A slash command with its arguments.", 100_000, minLength=2, pattern=r"^[^\r\n]+$")),
+          tool="run_slash_command", alias=True),
+    Route("POST /v1/sessions/:id/bash", run_bash, "sessions:write", dict(
+        id=ID, command=text("A shell command.", 100_000, minLength=1)), tool="run_bash", alias=True),
+    Route("GET /v1/sessions/:id/queue", list_queue, "sessions:read", dict(id=ID), tool="list_queue", alias=True),
+    Route("GET /v1/sessions/:id/queue/:promptId", get_prompt, "sessions:read", dict(id=ID, promptId=PROMPT_ID),
+          tool="get_prompt", alias=True),
+    Route("DELETE /v1/sessions/:id/queue/:promptId", cancel_prompt_handler, "sessions:write", dict(id=ID, promptId=PROMPT_ID),
+          tool="cancel_prompt", alias=True),
+    Route("POST /v1/sessions/:id/interrupt", interrupt_session, "sessions:write", dict(id=ID), tool="interrupt_session", alias=True),
+    Route("POST /v1/sessions/:id/escape", escape_session, "sessions:write", dict(id=ID), tool="press_escape", alias=True),
+    Route("POST /v1/sessions/:id/approve", approve_permission, "permissions:decide", dict(
+        id=ID, permissionId=PERMISSION_ID, updatedInput=anything("Run the tool with this input instead.", default=None)),
+          tool="approve_permission", alias=True),
+    Route("POST /v1/sessions/:id/reject", reject_permission, "permissions:decide", dict(
+        id=ID, permissionId=PERMISSION_ID, message=text("What the agent is told.", 10_000, default=None)),
+          tool="reject_permission", alias=True),
+    Route("GET /v1/sessions/:id/pane", get_pane, "sessions:read", dict(
+        id=ID, ansi=flag("Keep colours as escape sequences.", default=False),
+        lines=whole("Lines of scrollback above the screen.", 0, HISTORY_LINES, default=0)), tool="read_pane", alias=True),
+    Route("GET /v1/sessions/:id/explain", explain_session, "sessions:read", dict(id=ID), tool="explain_session", alias=True),
+    Route("GET /v1/sessions/:id/events", stream_session_events, "sessions:read", dict(id=ID, **STREAM), alias=True),
+    Route("GET /v1/events", stream_events, "sessions:read", dict(
+        session=text("Only this session's events.", 64, default=None), **STREAM)),
+    Route("POST /hooks/:id", receive_hook_handler, "hook", dict(id=ID, report=anything("What the agent says.")),
+          whole_body="report"),
+)
+SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "hook"))
+
+
+def snake(name: str) -> str:
+    """Turn a wire name into a Python one: workDir -> work_dir."""
+    return re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)
+
+
+def proofread(routes: Sequence[Route]) -> None:
+    """Refuse a table that disagrees with its handlers.  Raises TypeError naming the row."""
+    seen = set()
+    for route in routes:
+        code = route.handler.__code__
+        names = code.co_varnames[1:code.co_argcount]
+        open_ended = bool(code.co_flags & 0x08)
+        wrong = ("its handler has no docstring" if not route.handler.__doc__
+                 else "its fields are not its handler's parameters" if not open_ended
+                 and {snake(name) for name in route.takes} != set(names)
+                 else "its scope is unknown" if route.scope is not None and route.scope not in SCOPES
+                 else "a path field is not described" if not set(re.findall(r":(\w+)", route.route)) <= set(route.takes)
+                 else "its route is taken" if re.sub(r":\w+", ":", route.route) in seen else None)
+        if wrong:
+            raise TypeError(f"{route.route}: {wrong}")
+        seen.add(re.sub(r":\w+", ":", route.route))
+
+
+proofread(ROUTES)
+
+
+class Node:
+    """A step of the routing tree: literal segments, one named segment, and the routes that end here."""
+
+    def __init__(self) -> None:
+        self.literal: Dict[str, Node] = {}
+        self.named: Optional[Tuple[str, Node]] = None
+        self.routes: Dict[str, Route] = {}
+
+
+def build_tree(routes: Sequence[Route]) -> Node:
+    """Compile the table: a lookup costs one step for each path segment."""
+    root = Node()
+    for route in routes:
+        method, _, path = route.route.partition(" ")
+        for place in (path, path[3:])[: 1 + route.alias]:
+            node = root
+            for segment in place.strip("/").split("/"):
+                if segment.startswith(":"):
+                    node.named = node.named or (segment[1:], Node())
+                    node = node.named[1]
+                else:
+                    node = node.literal.setdefault(segment, Node())
+            node.routes[method] = route
+    return root
+
+
+TREE = build_tree(ROUTES)
+
+
+def find_route(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
+    """Find the row for a request.  Raises ApiError 404, or 405 with the methods that would do."""
+    node, words = TREE, {}
+    for segment in path[1:].split("/"):
+        following = node.literal.get(segment)
+        if following is None and node.named and segment:
+            words[node.named[0]] = urllib.parse.unquote(segment)
+            following = node.named[1]
+        if following is None:
+            raise ApiError(404, "NOT_FOUND", f"there is nothing at {clip(path, 100)}")
+        node = following
+    if not node.routes:
+        raise ApiError(404, "NOT_FOUND", f"there is nothing at {clip(path, 100)}")
+    route = node.routes.get("GET" if method == "HEAD" else method)
+    if route is None:
+        allow = ", ".join(allowed_methods(node))
+        raise ApiError(405, "METHOD_NOT_ALLOWED", f"{clip(method, 20)} is not for {clip(path, 100)}: use {allow}",
+                       headers={"Allow": allow})
+    return route, words
+
+
+def allowed_methods(node: Node) -> List[str]:
+    """List a path's methods, those that follow from others included."""
+    return sorted({*node.routes, "OPTIONS", *(["HEAD"] if "GET" in node.routes else [])})
+
+
+def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Optional[Json]) -> Any:
+    """Validate what was given and call the handler: the one door for every face of the API."""
+    given: Json = dict(body or {})
+    if route.whole_body:
+        given = {route.whole_body: body or {}}
+    given.update(from_words(route.takes, query))
+    given.update(words)
+    values = validate(route.takes, given)
+    return route.handler(ask, **{snake(name): value for name, value in values.items()})
+
+
+def endpoints_table() -> str:
+    """Write the README's table of endpoints."""
+    lines = ["| endpoint | scope | what it does |", "|---|---|---|"]
+    for route in ROUTES:
+        if route.scope != "hook":
+            summary = (route.handler.__doc__ or "").strip().split("\n")[0]
+            lines.append(f"| `{route.route}`{' ¹' if route.alias else ''} | {route.scope or 'open'} | {summary} |")
+    return "\n".join(lines)
+
+
+def settings_table() -> str:
+    """Write the README's table of settings."""
+    lines = ["| variable | flag | default | meaning |", "|---|---|---|---|"]
+    for one in SETTINGS:
+        shown = f"`--{one.name.replace('_', '-')}`" if one.flag else "none"
+        lines.append(f"| `AEGIS_{one.name.upper()}` | {shown} | `{one.default or ' '}` | {one.about} |")
+    return "\n".join(lines)
+
+
+def events_table() -> str:
+    """Write the README's table of events."""
+    return "\n".join(["| event | when |", "|---|---|", *(f"| `{name}` | {when} |" for name, when in EVENT_TYPES.items())])
+
+
+# ============================================================================
+# HTTP. The server.
+# ============================================================================
+# The accepting thread parks all connections in one selector and answers quick
+# requests itself: a thousand idle clients cost no thread, and no thread
+# fights for the interpreter.  What may wait (Later) and what streams goes to
+# a thread of its own and comes back to the selector afterwards.  Order at the
+# door: place (403) -> find (404, 405) -> who (401) -> length -> body ->
+# validate (400) -> handler.  Nobody's body is read before they may enter.
+
+SERVER_HEADERS = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
+REQUEST_ID = re.compile(r"^[\w.:-]{1,64}$")
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class Head(NamedTuple):
+    """A request without its body."""
+
+    method: str
+    path: str
+    query: str
+    headers: Dict[str, str]
+    keep_alive: bool
+    length: int            # of the body; -1 when it comes in chunks
+
+
+def parse_head(raw: bytes) -> Head:
+    """Read a request's first lines.  Raises ApiError 400, 413 or 505."""
+    lines = raw.decode("latin-1").split("\r\n")
+    words = lines[0].split(" ")
+    if len(words) != 3 or not words[1].startswith(("/", "*")) or not HEADER_NAME.match(words[0]):
+        raise ApiError(400, "BAD_REQUEST", "the first line must be METHOD /path HTTP/1.1")
+    if words[2] not in ("HTTP/1.1", "HTTP/1.0"):
+        raise ApiError(505, "BAD_VERSION", "this server speaks HTTP/1.1")
+    headers: Dict[str, str] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or not HEADER_NAME.match(name):
+            raise ApiError(400, "BAD_REQUEST", "a header line is malformed")
+        name = name.lower()
+        if name in headers and name in ("host", "content-length", "transfer-encoding", "authorization"):
+            raise ApiError(400, "BAD_REQUEST", f"the header {name} is there twice")
+        headers[name] = value.strip(" \t")
+    if words[2] == "HTTP/1.1" and "host" not in headers:
+        raise ApiError(400, "BAD_REQUEST", "the header Host is missing")
+    path, _, query = words[1].partition("?")
+    wish = headers.get("connection", "").lower()
+    keep = "close" not in wish if words[2] == "HTTP/1.1" else "keep-alive" in wish
+    return Head(words[0], path, query, headers, keep, body_length(headers))
+
+
+def body_length(headers: Mapping[str, str]) -> int:
+    """Tell how long the body is; -1 for chunks.  Raises ApiError 400 or 501."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise ApiError(400, "BAD_LENGTH", "Content-Length and Transfer-Encoding exclude each other")
+        if coding.lower() != "chunked":
+            raise ApiError(501, "BAD_ENCODING", "the only transfer encoding understood is chunked")
+        return -1
+    if length is None:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,15}", length):
+        raise ApiError(400, "BAD_LENGTH", "Content-Length must be a whole number")
+    return int(length)
+
+
+def take_chunks(buffer: bytearray, limit: int) -> Optional[Tuple[bytes, int]]:
+    """Read a chunked body; gives it and the bytes it took, or None while it is not whole."""
+    body, at = [], 0
+    total = 0
+    while True:
+        end = buffer.find(b"\r\n", at, at + 64)
+        if end < 0:
+            if len(buffer) - at > 64:
+                raise ApiError(400, "BAD_LENGTH", "a chunk's size is malformed")
+            return None
+        digits = bytes(buffer[at:end]).partition(b";")[0].strip()
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits):
+            raise ApiError(400, "BAD_LENGTH", "a chunk's size is malformed")
+        size = int(digits, 16)
+        total += size
+        if total > limit:
+            raise too_large(limit)
+        if size == 0:
+            finish_ = buffer.find(b"\r\n", end + 2)
+            while finish_ > end + 2:  # trailers, which nobody needs
+                end, finish_ = finish_, buffer.find(b"\r\n", finish_ + 2)
+            return (b"".join(body), finish_ + 2) if finish_ >= 0 else None
+        if len(buffer) < end + 2 + size + 2:
+            return None
+        if buffer[end + 2 + size:end + 4 + size] != b"\r\n":
+            raise ApiError(400, "BAD_LENGTH", "a chunk is longer than it says")
+        body.append(bytes(buffer[end + 2:end + 2 + size]))
+        at = end + 4 + size
+
+
+def too_large(limit: int) -> ApiError:
+    """Refuse a body that is too long."""
+    return ApiError(413, "TOO_LARGE", f"the body must have at most {limit} bytes")
+
+
+def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
+    """Read a JSON body.  Raises ApiError 400 or 415."""
+    if not raw:
+        return None
+    kind, _, parameters = headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "the body must be JSON, with the header Content-Type: application/json")
+    charset = re.search(r"charset\s*=\s*\"?([\w-]+)", parameters, re.I)
+    if charset and charset.group(1).lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "JSON must be in UTF-8")
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_int=_short_int)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, "BAD_ENCODING", f"the body is not UTF-8 (at byte {error.start})") from None
+    except RecursionError:
+        raise ApiError(400, "BAD_JSON", "the body is nested too deeply") from None
+    except ValueError as error:
+        raise ApiError(400, "BAD_JSON", f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "BAD_JSON", "the body must be a JSON object")
+    return value
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+def parse_query(query: str) -> Dict[str, str]:
+    """Read a query string.  Raises ApiError 400."""
+    try:
+        return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=50))
+    except UnicodeDecodeError:
+        raise ApiError(400, "BAD_ENCODING", "the query is not percent-encoded UTF-8") from None
+    except ValueError as error:
+        raise ApiError(400, "BAD_REQUEST", f"the query cannot be read: {error}") from None
+
+
+class Connection:
+    """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.buffer = bytearray()
+        self.unsent = b""
+        self.head: Optional[Head] = None
+        self.route: Optional[Route] = None
+        self.words: Dict[str, str] = {}
+        self.since = self.begun = time.monotonic()  # last activity; the current request's first byte
+        self.request_id = ""
+
+    def send(self, data: bytes) -> bool:
+        """Send without waiting; False when the client does not take it all now."""
+        try:
+            sent_ = self.sock.send(data)
+        except BlockingIOError:
+            sent_ = 0
+        if sent_ < len(data):
+            self.unsent = data[sent_:]
+            return False
+        return True
+
+
+class Server(ThreadingHTTPServer):
+    """The API's server.  Its loop runs in one thread; slow requests run in threads of their own."""
+
+    daemon_threads = True
+    request_queue_size = 512
+    allow_reuse_address = True
+
+    def __init__(self, app: App) -> None:
+        settings = app.settings
+        self.app, self.log, self.access = app, app.log, Access(settings)
+        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        super().__init__((settings.host.strip("[]"), settings.port), None)  # type: ignore[arg-type]
+        self.selector = selectors.DefaultSelector()
+        self.parked: Dict[int, Connection] = {}
+        self.returned: "collections.deque[Connection]" = collections.deque()
+        self.wake_r, self.wake_w = socket.socketpair()
+        self.wake_w.setblocking(False)
+        self.wake_r.setblocking(False)
+        self.busy = 0                     # requests in threads; guarded by busy_lock
+        self.busy_lock = threading.Lock()
+        self.ending = False
+        self.boot, self.serial = secrets.token_hex(4), itertools.count(1)
+
+    def server_bind(self) -> None:
+        """Bind without the name look-up that the standard server makes."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    # -- the loop
+
+    def serve_forever(self, poll_interval: float = 5.0) -> None:
+        """Accept and answer until stop()."""
+        self.socket.setblocking(False)
+        self.selector.register(self.socket, selectors.EVENT_READ, "accept")
+        self.selector.register(self.wake_r, selectors.EVENT_READ, "wake")
+        swept = time.monotonic()
+        while not self.ending:
+            for key, _ in self.selector.select(poll_interval if self.parked else None):
+                if key.data == "accept":
+                    self._accept()
+                elif key.data == "wake":
+                    self._take_back()
+                else:
+                    self._readable(key.data)
+            if time.monotonic() - swept > poll_interval:
+                swept = time.monotonic()
+                self._sweep(swept)
+
+    def stop(self) -> None:
+        """Leave the loop; may be called from a signal handler."""
+        self.ending = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self.wake_w.send(b"x")
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = self.socket.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._sweep(time.monotonic(), idle=0.0)
+                return
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if len(self.parked) >= MAX_CONNECTIONS:
+                self._drop(min(self.parked.values(), key=lambda one: one.since))
+            self._park(Connection(sock))
+
+    def _park(self, connection: Connection) -> None:
+        connection.since = time.monotonic()
+        self.parked[connection.sock.fileno()] = connection
+        self.selector.register(connection.sock, selectors.EVENT_READ, connection)
+
+    def _unpark(self, connection: Connection) -> None:
+        if self.parked.pop(connection.sock.fileno(), None):
+            self.selector.unregister(connection.sock)
+
+    def _drop(self, connection: Connection) -> None:
+        self._unpark(connection)
+        with contextlib.suppress(OSError):
+            connection.sock.close()
+
+    def _take_back(self) -> None:
+        with contextlib.suppress(OSError):
+            self.wake_r.recv(65_536)
+        while self.returned:
+            connection = self.returned.popleft()
+            connection.sock.setblocking(False)
+            self._park(connection)
+            if connection.buffer:
+                self._serve(connection)
+
+    def _sweep(self, now: float, idle: float = IDLE_SECONDS) -> None:
+        """Close what has been idle for too long, and requests that do not arrive."""
+        for connection in list(self.parked.values()):
+            partial = bool(connection.buffer) or connection.head is not None
+            if partial and now - connection.begun > SLOW_SECONDS:
+                error = ApiError(408, "TOO_SLOW", f"the request did not arrive within {SLOW_SECONDS:g} s")
+                connection.send(self._response(connection, error.status, error.body(), close=True))
+                self._drop(connection)
+            elif not partial and now - connection.since > idle:
+                self._drop(connection)
+
+    def _readable(self, connection: Connection) -> None:
+        try:
+            data = connection.sock.recv(262_144)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(connection)
+            return
+        connection.since = time.monotonic()
+        if not connection.buffer and connection.head is None:
+            connection.begun = connection.since
+        connection.buffer += data
+        self._serve(connection)
+
+    # -- one request
+
+    def _serve(self, connection: Connection) -> None:
+        """Answer whole requests in the buffer, as long as that needs no waiting."""
+        while connection.buffer or connection.head:
+            began = time.perf_counter()
+            try:
+                body = self._take_request(connection)
+                if body is None:
+                    return
+                head = connection.head
+                assert head is not None and connection.route is not None
+                answer = self._answer(connection, head, body)
+            except ApiError as error:
+                if not self._refuse(connection, error, began):
+                    return
+                continue
+            if isinstance(answer, (Later, Stream)):
+                self._to_thread(connection, answer, began)
+                return
+            if not self._reply(connection, connection.route.status, answer, began):
+                return
+
+    def _take_request(self, connection: Connection) -> Optional[bytes]:
+        """Take the next request out of the buffer: its body, or None while it is not whole."""
+        buffer = connection.buffer
+        if connection.head is None:
+            while buffer[:2] == b"\r\n":
+                del buffer[:2]
+            end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD)
+            if end < 0:
+                if len(buffer) >= MAX_HEAD:
+                    raise ApiError(431, "HEADERS_TOO_LARGE", f"the headers must have at most {MAX_HEAD} bytes")
+                return None
+            connection.request_id = f"{self.boot}-{next(self.serial):x}"
+            raw = bytes(buffer[:end])
+            del buffer[:end + 4]
+            connection.route = None
+            connection.head = parse_head(raw)
+            self._enter(connection, connection.head)
+        head = connection.head
+        limit = MAX_HOOK_BODY if connection.route and connection.route.scope == "hook" else MAX_BODY
+        if head.length > limit:
+            raise too_large(limit)
+        if head.length < 0:
+            taken_ = take_chunks(buffer, limit)
+            if taken_ is None:
+                if len(buffer) > 2 * limit:
+                    raise too_large(limit)
+                return None
+            del buffer[:taken_[1]]
+            return taken_[0]
+        if len(buffer) < head.length:
+            return None
+        body = bytes(buffer[:head.length])
+        del buffer[:head.length]
+        return body
+
+    def _enter(self, connection: Connection, head: Head) -> None:
+        """Check place, route and caller before any byte of the body is waited for."""
+        given = head.headers.get("x-request-id", "")
+        if REQUEST_ID.match(given):
+            connection.request_id = given
+        self.access.check_place(head.headers)
+        if head.method == "OPTIONS":
+            raise self._options(head)
+        route, connection.words = find_route(head.method, head.path)
+        self.access.check_scope(route.scope, head.headers)
+        if route.scope == "hook":
+            session = self.app.context.sessions.get(connection.words["id"])
+            if session is None or not same_secret(head.headers.get("x-aegis-secret", ""), session.row.secret or ""):
+                raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
+        connection.route = route
+        if head.headers.get("expect", "").lower() == "100-continue" and not connection.buffer:
+            if head.length > MAX_BODY and route.scope != "hook":
+                raise too_large(MAX_BODY)
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _options(self, head: Head) -> ApiError:
+        """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
+        methods = []
+        for method in ("GET", "POST", "PUT", "DELETE"):
+            with contextlib.suppress(ApiError):
+                find_route(method, head.path)
+                methods.append(method)
+        if not methods:
+            return ApiError(404, "NOT_FOUND", f"there is nothing at {clip(head.path, 100)}")
+        allow = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+        extra = {"Allow": allow}
+        if head.headers.get("origin", "").lower() in self.access.origins:
+            extra.update({"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600", "Access-Control-Allow-Headers":
+                          "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id"})
+        return ApiError(204, "", "", headers=extra)
+
+    def _answer(self, connection: Connection, head: Head, raw: bytes) -> Any:
+        """Call the handler: its value, or Later or Stream."""
+        route = connection.route
+        assert route is not None
+        key = head.headers.get("idempotency-key")
+        if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+            raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
+        ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
+                  connection.sock.fileno)
+        return self._guarded(connection, lambda: call(route, ask, connection.words, parse_query(head.query) if head.query else {},
+                                                      parse_body(head.headers, raw)))
+
+    def _guarded(self, connection: Connection, work: Callable[[], Any]) -> Any:
+        """Do work; whatever goes wrong becomes an ApiError, and a bug goes to the log."""
+        try:
+            return work()
+        except ApiError:
+            raise
+        except TmuxError as error:
+            raise ApiError(503, "TMUX_UNAVAILABLE", str(error)) from error
+        except Exception as error:
+            self.log.note("error", "bug", request=connection.request_id, trace=traceback.format_exc())
+            raise ApiError(500, "INTERNAL", f"internal error; the log tells more under {connection.request_id}") from error
+
+    # -- the answer
+
+    def _response(self, connection: Connection, status: int, value: Any, close: bool, extra: Mapping[str, str] = {}) -> bytes:
+        head = connection.head
+        payload = b"" if status == 204 else dump(value).encode("utf-8", "replace")
+        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"]
+        if status != 204:
+            lines.append(f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(payload)}\r\n")
+        lines += [f"{name}: {text_}\r\n" for name, text_ in extra.items()]
+        if head and self.access.origins:
+            lines.append(self._cors(head))
+        lines.append("Connection: close\r\n\r\n" if close else "\r\n")
+        top = "".join(lines).encode("latin-1", "replace")
+        return top if head and head.method == "HEAD" else top + payload
+
+    def _cors(self, head: Head) -> str:
+        origin = head.headers.get("origin", "")
+        named = f"Access-Control-Allow-Origin: {origin}\r\n" if origin.lower() in self.access.origins else ""
+        return f"{named}Vary: Origin\r\n"
+
+    def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
+        """Send an answer from the loop; False when the connection left it."""
+        head = connection.head
+        assert head is not None
+        close = not head.keep_alive or self.ending
+        data = self._response(connection, status, value, close)
+        self._note(connection, status, len(data), began)
+        connection.head = None
+        if not connection.send(data):
+            self._unpark(connection)
+            self._spawn(self._finish_sending, connection, close)
+            return False
+        if close:
+            self._drop(connection)
+        return not close
+
+    def _refuse(self, connection: Connection, error: ApiError, began: float) -> bool:
+        """Send an error from the loop; the connection stays when its request was read to the end."""
+        head = connection.head
+        whole_request = head is not None and (connection.route is not None or head.length == 0) and error.status not in (413, 431)
+        close = not whole_request or not head or not head.keep_alive or error.code in ("BAD_LENGTH", "BAD_REQUEST")
+        data = self._response(connection, error.status, error.body(), close, error.headers)
+        self._note(connection, error.status, len(data), began)
+        connection.head = None
+        delivered_ = connection.send(data)
+        if close or not delivered_:
+            self._unpark(connection)
+            self._spawn(self._linger, connection)
+            return False
+        return True
+
+    def _linger(self, connection: Connection) -> None:
+        """Close so that the client can still read the answer: it may be in the middle of sending."""
+        with contextlib.suppress(OSError):
+            connection.sock.settimeout(1.0)
+            connection.sock.shutdown(socket.SHUT_WR)
+            until = time.monotonic() + 2.0
+            while time.monotonic() < until and connection.sock.recv(262_144):
+                pass
+        connection.sock.close()
+
+    def _finish_sending(self, connection: Connection, close: bool) -> None:
+        try:
+            connection.sock.settimeout(SLOW_SECONDS)
+            connection.sock.sendall(connection.unsent)
+        except OSError:
+            close = True
+        self._give_back(connection, close)
+
+    def _give_back(self, connection: Connection, close: bool) -> None:
+        if close or self.ending:
+            with contextlib.suppress(OSError):
+                connection.sock.close()
+            return
+        self.returned.append(connection)
+        self._wake()
+
+    def _note(self, connection: Connection, status: int, size: int, began: float) -> None:
+        head = connection.head
+        what = f"{head.method} {clip(head.path, 200)}" if head else "unreadable request"
+        self.log.note("info", what, status=status, ms=round((time.perf_counter() - began) * 1e3, 1), bytes=size,
+                      id=connection.request_id)
+
+    # -- in a thread
+
+    def _spawn(self, work: Callable[..., None], *args: Any) -> None:
+        with self.busy_lock:
+            self.busy += 1
+
+        def run() -> None:
+            try:
+                work(*args)
+            finally:
+                with self.busy_lock:
+                    self.busy -= 1
+        spawn("aegis-request", run)
+
+    def _to_thread(self, connection: Connection, answer: Any, began: float) -> None:
+        if self.busy >= MAX_THREADS:
+            if isinstance(answer, Stream):
+                self.app.context.bus.leave(answer.listener)
+            refusal = ApiError(503, "BUSY", f"{MAX_THREADS} requests are waiting already: try again", headers={"Retry-After": "1"})
+            self._refuse(connection, refusal, began)
+            return
+        self._unpark(connection)
+        if isinstance(answer, Stream):
+            self._spawn(self._stream, connection, answer, began)
+        else:
+            self._spawn(self._wait, connection, answer, began)
+
+    def _wait(self, connection: Connection, later: Later, began: float) -> None:
+        """Do what may wait, and answer."""
+        head, route = connection.head, connection.route
+        assert head is not None and route is not None
+        extra: Mapping[str, str] = {}
+        try:
+            status, value = route.status, self._guarded(connection, later.work)
+        except ApiError as error:
+            status, value, extra = error.status, error.body(), error.headers
+        close = not head.keep_alive or self.ending
+        data = self._response(connection, status, value, close, extra)
+        self._note(connection, status, len(data), began)
+        connection.head = None
+        try:
+            connection.sock.settimeout(SLOW_SECONDS)
+            connection.sock.sendall(data)
+        except OSError:
+            close = True
+        self._give_back(connection, close)
+
+    def _stream(self, connection: Connection, stream: Stream, began: float) -> None:
+        """Write events until the client leaves or lags."""
+        head, sock = connection.head, connection.sock
+        assert head is not None
+        self._note(connection, 200, 0, began)
+        extra = self._cors(head) if self.access.origins else ""
+        top = (f"HTTP/1.1 200 OK\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}{extra}"
+               "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\nretry: 2000\n\n")
+        try:
+            sock.settimeout(SLOW_SECONDS)
+            if head.method == "HEAD":
+                sock.sendall(top.partition("retry")[0].encode())
+                return
+            sock.sendall(top.encode())
+            for start in range(0, len(stream.missed), 200):
+                sock.sendall(b"".join(map(frame, stream.missed[start:start + 200])))
+            self._follow(sock, stream.listener)
+        except OSError:
+            pass
+        finally:
+            self.app.context.bus.leave(stream.listener)
+            sock.close()
+
+    def _follow(self, sock: socket.socket, listener: Listener) -> None:
+        pause = self.app.settings.heartbeat_seconds
+        while True:
+            try:
+                batch = [listener.queue.get(timeout=pause)]
+            except queue.Empty:
+                sock.sendall(b": ping\n\n")
+                continue
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < 200:
+                    batch.append(listener.queue.get_nowait())
+            sock.sendall(b"".join(frame(event) for event in batch if event))
+            if None in batch:
+                with contextlib.suppress(OSError):
+                    sock.sendall(b": you lag too far behind: come back with Last-Event-ID\n\n" if listener.cut else b": bye\n\n")
+                return
+
+    def drain(self, seconds: float) -> None:
+        """Wait for the requests in threads to end."""
+        until = time.monotonic() + seconds
+        while self.busy and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+# ============================================================================
+# COMMAND LINE. serve, bench, selftest, demo-agent.
+# ============================================================================
+# `python3 aegis.py` alone serves.  Errors at start are one line that says
+# what to do, and an exit status of their own.
+
+EXIT_SETTINGS, EXIT_BUSY, EXIT_START = 2, 3, 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line, from the table of settings."""
+    parser = argparse.ArgumentParser(
+        prog="aegis.py", description="Serves the coding agents of this box over HTTP.",
+        epilog="Further commands: `aegis.py bench` measures this box, `aegis.py selftest --screens DIR` replays captured screens, "
+               "`aegis.py docs` prints the README's tables.")
+    parser.add_argument("--version", action="version", version=f"aegis {__version__}")
+    parser.add_argument("--demo", action="store_true", help="serve with the built-in demo agent: no account needed")
+    for one in SETTINGS:
+        if one.flag:
+            parser.add_argument("--" + one.name.replace("_", "-"), metavar="VALUE", default=None, dest=one.name,
+                                help=f"{one.about.replace('%', '%%')} (AEGIS_{one.name.upper()}; default: {one.default or 'empty'})")
+    return parser
+
+
+def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Gather settings: flags before environment before defaults.  Raises ValueError, SystemExit."""
+    options = build_parser().parse_args(argv)
+    given = {one.name: environ[f"AEGIS_{one.name.upper()}"] for one in SETTINGS if environ.get(f"AEGIS_{one.name.upper()}")}
+    given.update({one.name: value for one in SETTINGS if (value := getattr(options, one.name, None)) is not None})
+    if options.demo:
+        given["agent"] = "demo"
+    settings = Settings(given)
+    if not is_loopback(settings.host) and not settings.auth_token:
+        raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
+                         "for whoever reaches this API can run code as you")
+    return settings
+
+
+def agents_url(settings: Settings, port: int) -> str:
+    """Give the address that agents on this box report to."""
+    host = settings.host.strip("[]")
+    host = "127.0.0.1" if host in ("0.0.0.0", "", "localhost") else "::1" if host == "::" else host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve until a signal says stop."""
+    try:
+        settings = read_settings(argv, os.environ)
+    except ValueError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    os.umask(0o077)
+    log = Log(settings.log_level, settings.log_format)
+    try:
+        app = App(settings, log)
+        server = Server(app)
+    except (ApiError, OSError, sqlite3.Error) as error:
+        busy = isinstance(error, ApiError) and error.code == "ALREADY_RUNNING"
+        where = f" (port {settings.port}: choose another with --port)" if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
+        print(f"aegis: {error}{where}", file=sys.stderr)
+        return EXIT_BUSY if busy else EXIT_START
+    stopper = Stopper(server)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, stopper)
+    try:
+        app.start(agents_url(settings, server.server_port))
+    except TmuxError as error:
+        print(f"aegis: {error}: install tmux 3.0 or newer, or set AEGIS_TMUX", file=sys.stderr)
+        return EXIT_START
+    log.start()
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
+             state=settings.state_dir, sessions=len(app.context.sessions))
+    server.serve_forever()
+    return shut_down(app, server, log)
+
+
+def shut_down(app: App, server: Server, log: Log) -> int:
+    """Stop in order: no new requests, held ones let go, the rest finished; agents go on."""
+    log.note("info", "stopping; the agents go on", sessions=len(app.context.sessions))
+    server.socket.close()
+    app.let_go()
+    server.drain(5.0)
+    app.stop()
+    log.close()
+    return 0
+
+
+class Stopper:
+    """The signal handler: the first signal stops in order, the second at once."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def __call__(self, number_: int, stack: Any) -> None:
+        if self.server.ending:
+            os._exit(128 + number_)
+        self.server.stop()
+
+
+def print_docs(argv: Sequence[str]) -> int:
+    """Print the README's generated tables."""
+    for title, table in (("Settings", settings_table()), ("Endpoints", endpoints_table()), ("Events", events_table())):
+        print(f"## {title}\n\n{table}\n")
+    return 0
+
+
+SCREEN_WORDS = {   # words that captures are named by -> kind of reading
+    "permission": "permission_prompt", "busy": "working", "question": "asking", "plan": "asking", "dialog": "asking",
+    "modal": "asking", "blank": "unknown", "starting": "unknown", "exited": "unknown", "dead": "unknown", "api_key": "apikey",
+    "limit": "rate_limited", "interrupted": "idle", "ready": "idle",
+}
+
+
+def selftest(argv: Sequence[str]) -> int:
+    """Replay captured screens through the rules and print what was expected against what was read."""
+    parser = argparse.ArgumentParser(prog="aegis.py selftest", description=selftest.__doc__)
+    parser.add_argument("--screens", metavar="DIR", required=True, help="captures named NAME.EXPECTED.txt (capture-pane -p, with -e or without)")
+    folder = Path(parser.parse_args(argv).screens)
+    matrix: "collections.Counter[Tuple[str, str]]" = collections.Counter()
+    wrong = []
+    for file in sorted(folder.glob("*.*.txt")):
+        expected = file.name.split(".")[-2]
+        reading = read_claude_screen(file.read_text(encoding="utf-8", errors="replace"))
+        read = expected if screen_agrees(expected, reading.kind) else reading.kind
+        matrix[expected, read] += 1
+        if read != expected:
+            wrong.append(f"  {file.name}: read as {reading.kind} ({reading.rule})")
+    if not matrix:
+        print(f"aegis: there is no NAME.EXPECTED.txt in {folder}", file=sys.stderr)
+        return EXIT_SETTINGS
+    print_matrix(matrix)
+    print("\n".join(["", *wrong, f"{sum(matrix.values())} screens, {len(wrong)} read otherwise than expected"]))
+    return 1 if wrong else 0
+
+
+def screen_agrees(expected: str, kind: str) -> bool:
+    """Tell whether a reading is what a capture's name says, as a kind of screen or as the state it leads to."""
+    word = SCREEN_WORDS.get(expected, expected)
+    state = DIALOG_STATUS.get(kind, (kind, ""))[0]
+    return word == kind or expected == state
+
+
+def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
+    """Print a confusion matrix: a row for each expectation, a column for each reading."""
+    expected, read = sorted({one for one, _ in matrix}), sorted({one for _, one in matrix})
+    width = max(map(len, [*expected, *read, "expected"])) + 1
+    print("expected".ljust(width) + "".join(name.rjust(len(name) + 2) for name in read))
+    for row in expected:
+        print(row.ljust(width) + "".join(str(matrix.get((row, name), 0) or ".").rjust(len(name) + 2) for name in read))
+
+
+COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve, "docs": print_docs, "selftest": selftest,
+}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command; serve when none is named."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(words[0]) if words else None
+    if words and command is None and not words[0].startswith("-"):
+        print(f"aegis: there is no command {words[0]!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_SETTINGS
+    return command(words[1:]) if command else serve(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
