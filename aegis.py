@@ -1317,9 +1317,12 @@ OPTION = re.compile(r"^\s*(❯|›)?\s*(\d{1,2})\.\s+(\[[ ✔x]\]\s*)?(\S.*?)\s*
 HINT = re.compile(r"(?i)\besc to (cancel|exit|go back|close|reject|dismiss|return|clear|continue)|\benter to "
                   r"(confirm|select|continue|submit|view|open|retry|save|set)|\btab to amend|↑/?↓ to |press enter to continue"
                   r"|\b(space|tab) to (toggle|select|cycle)|ctrl\+c to (cancel|exit)|^\s*\d\. .*\(esc\)\s*$")
-BUSY_FOOTER = re.compile(r"\besc to interrupt\b")
-BUSY_LINE = re.compile(r"^\s*[^\w\s●⎿❯]\s+\S.*…\s*\(.*\besc to interrupt\b.*\)|^\s*[✢✳✶✻✽·*]\s+\S+…(?:\s*\(.*)?$")
+BUSY_FOOTER = re.compile(r"\besc to (?:interrupt\b|i\w{0,7}…|…)")    # cut short in a narrow window
+BUSY_LINE = re.compile(r"^[✢✳✶✻✽·*] (?:\S[^…]*…(?: \(.*)?$|Waiting for \d+ background|.*· retrying in \d)")
+NOT_LOGGED_IN = re.compile(r"^  ⎿  Not logged in · Please run /login$")
 SUSPENDED = re.compile(r"Claude Code (?:is|has been) suspended")
+MODAL_TOP = re.compile(r"^▔{8,}")
+MODAL_WORDS = re.compile(r"Showing detailed transcript|ctrl\+g to edit in |Exit plan mode\?|Review your answers")
 
 
 class Option(NamedTuple):
@@ -1348,12 +1351,14 @@ DIALOGS: Tuple[Tuple[str, str, "re.Pattern[str]"], ...] = tuple(
         ("apikey", "API key dialog", r"Detected a custom API key in your environment"),
         ("bypass", "bypass warning", r"running in Bypass Permissions mode"),
         ("login", "login screen", r"Select login method|Paste code here if prompted|Browser didn.t open\? Use the url|Login successful"),
-        ("onboarding", "onboarding screen", r"Choose the (text style|option) that looks best|Let.s get started\.|Security notes:"),
+        ("onboarding", "onboarding screen", r"Welcome to Claude Code[\s\S]*looks best with your terminal|Let.s get started\.|Security notes:"),
         ("settings_error", "settings dialog", r"Settings (Error|Warning)|Exit and fix manually"),
         ("rate_limited", "limit dialog", r"(?i)What do you want to do\?[\s\S]*(stop and wait for limit|limit to reset)"),
         ("asking", "plan dialog", r"Ready to code\?|Exit plan mode\?|Would you like to proceed\?"),
         ("permission_prompt", "permission dialog", r"(?m)^\s*│?\s*Do you want to [^\n]*\?|Waiting for permission"),
     ))
+
+START_KINDS = ("trust", "apikey", "bypass", "onboarding", "login")   # their text may fill the whole screen
 
 # Screens without a dialog's hint: printed by an agent that cannot start.
 LINES: Tuple[Tuple[str, str, "re.Pattern[str]"], ...] = (
@@ -1368,18 +1373,20 @@ def read_claude_screen(text: str) -> Reading:
         lines.pop()
     if not lines:
         return Reading("unknown", "blank screen")
+    if lines[-1].startswith("Pane is dead"):
+        return Reading("dead", "tmux says that the pane is dead", excerpt=lines[-1])
     box = find_box(lines)
     if box:
         return read_box(lines, *box)
     if any(SUSPENDED.search(line) for line in lines[-6:]):
-        return Reading("asking", "suspended", title="The agent was suspended with Ctrl-Z", excerpt=lines[-1])
+        return Reading("suspended", "suspended with Ctrl-Z", excerpt=lines[-1])
     return read_dialog(lines)
 
 
 def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
     """Find the input box: the indexes of its upper and lower rule line."""
     rules = [index for index, line in enumerate(lines) if RULE_LINE.match(line)]
-    if len(rules) < 2 or len(lines) - rules[-1] > 8:
+    if len(rules) < 2 or len(lines) - rules[-1] > 24:
         return None
     upper, lower = rules[-2], rules[-1]
     inside = lines[upper + 1:lower]
@@ -1395,39 +1402,58 @@ def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
 def read_box(lines: Sequence[str], upper: int, lower: int) -> Reading:
     """Read a screen that shows the input box: busy or idle, by footer and the line above the box."""
     footer = " ".join(line.strip() for line in lines[lower + 1:])
-    above = next((line for line in reversed(lines[max(0, upper - 4):upper]) if line.strip()), "")
+    above = lines_above(lines, upper)
     draft = "\n".join(line[2:].strip() if index == 0 else line.strip()
                       for index, line in enumerate(lines[upper + 1:lower])).strip()
     if BUSY_FOOTER.search(footer):
         return Reading("working", "footer: esc to interrupt", draft, excerpt=clip(footer, 200))
-    if BUSY_LINE.match(above):
-        return Reading("working", "spinner above the box", draft, excerpt=clip(above.strip(), 200))
+    spinner = next((line for line in above if BUSY_LINE.match(line)), None)
+    if spinner:
+        return Reading("working", "spinner above the box", draft, excerpt=clip(spinner, 200))
+    if any(line.strip() == "Waiting for permission…" for line in above[:2]):
+        return Reading("permission_prompt", "a permission dialog is about to show", draft, excerpt=above[0])
     if re.match(r"⚠ Usage limit reached|⚠ .*limit resets", footer):
         return Reading("rate_limited", "footer: usage limit", draft, clip(footer, 200), excerpt=clip(footer, 200))
-    if re.search(r"Not logged in · Run /login", footer, re.I):
-        return Reading("login", "footer: not logged in", draft, excerpt=clip(footer, 200))
+    if re.search(r"Not logged in · Run /login", footer, re.I) or any(NOT_LOGGED_IN.match(line) for line in above[:3]):
+        return Reading("login", "not logged in", draft, excerpt="Not logged in")
     return Reading("idle", "input box", draft, excerpt=clip(footer, 200))
 
 
+def lines_above(lines: Sequence[str], upper: int) -> List[str]:
+    """Give the chrome between conversation and box, lowest first: what stands at the margin or far to the right."""
+    found = []
+    for line in reversed(lines[max(0, upper - 24):upper]):
+        if not line.strip():
+            continue
+        chrome = line.startswith(("  ⎿", " " * 16, "  Waiting for permission", "  tmux focus", "  ❯ /", "    ")) or BUSY_LINE.match(line)
+        if not chrome:
+            break
+        found.append(line)
+        if BUSY_LINE.match(line):
+            break
+    return found
+
+
 def read_dialog(lines: Sequence[str]) -> Reading:
-    """Read a screen without an input box: a dialog with its hint at the bottom, or nothing known."""
-    bottom = list(lines[-45:])
-    hint = next((line for line in reversed(bottom[-4:]) if HINT.search(line)), "")
-    rules = [index for index, line in enumerate(bottom) if RULE_LINE.match(line)]
-    options = find_options(bottom)
-    if not hint and not (options and any(option.selected for option in options)):
+    """Read a screen without an input box: a dialog or modal at the bottom, or nothing known."""
+    bottom = list(lines[-60:])
+    tops = [index for index, line in enumerate(bottom) if RULE_LINE.match(line) or MODAL_TOP.match(line)]
+    hint = any(HINT.search(line) for line in bottom[-4:])
+    words, options = "\n".join(bottom), find_options(bottom)
+    if not (hint or any(one.selected for one in options) or MODAL_WORDS.search(words)
+                                            or any(MODAL_TOP.match(line) for line in bottom)):
         for kind, name, pattern in LINES:
-            if any(pattern.search(line) for line in lines[-12:]):
-                return Reading(kind, name, excerpt=clip(" ".join(lines[-3:]), 300))
+            if pattern.search(words):
+                return Reading(kind, name, excerpt=clip(" ".join(lines[-4:]), 300))
         return Reading("unknown", "no box, no dialog", excerpt=clip(lines[-1], 200))
-    start = min(rules[-2:], default=0) if rules else 0
-    words = "\n".join(bottom[start:])
-    title = next((line.strip() for line in reversed(bottom[start:]) if line.strip().endswith("?")), "")
+    section = "\n".join(bottom[tops[-1] + 1 if tops else 0:])
+    title = next((line.strip() for line in reversed(bottom) if line.strip().endswith("?")), "")
+    shown = bottom[tops[-2 if len(tops) > 1 and "Chat about this" in section else -1]:] if tops else bottom
     for kind, name, pattern in DIALOGS:
-        if pattern.search(words) or (kind in ("trust", "apikey", "bypass") and pattern.search("\n".join(bottom))):
-            return Reading(kind, name, "", title, options, clip(words, 1_500))
-    return Reading("asking", "unknown dialog", "", title or (bottom[start + 1].strip() if start + 1 < len(bottom) else ""),
-                   options, clip(words, 1_500))
+        if pattern.search(words if kind in START_KINDS else section):
+            return Reading(kind, name, "", title, options, clip("\n".join(shown), 1_500))
+    return Reading("asking", "unknown dialog", "", title or next((line.strip() for line in shown if line.strip(" ─▔")), ""),
+                   options, clip("\n".join(shown), 1_500))
 
 
 def find_options(lines: Sequence[str]) -> Tuple[Option, ...]:
@@ -1790,6 +1816,7 @@ class Agent:
     arguments: Callable[["LaunchPlan"], List[str]]             # the words behind them
     read: Callable[[str], Reading]                             # screen -> meaning
     keep_stderr: bool                                          # its start-up failures are text on stderr
+    stash: Optional[str]                                       # the key that puts a draft aside until the next prompt
     missing: str                                               # what to do when the program is not there
 
 
@@ -1834,10 +1861,10 @@ def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
 
 
 AGENTS: Dict[str, Agent] = {agent.name: agent for agent in (
-    Agent("claude", True, lambda settings, launch: settings.claude_cmd, claude_arguments, read_claude_screen, True,
+    Agent("claude", True, lambda settings, launch: settings.claude_cmd, claude_arguments, read_claude_screen, True, "C-s",
           "install Claude Code (npm install -g @anthropic-ai/claude-code) or set AEGIS_CLAUDE_CMD"),
-    Agent("demo", True, demo_program, demo_arguments, read_claude_screen, True, "run Aegis with a Python that exists"),
-    Agent("shell", False, shell_program, lambda plan: list(plan.row.launch.get("args", [])), read_plain_screen, False,
+    Agent("demo", True, demo_program, demo_arguments, read_claude_screen, True, "C-s", "run Aegis with a Python that exists"),
+    Agent("shell", False, shell_program, lambda plan: list(plan.row.launch.get("args", [])), read_plain_screen, False, None,
           "set AEGIS_SHELL_CMD or name a `command` that exists"),
 )}
 
@@ -1915,6 +1942,7 @@ DIALOG_STATUS: Dict[str, Tuple[str, str]] = {
                        "CLAUDE_CODE_OAUTH_TOKEN set"),
     "onboarding": ("error", "the agent was never set up for this user: run `claude` once in a terminal and finish its "
                             "first questions"),
+    "suspended": ("error", "somebody suspended the agent with Ctrl-Z: `kill -CONT` its pid brings it back"),
     "settings_error": ("error", "the agent refuses its settings: attach and read what it says"),
     "rate_limited": ("rate_limited", "the account's usage limit is reached"),
     "permission_prompt": ("permission_prompt", ""),
@@ -2495,16 +2523,35 @@ def await_box(context: Context, session: Session) -> bool:
         reading = look(context, session)
         if reading.kind == "idle" and not reading.draft:
             return True
-        if reading.kind == "idle" and cleaned < 6:
+        if reading.kind == "idle" and cleaned < 4:
             cleaned += 1
-            rows = 2 * (reading.draft.count("\n") + 2)
-            context.tmux.keys(session.row.pane or "", "C-e", *["C-u"] * min(rows, 80))
-        elif reading.kind not in ("idle", "working", "unknown"):
+            clear_box(context, session, reading, cleaned)
+        elif reading.kind not in ("idle", "working", "unknown", "dead"):
             break
         time.sleep(LOOK_SECONDS)
     context.look_later(session, 0.0)
     session.wait(lambda: not can_deliver(session.facts), 1.0)
     return False
+
+
+def clear_box(context: Context, session: Session, reading: Reading, tries: int) -> None:
+    """Empty the box: the client's stash gives a person's draft back after our prompt; what stays is deleted.
+
+    Ctrl-C would arm the exit, and a second Escape opens a menu.  Ctrl-U on an empty box does nothing; it takes a row,
+    then a line break.
+    """
+    if tries == 1 and session.agent.stash:
+        context.tmux.keys(session.row.pane or "", session.agent.stash)
+    else:
+        rows = 2 * (reading.draft.count("\n") + 3)
+        context.tmux.keys(session.row.pane or "", *["Down"] * 12, "C-e", *["C-u"] * min(rows, 60))
+    context.stopping.wait(0.05)
+
+
+def is_draft_of(prompt: PromptRow, draft: str) -> bool:
+    """Tell whether what stands in the box is a prompt we typed: whole, scrolled, or collapsed."""
+    shown = canonical(re.sub(r"^!", "", draft))
+    return bool(shown) and (shown in canonical(prompt.text) or re.search(r"\[Pasted text #\d+", draft) is not None)
 
 
 def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
@@ -2518,7 +2565,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         digest(session, catch_up(session))
         if taken(session, prompt.id, 0.0):
             return
-        if reading.kind == "idle" and reading.draft and presses < 5:
+        if reading.kind == "idle" and is_draft_of(prompt, reading.draft) and presses < 5:
             presses += 1
             context.tmux.keys(session.row.pane or "", "Enter")
             with session.changing("delivery", "Enter again", reading.draft) as change:
@@ -2526,7 +2573,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         elif prompt.kind != "prompt" and reading.kind != "working":
             end_unreported(session, prompt.id)
             return
-        elif reading.kind not in ("idle", "working", "unknown"):
+        elif reading.kind not in ("idle", "working", "unknown", "dead"):
             context.look_later(session, 0.0)
         if time.monotonic() - began > GIVE_UP_SECONDS + patience:
             fail_delivery(context, session, prompt.id, "the agent never reported it; look at the pane before you send it again")
@@ -2874,7 +2921,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
 def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
     """Change the facts by one look; called with the session's lock held."""
     facts, told = session.facts, clip(reading.excerpt, 300)
-    dialog = reading.kind not in ("idle", "working", "unknown", "login")
+    dialog = reading.kind not in ("idle", "working", "unknown", "login", "dead")
     if facts.pending:
         weigh_pending(session, reading, dialog)
         return
@@ -3487,7 +3534,7 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
         if taken(session, prompt.id, 0.1):
             return
         reading = inspect(context, session)
-        if reading and reading.kind == "idle" and canonical(reading.draft):
+        if reading and reading.kind == "idle" and is_draft_of(prompt, reading.draft):
             context.tmux.keys(session.row.pane or "", "Enter")
         elif reading and reading.kind not in ("idle", "unknown"):
             continue
@@ -5100,7 +5147,7 @@ def print_docs(argv: Sequence[str]) -> int:
 
 SCREEN_WORDS = {   # words that captures are named by -> kind of reading
     "permission": "permission_prompt", "busy": "working", "question": "asking", "plan": "asking", "dialog": "asking",
-    "modal": "asking", "blank": "unknown", "starting": "unknown", "exited": "unknown", "dead": "unknown", "api_key": "apikey",
+    "modal": "asking", "blank": "unknown", "starting": "unknown", "exited": "dead", "api_key": "apikey",
     "limit": "rate_limited", "interrupted": "idle", "ready": "idle",
 }
 

@@ -64,7 +64,7 @@ def eventually(check: Callable[[], Any], within: float = WITHIN) -> Any:
     while True:
         try:
             last = check()
-        except (OSError, AssertionError, LookupError, ValueError) as error:
+        except (OSError, AssertionError, LookupError, ValueError, aegis.TmuxError) as error:
             last = error
         if last and not isinstance(last, Exception):
             return last
@@ -613,7 +613,7 @@ COUNT = aegis.whole("A count.", 1, 9)
     (aegis.choice("x", "a", "b"), "a", None), (aegis.choice("x", "a", "b"), "c", "one of"),
     (aegis.many("x", COUNT, 2), [1, 2], None), (aegis.many("x", COUNT, 2), [1, 2, 3], "at most 2"),
     (aegis.many("x", COUNT, 2), [1, 99], "item 1"), (aegis.many("x", COUNT, 2), {}, "an array"),
-    (aegis.number("x", 0, 2), 0.5, None), (aegis.number("x", 0, 2), 3, "at most 2"), (aegis.number("x", 0, 2), float("nan"), "number"),
+    (aegis.number("x", 0, 2), 0.5, None), (aegis.number("x", 0, 2), 3, "at most 2"), (aegis.number("x", 0, 2), float("nan"), "must"),
     (aegis.texts_by_name("x", "[A-Z]+", WORD, 2), {"A": "abc"}, None),
     (aegis.texts_by_name("x", "[A-Z]+", WORD, 2), {"a;b": "abc"}, "a;b"),
     (aegis.texts_by_name("x", "[A-Z]+", WORD, 2), {"A": "x"}, "A"),
@@ -929,7 +929,8 @@ def open_pane(tmux: Any, *program: str) -> Any:
 
 
 AWKWARD_WORDS = ["it's", '"', "a;b", ";", "\\;", "\\", "\\\\", "#{pane_id}", "#(touch /tmp/x)", "$(x)", "$HOME", "${HOME}", "~", "~root",
-                 "%1", "{", "}", "{ kill-server }", "-t", " ", "", "a  b", "tab\there", "ünï ☃ 👩‍💻", "'" * 50, "x" * 10_000]
+                 "%1", "{", "}", "{ kill-server }", "-t", " ", "", "a  b", "tab\there", "ünï ☃ 👩‍💻", "'" * 50,
+                 "x" * 10_000, "two\nlines", "a\r\nb\x1b[31m\x7f", "kill-server\nkill-server"]
 
 
 @pytest.mark.parametrize("word", AWKWARD_WORDS, ids=lambda word: repr(word[:20]))
@@ -939,10 +940,9 @@ def test_a_word_passes_tmux_unchanged(tmux, word):
         assert "\n".join(run(("show-options", "-gv", "@word"))) in (word, word + "\n")
 
 
-def test_a_word_with_a_line_break_is_refused_before_tmux_sees_it(tmux):
-    for word in ("a\nkill-server", "a\rb", "a\0b"):
-        with pytest.raises(aegis.TmuxError):
-            tmux.run(("set-option", "-g", "@word", word))
+def test_a_word_with_nul_is_refused_before_tmux_sees_it(tmux):
+    with pytest.raises(aegis.TmuxError):
+        tmux.run(("set-option", "-g", "@word", "a\0b"))
     assert tmux.run(("display-message", "-p", "here")) == ["here"]
 
 
@@ -970,7 +970,7 @@ def test_a_lost_control_client_is_replaced_and_nothing_is_missed(tmux):
     for _ in range(3):
         client = eventually(lambda: tmux.client)
         client.kill()
-        assert tmux.run(("display-message", "-p", "one-shot")) == ["one-shot"]
+        eventually(lambda: tmux.run(("display-message", "-p", "one-shot")) == ["one-shot"])
         eventually(lambda: tmux.client not in (None, client) and tmux.error is None)
         assert tmux.run(("display-message", "-p", "control")) == ["control"]
 
@@ -978,10 +978,8 @@ def test_a_lost_control_client_is_replaced_and_nothing_is_missed(tmux):
 def test_a_dead_pane_can_be_pasted_into_without_harm(tmux, tmp_path):
     pane = open_pane(tmux, "true")
     eventually(lambda: next(one for one in tmux.panes() if one.pane == pane.pane).dead)
-    (tmp_path / "text").write_text("boo")
     for _ in range(3):
-        with contextlib.suppress(aegis.TmuxError):
-            assert not tmux.paste(pane.pane, tmp_path / "text", ("Enter",))
+        assert not tmux.type(pane.pane, [aegis.Stroke("boo"), aegis.Stroke("", ("Enter",))], tmp_path / "spool")
     assert any(one.pane == pane.pane for one in tmux.panes())
     tmux.close_window(pane.window)
 
@@ -996,7 +994,7 @@ def test_a_pane_is_found_again_by_its_tag(tmux):
 
 def test_a_hung_tmux_is_an_error_and_not_a_hang(tmp_path):
     hung = tmp_path / "tmux"
-    hung.write_text("#!/bin/sh\nexec cat >/dev/null\n")
+    hung.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
     hung.chmod(0o755)
     driver = aegis.Tmux(str(hung), "aegis-test-hung", aegis.Log("error"))
     with pytest.raises(aegis.TmuxError):
