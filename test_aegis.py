@@ -1194,3 +1194,1958 @@ def test_messages_come_from_the_end_and_each_is_a_place_to_go_on_from(tmp_path):
     part, offset = map(int, last[0]["id"].split(".")[0].split("-"))
     assert [message["id"] for message in aegis.read_messages([str(path)], 10, (part, offset))] == [one["id"] for one in last[1:]]
     assert len({message["id"] for message in aegis.read_messages([str(path)], 500, None)}) == 500
+
+
+# ============================================================================
+# AGENTS. What is special about claude, demo and shell.
+# ============================================================================
+
+
+def test_an_agent_gets_a_deliberate_environment(house, tmp_path):
+    own = house(AEGIS_AGENT="demo", CLAUDECODE="1", CLAUDE_CODE_ENTRYPOINT="cli", TMUX="/x,1,0", TMUX_PANE="%9", SHLVL="7", MINE="kept")
+    talk = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env.txt"], env={"GIVEN": "a;b $(x) '\"\\ #{pane_id} ünï"})
+    assert talk.wait("session.exited")["exitCode"] == 0
+    found = dict(one.partition("=")[::2] for one in (own.work / "env.txt").read_text(encoding="utf-8").splitlines())
+    assert (found["MINE"], found["GIVEN"], found["HOME"]) == ("kept", "a;b $(x) '\"\\ #{pane_id} ünï", own.env["HOME"])
+    leaked = [name for name in found if name.startswith(("AEGIS_", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "TMUX"))]
+    assert leaked == []
+    other = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env2.txt"])
+    other.wait("session.exited")
+    assert "GIVEN" not in (own.work / "env2.txt").read_text(encoding="utf-8")
+
+
+def test_a_missing_program_is_a_clear_error_within_a_second(server):
+    for body in ({"agent": "claude"}, {"agent": "shell", "command": ["/no/such/program"]}):
+        began = time.monotonic()
+        answer = server.call("POST /v1/sessions", {"workDir": str(server.work), "name": "missing", "prompt": "touch ran", **body})
+        assert (answer.status, answer.json["code"]) == (503, "AGENT_NOT_FOUND")
+        assert "no" in answer.json["error"] and time.monotonic() - began < 1
+    assert not (server.work / "ran").exists()
+
+
+def test_a_program_that_cannot_be_run_is_an_error_that_says_so(server, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/no/such/interpreter\n")
+    broken.chmod(0o755)
+    talk = server.open(ready=False, agent="shell", command=[str(broken)])
+    ended = talk.wait("session.exited")
+    assert ended["exitCode"] not in (0, None) and "broken" in talk.get()["statusReason"] + talk.ask("GET pane")["text"]
+
+
+def test_a_shell_agent_answers_with_the_new_text_of_its_screen(make):
+    talk = make(agent="shell", command=["sh"], env={"PS1": "$ "})
+    assert talk.say("echo one; echo two")["output"] == "one\ntwo"
+    assert talk.say("printf '%s\\n' three")["output"] == "three"
+    found = talk.get()
+    assert (found["agent"], found["conversationId"], found["transcriptPath"], found["turns"]) == ("shell", None, None, 2)
+
+
+def test_a_shell_agents_exit_status_is_told(make):
+    for command, code in ((["sh", "-c", "exit 3"], 3), ("sh -c 'exit 0'", 0)):
+        talk = make(ready=False, agent="shell", command=command)
+        assert talk.wait("session.exited")["exitCode"] == code
+        found = talk.get()
+        assert (found["status"], found["exitCode"]) == ("exited", code) and found["endedAt"]
+
+
+@pytest.mark.parametrize("args", [["--session-id", "x"], ["--settings=x"], ["--resume", "x"], ["a\0b"], ["--permission-mode", "plan"]])
+def test_arguments_that_aegis_owns_are_refused(server, args):
+    answer = server.call("POST /v1/sessions", {"workDir": str(server.work), "args": args})
+    assert answer.status == 400 and "args" in answer.json["fields"]
+
+
+# ============================================================================
+# SESSIONS. Create, read, list, explain.
+# ============================================================================
+
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+def test_create_session_answers_as_the_contract_says(server, make):
+    talk = make("[[hang]]", name="feature-auth")
+    created = talk.created
+    assert (created["name"], created["workDir"], created["status"]) == ("feature-auth", str(server.work), "working")
+    assert TIME.fullmatch(created["createdAt"])
+    assert (created["promptDelivery"]["delivered"], created["promptDelivery"]["attempts"]) == (True, 1)
+    assert talk.prompts() == ["[[hang]]"]
+
+
+def test_create_session_without_a_prompt_returns_at_once(server, make):
+    talk = make(ready=False, args=["--demo-boot", "slow:1"])
+    assert (talk.created["status"], talk.created["promptDelivery"]) == ("starting", None)
+    talk.wait("session.ready")
+    assert talk.wait("session.idle")["previous"] == "starting"
+
+
+SESSION_KEYS = """id name agent workDir status statusReason createdAt updatedAt lastActivityAt endedAt exitCode model permissionMode
+    conversationId transcriptPath window pid attach queueLength turns tokenUsage costUsd pendingPermission pendingQuestion""".split()
+
+
+def test_get_session_has_every_field_of_a_session(server, talk):
+    talk.say("[[say x]]")
+    found = talk.get()
+    assert set(SESSION_KEYS) <= set(found)
+    assert (found["id"], found["agent"], found["status"], found["exitCode"], found["endedAt"]) == (talk.id, "demo", "idle", None, None)
+    assert all(TIME.fullmatch(found[name]) for name in ("createdAt", "updatedAt", "lastActivityAt"))
+    assert set(found["tokenUsage"]) == {"input", "output", "cacheRead", "cacheWrite"} and alive(found["pid"])
+    assert str(uuid.UUID(found["conversationId"])) in found["transcriptPath"]
+
+
+def test_get_session_of_nobody_is_404(server):
+    for route in ("GET /v1/sessions/nobody", "DELETE /v1/sessions/nobody", "GET /v1/sessions/nobody/read", "GET /v1/sessions/nobody/pane",
+                  "GET /v1/sessions/nobody/explain", "GET /v1/sessions/nobody/queue", "POST /v1/sessions/nobody/interrupt",
+                  "POST /v1/sessions/nobody/escape", "POST /v1/sessions/nobody/approve", "GET /v1/sessions/nobody/events",
+                  "GET /v1/sessions/" + "x" * 64, "GET /v1/sessions/%2e%2e", "GET /v1/sessions/'%3B--"):
+        assert server.refusal(route) == (404, "SESSION_NOT_FOUND"), route
+    assert server.refusal("POST /v1/sessions/nobody/send", {"text": "x"}) == (404, "SESSION_NOT_FOUND")
+
+
+def test_the_attach_command_shows_the_sessions_own_window(server, talk):
+    attach = talk.get()["attach"]
+    assert server.socket in attach and talk.get()["window"] in attach
+    assert "no server" not in server.tmux("display-message", "-p", "-t", talk.get()["window"], "#{window_id}")
+    client = subprocess.Popen(["sh", "-c", attach.replace("tmux ", "tmux -C ", 1)], env=server.env, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        shown = eventually(lambda: [one for one in server.tmux("list-clients", "-F", "#{client_pid} #{window_id}").splitlines()
+                                    if one.split()[0] == str(client.pid) or one.endswith(" " + talk.get()["window"])])
+        assert shown
+    finally:
+        client.stdin.close()
+        client.wait(10)
+    assert talk.say("[[say nobody was harmed]]")["output"] == "nobody was harmed"
+
+
+@pytest.mark.parametrize("body, field", [
+    ({}, "workDir"), ({"workDir": "relative"}, "workDir"), ({"workDir": "/no/such/dir"}, "workDir"), ({"workDir": str(AEGIS)}, "workDir"),
+    ({"workDir": "/tmp\0/x"}, "workDir"), ({"workDir": 7}, "workDir"), ({"workDir": "/" + "x" * 5000}, "workDir"),
+    ({"workDir": "/tmp", "name": ""}, "name"), ({"workDir": "/tmp", "name": "x" * 5000}, "name"), ({"workDir": "/tmp", "name": "a\nb"}, "name"),
+    ({"workDir": "/tmp", "prompt": ""}, "prompt"), ({"workDir": "/tmp", "prompt": " \n "}, "prompt"),
+    ({"workDir": "/tmp", "prompt": "x" * 1_000_001}, "prompt"), ({"workDir": "/tmp", "agent": "cat"}, "agent"),
+    ({"workDir": "/tmp", "permissionMode": "yolo"}, "permissionMode"), ({"workDir": "/tmp", "env": {"A=B": "c"}}, "env"),
+    ({"workDir": "/tmp", "env": {"A": 1}}, "env"), ({"workDir": "/tmp", "args": "x"}, "args"), ({"workDir": "/tmp", "model": "-x"}, "model"),
+    ({"workDir": "/tmp", "workdir": "/tmp"}, "workdir"),
+], ids=lambda value: repr(value)[:60])
+def test_create_session_names_the_faulty_field(server, body, field):
+    answer = server.call("POST /v1/sessions", body)
+    assert (answer.status, answer.json["code"]) == (400, "INVALID_REQUEST")
+    assert field in answer.json["fields"] and field in answer.json["error"]
+
+
+def test_create_session_resolves_links(server, make):
+    link = server.root / "link"
+    link.symlink_to(server.work)
+    assert make(ready=False, workDir=str(link)).created["workDir"] == str(server.work)
+    assert make(ready=False, workDir=f"{server.work}/../w/.").created["workDir"] == str(server.work)
+
+
+def test_create_session_keeps_to_the_allowed_directories(strict):
+    inside, beside, way_out = strict.work / "sub", strict.root / "wx", strict.work / "out"
+    inside.mkdir()
+    beside.mkdir()
+    way_out.symlink_to(beside)
+    for place in (beside, way_out, strict.root, "/", f"{strict.work}/../wx"):
+        assert strict.refusal("POST /v1/sessions", {"workDir": str(place)}) == (403, "WORKDIR_NOT_ALLOWED"), place
+    for place in (strict.work, inside):
+        strict.ask("DELETE /v1/sessions/" + strict.ask("POST /v1/sessions", {"workDir": str(place)})["id"])
+
+
+def test_create_session_makes_up_a_name_and_refuses_one_in_use(server, make):
+    first, second = make(ready=False), make(ready=False)
+    assert first.created["name"] != second.created["name"]
+    named = make(ready=False, name="once")
+    body = {"workDir": str(server.work), "name": "once"}
+    assert server.refusal("POST /v1/sessions", body) == (409, "NAME_IN_USE")
+    named.kill()
+    make(ready=False, name="once")
+
+
+def test_create_session_by_many_at_once_gives_a_name_to_one_only(server):
+    body = {"workDir": str(server.work), "name": "contested"}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: server.call("POST /v1/sessions", body), range(6)))
+    assert sorted(answer.status for answer in answers) == [201, 409, 409, 409, 409, 409]
+    server.ask("DELETE /v1/sessions/" + next(answer.json["id"] for answer in answers if answer.status == 201))
+
+
+HOSTILE = ["a;b", "$(touch x)", "-t", "@1", "%1", ":", ".", "=", "#{pane_id}", "#(touch x)", "`touch x`", "'; touch x; '", "{ }", "~", "\\", "ünï ☃ 👩‍💻",
+           "a:b.c", "*", "\u202eevil"]
+
+
+def test_hostile_names_and_directories_are_only_text(server, make):
+    places = []
+    for name in HOSTILE:
+        place = server.root / f"dir {name.replace('/', '_')}"
+        place.mkdir()
+        places.append(str(place))
+    bodies = [{"name": name, "workDir": place} for name, place in zip(HOSTILE, places)]
+    made = server.ask("POST /v1/sessions/batch", {"sessions": bodies})
+    assert (made["created"], made["failed"]) == (len(HOSTILE), 0), made["errors"]
+    assert [one["name"] for one in made["sessions"]] == HOSTILE and [one["workDir"] for one in made["sessions"]] == places
+    for one in made["sessions"]:
+        server.events.wait_for("session.ready", one["id"])
+    last = Talk(server, made["sessions"][-1])
+    assert last.say("[[say here]]")["output"] == "here" and HOSTILE[-1] in last.get()["workDir"]
+    assert not list(server.root.rglob("x")) and server.ask("GET /v1/health")["tmux"]["healthy"]
+    server.ask("DELETE /v1/sessions/batch", {"ids": [one["id"] for one in made["sessions"]]})
+
+
+def test_create_session_with_an_idempotency_key_makes_one_session(server, make):
+    body = {"workDir": str(server.work), "prompt": "[[say once]]"}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: server.ask("POST /v1/sessions", body, {"Idempotency-Key": "once-only"}), range(4)))
+    assert len({one["id"] for one in made}) == 1
+    again = server.ask("POST /v1/sessions", body, {"Idempotency-Key": "once-only"})
+    assert again["id"] == made[0]["id"] and again["promptDelivery"]["delivered"] is True
+    talk = Talk(server, again)
+    talk.wait("prompt.done")
+    assert talk.prompts() == ["[[say once]]"]
+    talk.kill()
+
+
+def test_list_sessions_is_paged_newest_first_and_filtered(server, make):
+    place = server.root / "paged"
+    place.mkdir()
+    made = [make(ready=False, workDir=str(place)).id for _ in range(5)]
+    server.ask(f"DELETE /v1/sessions/{made[0]}")
+    where = f"workDir={place}"
+    pages = [server.ask(f"GET /v1/sessions?{where}&limit=2&page={page}") for page in (1, 2, 3, 4)]
+    assert [one["id"] for page in pages for one in page["sessions"]] == made[::-1]
+    assert pages[0]["pagination"] == {"page": 1, "limit": 2, "total": 5, "totalPages": 3}
+    assert pages[3]["sessions"] == []
+    killed = server.ask(f"GET /v1/sessions?{where}&status=killed")["sessions"]
+    assert [one["id"] for one in killed] == made[:1] and set(SESSION_KEYS) <= set(killed[0])
+    assert server.ask("GET /v1/sessions?workDir=/nowhere")["pagination"]["total"] == 0
+
+
+@pytest.mark.parametrize("query", ["page=0", "limit=0", "limit=100000", "page=x", "status=sleepy", "size=3", "page=1.5"])
+def test_list_sessions_refuses_what_it_does_not_know(server, query):
+    answer = server.call(f"GET /v1/sessions?{query}")
+    assert answer.status == 400 and query.split("=")[0] in answer.json["fields"]
+
+
+def test_get_session_stats_adds_up(house):
+    own = house()
+    busy, calm, gone = own.open("[[hang]]"), own.open(), own.open()
+    calm.say("[[say one]]")
+    busy.send("later")
+    gone.kill()
+    stats = own.ask("GET /v1/sessions/stats")
+    assert (stats["total"], stats["active"], stats["idle"], stats["working"], stats["stalled"]) == (3, 2, 1, 1, 0)
+    assert sum(stats["byStatus"].values()) == 3 and stats["byStatus"]["killed"] == 1 and set(stats["byStatus"]) == set(aegis.STATES)
+    assert (stats["turns"], stats["queued"]) == (1, 1)
+    assert stats["tokenUsage"]["output"] == sum(one.get()["tokenUsage"]["output"] for one in (busy, calm, gone)) > 0
+
+
+def test_get_health_is_open_and_complete(server, strict, talk):
+    health = server.ask("GET /v1/health")
+    assert (health["status"], health["tmux"]) == ("ok", {"healthy": True, "error": None})
+    assert health["platform"] == sys.platform and health["uptime"] >= 0 and TIME.fullmatch(health["timestamp"])
+    assert health["sessions"]["total"] >= health["sessions"]["active"] >= 1
+    assert strict.call("GET /v1/health", auth=False).status == 200
+
+
+def test_read_session_answers_as_the_contract_says(server, make):
+    talk = make()
+    found = talk.say("[[say I've created the login page]]")
+    assert (found["id"], found["status"], found["output"]) == (talk.id, "idle", "I've created the login page")
+    assert found["tokenUsage"]["input"] > 0 and found["tokenUsage"]["output"] > 0
+    assert (found["turns"], found["queueLength"], found["pendingPermission"], found["pendingQuestion"]) == (1, 0, None, None)
+    assert found["costUsd"] is None or found["costUsd"] > 0
+    assert [(one["role"], one["text"]) for one in found["messages"]] == [
+        ("user", "[[say I've created the login page]]"), ("assistant", "I've created the login page")]
+    assert all(TIME.fullmatch(one["timestamp"]) for one in found["messages"])
+
+
+def test_read_session_before_any_turn_is_empty(make):
+    found = make().read("limit=5")
+    assert (found["output"], found["messages"], found["turns"]) == (None, [], 0)
+
+
+def test_read_session_consumes_nothing_and_pages_by_after_and_limit(make):
+    talk = make()
+    for word in "abc":
+        talk.say(f"[[say {word}]]")
+    found = talk.read("limit=100")
+    assert [one["text"] for one in found["messages"]] == ["[[say a]]", "a", "[[say b]]", "b", "[[say c]]", "c"]
+    assert talk.read("limit=100")["messages"] == found["messages"]
+    assert talk.read("limit=2")["messages"] == found["messages"][-2:]
+    assert talk.read("limit=0")["messages"] == []
+    ids = [one["id"] for one in found["messages"]]
+    assert len(set(ids)) == 6
+    for place in range(6):
+        assert [one["id"] for one in talk.read(f"limit=100&after={ids[place]}")["messages"]] == ids[place + 1:]
+    assert [one["id"] for one in talk.read(f"limit=1&after={ids[1]}")["messages"]] == [ids[2]]
+
+
+@pytest.mark.parametrize("query", ["limit=-1", "limit=100000", "after=x", "wait=working", "timeout=-1", "timeout=99999", "foo=1"])
+def test_read_session_refuses_what_it_does_not_know(talk, query):
+    answer = talk.call(f"GET read?{query}")
+    assert answer.status == 400 and query.split("=")[0] in answer.json["fields"]
+
+
+def test_read_session_tells_tools_with_their_input(make):
+    talk = make(permissionMode="bypassPermissions")
+    talk.say("[[bash ls -l]] [[say listed]]")
+    messages = talk.read()["messages"]
+    used = next(one for one in messages if one.get("tool"))
+    assert (used["role"], used["tool"], used["input"]["command"]) == ("assistant", "Bash", "ls -l")
+    result = next(one for one in messages if one["role"] == "tool")
+    assert result["toolUseId"] == used["toolUseId"] and "ls -l" in result["text"]
+
+
+def test_read_session_gives_a_long_answer_whole(make):
+    talk = make()
+    answer = talk.say("[[long 400]]")["output"].split("\n")
+    assert len(answer) == 400 and answer[0] != answer[399]
+    assert talk.read("limit=1")["messages"][0]["text"].split("\n") == answer
+
+
+def test_read_session_waits_until_the_session_needs_its_caller(make):
+    talk = make()
+    talk.send("[[wait 0.2]] [[say waited]]")
+    found = talk.read("wait=idle&timeout=20")
+    assert (found["status"], found["output"], found["timedOut"]) == ("idle", "waited", False)
+    talk.send("[[bash make]]")
+    assert talk.read("wait=idle&timeout=20")["status"] == "permission_prompt"
+    talk.ask("POST reject", {})
+    talk.read("wait=idle&timeout=20")
+    talk.send("[[ask]]")
+    assert talk.read("wait=idle&timeout=20")["status"] == "asking"
+
+
+def test_read_session_that_waits_in_vain_says_so(make):
+    talk = make("[[hang]]")
+    began = time.monotonic()
+    found = talk.read("wait=idle&timeout=0.2")
+    assert (found["status"], found["timedOut"]) == ("working", True) and 0.15 < time.monotonic() - began < 5
+
+
+def test_read_session_that_waits_hears_of_the_end(make):
+    talk = make("[[hang]]")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(talk.read, "wait=idle&timeout=30")
+        talk.kill()
+        assert reading.result(WITHIN)["status"] == "killed"
+
+
+def test_get_pane_shows_the_screen(server, make):
+    talk = make()
+    talk.say("[[say look at me]]")
+    pane = talk.ask("GET pane")
+    assert pane["live"] is True and pane["width"] >= 80 and pane["height"] >= 24
+    assert "look at me" in pane["text"] and "❯" in pane["text"] and "\x1b" not in pane["text"]
+    assert "\x1b[" in talk.ask("GET pane?ansi=1")["text"]
+    talk.say("[[long 200]]")
+    assert len(talk.ask("GET pane?lines=150")["text"].split("\n")) > len(talk.ask("GET pane")["text"].split("\n")) + 100
+    assert talk.refusal("GET pane?lines=-1") == (400, "INVALID_REQUEST")
+    talk.kill()
+    last = talk.ask("GET pane")
+    assert last["live"] is False and "200" in last["text"]
+
+
+def test_explain_session_gives_the_evidence(make):
+    talk = make()
+    talk.say("[[say x]]")
+    told = talk.ask("GET explain")
+    assert (told["id"], told["status"]) == (talk.id, "idle") and told["rule"] and TIME.fullmatch(told["since"])
+    assert all({"source", "rule", "at", "detail"} <= set(one) for one in told["evidence"])
+    assert {"hook"} <= {one["source"] for one in told["evidence"]}
+    talk.send("[[bash make]]")
+    talk.wait("permission.requested")
+    told = talk.ask("GET explain")
+    assert told["status"] == "permission_prompt" and "perm-" in told["rule"]
+    talk.kill()
+    assert talk.ask("GET explain")["status"] == "killed"
+
+
+SAYINGS = ["esc to interrupt", "✶ Doodling… (2s · esc to interrupt)", "Error: 529 Overloaded", "Rate limit reached", "Do you want to proceed?",
+           "❯ 1. Yes\n  2. No\n Esc to cancel · Tab to amend", "Quick safety check: Is this a project you created or one you trust?",
+           "Not logged in · Run /login", "context window is 80 %", "Interrupted · What should Claude do instead?", "❯ ", "─" * 100]
+
+
+def test_what_an_answer_says_is_never_taken_for_a_state(make):
+    talk = make()
+    for saying in SAYINGS:
+        found = talk.say(f"[[say {saying}]]")
+        assert (found["status"], found["output"].strip()) == ("idle", saying.strip())
+    assert [one for one in talk.server.events.of(talk.id, "session.")
+            if one not in ("session.created", "session.ready", "session.working", "session.idle")] == []
+
+
+# ============================================================================
+# DELIVERY. Prompts: typed once, proved taken.
+# ============================================================================
+
+
+def test_the_state_machine_is_exact_over_many_turns(make):
+    """From prompt to idle: one working, one idle, no false idle, no false working, each answer its own."""
+    talk = make(permissionMode="bypassPermissions")
+    scripts = ("[[say {0}]]", "[[wait 0.01]] [[say {0}]]", "[[bash true]] [[say {0}]]", "[[slow 0.02]] [[say {0}]]",
+               "[[long 30]] [[say {0}]]", "{0}\nsecond line")
+    for number in range(TURNS):
+        script = scripts[number % len(scripts)].format(number)
+        sent = talk.send(script)
+        found = talk.read("wait=idle&timeout=30&limit=0")
+        assert sent["delivered"] is True and found["status"] == "idle" and found["turns"] == number + 1
+        wanted = f"Echo: {script}" if "[[" not in script else str(number)
+        assert found["output"].split("\n")[-1] == wanted.split("\n")[-1], (number, found["output"])
+        assert talk.status == "idle"
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    eventually(lambda: talk.server.events.of(talk.id, "session.").count("session.idle") == TURNS + 1)
+    states = talk.server.events.of(talk.id, "session.")
+    assert states == ["session.created", "session.ready", "session.idle"] + ["session.working", "session.idle"] * TURNS
+    steps = talk.server.events.of(talk.id, "prompt.")
+    assert steps == ["prompt.queued", "prompt.submitted", "prompt.started", "prompt.done"] * TURNS
+    assert talk.server.events.of(talk.id, "turn.") == ["turn.started", "turn.ended"] * TURNS
+    assert len(talk.prompts()) == TURNS
+
+
+def arrives(sent: str) -> str:
+    """Give a text as the client's box normalises it; see the README on what a prompt may hold."""
+    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", unicodedata.normalize("NFC", sent)).replace("\t", "    ")
+    kept = "".join(char for char in bare.replace("\r\n", "\n").replace("\r", "\n")
+                   if char in "\n\u200d" or unicodedata.category(char) not in ("Cc", "Cf"))
+    return kept.rstrip()
+
+
+def seen(reported: str) -> str:
+    """Take off what the client wraps round a paste that it folds."""
+    found = re.fullmatch(r'\s*<pasted_content id="\w+">\n?(.*?)\n?</pasted_content[^>]*>\s*', reported, re.DOTALL)
+    return (found.group(1) if found else reported).rstrip()
+
+
+AWKWARD = {
+    "one line": "hello", "three lines": "one\ntwo\nthree", "200 lines": "\n".join(f"line {number} of it" for number in range(200)),
+    "blank lines": "a\n\n\nb", "trailing newline": "text\n", "leading blanks": "   indented", "tabs": "a\tb\n\tc",
+    "cjk": "你好，世界。日本語のテスト", "emoji": "👩‍💻 👍🏽 🇩🇪 ☃️", "decomposed": "e\u0301cole A\u030angstro\u0308m", "rtl": "שלום עולם",
+    "slash word": "/cost now", "slash path": "/tmp/foo is a path", "bang": "!touch ran-by-shell", "bang lines": "!touch ran-a\n!touch ran-b",
+    "hash": "# heading", "at": "@file mention", "dash": "-t flag", "question": "?", "backslash": "ends with \\", "two backslashes": "ends \\\\",
+    "semicolon": "a;b", "last semicolon": "a ;", "format": "#{pane_id} #(touch ran-by-tmux)", "dollar": "$(touch ran-by-sh) `id` ${HOME}",
+    "quotes": "it's \"quoted\" ''' \"\"\"", "percent": "%1 %end %d", "braces": "{ } [[ ]]", "list": "1. one\n2. two\n3. three",
+    "control": "bell\x07 back\x08 esc\x1b[31mred\x1b[0m nul-less", "paste end": "a\x1b[201~b", "crlf": "one\r\ntwo",
+    "box lines": "─" * 120, "dialog": "Do you want to proceed?\n❯ 1. Yes\n  2. No\nEsc to cancel", "5 kB line": "word " * 1000,
+    "exit": "exit", "quit": "quit", "colon q": ":q", "64 kB": "\n".join("%06d %s" % (number, "x" * 57) for number in range(1000)),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_send_text_arrives_as_one_prompt_and_as_it_was(talk, name):
+    text = AWKWARD[name]
+    before = len(talk.prompts()) if talk.get()["transcriptPath"] else 0
+    found = talk.say(text)
+    assert found["status"] == "idle"
+    arrived = talk.prompts()[before:]
+    assert [seen(one) for one in arrived] == [arrives(text)]
+    assert not list(talk.server.work.glob("ran-*"))
+
+
+def test_send_text_of_a_megabyte_arrives_whole(make):
+    talk = make()
+    text = "".join(f"{number:06d} all work and no play\n" for number in range(35_000))[:1_000_000]
+    talk.send(text)
+    talk.wait("prompt.done", within=60)
+    assert [seen(one) for one in talk.prompts()] == [arrives(text)]
+
+
+@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": "  \n\t"}, {"text": 5}, {"text": "x" * 1_000_001}, {"text": "half \ud800"},
+                                  {"text": "x", "extra": 1}])
+def test_send_text_refuses_what_is_no_text(server, talk, body):
+    status, code = server.refusal(f"POST /v1/sessions/{talk.id}/send", body)
+    assert status == 400 and code in ("INVALID_REQUEST", "BAD_JSON", "BAD_ENCODING")
+
+
+def test_send_text_says_where_the_prompt_is(make):
+    talk = make()
+    sent = talk.send("[[hang]]")
+    assert (sent["id"], sent["delivered"], sent["queued"], sent["state"] in ("submitted", "started")) == (talk.id, True, False, True)
+    assert (sent["attempts"], sent["status"], sent["position"]) == (1, "working", None)
+    waiting = talk.send("second")
+    assert (waiting["delivered"], waiting["queued"], waiting["position"], waiting["state"]) == (False, True, 1, "queued")
+
+
+def test_prompts_wait_while_the_agent_works_and_are_delivered_alone(make):
+    talk = make("[[wait 0.3]] [[say first]]")
+    ids = [talk.send(f"[[say {word}]]")["promptId"] for word in ("second", "third")]
+    assert [one["position"] for one in talk.ask("GET queue")["queue"]] == [1, 2]
+    for prompt_id in ids:
+        talk.wait("prompt.done", promptId=prompt_id)
+    assert [text for _, text in transcript(talk.get()["transcriptPath"])] == [
+        "[[wait 0.3]] [[say first]]", "first", "[[say second]]", "second", "[[say third]]", "third"]
+    assert talk.ask(f"GET queue/{ids[0]}")["state"] == "done" and talk.read()["output"] == "third"
+
+
+def test_list_queue_and_cancel_prompt(make):
+    talk = make("[[hang]]")
+    first, second = talk.send("first"), talk.send("second")
+    queue = talk.ask("GET queue")["queue"]
+    assert [(one["promptId"], one["kind"], one["text"], one["state"], one["position"]) for one in queue] == [
+        (first["promptId"], "prompt", "first", "queued", 1), (second["promptId"], "prompt", "second", "queued", 2)]
+    gone = talk.ask(f"DELETE queue/{first['promptId']}")
+    assert (gone["state"], gone["reason"]) == ("failed", "cancelled")
+    assert talk.wait("prompt.failed")["promptId"] == first["promptId"]
+    assert talk.refusal(f"DELETE queue/{first['promptId']}") == (409, "PROMPT_NOT_QUEUED")
+    assert [one["promptId"] for one in talk.ask("GET queue")["queue"]] == [second["promptId"]]
+    talk.ask("POST interrupt")
+    talk.wait("prompt.done", promptId=second["promptId"])
+    assert talk.prompts() == ["[[hang]]", "second"]
+
+
+def test_get_prompt_in_any_state(make):
+    talk = make("[[hang]]")
+    running = talk.delivery["promptId"]
+    assert talk.ask(f"GET queue/{running}")["state"] in ("submitted", "started")
+    assert talk.refusal(f"DELETE queue/{running}") == (409, "PROMPT_NOT_QUEUED")
+    talk.ask("POST interrupt")
+    talk.wait("prompt.failed", promptId=running)
+    found = talk.ask(f"GET queue/{running}")
+    assert found["state"] == "failed" and "interrupt" in found["reason"] and TIME.fullmatch(found["endedAt"])
+    assert talk.refusal("GET queue/p-nobody") == (404, "PROMPT_NOT_FOUND")
+
+
+def test_cancel_prompt_of_another_session_is_404(make, talk):
+    busy = make("[[hang]]")
+    waiting = busy.send("mine")["promptId"]
+    assert talk.refusal(f"GET queue/{waiting}") == talk.refusal(f"DELETE queue/{waiting}") == (404, "PROMPT_NOT_FOUND")
+
+
+def test_send_text_with_an_idempotency_key_is_typed_once(make):
+    talk = make()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        sent = list(pool.map(lambda _: talk.send("[[say once]]", Idempotency_Key="k1"), range(4)))
+    again = talk.send("[[say once]]", Idempotency_Key="k1")
+    assert len({one["promptId"] for one in [*sent, again]}) == 1
+    assert talk.refusal("POST send", {"text": "another"}, Idempotency_Key="k1")[0] == 409
+    talk.say("[[say twice]]")
+    assert talk.prompts() == ["[[say once]]", "[[say twice]]"]
+
+
+def test_send_text_by_many_at_once_reaches_the_agent_one_by_one(make):
+    talk = make()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(lambda number: talk.send(f"[[say n{number}]]")["promptId"], range(16)))
+    for prompt_id in ids:
+        talk.server.events.wait_for("prompt.done", talk.id, promptId=prompt_id)
+    assert sorted(talk.prompts()) == sorted(f"[[say n{number}]]" for number in range(16))
+    assert talk.get()["turns"] == 16
+
+
+def test_send_text_to_an_ended_session_is_409(make):
+    talk = make()
+    talk.kill()
+    for verb, body in (("send", {"text": "x"}), ("command", {"command": "/compact"}), ("bash", {"command": "ls"}), ("interrupt", None),
+                       ("escape", None), ("approve", {}), ("reject", {})):
+        assert talk.refusal(f"POST {verb}", body) == (409, "SESSION_ENDED"), verb
+
+
+def test_a_draft_in_the_box_does_not_end_up_in_the_prompt(make):
+    talk = make()
+    talk.server.tmux("send-keys", "-t", talk.get()["window"], "-l", "half a thought of a person")
+    eventually(lambda: "half a thought" in talk.ask("GET pane")["text"])
+    assert talk.say("[[say clean]]")["output"] == "clean"
+    assert talk.prompts() == ["[[say clean]]"]
+
+
+def test_a_person_may_type_in_the_terminal(make):
+    talk = make()
+    talk.server.tmux("send-keys", "-t", talk.get()["window"], "[[say by hand]]", "Enter")
+    assert talk.wait("turn.started")["source"] == "terminal"
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "by hand" and talk.get()["turns"] == 1
+
+
+def test_a_pane_left_in_copy_mode_still_takes_prompts(make):
+    talk = make()
+    talk.server.tmux("copy-mode", "-t", talk.get()["window"])
+    assert talk.say("[[say through]]")["output"] == "through"
+
+
+def test_run_command_and_run_bash_are_their_own_endpoints(make):
+    talk = make()
+    talk.say("[[say one]]")
+    before = talk.get()["conversationId"]
+    sent = talk.ask("POST command", {"command": "/clear"})
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    assert talk.ask(f"GET queue/{sent['promptId']}")["kind"] == "command"
+    assert talk.say("[[say two]]")["output"] == "two"
+    assert talk.get()["conversationId"] != before
+    assert [one["text"] for one in talk.read("limit=50")["messages"] if one["role"] == "assistant"] == ["one", "two"]
+
+
+def test_run_bash_reaches_the_agents_shell_mode(make):
+    talk = make()
+    sent = talk.ask("POST bash", {"command": "ls -l"})
+    talk.wait(("prompt.done", "prompt.failed"), promptId=sent["promptId"])
+    assert talk.ask(f"GET queue/{sent['promptId']}")["state"] == "done" and talk.ask(f"GET queue/{sent['promptId']}")["kind"] == "bash"
+    assert "ls -l" in talk.ask("GET pane?lines=50")["text"] and talk.say("[[say on]]")["output"] == "on"
+
+
+@pytest.mark.parametrize("verb, body", [("command", {"command": "no slash"}), ("command", {"command": "/"}), ("command", {}),
+                                        ("command", {"command": "/a\nb"}), ("bash", {"command": ""}), ("bash", {"command": " "}), ("bash", {})])
+def test_run_command_refuses_what_is_none(talk, verb, body):
+    assert talk.refusal(f"POST {verb}", body) == (400, "INVALID_REQUEST")
+
+
+def test_a_command_that_ends_the_agent_is_done(make):
+    talk = make()
+    sent = talk.ask("POST command", {"command": "/exit"})
+    ended = talk.wait("session.exited")
+    assert ended["exitCode"] == 0
+    assert talk.ask(f"GET queue/{sent['promptId']}")["state"] == "done" and talk.status == "exited"
+
+
+# -- start-up: the prompt waits for readiness, and dialogs are told
+
+
+def boot(make: Callable[..., Talk], *what: str, **body: Any) -> Talk:
+    """Create a demo session that starts in a certain way, with a prompt."""
+    return make(body.pop("prompt", "[[say hello]]"), args=[word for one in what for word in ("--demo-boot", one)], **body)
+
+
+def test_a_slow_start_loses_no_prompt(make):
+    talk = boot(make, "slow:0.6")
+    assert (talk.delivery["delivered"], talk.delivery["attempts"]) == (True, 1)
+    talk.wait("prompt.done")
+    assert talk.prompts() == ["[[say hello]]"] and talk.read()["output"] == "hello"
+
+
+def test_the_trust_question_is_answered_for_the_callers_own_directory(make):
+    talk = boot(make, "trust")
+    assert talk.delivery["delivered"] is True
+    talk.wait("prompt.done")
+    assert talk.read()["output"] == "hello" and talk.prompts() == ["[[say hello]]"]
+
+
+def test_the_trust_question_is_left_to_a_person_when_told_so(strict):
+    talk = strict.open("[[say hello]]", args=["--demo-boot", "trust"])
+    assert (talk.delivery["delivered"], talk.delivery["state"]) == (False, "queued")
+    found = talk.get()
+    assert found["status"] == "asking" and "trust" in found["statusReason"]
+    assert any("Yes" in option for option in found["pendingQuestion"]["options"])
+    strict.tmux("send-keys", "-t", found["window"], "Down")
+    row = eventually(lambda: re.search(r"❯ \d\. Yes", strict.tmux("capture-pane", "-p", "-t", found["window"])))
+    assert row
+    strict.tmux("send-keys", "-t", found["window"], "Enter")
+    talk.wait("prompt.done")
+    assert talk.read()["output"] == "hello"
+    talk.kill()
+
+
+@pytest.mark.parametrize("what, status, word", [("login", "error", "login"), ("onboarding", "error", "first"), ("apikey", "asking", "key"),
+                                                ("summary", "asking", "")])
+def test_a_start_up_screen_is_told_and_never_typed_over(make, what, status, word):
+    talk = boot(make, what)
+    assert (talk.delivery["delivered"], talk.delivery["state"]) == (False, "queued")
+    found = talk.get()
+    assert found["status"] == status and word in (found["statusReason"] or "").lower()
+    assert talk.ask("GET queue")["queue"][0]["attempts"] == 0
+    assert (found["pendingQuestion"] is not None) == (status == "asking")
+
+
+def test_an_agent_that_dies_at_boot_is_a_502_with_its_last_words(server):
+    body = {"workDir": str(server.work), "prompt": "x", "args": ["--demo-boot", "crash:3"]}
+    answer = server.call("POST /v1/sessions", body)
+    assert (answer.status, answer.json["code"]) == (502, "AGENT_EXITED")
+    found = server.ask(f"GET /v1/sessions/{answer.json['sessionId']}")
+    assert (found["status"], found["exitCode"]) == ("exited", 3)
+    assert "3" in answer.json["error"] and found["statusReason"] in answer.json["error"]
+    assert len(found["statusReason"]) > len("the agent ended with status 3"), "its words on stderr are there"
+
+
+def test_an_agent_that_never_gets_ready_is_an_error(house):
+    own = house("--ready-seconds", "0.3")
+    talk = own.open(ready=False, args=["--demo-boot", "slow:30"])
+    talk.wait("session.error")
+    assert "attach" in talk.get()["statusReason"]
+
+
+# ============================================================================
+# REPORTS. What hooks, screens and exits change.
+# ============================================================================
+
+
+def test_interrupt_session_ends_the_turn_and_never_the_agent(make):
+    talk = make("[[hang]]")
+    for _ in range(2):
+        talk.wait("session.working")
+        answer = talk.ask("POST interrupt")
+        assert (answer["id"], answer["interrupted"], answer["status"]) == (talk.id, True, "idle")
+        assert talk.wait("turn.ended")["outcome"] == "interrupted"
+        assert alive(talk.get()["pid"])
+        talk.send("[[hang]]")
+    talk.wait("session.working")
+    talk.ask("POST interrupt")
+    assert talk.say("[[say alive]]")["output"] == "alive"
+
+
+def test_interrupt_session_when_idle_presses_nothing(talk):
+    for _ in range(4):
+        answer = talk.ask("POST interrupt")
+        assert (answer["interrupted"], answer["status"]) == (False, "idle") and answer["reason"]
+    assert alive(talk.get()["pid"]) and talk.say("[[say alive]]")["output"] == "alive"
+
+
+def test_interrupt_session_in_a_permission_dialog_ends_the_turn(make):
+    talk = make("[[bash make]]")
+    talk.wait("permission.requested")
+    assert talk.ask("POST interrupt")["interrupted"] is True
+    talk.wait("session.idle")
+    assert talk.get()["pendingPermission"] is None and talk.say("[[say on]]")["output"] == "on"
+
+
+def test_interrupt_session_by_many_at_once_ends_one_turn(make):
+    talk = make("[[hang]]")
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: talk.ask("POST interrupt"), range(6)))
+    assert any(one["interrupted"] for one in answers)
+    assert alive(talk.get()["pid"]) and talk.say("[[say alive]]")["output"] == "alive"
+
+
+def test_escape_session_ends_a_turn_and_opens_no_menu(make):
+    talk = make("[[hang]]")
+    assert talk.ask("POST escape")["sent"] is True
+    assert talk.wait("turn.ended")["outcome"] == "interrupted"
+    for _ in range(3):
+        assert talk.ask("POST escape")["status"] == "idle"
+    assert talk.say("[[say no menu]]")["output"] == "no menu"
+
+
+def test_escape_session_closes_a_dialog(make):
+    talk = make("[[bash make]]")
+    talk.wait("permission.requested")
+    assert talk.ask("POST escape")["sent"] is True
+    talk.wait("permission.resolved")
+    talk.wait("session.idle")
+    assert talk.get()["pendingPermission"] is None
+
+
+def request(make: Callable[..., Talk], prompt: str = "[[bash touch x]] [[say after]]", **body: Any) -> Tuple[Talk, Json]:
+    """Open a session that asks for a permission; gives it and the request."""
+    talk = make(prompt, **body)
+    asked = talk.wait("permission.requested")["permission"]
+    return talk, asked
+
+
+def test_a_permission_request_is_told_as_it_is(make):
+    talk, asked = request(make)
+    found = talk.get()
+    assert found["status"] == "permission_prompt" and found["pendingQuestion"] is None
+    pending = found["pendingPermission"]
+    assert (pending["id"], pending["tool"], pending["input"]["command"]) == (asked["id"], "Bash", "touch x")
+    assert pending["id"].startswith("perm-") and "touch x" in pending["summary"] and TIME.fullmatch(pending["requestedAt"])
+    assert talk.read("limit=0")["pendingPermission"] == pending
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_approve_permission_lets_the_tool_run(make, named):
+    talk, asked = request(make)
+    answer = talk.ask("POST approve", {"permissionId": asked["id"]} if named else {})
+    assert (answer["id"], answer["permissionId"], answer["decision"]) == (talk.id, asked["id"], "approved")
+    assert talk.wait("permission.resolved")["state"] == "approved"
+    talk.wait("session.idle")
+    found = talk.read("limit=10")
+    assert found["output"] == "after" and any("touch x" in one["text"] for one in found["messages"] if one["role"] == "tool")
+    assert talk.refusal("POST approve", {"permissionId": asked["id"]}) == (409, "PERMISSION_DECIDED")
+    assert talk.refusal("POST reject", {"permissionId": asked["id"]}) == (409, "PERMISSION_DECIDED")
+
+
+def test_approve_permission_may_change_the_input(make):
+    talk, _ = request(make)
+    talk.ask("POST approve", {"updatedInput": {"command": "touch another"}})
+    talk.wait("session.idle")
+    results = [one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool"]
+    assert len(results) == 1 and "touch another" in results[0] and "touch x" not in results[0]
+
+
+@pytest.mark.parametrize("message", [None, "use make instead"])
+def test_reject_permission_goes_on_without_the_tool(make, message):
+    talk, asked = request(make)
+    answer = talk.ask("POST reject", {"permissionId": asked["id"], **({"message": message} if message else {})})
+    assert (answer["permissionId"], answer["decision"]) == (asked["id"], "rejected")
+    assert talk.wait("permission.resolved")["state"] == "rejected"
+    talk.wait("session.idle")
+    results = [one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool"]
+    assert "pretended to run" not in results[0] and (message or "") in results[0]
+
+
+def test_approve_permission_without_a_dialog_types_nothing(talk):
+    before = talk.prompts() if talk.get()["transcriptPath"] else []
+    for verb in ("approve", "reject"):
+        assert talk.refusal(f"POST {verb}", {}) == (409, "NO_PENDING_PERMISSION")
+        assert talk.refusal(f"POST {verb}", {"permissionId": "perm-nobody"}) == (404, "PERMISSION_NOT_FOUND")
+    assert (talk.prompts() if talk.get()["transcriptPath"] else []) == before and talk.status == "idle"
+
+
+def test_two_requests_at_once_are_told_apart(make):
+    talk = make("[[both touch a ;; touch b]] [[say after]]")
+    first, second = (talk.wait("permission.requested")["permission"] for _ in range(2))
+    assert talk.refusal("POST approve", {}) == (409, "PERMISSION_AMBIGUOUS")
+    talk.ask("POST approve", {"permissionId": second["id"]})
+    assert talk.get()["pendingPermission"]["id"] == first["id"] and talk.status == "permission_prompt"
+    talk.ask("POST reject", {"permissionId": first["id"], "message": "not that one"})
+    talk.wait("session.idle")
+    results = [one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool"]
+    assert len(results) == 2 and "not that one" in results[0] and "touch b" in results[1]
+
+
+def test_a_permission_from_an_earlier_dialog_decides_no_later_one(make):
+    talk, first = request(make, "[[bash one]] [[bash two]] [[say after]]")
+    talk.ask("POST approve", {"permissionId": first["id"]})
+    second = talk.wait("permission.requested")["permission"]
+    assert talk.refusal("POST approve", {"permissionId": first["id"]}) == (409, "PERMISSION_DECIDED")
+    assert talk.get()["pendingPermission"]["id"] == second["id"] != first["id"]
+    talk.ask("POST reject", {"permissionId": second["id"]})
+    talk.wait("session.idle")
+
+
+def test_approve_permission_by_many_at_once_decides_once(make):
+    talk, asked = request(make)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda number: talk.call(f"POST {('approve', 'reject')[number % 2]}", {"permissionId": asked["id"]}),
+                                range(6)))
+    assert sorted(answer.status for answer in answers) == [200, 409, 409, 409, 409, 409]
+    talk.wait("session.idle")
+    assert talk.server.events.of(talk.id, "permission.") == ["permission.requested", "permission.resolved"]
+
+
+def test_a_person_may_answer_in_the_terminal_first(make):
+    talk, asked = request(make)
+    window = talk.get()["window"]
+    eventually(lambda: "Do you want to proceed?" in talk.ask("GET pane")["text"])
+    talk.server.tmux("send-keys", "-t", window, "1")
+    resolved = talk.wait("permission.resolved")
+    assert (resolved["permissionId"], resolved["state"]) == (asked["id"], "answered_in_terminal")
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "after"
+    assert talk.refusal("POST approve", {"permissionId": asked["id"]}) == (409, "PERMISSION_DECIDED")
+
+
+def test_a_person_may_press_escape_in_the_terminal(make):
+    talk, asked = request(make)
+    eventually(lambda: "Do you want to proceed?" in talk.ask("GET pane")["text"])
+    talk.server.tmux("send-keys", "-t", talk.get()["window"], "Escape")
+    assert talk.wait("permission.resolved")["state"] == "answered_in_terminal"
+    assert talk.wait("turn.ended")["outcome"] == "interrupted"
+    talk.wait("session.idle")
+    assert talk.say("[[say on]]")["output"] == "on"
+
+
+def test_a_question_is_asking_and_is_answered_through_its_input(make):
+    talk, asked = request(make, "[[ask]] [[say after]]")
+    found = talk.get()
+    question = found["pendingQuestion"]
+    assert (found["status"], found["pendingPermission"], question["id"]) == ("asking", None, asked["id"])
+    first = question["questions"][0]
+    assert first["question"] in question["title"] and len(first["options"]) >= 2
+    assert talk.refusal("POST approve", {})[0] == 409, "a question needs an answer"
+    label = first["options"][1]["label"]
+    talk.ask("POST approve", {"updatedInput": {"questions": question["questions"], "answers": {first["question"]: label}}})
+    talk.wait("session.idle")
+    found = talk.read("limit=10")
+    assert found["output"] == "after" and any(label in one["text"] for one in found["messages"] if one["role"] == "tool")
+
+
+def test_a_plan_is_asking_and_is_approved(make):
+    talk, asked = request(make, "[[plan rewrite it all]] [[say after]]")
+    found = talk.get()
+    assert (found["status"], found["pendingQuestion"]["id"]) == ("asking", asked["id"])
+    assert "rewrite it all" in json.dumps(found["pendingQuestion"])
+    talk.ask("POST approve", {})
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "after"
+
+
+def test_what_is_never_answered_stays_asked(make):
+    talk, asked = request(make)
+    other = make()
+    for word in "abc":
+        other.say(f"[[say {word}]]")
+    assert talk.get()["pendingPermission"]["id"] == asked["id"] and talk.status == "permission_prompt"
+
+
+@pytest.mark.parametrize("mode", ["acceptEdits", "bypassPermissions"])
+def test_permission_modes_belong_to_the_agent(make, mode):
+    talk = make("[[write a.txt hello]] [[say written]]", permissionMode=mode)
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "written" and "permission.requested" not in talk.server.events.of(talk.id)
+    assert talk.get()["permissionMode"] == mode
+
+
+@pytest.mark.parametrize("what, status", [("error 529", "error"), ("error 401", "error"), ("limit", "rate_limited")])
+def test_a_failed_turn_is_told_and_the_next_one_goes_on(make, what, status):
+    talk = make(f"[[{what}]]")
+    told = talk.wait(f"session.{status}")
+    assert told["reason"] and talk.server.events.wait_for("turn.ended", talk.id)["outcome"] == "error"
+    found = talk.read()
+    assert (found["status"], found["statusReason"]) == (status, told["reason"])
+    if status == "error":
+        assert talk.say("[[say better]]")["output"] == "better" and talk.status == "idle"
+
+
+def test_silence_proves_nothing(make):
+    talk = make("[[quiet 1.2]] [[say loud]]")
+    talk.wait("session.idle")
+    assert talk.server.events.of(talk.id, "session.") == ["session.created", "session.ready", "session.working", "session.idle"]
+    assert talk.read()["output"] == "loud"
+
+
+def test_background_work_is_not_idle(make):
+    talk = make("[[background 0.5]]")
+    talk.wait("turn.ended")
+    talk.wait("session.idle")
+    kinds = talk.server.events.of(talk.id, "session.")
+    assert kinds.count("session.idle") == 1 and kinds[-1] == "session.idle"
+
+
+def test_a_flood_of_output_harms_nobody(make, talk):
+    loud = make("[[flood 5000]] [[say done]]")
+    assert talk.say("[[say calm]]")["output"] == "calm"
+    loud.wait("session.idle")
+    assert loud.read()["output"] == "done"
+
+
+@pytest.mark.parametrize("how, code, word", [("[[exit]]", 0, ""), ("[[crash 7]]", 7, "7")])
+def test_an_agent_that_ends_by_itself_has_exited(make, how, code, word):
+    talk = make()
+    sent = talk.send(how)
+    talk.send("never delivered")
+    ended = talk.wait("session.exited")
+    assert (ended["exitCode"], word in ended["reason"]) == (code, True)
+    found = talk.get()
+    assert (found["status"], found["exitCode"], found["queueLength"]) == ("exited", code, 0) and TIME.fullmatch(found["endedAt"])
+    assert talk.ask(f"GET queue/{sent['promptId']}")["state"] in ("done", "failed")
+    assert not alive(found["pid"]) and talk.read()["messages"][0]["text"] == how
+
+
+def test_an_agent_that_is_killed_has_exited_and_its_queue_fails(make):
+    talk = make("[[hang]]")
+    waiting = talk.send("never delivered")["promptId"]
+    os.kill(talk.get()["pid"], signal.SIGKILL)
+    ended = talk.wait("session.exited")
+    assert ended["exitCode"] != 0
+    lost = talk.ask(f"GET queue/{waiting}")
+    assert lost["state"] == "failed" and lost["reason"]
+    assert talk.server.events.of(talk.id, "turn.")[-1] == "turn.ended"
+
+
+# -- the agent's own reports
+
+
+def hook_of(talk: Talk) -> Tuple[str, str]:
+    """Find where a session's agent reports to, and with which secret, in its own settings file."""
+    for path in talk.server.state.rglob(f"*{talk.id}*"):
+        with contextlib.suppress(ValueError, OSError, KeyError):
+            hook = json.loads(path.read_text())["hooks"]["Stop"][0]["hooks"][0]
+            return urllib.parse.urlsplit(hook["url"]).path, hook["headers"]["X-Aegis-Secret"]
+    raise LookupError("no hook file")
+
+
+def report(talk: Talk, event: str, secret: Optional[str] = None, **more: Any) -> Answer:
+    """Report something as the agent would."""
+    path, known = hook_of(talk)
+    found = talk.get()
+    body = {"hook_event_name": event, "session_id": found["conversationId"], "transcript_path": found["transcriptPath"],
+            "cwd": found["workDir"], **more}
+    return talk.server.call(f"POST {path}", body, {"X-Aegis-Secret": known if secret is None else secret}, auth=False)
+
+
+def prompt_ids(talk: Talk) -> List[str]:
+    """List the agent's own ids of its prompts."""
+    lines = [json.loads(one) for one in Path(talk.get()["transcriptPath"]).read_text().splitlines()]
+    return list(dict.fromkeys(one["promptId"] for one in lines if one.get("type") == "user" and one.get("promptId")))
+
+
+def test_receive_hook_wants_the_sessions_own_secret(make, talk):
+    other = make()
+    path, secret = hook_of(talk)
+    assert len(secret) >= 32 and secret not in path
+    assert talk.server.call(f"POST {path}", {"hook_event_name": "Stop"}).status in (401, 403)
+    for wrong in ("", "x", secret[:-1], secret + "x", hook_of(other)[1]):
+        assert report(talk, "Stop", secret=wrong).status in (401, 403), wrong
+    assert talk.server.call("POST /hooks/nobody", {}, {"X-Aegis-Secret": secret}).status in (401, 403, 404)
+    assert talk.status == "idle" and talk.say("[[say x]]")["output"] == "x"
+
+
+def test_receive_hook_takes_late_and_repeated_reports_calmly(make):
+    talk = make()
+    talk.say("[[say one]]")
+    old = prompt_ids(talk)[-1]
+    for event in ("UserPromptSubmit", "Stop", "UserPromptSubmit", "PostToolUse", "StopFailure", "SubagentStop", "Notification"):
+        assert report(talk, event, prompt_id=old, prompt="[[say one]]", background_tasks=[], last_assistant_message="stale",
+                      tool_name="Bash", tool_input={}, error="server_error").status == 200
+        assert talk.status == "idle", event
+    talk.send("[[hang]]")
+    talk.wait("prompt.started")
+    for event in ("Stop", "StopFailure", "UserPromptSubmit"):
+        assert report(talk, event, prompt_id=old, prompt="[[say one]]", background_tasks=[], last_assistant_message="stale").status == 200
+        assert talk.status == "working", event
+    assert report(talk, "Stop", prompt_id=prompt_ids(talk)[-1], background_tasks=[], agent_id="sub").status == 200
+    assert talk.status == "working", "a subagent's end is not the end"
+    talk.ask("POST interrupt")
+    assert talk.read()["output"] == "one" and talk.get()["turns"] == 2
+
+
+@pytest.mark.parametrize("body", [{}, {"hook_event_name": 7}, {"hook_event_name": "NewInTheNextVersion", "x": [1]},
+                                  {"hook_event_name": "Stop", "prompt_id": 7, "background_tasks": "no", "last_assistant_message": None},
+                                  {"hook_event_name": "PostToolUse", "tool_name": None, "tool_input": 5},
+                                  {"hook_event_name": "UserPromptSubmit", "prompt": None, "prompt_id": None, "agent_id": "sub"}])
+def test_receive_hook_survives_what_it_does_not_know(make, body):
+    talk = make()
+    path, secret = hook_of(talk)
+    assert talk.server.call(f"POST {path}", body, {"X-Aegis-Secret": secret}).status in (200, 400)
+    assert talk.status == "idle" and talk.say("[[say unharmed]]")["output"] == "unharmed"
+
+
+def test_secrets_are_nowhere_to_be_read(make, strict):
+    talk, asked = request(make)
+    secret = hook_of(talk)[1]
+    server = talk.server
+    places = {route: server.call(route).raw.decode() for route in (
+        "GET /v1/sessions", f"GET /v1/sessions/{talk.id}", f"GET /v1/sessions/{talk.id}/read", f"GET /v1/sessions/{talk.id}/explain",
+        f"GET /v1/sessions/{talk.id}/pane?lines=1000", "GET /v1/health", "GET /v1/sessions/stats")}
+    places.update(created=json.dumps(talk.created), events=json.dumps(server.events.heard), log=server.log.read_text(), ps=command_lines(),
+                  tmux=server.tmux("list-panes", "-a", "-F", "#{pane_start_command} #{pane_title} #{window_name}")
+                  + server.tmux("show-environment", "-g") + server.tmux("show-options", "-g"))
+    token = strict.env["AEGIS_AUTH_TOKEN"]
+    strict.call("GET /v1/sessions", headers={"Authorization": "Bearer wrong-guess-123"}, auth=False)
+    places["strict log"] = strict.log.read_text()
+    for name, text in places.items():
+        assert secret not in text and token not in text, name
+    assert "wrong-guess-123" not in places["strict log"]
+
+
+# ============================================================================
+# LIFE. Create, adopt after a restart, kill.
+# ============================================================================
+
+
+def test_kill_session_leaves_nothing_behind_but_the_record(server, make):
+    talk = make()
+    talk.say("[[say remember me]]")
+    found = talk.get()
+    assert [path for path in server.state.rglob("*") if talk.id in path.name]
+    answer = talk.kill()
+    assert (answer["id"], answer["status"], answer["killed"]) == (talk.id, "killed", True)
+    assert not alive(found["pid"])
+    assert found["window"] not in server.tmux("list-windows", "-a", "-F", "#{window_id}").split()
+    assert [str(path) for path in server.state.rglob("*") if talk.id in path.name] == []
+    gone = talk.get()
+    assert (gone["status"], gone["attach"], gone["tokenUsage"]) == ("killed", None, found["tokenUsage"]) and TIME.fullmatch(gone["endedAt"])
+    assert talk.read()["output"] == "remember me" and len(talk.read("limit=9")["messages"]) == 2
+    database = sqlite3.connect(f"file:{next(server.state.glob('*.db'))}?mode=ro", uri=True)
+    assert database.execute("SELECT secret FROM sessions WHERE id = ?", (talk.id,)).fetchall() == [(None,)]
+    database.close()
+    again = talk.kill()
+    assert (again["status"], again["killed"]) == ("killed", False)
+    assert talk.server.events.wait_for("session.killed", talk.id) and server.events.of(talk.id).count("session.killed") == 1
+
+
+def test_kill_session_takes_the_whole_process_family(make, server, tmp_path):
+    script = f"trap '' HUP TERM; (trap '' HUP; exec tail -f /dev/null) & echo $! > {tmp_path}/child; exec tail -f /dev/null"
+    talk = make(ready=False, agent="shell", command=["sh", "-c", script])
+    child = int(eventually(lambda: (tmp_path / "child").read_text().strip()))
+    talk.kill()
+    assert not alive(child) and not alive(talk.get()["pid"])
+
+
+def test_kill_session_by_many_at_once_kills_once(make):
+    talk = make("[[hang]]")
+    waiting = talk.send("never")["promptId"]
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda _: talk.kill(), range(5)))
+    assert [one["killed"] for one in answers].count(True) == 1 and {one["status"] for one in answers} == {"killed"}
+    assert talk.ask(f"GET queue/{waiting}")["state"] == "failed"
+    ended = talk.server.events.wait_for("session.killed", talk.id)
+    assert [one["id"] for one in talk.server.events.heard if one["sessionId"] == talk.id and one["id"] > ended["id"]] == []
+
+
+def test_kill_session_of_an_agent_that_has_exited_is_clean(make):
+    talk = make("[[exit]]", ready=False)
+    talk.wait("session.exited")
+    answer = talk.kill()
+    assert (answer["status"], answer["killed"]) == ("exited", False)
+
+
+def test_create_batch_spoils_nothing_by_one_bad_item(server):
+    good = {"workDir": str(server.work), "prompt": "[[say hi]]", "name": "task-1"}
+    items = [good, {"workDir": "/no/such", "name": "task-2"}, good, {"workDir": str(server.work), "foo": 1}, {**good, "name": "task-3"}]
+    made = server.ask("POST /v1/sessions/batch", {"sessions": items})
+    assert made["created"] == len(made["sessions"]) == 2 and made["failed"] == len(made["errors"]) == 3
+    errors = {one["index"]: one for one in made["errors"]}
+    assert {one["code"] for one in (errors[1], errors[3])} == {"INVALID_REQUEST"} and errors[1]["name"] == "task-2"
+    clash = errors.get(2) or errors[0]
+    assert (clash["code"], clash["statusCode"]) == ("NAME_IN_USE", 409) and clash["error"]
+    for one in made["sessions"]:
+        server.events.wait_for("prompt.done", one["id"])
+        assert one["promptDelivery"]["state"] in ("queued", "submitted", "started", "done")
+    ids = [one["id"] for one in made["sessions"]]
+    gone = server.ask("DELETE /v1/sessions/batch", {"ids": [*ids, "nobody"]})
+    assert (gone["killed"], gone["failed"], sorted(gone["ids"])) == (2, 1, sorted(ids))
+    assert (gone["errors"][0]["index"], gone["errors"][0]["id"], gone["errors"][0]["code"]) == (2, "nobody", "SESSION_NOT_FOUND")
+
+
+@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [1]}, {"sessions": [{}] * 1000}, {"ids": []}])
+def test_create_batch_refuses_what_is_no_batch(server, body):
+    answer = server.call("POST /v1/sessions/batch", body)
+    assert answer.status == 400 and "sessions" in answer.json["fields"]
+
+
+def test_kill_batch_refuses_what_is_no_batch(server):
+    for body in ({}, {"ids": []}, {"ids": "x"}, {"ids": [7]}):
+        answer = server.call("DELETE /v1/sessions/batch", body)
+        assert answer.status == 400 and "ids" in answer.json["fields"]
+
+
+# -- after a restart
+
+
+def ended_turn(talk: Talk) -> bool:
+    """Tell from its own transcript that the agent has finished a turn."""
+    return any(json.loads(one).get("subtype") == "turn_duration" for one in Path(talk.path).read_text().splitlines())
+
+
+def follow(talk: Talk) -> Talk:
+    """Remember where a session's transcript is, for the time when nobody can be asked."""
+    talk.path = talk.get()["transcriptPath"]
+    return talk
+
+
+def test_a_turn_under_way_survives_a_crash_of_aegis(house):
+    own = house()
+    talk = own.open("[[wait 1]] [[say after the crash]]")
+    before = talk.get()
+    own.crash()
+    assert alive(before["pid"])
+    own.start()
+    found = talk.read()
+    assert (found["status"], found["output"], found["turns"]) == ("idle", "after the crash", 1)
+    assert (talk.get()["pid"], talk.get()["conversationId"]) == (before["pid"], before["conversationId"])
+    talk.wait("prompt.done")
+    assert own.events.of(talk.id, "session.") == ["session.created", "session.ready", "session.working", "session.idle"]
+    assert talk.say("[[say on]]")["output"] == "on" and len(talk.prompts()) == 2
+
+
+def test_a_turn_that_ended_while_aegis_was_away_is_caught_up_on(house):
+    own = house()
+    talk = follow(own.open("[[wait 0.3]] [[say meanwhile]]"))
+    own.crash()
+    eventually(lambda: ended_turn(talk))
+    own.start()
+    found = talk.read()
+    assert (found["status"], found["output"], found["turns"]) == ("idle", "meanwhile", 1)
+    assert talk.wait("prompt.done")["promptId"] == talk.delivery["promptId"] and talk.wait("session.idle")
+    assert talk.get()["tokenUsage"]["output"] > 0
+
+
+def test_an_interrupt_while_aegis_was_away_is_caught_up_on(house):
+    own = house()
+    talk = follow(own.open("[[hang]]"))
+    window = talk.get()["window"]
+    own.crash()
+    own.tmux("send-keys", "-t", window, "Escape")
+    eventually(lambda: "interrupt" in [kind for kind, _ in transcript(talk.path)])
+    own.start()
+    assert talk.wait("turn.ended")["outcome"] == "interrupted"
+    talk.wait("session.idle")
+    assert talk.say("[[say on]]")["output"] == "on"
+
+
+def test_the_queue_survives_a_crash_and_is_delivered_once_and_in_order(house):
+    own = house()
+    talk = own.open("[[hang]]")
+    ids = [talk.send(f"[[say {word}]]")["promptId"] for word in "abc"]
+    own.crash().start()
+    assert [one["promptId"] for one in talk.ask("GET queue")["queue"]] == ids
+    talk.wait("prompt.queued", promptId=ids[-1])
+    assert talk.ask("POST interrupt")["interrupted"] is True
+    for prompt_id in ids:
+        talk.wait("prompt.done", promptId=prompt_id)
+    assert talk.prompts() == ["[[hang]]", "[[say a]]", "[[say b]]", "[[say c]]"]
+
+
+def attempt(talk: Talk, text: str) -> int:
+    """Send a prompt to a server that may die meanwhile; gives the status, or 0."""
+    try:
+        return talk.call("POST send", {"text": text}).status
+    except (OSError, http.client.HTTPException):
+        return 0
+
+
+def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
+    own = house()
+    talk = own.open()
+    for number, moment in enumerate((0.0, 0.004, 0.008, 0.012, 0.016, 0.02, 0.03, 0.05)):
+        text = f"[[say moment {number}]]"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(attempt, talk, text)
+            concurrent.futures.wait([sending], timeout=moment)
+            own.crash()
+        own.start()
+        talk.read()
+        last = talk.say(f"[[say check {number}]]")
+        assert last["output"] == f"check {number}" and last["queueLength"] == 0
+        assert talk.prompts().count(text) <= 1, f"typed twice when Aegis died after {moment} s"
+        if sending.result() == 200:
+            assert talk.prompts().count(text) == 1, f"lost when Aegis died after {moment} s"
+
+
+def test_a_permission_dialog_survives_a_crash(house):
+    own = house()
+    talk = own.open("[[bash touch x]] [[say after]]")
+    asked = talk.wait("permission.requested")["permission"]
+    own.crash().start()
+    eventually(lambda: talk.status == "permission_prompt")
+    assert "Do you want" in talk.ask("GET pane")["text"]
+    pending = talk.get()["pendingPermission"]
+    answer = talk.call("POST approve", {"permissionId": pending["id"]} if pending["id"] else {})
+    if answer.status != 200:    # it can still be answered at the terminal, and the answer says so
+        check_envelope(answer)
+        assert answer.status == 409 and "terminal" in answer.json["error"]
+        own.tmux("send-keys", "-t", talk.get()["window"], "1")
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "after" and asked["tool"] == "Bash"
+
+
+def test_a_restart_on_another_port_still_follows_its_agents(house):
+    own = house()
+    talk = own.open("[[wait 0.5]] [[say one]]")
+    old = own.port
+    own.crash().start(port=0)
+    assert own.port != old
+    assert talk.read()["output"] == "one"
+    sent = talk.send("[[say two]]")
+    assert sent["delivered"] or sent["state"] == "queued"
+    found = eventually(lambda: (lambda read: read if read["output"] == "two" else None)(talk.read("wait=idle&timeout=5")))
+    assert found["turns"] == 2 and talk.prompts() == ["[[wait 0.5]] [[say one]]", "[[say two]]"]
+
+
+def test_sessions_that_ended_while_aegis_was_away_have_exited(house):
+    own = house()
+    crashed, closed, killed, well = own.open(), own.open(), own.open(), own.open()
+    windows = {one.id: one.get()["window"] for one in (crashed, closed, killed, well)}
+    pid = killed.get()["pid"]
+    follow(crashed)
+    own.crash()
+    own.tmux("send-keys", "-t", windows[crashed.id], "[[crash 9]]", "Enter")
+    own.tmux("kill-window", "-t", windows[closed.id])
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid) and own.tmux("list-panes", "-a", "-F", "#{pane_dead}").count("1") == 2)
+    own.start()
+    for one in (crashed, closed, killed):
+        one.wait("session.exited")
+        assert one.get()["statusReason"]
+    assert crashed.get()["exitCode"] == 9
+    assert well.say("[[say well]]")["output"] == "well"
+
+
+def test_a_window_closed_by_hand_is_an_exit(make):
+    talk = make()
+    talk.server.tmux("kill-window", "-t", talk.get()["window"])
+    ended = talk.wait("session.exited")
+    assert ended["reason"] and talk.status == "exited"
+
+
+def test_a_row_that_lost_its_window_and_a_window_that_lost_its_row_are_both_found(house):
+    own = house()
+    lost, ended = own.open(), own.open()
+    found, finished = lost.get(), ended.get()
+    own.crash()
+    database = sqlite3.connect(str(next(own.state.glob("*.db"))))
+    database.execute("DELETE FROM sessions WHERE id = ?", (lost.id,))
+    database.execute("UPDATE sessions SET status = 'killed', ended_at = 1 WHERE id = ?", (ended.id,))
+    database.commit()
+    database.close()
+    own.start()
+    eventually(lambda: not alive(finished["pid"]))
+    assert ended.get()["status"] == "killed"
+    windows = own.tmux("list-windows", "-a", "-F", "#{window_id}").split()
+    assert finished["window"] not in windows
+    assert lost.id in eventually(lambda: own.log.read_text() if lost.id in own.log.read_text().split("listening on")[-1] else "")
+    assert found["window"] in windows or not alive(found["pid"]), "an unknown agent is told of: either kept or ended, not half"
+
+
+def test_the_death_of_tmux_is_an_exit_of_all_and_then_goes_on(house):
+    own = house()
+    talks = [own.open() for _ in range(3)]
+    pids = [talk.get()["pid"] for talk in talks]
+    own.tmux("kill-server")
+    for talk in talks:
+        assert talk.wait("session.exited")["reason"]
+    eventually(lambda: not any(map(alive, pids)))
+    eventually(lambda: own.ask("GET /v1/health")["tmux"]["healthy"])
+    fresh = own.open()
+    assert fresh.say("[[say again]]")["output"] == "again"
+    assert talks[0].get()["window"] is None or talks[0].status == "exited"
+
+
+def test_a_lost_control_client_harms_no_session(house):
+    own = house()
+    talk = own.open("[[wait 0.5]] [[say unharmed]]")
+    for line in own.tmux("list-clients", "-F", "#{client_pid} #{client_control_mode}").splitlines():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    talk.wait("prompt.done")
+    assert talk.read()["output"] == "unharmed"
+    eventually(lambda: own.ask("GET /v1/health")["tmux"]["healthy"])
+    assert talk.say("[[say still]]")["output"] == "still"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_aegis_stops_no_agent(house, how):
+    own = house()
+    talk, other = own.open("[[wait 0.4]] [[say one]]"), own.open("[[bash make]] [[say two]]")
+    other.wait("permission.requested")
+    stream = Events(own)
+    eventually(lambda: stream.heard)
+    pids = [talk.get()["pid"], other.get()["pid"]]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: other.call("GET read?wait=idle&timeout=60").status)
+        assert own.signal(how, within=8) == 0
+        assert reading.exception() or reading.result() in (200, 503)
+    assert all(map(alive, pids)) and "Traceback" not in own.log.read_text()
+    own.start()
+    assert talk.read()["output"] == "one"
+    stream.close()
+
+
+def test_a_second_signal_stops_at_once(house):
+    own = house()
+    talk = own.open("[[bash make]]")
+    talk.wait("permission.requested")
+    own.process.send_signal(signal.SIGINT)
+    own.process.send_signal(signal.SIGINT)
+    assert own.process.wait(WITHIN) in (0, 128 + signal.SIGINT)
+    assert alive(int(own.tmux("list-panes", "-a", "-F", "#{pane_pid} #{@aegis_id}").split(f" {talk.id}")[0].split()[-1]))
+
+
+def test_events_are_replayed_across_a_restart_and_ids_go_on(house):
+    own = house()
+    stream = Events(own)
+    talk = own.open()
+    talk.say("[[say one]]")
+    stream.wait_for("prompt.done")
+    own.crash().start()
+    talk.say("[[say two]]")
+    last = own.events.wait_for("session.idle", talk.id, after=talk.seen - 1)
+    stream.wait_for(last["type"], after=last["id"] - 1)
+    ids = [one["id"] for one in stream.heard]
+    assert ids == sorted(set(ids)) and stream.connections == 2
+    assert ids == [one["id"] for one in own.events.heard][:len(ids)]
+    stream.close()
+
+
+# ============================================================================
+# ACCESS. Bearer token, Host and Origin.
+# ============================================================================
+
+
+@pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic {}", "Bearer {}x", "Bearer x{}", "{}", "Bearer  {} {}"])
+def test_without_the_token_nothing_is_told(strict, given):
+    headers = {} if given is None else {"Authorization": given.format(*[strict.env["AEGIS_AUTH_TOKEN"]] * 2)}
+    for route in ("GET /v1/sessions", "GET /v1/sessions/nobody", "POST /v1/sessions", "GET /v1/events", "GET /sessions/nobody/read"):
+        answer = strict.call(route, {} if route.startswith("POST") else None, headers, auth=False)
+        assert (answer.status, answer.json["code"]) == (401, "UNAUTHORIZED"), route
+        check_envelope(answer)
+        assert "bearer" in answer.headers["WWW-Authenticate"].lower()
+
+
+def test_with_the_token_all_is_open(strict):
+    assert strict.call("GET /v1/sessions").status == 200
+    token = strict.env["AEGIS_AUTH_TOKEN"]
+    assert strict.call("GET /v1/sessions", headers={"Authorization": f"bearer {token}"}, auth=False).status == 200
+
+
+def test_many_wrong_guesses_lock_no_one_out(strict):
+    for number in range(50):
+        assert strict.call("GET /v1/sessions", headers={"Authorization": f"Bearer guess{number}"}, auth=False).status in (401, 429)
+    assert strict.call("GET /v1/sessions").status == 200
+
+
+def test_no_body_is_read_before_its_sender_may_enter(strict):
+    with socket.create_connection(("127.0.0.1", strict.port), 10) as line:
+        line.sendall(b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 7000000\r\n\r\n{")
+        assert line.makefile("rb").readline().split()[1] == b"401"
+
+
+PLACES = [
+    ({"Host": "localhost"}, 200), ({"Host": "127.0.0.1:{port}"}, 200), ({"Host": "LOCALHOST:{port}"}, 200), ({"Host": "[::1]:{port}"}, 200),
+    ({"Host": "box.example"}, 200), ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example"}, 403), ({"Host": "evil.example:{port}"}, 403),
+    ({"Host": ""}, 403), ({"Host": "127.0.0.1.evil.example"}, 403), ({"Host": "box.example.evil"}, 403),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
+    ({"Origin": "http://127.0.0.1:{port}"}, 200), ({"Origin": "https://panel.example"}, 200), ({"Origin": "https://panel.example.evil"}, 403),
+    ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Sec-Fetch-Site": "none"}, 200), ({"Sec-Fetch-Site": "cross-site", "Origin": "https://panel.example"}, 200),
+]
+
+
+@pytest.mark.parametrize("headers, wanted", PLACES, ids=lambda value: str(value))
+def test_foreign_hosts_and_web_pages_are_refused(server, strict, headers, wanted):
+    for one in (strict, server):
+        if one is server and "example" in json.dumps(headers) and wanted == 200:
+            continue   # only the strict server was told of these names
+        given = {"Host": f"localhost:{one.port}", **{name: value.format(port=one.port) for name, value in headers.items()}}
+        for route in ("GET /v1/health", "GET /v1/sessions", "POST /hooks/x", "OPTIONS /v1/sessions", "GET /nowhere"):
+            answer = one.call(route, headers=given)
+            refused = answer.status == 403 and answer.json["code"] in ("HOST_REFUSED", "ORIGIN_REFUSED")
+            assert refused == (wanted == 403), (route, answer.status, answer.raw)
+
+
+def test_an_allowed_page_may_read_the_answer(strict):
+    answer = strict.call("GET /v1/sessions", headers={"Origin": "https://panel.example"})
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://panel.example"
+    foreign = strict.call("GET /v1/sessions", headers={"Origin": "https://evil.example"})
+    assert foreign.headers["Access-Control-Allow-Origin"] is None
+    asked = strict.call("OPTIONS /v1/sessions", headers={"Origin": "https://panel.example", "Access-Control-Request-Method": "POST",
+                                                         "Access-Control-Request-Headers": "authorization,content-type"}, auth=False)
+    assert asked.status in (200, 204) and "authorization" in (asked.headers["Access-Control-Allow-Headers"] or "").lower()
+
+
+def test_a_server_for_others_checks_the_token(house):
+    own = house("--host", "0.0.0.0", AEGIS_AUTH_TOKEN="t" * 32)
+    assert own.refusal("GET /v1/sessions", auth=False) == (401, "UNAUTHORIZED")
+    assert own.open().say("[[say reachable]]")["output"] == "reachable"
+
+
+# ============================================================================
+# ROUTES. Every endpoint, held against the one table.
+# ============================================================================
+
+every_route = pytest.mark.parametrize("route", aegis.ROUTES, ids=[route.route for route in aegis.ROUTES])
+
+
+def named(route: Any) -> str:
+    """Give the name that a route's tests begin with."""
+    name = route.handler.__name__
+    return name[: -len("_handler")] if name.endswith("_handler") else name
+
+
+def filled(route: Any) -> str:
+    """Put something into a route's path."""
+    return re.sub(r":\w+", "nobody", route.route)
+
+
+@every_route
+def test_every_route_has_a_test(route):
+    assert any(name.startswith(f"test_{named(route)}_") for name in globals())
+
+
+@every_route
+def test_every_route_wants_the_token(strict, route):
+    answer = strict.call(filled(route), {} if not route.route.startswith("GET") else None, auth=False)
+    assert answer.status == (200 if route.scope is None else 401)
+
+
+@every_route
+def test_every_route_names_an_unknown_field(server, route):
+    method, path = filled(route).split(" ")
+    if route.scope == "hook":
+        assert server.call(filled(route), {"zebra": 1}).status == 401
+    elif method == "GET":
+        answer = server.call(f"GET {path}?zebra=1")
+        assert answer.status == 400 and "zebra" in answer.json["fields"]
+    else:
+        answer = server.call(f"{method} {path}", {"zebra": 1})
+        assert answer.status == 400 and "zebra" in answer.json["fields"]
+
+
+@every_route
+def test_every_route_tells_its_methods(server, route):
+    _, path = filled(route).split(" ")
+    methods = {one.route.split(" ")[0] for one in aegis.ROUTES if re.fullmatch(re.sub(r":\w+", "[^/]+", one.route.split(" ")[1]), path)}
+    asked = server.call(f"OPTIONS {path}")
+    allowed = set(asked.headers["Allow"].split(", "))
+    assert asked.status in (200, 204) and asked.raw == b"" or asked.json
+    wrong = server.call(f"PATCH {path}")
+    assert (wrong.status, wrong.json["code"]) == (405, "METHOD_NOT_ALLOWED") and set(wrong.headers["Allow"].split(", ")) == allowed
+    assert {route.route.split(" ")[0], "OPTIONS"} <= allowed and ("HEAD" in allowed) == ("GET" in allowed) and methods & allowed
+
+
+@every_route
+def test_every_route_answers_without_v1_if_it_says_so(server, route):
+    method, path = filled(route).split(" ")
+    body = None if method == "GET" else {"zebra": 1}
+    both = [server.call(f"{method} {place}", body) for place in (path, path.replace("/v1", "", 1))]
+    if route.alias:
+        assert both[0].status == both[1].status and both[0].json.get("code") == both[1].json.get("code") != "NOT_FOUND"
+    elif path.startswith("/v1"):
+        assert (both[1].status, both[1].json["code"]) == (404, "NOT_FOUND")
+
+
+def test_the_contracts_aliases_are_all_there():
+    wanted = {"POST /v1/sessions", "GET /v1/sessions/:id/read", "POST /v1/sessions/:id/send", "POST /v1/sessions/:id/interrupt",
+              "DELETE /v1/sessions/:id"}
+    assert wanted <= {route.route for route in aegis.ROUTES if route.alias}
+
+
+def test_a_table_that_disagrees_with_its_handlers_is_refused():
+    def handler(ask, name):
+        """Do something."""
+    good = aegis.Route("GET /v1/things", handler, "sessions:read", dict(name=WORD))
+    aegis.proofread([good])
+    for bad in (good._replace(scope="moon:read"), good._replace(takes={}), good._replace(route="GET /v1/things/:id"),
+                good._replace(handler=lambda ask, name: None)):
+        with pytest.raises(TypeError):
+            aegis.proofread([bad])
+    with pytest.raises(TypeError):
+        aegis.proofread([good, good])
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v2/sessions", "/v1/sessions/a/b/c", "/v1/session", "/v1//sessions", "/v1/sessions/", "/%00",
+                                  "/v1/health/x", "/favicon.ico", "/hooks"])
+def test_what_is_not_there_is_404_in_the_envelope(server, path):
+    assert server.refusal(f"GET {path}") == (404, "NOT_FOUND")
+
+
+# ============================================================================
+# HTTP. The server, on raw sockets.
+# ============================================================================
+
+
+class Raw(NamedTuple):
+    """One answer as it came over the wire."""
+
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+
+@contextlib.contextmanager
+def dial(server: Server, within: float = 10.0) -> Iterator[Tuple[socket.socket, Callable[..., Raw]]]:
+    """Open a raw connection; gives it and a reader of answers."""
+    with socket.create_connection(("127.0.0.1", server.port), within) as line:
+        file = line.makefile("rb")
+
+        def answer(head: bool = False) -> Raw:
+            first = file.readline()
+            assert first.startswith(b"HTTP/1.1 "), f"no answer but {first!r}"
+            lines = [one.decode("latin-1") for one in iter(file.readline, b"\r\n")]
+            headers = {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
+            size = 0 if head or first.split()[1] in (b"100", b"204") else int(headers["content-length"])
+            return Raw(int(first.split()[1]), headers, file.read(size))
+        answer.ended = lambda: file.read(1) == b""
+        yield line, answer
+
+
+def head(method: str, path: str, *more: str) -> bytes:
+    """Write a request's head."""
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *more, "", ""]).encode()
+
+
+JSON_TYPE = "Content-Type: application/json"
+HEALTH = head("GET", "/v1/health")
+
+
+def test_one_connection_takes_many_requests(server):
+    with dial(server) as (line, answer):
+        for _ in range(20):
+            line.sendall(HEALTH)
+            assert answer().status == 200
+        line.sendall(head("GET", "/nowhere"))
+        assert answer().status == 404
+        line.sendall(HEALTH)
+        assert answer().status == 200, "an error does not end the connection"
+
+
+def test_pipelined_requests_are_answered_in_order(server, talk):
+    paths = ["/v1/health", f"/v1/sessions/{talk.id}", f"/v1/sessions/{talk.id}/pane", "/nowhere", f"/v1/sessions/{talk.id}/explain", "/v1/sessions/stats"]
+    with dial(server) as (line, answer):
+        line.sendall(b"".join(head("GET", path) for path in paths * 3))
+        answers = [answer() for _ in paths * 3]
+    keys = ["uptime", "workDir", "live", "code", "evidence", "byStatus"] * 3
+    assert all(key in json.loads(one.body) for key, one in zip(keys, answers))
+
+
+def test_a_request_may_come_byte_by_byte(server):
+    body = json.dumps({"workDir": "relative"}).encode()
+    whole = head("POST", "/v1/sessions", JSON_TYPE, f"Content-Length: {len(body)}") + body
+    with dial(server) as (line, answer):
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for place in range(len(whole)):
+            line.sendall(whole[place:place + 1])
+        assert answer().status == 400
+
+
+def test_a_client_that_says_close_or_speaks_http_1_0_is_hung_up_on(server):
+    for request_ in (head("GET", "/v1/health", "Connection: close"), b"GET /v1/health HTTP/1.0\r\nHost: localhost\r\n\r\n"):
+        with dial(server) as (line, answer):
+            line.sendall(request_)
+            assert answer().status == 200 and answer.ended()
+
+
+LONG_HEAD = head("GET", "/v1/health", "X-Long: " + "x" * 100_000)
+BAD_REQUESTS = {
+    "no length": (head("POST", "/v1/sessions", JSON_TYPE), 400, None),
+    "length of letters": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: many"), 400, "BAD_LENGTH"),
+    "length below zero": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: -1"), 400, "BAD_LENGTH"),
+    "length with plus": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: +5") + b"{}   ", 400, "BAD_LENGTH"),
+    "two lengths": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2", "Content-Length: 3") + b"{}", 400, None),
+    "length and chunks": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2", "Transfer-Encoding: chunked") + b"{}", 400, "BAD_LENGTH"),
+    "huge length": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 100000000"), 413, "TOO_LARGE"),
+    "huge chunks": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"fffffff\r\nxx", 413, "TOO_LARGE"),
+    "bad chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n0\r\n\r\n", 400, "BAD_LENGTH"),
+    "long chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"1\r\n{}\r\n0\r\n\r\n", 400, "BAD_LENGTH"),
+    "gzip coding": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: gzip, chunked"), 501, "BAD_ENCODING"),
+    "bad json": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 5") + b"{oops", 400, "BAD_JSON"),
+    "not an object": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2") + b"[]", 400, "BAD_JSON"),
+    "nan": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 9") + b'{"a":NaN}', 400, "BAD_JSON"),
+    "deep": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 200000") + b"[" * 200_000, 400, "BAD_JSON"),
+    "not utf-8": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 9") + b'{"a":"\xff"}', 400, "BAD_ENCODING"),
+    "form": (head("POST", "/v1/sessions", "Content-Type: application/x-www-form-urlencoded", "Content-Length: 3") + b"a=b", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "text": (head("POST", "/v1/sessions", "Content-Type: text/plain", "Content-Length: 2") + b"{}", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "no type": (head("POST", "/v1/sessions", "Content-Length: 2") + b"{}", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "utf-16": (head("POST", "/v1/sessions", JSON_TYPE + "; charset=utf-16", "Content-Length: 2") + b"{}", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "bad query": (head("GET", "/v1/sessions?status=%ff"), 400, "BAD_ENCODING"),
+    "no host": (b"GET /v1/health HTTP/1.1\r\n\r\n", 400, None),
+    "two hosts": (head("GET", "/v1/health", "Host: evil.example"), 400, None),
+    "no http": (b"HELO box.example\r\n\r\n", 400, None),
+    "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None),
+    "old http": (b"GET /v1/health HTTP/0.9\r\nHost: localhost\r\n\r\n", 505, None),
+    "bad header": (head("GET", "/v1/health", "no colon here"), 400, None),
+    "folded header": (head("GET", "/v1/health", "X-A: b", " folded"), 400, None),
+    "space in name": (head("GET", "/v1/health", "Content-Length : 3"), 400, None),
+    "long head": (LONG_HEAD, 431, None),
+    "unknown method": (head("BREW", "/v1/health"), 405, "METHOD_NOT_ALLOWED"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_in_the_envelope(server, name):
+    sent, status, code = BAD_REQUESTS[name]
+    with dial(server) as (line, answer):
+        with contextlib.suppress(ConnectionError):
+            line.sendall(sent)
+        got = answer()
+    told = json.loads(got.body)
+    assert (got.status, told["statusCode"]) == (status, status) and code in (None, told["code"]) and told["error"]
+    assert server.ask("GET /v1/health")["status"] == "ok"
+
+
+def test_a_body_in_chunks_is_a_body(server):
+    chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(part), part) for part in (b'{"work', b'Dir": "rel', b'ative"}'))
+    with dial(server) as (line, answer):
+        line.sendall(head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + chunks + b"0\r\nX-Trailer: x\r\n\r\n" + HEALTH)
+        first = answer()
+        assert first.status == 400 and "workDir" in json.loads(first.body)["fields"]
+        assert answer().status == 200, "what follows the chunks is the next request"
+
+
+def test_expect_100_continue_is_answered_before_the_body(server):
+    body = b'{"workDir": "relative"}'
+    with dial(server) as (line, answer):
+        line.sendall(head("POST", "/v1/sessions", JSON_TYPE, f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        assert answer().status == 100
+        line.sendall(body)
+        assert answer().status == 400
+    with dial(server) as (line, answer):
+        line.sendall(head("POST", "/nowhere", JSON_TYPE, "Content-Length: 5", "Expect: 100-continue"))
+        assert answer().status == 404, "no body is asked for that nobody wants"
+
+
+@pytest.mark.parametrize("path", ["/v1/health", "/v1/sessions", "/v1/sessions/stats", "/nowhere", "/v1/sessions/nobody"])
+def test_head_is_get_without_the_body(server, path):
+    with dial(server) as (line, answer):
+        line.sendall(head("HEAD", path))
+        bare = answer(head=True)
+        line.sendall(head("GET", path))
+        whole = answer()
+    assert (bare.status, bare.body) == (whole.status, b"") and bare.headers["content-type"] == whole.headers["content-type"]
+    assert abs(int(bare.headers["content-length"]) - int(whole.headers["content-length"])) < 8
+
+
+def test_head_of_a_stream_ends(server):
+    with dial(server) as (line, answer):
+        line.sendall(head("HEAD", "/v1/events"))
+        got = answer(head=True)
+        assert got.status == 200 and got.headers["content-type"].startswith("text/event-stream")
+
+
+def test_every_answer_has_a_request_id_and_says_what_it_is(server):
+    ids = set()
+    for route in ("GET /v1/health", "GET /nowhere", "POST /v1/sessions", "GET /v1/sessions/nobody/pane"):
+        answer = server.call(route)
+        ids.add(answer.headers["X-Request-Id"])
+        assert answer.headers["Content-Type"].startswith("application/json") and answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store" and "Server" not in answer.headers
+    assert len(ids) == 4 and None not in ids
+
+
+def test_a_callers_request_id_is_kept_when_it_is_harmless(server):
+    assert server.call("GET /v1/health", headers={"X-Request-Id": "trace-42"}).headers["X-Request-Id"] == "trace-42"
+    assert server.call("GET /v1/health", headers={"X-Request-Id": "x" * 5000}).headers["X-Request-Id"] != "x" * 5000
+    assert server.call("GET /v1/health", headers={"X-Request-Id": "a b<script>"}).headers["X-Request-Id"] != "a b<script>"
+
+
+def test_every_request_has_a_line_in_the_log(strict):
+    strict.call("GET /v1/health", headers={"X-Request-Id": "find-me"})
+    strict.call("GET /nowhere?secret=1", headers={"X-Request-Id": "find-me-too"})
+    text = eventually(lambda: (lambda said: said if said.count("find-me") >= 2 and said.endswith("\n") else "")(strict.log.read_text()))
+    lines = [json.loads(one) for one in text.splitlines() if "find-me" in one]
+    first, second = lines
+    assert first["status"] == 200 and second["status"] == 404 and "GET" in first["message"] and "/v1/health" in first["message"]
+    assert all({"time", "level", "ms", "id"} <= set(one) for one in lines)
+    assert all(json.loads(one) for one in text.splitlines()), "every line of a JSON log is JSON"
+
+
+def test_half_a_request_holds_nobody_up(server, talk):
+    with contextlib.ExitStack() as stack:
+        for part in (b"GET /v1/hea", head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 100") + b'{"wor'):
+            for _ in range(10):
+                line, _ = stack.enter_context(dial(server))
+                line.sendall(part)
+        assert talk.say("[[say quick]]")["output"] == "quick"
+    assert server.ask("GET /v1/health")["status"] == "ok"
+
+
+def test_a_client_that_leaves_in_the_middle_harms_nobody(server, talk):
+    for path in (f"/v1/sessions/{talk.id}/read?wait=idle", "/v1/events?after=0", f"/v1/sessions/{talk.id}/pane?lines=5000"):
+        for _ in range(5):
+            with dial(server) as (line, _):
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                line.sendall(head("GET", path))
+    assert talk.say("[[say on]]")["output"] == "on"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_hundreds_of_idle_connections_cost_no_one_anything(server, talk):
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(dial(server)) for _ in range(300)]
+        assert talk.say("[[say roomy]]")["output"] == "roomy"
+        for line, answer in lines[::30]:
+            line.sendall(HEALTH)
+            assert answer().status == 200
+
+
+def test_a_hundred_readers_may_wait_at_once(server, make):
+    talk = make("[[hang]]")
+    with concurrent.futures.ThreadPoolExecutor(100) as pool:
+        waiting = [pool.submit(talk.read, "wait=idle&timeout=30&limit=0") for _ in range(100)]
+        assert server.ask("GET /v1/health")["status"] == "ok"
+        talk.ask("POST interrupt")
+        assert {one.result(WITHIN)["status"] for one in waiting} == {"idle"}
+
+
+def test_a_large_answer_reaches_a_slow_reader_whole(server, make):
+    talk = make()
+    talk.say("[[long 6000]]")
+    with dial(server) as (line, answer):
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.sendall(head("GET", f"/v1/sessions/{talk.id}/read?limit=5") + HEALTH)
+        assert len(json.loads(answer().body)["output"].split("\n")) == 6000
+        assert answer().status == 200
+
+
+# ============================================================================
+# DEMO AGENT. A stand-in with Claude Code's surface.
+# ============================================================================
+
+
+def test_the_demo_agent_is_labelled_and_never_chosen_silently(house, server, talk):
+    assert talk.get()["agent"] == "demo" and "demo" in talk.ask("GET pane?lines=100")["text"].lower()
+    own = Server(demo=False)
+    try:
+        assert own.start().refusal("POST /v1/sessions", {"workDir": str(own.work)}) == (503, "AGENT_NOT_FOUND")
+    finally:
+        own.close()
+
+
+def test_the_demo_agent_runs_and_writes_nothing(make, server):
+    talk = make("[[bash touch ran-by-demo]] [[write written-by-demo x]] [[say done]]", permissionMode="bypassPermissions")
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "done"
+    assert not list(server.work.glob("*-by-demo"))
+
+
+def test_the_demo_agent_echoes_a_prompt_without_directions(make):
+    assert make().say("hello there")["output"] == "Echo: hello there"
+
+
+def test_the_demo_agent_tells_its_version():
+    assert aegis.__version__ in run_aegis("demo-agent", "--version").stdout
+
+
+# ============================================================================
+# BENCH. The figures, measured on this box.
+# ============================================================================
+
+
+def test_bench_prints_its_table():
+    done = run_aegis("bench", "--quick", within=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("health", "create", "send", "turn", "idle", "memory"):
+        assert word in done.stdout.lower()
+    assert len(re.findall(r"\d+(\.\d+)? ?(ms|µs|us|MB|kB|%|/s|s)\b", done.stdout)) >= 8
+    assert "p50" in done.stdout or "median" in done.stdout
+
+
+# ============================================================================
+# COMMAND LINE. serve, bench, selftest, demo-agent.
+# ============================================================================
+
+
+def test_an_unknown_command_names_the_known_ones():
+    done = run_aegis("dance")
+    assert done.returncode == 2 and "selftest" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path):
+    copy = tmp_path / "elsewhere" / "aegis.py"
+    copy.parent.mkdir()
+    shutil.copy(AEGIS, copy)
+    done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path), stdout=subprocess.PIPE, cwd="/")
+    assert done.returncode == 0 and [path.name for path in copy.parent.iterdir()] == ["aegis.py"]
+
+
+# ============================================================================
+# README. What it says is true.
+# ============================================================================
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    """The README."""
+    return README.read_text(encoding="utf-8")
+
+
+def shell_blocks(text: str) -> List[str]:
+    """List the README's shell commands."""
+    return re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_names_every_setting_state_and_event(readme):
+    names = [f"AEGIS_{one.name.upper()}" for one in aegis.SETTINGS] + list(aegis.STATES) + list(aegis.EVENT_TYPES)
+    assert [name for name in names if f"`{name}`" not in readme] == []
+
+
+def test_the_readmes_tables_are_the_programs_own(readme):
+    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table()):
+        assert table in readme
+
+
+def test_the_readme_names_every_endpoint(readme):
+    assert [one.route for one in aegis.ROUTES if one.scope != "hook" and one.route not in readme] == []
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_every_curl_of_the_readme_works(readme, house):
+    own = house(AEGIS_AGENT="demo")
+    script = "\n".join(block for block in shell_blocks(readme) if "curl" in block and "apt" not in block)
+    script = script.replace("localhost:9100", f"localhost:{own.port}").replace("127.0.0.1:9100", f"127.0.0.1:{own.port}")
+    script = re.sub(r"curl (?=.*-N|.*--no-buffer)", "curl --max-time 1 ", script)
+    assert script.count("curl") >= 5
+    commands = [one for one in re.sub(r"\\\n\s*", " ", script).splitlines() if one.strip() and not one.strip().startswith("#")]
+    done = subprocess.run(["bash", "-c", "\n".join(f"{one}\necho \"=== $?\"" for one in commands)], env=own.env, cwd=str(own.work),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    said = done.stdout.decode()
+    assert '"statusCode"' not in said, said
+    assert set(re.findall(r"=== (\d+)", said)) <= {"0", "28"}, said
+
+
+# ============================================================================
+# THE BOOK. What keeps one file readable.
+# ============================================================================
+
+SOURCE = AEGIS.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+ROOM = re.compile(r"^# =+\n# ([A-Z][A-Z ]+)\. .*\n# =+\n((?:#.*\n)*)", re.MULTILINE)
+FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def length(node: Any) -> int:
+    """Count a function's lines without its docstring."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return node.end_lineno - node.lineno + 1 - (body[0].lineno - node.body[0].lineno if body and body is not node.body else 0)
+
+
+def rooms() -> List[Tuple[str, int]]:
+    """List the rooms with the line they begin at."""
+    return [(found.group(1), SOURCE[:found.start()].count("\n") + 1) for found in ROOM.finditer(SOURCE)]
+
+
+def downward() -> List[str]:
+    """List the uses of a lower room's names."""
+    begins = [begin for _, begin in rooms()]
+    room_of = lambda number: sum(begin <= number for begin in begins)  # noqa: E731
+    owner = {name: room_of(node.lineno) for node in TREE.body for name in defined(node)}
+    found = []
+    for node in TREE.body:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load) and owner.get(inner.id, 0) > room_of(node.lineno):
+                found.append(f"line {inner.lineno} uses {inner.id} of a lower room")
+    return found
+
+
+def defined(node: Any) -> List[str]:
+    """List the names that a top-level statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+
+
+def test_no_function_is_longer_than_a_screen():
+    lengths = sorted(length(node) for node in FUNCTIONS)
+    assert [f"{node.name}: {length(node)}" for node in FUNCTIONS if length(node) > 50] == []
+    assert lengths[len(lengths) // 2] <= 6 and lengths[len(lengths) * 9 // 10] <= 20
+
+
+def test_a_room_uses_only_rooms_above_it():
+    assert downward() == []
+
+
+def test_every_room_has_a_box_an_opening_and_its_place_on_the_title_page():
+    names = [name for name, _ in rooms()]
+    assert len(names) >= 15 and all(len(found.group(2).splitlines()) >= 2 for found in ROOM.finditer(SOURCE))
+    listed = re.findall(r"^    ([A-Z][A-Z ]+?)  +\S", aegis.__doc__, re.MULTILINE)
+    assert listed == names
+
+
+def test_the_tests_follow_the_rooms():
+    ours = re.findall(r"^# =+\n# ([A-Z][A-Z ]+)\. ", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    shared = [name for name in ours if name in dict(rooms())]
+    assert shared == [name for name, _ in rooms() if name in shared] and len(shared) >= 15
+
+
+def test_everything_public_has_a_docstring_of_one_sentence():
+    public = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+    nested = {inner for node in FUNCTIONS for inner in ast.walk(node) if inner is not node}
+    assert [node.name for node in public if node not in nested and not ast.get_docstring(node)] == []
+    first = [ast.get_docstring(node).split("\n")[0] for node in public if ast.get_docstring(node)]
+    assert [line for line in first if not line.endswith((".", ":", "?")) or ":param" in line] == []
+
+
+def test_only_the_standard_library_is_imported():
+    found = {alias.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {(node.module or "").split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    places = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
+    foreign = [name for name in found - set(sys.builtin_module_names) - {"__future__"}
+               if not (getattr(__import__(name), "__file__", None) or places[0]).startswith(places)
+               or "-packages" in (getattr(__import__(name), "__file__", None) or "")]
+    assert foreign == []
+
+
+def test_the_file_is_python_3_9_and_keeps_its_width():
+    ast.parse(SOURCE, feature_version=(3, 9))
+    for name, text in (("aegis.py", SOURCE), ("test_aegis.py", Path(__file__).read_text(encoding="utf-8"))):
+        assert [number for number, one in enumerate(text.split("\n"), 1) if len(one) > 150] == [], name
+        assert "\t" not in text and not re.search(r"[ \t]$", text, re.MULTILINE), name
+
+
+def test_no_word_of_unfinished_work_is_left():
+    unfinished = re.compile(r"\b(to" r"do|fix" r"me|x" r"xx|hack|not implemented|for now|placeholder)\b", re.IGNORECASE)
+    for path in (AEGIS, README):
+        found = [one for one in path.read_text(encoding="utf-8").splitlines() if unfinished.search(one)]
+        assert found == [], path.name
+
+
+def test_threads_begin_in_one_place_only():
+    starts = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Attribute) and node.attr == "Thread"
+              and isinstance(node.value, ast.Name) and node.value.id == "threading"]
+    spawn = next(node for node in FUNCTIONS if node.name == "spawn")
+    assert [number for number in starts if not spawn.lineno <= number <= spawn.end_lineno
+            and "threading.Thread(" in SOURCE.split("\n")[number - 1]] == []
+
+
+def test_nothing_is_started_by_importing_it():
+    code = "import threading, aegis; assert threading.active_count() == 1; print('calm')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout == b"calm\n" and not done.stderr
