@@ -5066,6 +5066,831 @@ class Server(ThreadingHTTPServer):
 
 
 # ============================================================================
+# DEMO AGENT. A stand-in with Claude Code's surface.
+# ============================================================================
+# `aegis.py demo-agent` draws the same box, spinner and dialogs, reports the
+# same hooks, writes the same transcript and status file, and takes the same
+# flags, so that everything above can be seen without an account and tested at
+# full speed.  The prompt is the stage direction: [[say hi]] [[slow 2]]
+# [[bash ls]] …; nothing is ever executed.  It is labelled wherever it shows.
+# One loop over keys, timers and a turn that is a generator; a thread only for
+# a held permission hook.  To add a direction: a row in DIRECTIONS.
+
+DIRECTION = re.compile(r"\[\[(\w+)(?:[ \n]+(.*?))?\]\]", re.DOTALL)
+DEMO_MODEL = "claude-demo"
+DEMO_FOOTERS = {"default": "⏸ manual mode on", "acceptEdits": "⏵⏵ accept edits on", "plan": "⏸ plan mode on",
+                "auto": "⏵⏵ auto mode on", "dontAsk": "⏵⏵ don't ask on", "bypassPermissions": "⏵⏵ bypass permissions on"}
+DEBOUNCE = 0.15     # keys this soon after a dialog's appearance are lost, as in the real client
+FRAME = 0.1         # seconds between two pictures of the spinner
+FLUSH = 0.03        # the last lines of a turn reach the transcript this much after the Stop report
+DEMO_KEYS = re.compile(rb"\x1b\[200~|\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Z]|\x1b|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+", re.DOTALL)
+Script = Iterator[Any]
+
+
+class DemoDialog:
+    """A question in place of the box: rows to choose from, and what a choice means."""
+
+    def __init__(self, lines: List[str], rows: List[Tuple[str, Any]], hint: str, escape: Any, start: int = 0,
+                 numbered: bool = True) -> None:
+        self.lines, self.rows, self.hint, self.escape = lines, rows, hint, escape
+        self.cursor, self.numbered, self.shown_at = start, numbered, time.monotonic()
+
+    def picture(self, width: int) -> List[str]:
+        """Draw it."""
+        rows = [f" {'❯' if index == self.cursor else ' '} " + (f"{index + 1}. " if self.numbered else "") + label
+                for index, (label, _) in enumerate(self.rows)]
+        return ["─" * width, *self.lines, "", *rows, *(["", self.hint] if self.hint else [])]
+
+    def key(self, key: bytes) -> Tuple[bool, Any]:
+        """Take a key; tells whether it decided, and what."""
+        if time.monotonic() - self.shown_at < DEBOUNCE:
+            return False, None
+        if key in (b"\x1b", b"\x03"):
+            return True, self.escape
+        if key in (b"\r", b"\n"):
+            return True, self.rows[self.cursor][1]
+        if key in (b"\x1b[A", b"\x1b[B"):
+            self.cursor = (self.cursor + (1 if key.endswith(b"B") else -1)) % len(self.rows)
+        if self.numbered and key[:1].isdigit() and 0 < int(key[:1]) <= len(self.rows):
+            return True, self.rows[int(key[:1]) - 1][1]
+        return False, None
+
+
+class DemoAgent:
+    """The agent: its screen, its box, its turn, its reports."""
+
+    def __init__(self, options: argparse.Namespace, home: Path) -> None:
+        self.options, self.home, self.cwd = options, home, os.getcwd()
+        self.conversation = options.session_id or options.resume or str(uuid.uuid4())
+        self.mode = options.permission_mode
+        self.draft: List[Tuple[str, str]] = []      # pieces of the box: what it shows, what it is
+        self.bash = self.front = False              # shell mode; the cursor stands before the text
+        self.notice = ""
+        self.dialog: Optional[DemoDialog] = None
+        self.decided: Any = None                    # what the dialog or its held hook said
+        self.turn: Optional[Script] = None
+        self.turn_until: Optional[float] = 0.0      # when the turn goes on; None: when it is woken
+        self.turn_began = 0.0
+        self.prompt_id, self.prompts_waiting = "", []  # type: ignore[var-annotated]
+        self.timers: List[Tuple[float, Callable[[], None]]] = []
+        self.drawn = 0
+        self.silent = False
+        self.ctrl_c_at = self.ctrl_d_at = 0.0
+        self.stash: List[Tuple[str, str]] = []
+        self.hooks = json.loads(Path(options.settings).read_text())["hooks"] if options.settings else {}
+        self.held: Optional[socket.socket] = None
+        self.wake_r, self.wake_w = os.pipe()
+        self.inbox: "collections.deque[Callable[[], None]]" = collections.deque()
+        self.pasting: Optional[bytes] = None
+        self.exit_code: Optional[int] = None
+        self.pastes = self.messages = 0
+        self.last_uuid: Optional[str] = None
+
+    # -- files
+
+    @property
+    def transcript(self) -> Path:
+        """Name the conversation's file as the real client does."""
+        return self.home / "projects" / re.sub(r"[^A-Za-z0-9]", "-", self.cwd)[:200] / f"{self.conversation}.jsonl"
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append a line to the transcript."""
+        made = str(uuid.uuid4())
+        line = {"type": kind, "uuid": made, "parentUuid": self.last_uuid, "timestamp": iso(time.time()),
+                "sessionId": self.conversation, "cwd": self.cwd, "version": __version__, "isSidechain": False, **fields}
+        self.last_uuid = made
+        self.transcript.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(self.transcript, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8",
+                  errors="replace") as file:
+            file.write(dump(line) + "\n")
+
+    def write_answer(self, blocks: List[Json], stop: Optional[str]) -> None:
+        """Write an API message: a line for each block, with the same id and usage."""
+        self.messages += 1
+        size = len(dump(blocks))
+        message = {"id": f"msg_{self.conversation[:8]}_{self.messages}", "model": self.options.model or DEMO_MODEL,
+                   "role": "assistant", "stop_reason": stop,
+                   "usage": {"input_tokens": 10, "output_tokens": size // 4, "cache_read_input_tokens": 100,
+                             "cache_creation_input_tokens": 5}}
+        for block in blocks:
+            self.write("assistant", message={**message, "content": [block]}, requestId=f"req_{self.messages}")
+
+    def status(self, status: str, waiting: str = "") -> None:
+        """Write the status file."""
+        folder = self.home / "sessions"
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"pid": os.getpid(), "sessionId": self.conversation, "cwd": self.cwd, "version": __version__,
+                "status": status, "statusUpdatedAt": int(time.time() * 1000)}
+        write_private(folder / f"{os.getpid()}.json", dump({**told, **({"waitingFor": waiting} if waiting else {})}))
+
+    # -- reports
+
+    def report(self, event: str, **own: Any) -> Json:
+        """Tell a hook and take its answer; a hook that fails changes nothing."""
+        answer: Json = {}
+        for hook in self._hooks_for(event):
+            try:
+                sock = self._post(hook, self._body(event, own))
+                with contextlib.closing(sock):
+                    answer = read_hook_answer(sock) or answer
+            except (OSError, ValueError):
+                self.say_lines([f"  {event.lower()} hook problem"])
+        return answer
+
+    def _hooks_for(self, event: str) -> List[Json]:
+        return [hook for group in self.hooks.get(event, []) for hook in group["hooks"] if hook.get("type") == "http"]
+
+    def _body(self, event: str, own: Json) -> Json:
+        return {"session_id": self.conversation, "transcript_path": str(self.transcript), "cwd": self.cwd,
+                "hook_event_name": event, "prompt_id": self.prompt_id, "permission_mode": self.mode, **own}
+
+    @staticmethod
+    def _post(hook: Json, body: Json) -> socket.socket:
+        url = urllib.parse.urlsplit(hook["url"])
+        payload = dump(body).encode("utf-8", "replace")
+        headers = {"Host": url.netloc, "Content-Type": "application/json", "Content-Length": str(len(payload)),
+                   "Connection": "close", **hook.get("headers", {})}
+        head = f"POST {url.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+        sock = socket.create_connection((url.hostname or "", url.port or 80), timeout=5)
+        sock.settimeout(hook.get("timeout", 600))
+        sock.sendall(head.encode() + payload)
+        return sock
+
+    def hold(self, tool: str, given: Json) -> None:
+        """Ask the PermissionRequest hook beside the dialog; whoever answers first wins."""
+        hooks = self._hooks_for("PermissionRequest")
+        if not hooks:
+            return
+        dialog = self.dialog
+
+        def wait(sock: socket.socket) -> None:
+            answer: Json = {}
+            with contextlib.suppress(OSError, ValueError):
+                answer = read_hook_answer(sock)
+            sock.close()
+            decision = (answer.get("hookSpecificOutput") or {}).get("decision")
+            if decision:
+                self.inbox.append(lambda: self.decide(("hook", decision)) if self.dialog is dialog else None)
+                os.write(self.wake_w, b"x")
+        with contextlib.suppress(OSError):
+            self.held = self._post(hooks[0], self._body("PermissionRequest", {
+                "tool_name": tool, "tool_input": given, "permission_suggestions": []}))
+            spawn("demo-hold", wait, self.held)
+
+    # -- the screen
+
+    def put(self, text_: str) -> None:
+        """Write to the terminal."""
+        data = text_.encode("utf-8", "replace")
+        while data:
+            data = data[os.write(1, data):]
+
+    def draw(self, above: Sequence[str] = ()) -> None:
+        """Print lines of conversation, and the live region below them."""
+        if self.silent and not above:
+            return
+        width = shutil.get_terminal_size().columns
+        region = [line[: width - 1] if not line.startswith("─") else line for line in self.region(width)]
+        erase = f"\x1b[{self.drawn - 1}A\r\x1b[J" if self.drawn > 1 else "\r\x1b[J"
+        self.put("\x1b[?2026h" + erase + "".join(line + "\r\n" for line in above) + "\r\n".join(region) + "\x1b[?2026l")
+        self.drawn = len(region)
+
+    def region(self, width: int) -> List[str]:
+        """Draw what stands at the bottom: a dialog, or spinner, box and footer."""
+        if self.dialog:
+            return self.dialog.picture(width)
+        busy = self.turn is not None
+        spent = int(time.monotonic() - self.turn_began)
+        glyph = "✶✻✽✢·"[int(time.monotonic() * 10) % 5]
+        spinner = [f"{glyph} Demonstrating… ({spent}s · ↓ {spent * 10} tokens)", ""] if busy else []
+        footer = "  " + DEMO_FOOTERS.get(self.mode, self.mode) + (
+            " · esc to interrupt" if busy and not self.draft else " · ? for shortcuts" if not self.draft else "")
+        return ["", *spinner, "─" * width, *self.box(busy), "─" * width, f"  {self.notice}" if self.notice else footer]
+
+    def box(self, busy: bool) -> List[str]:
+        """Draw the input box's inside."""
+        shown = "".join(piece for piece, _ in self.draft).split("\n")
+        glyph = "!" if self.bash else "\x1b[38;5;246m❯\x1b[39m" if busy else "❯"
+        return [f"{glyph}\xa0{shown[0]}", *("  " + line for line in shown[1:])][-12:]
+
+    def say_lines(self, lines: Sequence[str]) -> None:
+        """Add lines to the conversation."""
+        self.draw([line for text_ in lines for line in text_.split("\n")])
+
+    # -- keys
+
+    def take_keys(self, data: bytes) -> None:
+        """Read keys and pastes."""
+        if self.pasting is not None:
+            data, self.pasting = self.pasting + data, None
+        while data:
+            match = DEMO_KEYS.match(data)
+            assert match is not None
+            key = match.group()
+            if key == b"\x1b[200~":
+                end = data.find(b"\x1b[201~")
+                if end < 0:
+                    self.pasting = data
+                    return
+                self.paste(data[6:end].decode("utf-8", "replace"))
+                data = data[end + 6:]
+                continue
+            data = data[match.end():]
+            self.key(key)
+
+    def key(self, key: bytes) -> None:
+        """Act on one key."""
+        if self.dialog:
+            done, choice_ = self.dialog.key(key)
+            if done:
+                self.decide(("key", choice_))
+            self.draw()
+            return
+        act = DEMO_ACTIONS.get(key)
+        if act:
+            act(self)
+        elif key[:1] >= b" " and key[:1] != b"\x7f":
+            self.insert(key.decode("utf-8", "replace"))
+        self.draw()
+
+    def paste(self, text_: str) -> None:
+        """Take a bracketed paste; a long one is shown collapsed."""
+        if self.dialog:
+            return
+        text_ = demo_normal(text_.replace("\r\n", "\n").replace("\r", "\n"))
+        if text_.count("\n") > 2 or len(text_) > 800:
+            self.pastes += 1
+            self.draft.append((f"[Pasted text #{self.pastes} +{text_.count(chr(10))} lines]", text_))
+        else:
+            self.insert(text_)
+        self.draw()
+
+    def insert(self, text_: str) -> None:
+        """Put typed text into the box."""
+        if not self.draft and not self.bash and text_.startswith("!"):
+            self.bash, text_ = True, text_[1:]
+        if text_:
+            self.draft.append((text_, text_))
+        self.front = False
+
+    def clear_row(self) -> None:
+        """Ctrl-U: delete the last row, or leave shell mode."""
+        if not self.draft:
+            self.bash = False
+            return
+        shown, real = self.draft.pop()
+        if "\n" in shown:
+            kept = shown.rpartition("\n")[0]
+            self.draft.append((kept, kept))
+
+    def delete_first(self) -> None:
+        """Delete: only at the front, where nothing else is needed."""
+        if self.front and self.draft:
+            shown, real = self.draft[0]
+            self.draft[0] = (shown[1:], real[1:])
+
+    def stash_draft(self) -> None:
+        """Ctrl-S: put the draft aside until the next prompt is taken, or take it back."""
+        self.draft, self.stash = (self.stash, []) if not self.draft else ([], self.draft)
+        self.bash = False
+
+    def to_front(self) -> None:
+        """Ctrl-A."""
+        self.front = True
+
+    def to_end(self) -> None:
+        """Ctrl-E."""
+        self.front = False
+
+    def escape(self) -> None:
+        """Escape: interrupt."""
+        if self.turn:
+            self.interrupt()
+
+    def ctrl_c(self) -> None:
+        """Ctrl-C: interrupt, clear, or leave on the second."""
+        now = time.monotonic()
+        if self.turn:
+            self.interrupt()
+        elif self.draft:
+            self.draft = []
+        elif now - self.ctrl_c_at < 1.0:
+            self.exit_code = 0
+        else:
+            self.ctrl_c_at, self.notice = now, "Press Ctrl-C again to exit"
+            self.timers.append((now + 1.0, self.clear_notice))
+
+    def clear_notice(self) -> None:
+        """Give the footer back."""
+        self.notice = ""
+        self.draw()
+
+    def ctrl_d(self) -> None:
+        """Ctrl-D: leave on the second."""
+        now = time.monotonic()
+        if now - self.ctrl_d_at < 1.0:
+            self.exit_code = 0
+        self.ctrl_d_at = now
+
+    def enter(self) -> None:
+        """Submit the box."""
+        collapsed = any(shown != real for shown, real in self.draft)
+        text_ = "".join(real for _, real in self.draft)
+        if text_.endswith("\\") and not collapsed:
+            self.draft = [(text_[:-1] + "\n", text_[:-1] + "\n")]
+            return
+        bash, self.bash, self.draft = self.bash, False, []
+        if not text_.strip():
+            return
+        text_ = text_.rstrip()
+        if bash:
+            self.begin(self.shell(text_), text_, None)
+        elif not collapsed and COMMAND_LIKE.match(text_):
+            self.command(text_.strip())
+        elif not collapsed and text_.strip() in EXIT_WORDS:
+            self.exit_code = 0
+        else:
+            self.submit(text_)
+
+    # -- turns
+
+    def submit(self, text_: str, source: str = "typed") -> None:
+        """Take a prompt: now, or when the turn ends."""
+        prompt_id = str(uuid.uuid4())
+        before, self.prompt_id = self.prompt_id, prompt_id
+        answer = self.report("UserPromptSubmit", prompt=text_)
+        if answer.get("decision") == "block":
+            self.draft = [(text_, text_)]
+            self.say_lines([f"● UserPromptSubmit operation blocked by hook: {answer.get('reason', '')}"])
+            self.prompt_id = before
+            return
+        if self.stash and not self.draft:
+            self.draft, self.stash = self.stash, []
+        if self.turn:
+            self.prompts_waiting.append((prompt_id, text_))
+            self.prompt_id = before
+            return
+        self.write("user", message={"role": "user", "content": text_}, promptId=prompt_id, promptSource=source,
+                   origin={"kind": "human"})
+        self.begin(self.script(text_), text_, "busy")
+
+    def begin(self, turn: Script, shown: str, status: Optional[str]) -> None:
+        """Start a turn."""
+        self.say_lines([f"❯ {shown}"])
+        self.turn, self.turn_until, self.turn_began = turn, time.monotonic(), time.monotonic()
+        self.status(status or "busy")
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Run the turn to its next pause: seconds to wait, or None for a decision."""
+        while self.turn:
+            try:
+                pause = next(self.turn)
+            except StopIteration:
+                self.turn, self.silent = None, False
+                self.rest()
+                return
+            self.turn_until = None if pause is None else time.monotonic() + pause
+            if pause != 0:
+                self.draw()
+                return
+
+    def rest(self) -> None:
+        """Be idle, or take the prompts that were typed meanwhile, all as one."""
+        if self.prompts_waiting:
+            waiting, self.prompts_waiting = self.prompts_waiting, []
+            for prompt_id, text_ in waiting:
+                self.prompt_id = prompt_id
+                self.write("user", message={"role": "user", "content": text_}, promptId=prompt_id, promptSource="queued")
+            self.begin(self.script("\n".join(text_ for _, text_ in waiting)), waiting[-1][1], "busy")
+            return
+        self.status("idle")
+        self.draw()
+
+    def interrupt(self, for_tool: bool = False) -> None:
+        """End the turn without any report, as the real client does."""
+        if self.turn:
+            self.turn.close()
+        self.turn, self.silent, self.dialog = None, False, None
+        self.write("user", message={"role": "user", "content": [{"type": "text", "text": "[Request interrupted by user"
+                                    + (" for tool use]" if for_tool else "]")}]}, promptId=self.prompt_id)
+        self.say_lines(["  ⎿  Interrupted · What should Claude do instead?"])
+        self.rest()
+
+    def script(self, prompt: str) -> Script:
+        """Play a prompt's directions; its last text is the answer."""
+        said = None
+        steps = DIRECTION.findall(prompt)
+        for index, (name, argument) in enumerate(steps):
+            play = DIRECTIONS.get(name)
+            ending = yield from (play(self, argument.strip()) if play else self.answer_later(f"unknown direction {name}"))
+            if ending is None:
+                return
+            said = ending
+        if said is None:
+            said = yield from self.answer_later("Echo: " + prompt[:2000])
+        elif said.startswith("(result) "):
+            said = yield from self.answer_later("Done. Result: " + said[9:])
+        yield from self.stop(said)
+
+    def stop(self, said: str, tasks: Sequence[Json] = ()) -> Script:
+        """Report the end of the turn; the transcript's last lines follow a little later."""
+        spent = time.monotonic() - self.turn_began
+        prompt_id = self.prompt_id
+
+        def flush() -> None:
+            self.write_answer([{"type": "text", "text": said}], "end_turn")
+            self.write("system", subtype="turn_duration", durationMs=int(spent * 1000), promptId=prompt_id)
+        self.timers.append((time.monotonic() + FLUSH, flush))
+        self.report("Stop", last_assistant_message=said, stop_hook_active=False, background_tasks=list(tasks), session_crons=[])
+        self.say_lines([f"✻ Brewed for {int(spent)}s · done {time.strftime('%I:%M %p').lstrip('0')}"])
+        yield 0
+
+    def answer_later(self, text_: str) -> Script:
+        """Answer with a text at once."""
+        self.say_lines([f"● {text_}"])
+        yield 0
+        return text_
+
+    def use_tool(self, tool: str, given: Json, question: str, rows: Sequence[str]) -> Script:
+        """Ask for permission, then pretend to run a tool."""
+        use_id = f"toolu_{uuid.uuid4().hex[:12]}"
+        self.write_answer([{"type": "text", "text": "Using a tool."}, {"type": "tool_use", "id": use_id, "name": tool, "input": given}],
+                          "tool_use")
+        self.say_lines([f"● {tool}({clip(str(next(iter(given.values()), '')), 60)})"])
+        verdict: Any = ("key", "allow")
+        if self.mode not in ("bypassPermissions", "auto") and not (self.mode == "acceptEdits" and tool in ("Write", "Edit")):
+            verdict = yield from self.ask(tool, given, question, rows)
+        result = self.outcome(tool, given, verdict)
+        if result is None:
+            return None
+        self.write("user", message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": use_id, "content": result}]},
+                   promptId=self.prompt_id)
+        self.say_lines([f"  ⎿  {result}"])
+        return "(result) " + result
+
+    def ask(self, tool: str, given: Json, question: str, rows: Sequence[str]) -> Script:
+        """Show a permission dialog and hold its hook; gives who decided and what."""
+        what = clip(str(next(iter(given.values()), "")), 70)
+        choices: List[Tuple[str, Any]] = [(label, "deny" if label.startswith("No") else "allow") for label in rows]
+        self.dialog = DemoDialog([f" {tool} (demo)", "", f"   {what}", "", f" {question}"], choices,
+                                 " Esc to cancel · Tab to amend" if tool != "WebFetch" else "", "deny")
+        return (yield from self.await_decision(tool, given))
+
+    def await_decision(self, tool: str, given: Json) -> Script:
+        """Wait for the dialog or the held hook."""
+        self.status("waiting", "permission prompt")
+        self.decided, self.held = None, None
+        self.hold(tool, given)
+        while self.decided is None:
+            yield None
+        self.status("busy")
+        return self.decided
+
+    def decide(self, verdict: Tuple[str, Any]) -> None:
+        """Take a decision, from a key or the hook: the first one counts."""
+        self.dialog, self.decided = None, verdict
+        by, what = verdict
+        if by == "key" and what in ("deny", None) and self.held:
+            with contextlib.suppress(OSError):
+                self.held.shutdown(socket.SHUT_RDWR)
+        if self.turn:
+            self.go_on()
+
+    def outcome(self, tool: str, given: Json, verdict: Tuple[str, Any]) -> Optional[str]:
+        """Act on a decision: the tool's result, or None when the turn ended with it."""
+        by, what = verdict
+        decision = what if by == "hook" else {"behavior": what or "deny", "interrupt": True}
+        if decision["behavior"] == "allow":
+            given = decision.get("updatedInput") or given
+            result = f"(demo) pretended: {clip(str(next(iter(given.values()), '')), 200)}"
+            if tool == "AskUserQuestion":
+                result = f"User answered: {dump(given.get('answers') or what)}"
+            self.report("PostToolUse", tool_name=tool, tool_input=given, tool_response={"stdout": result}, duration_ms=1)
+            return result
+        if decision.get("interrupt"):
+            self.turn_until = time.monotonic()
+            self.inbox.append(lambda: self.interrupt(True))
+            os.write(self.wake_w, b"x")
+            return None
+        return f"The user doesn't want to proceed: {decision.get('message', '')}"
+
+    def shell(self, line: str) -> Script:
+        """Pretend to run a `!` line, and answer, as the real client does."""
+        yield 0.02
+        self.write("user", message={"role": "user", "content": f"<bash-input>{line}</bash-input>"})
+        self.write("user", message={"role": "user", "content": "<bash-stdout>(demo) pretended</bash-stdout><bash-stderr></bash-stderr>"})
+        self.prompt_id = str(uuid.uuid4())
+        self.say_lines([f"  ⎿  (demo) pretended to run {line}"])
+        said = yield from self.answer_later("The command ran (not really: this is the demo agent).")
+        yield from self.stop(said)
+
+    def command(self, line: str) -> None:
+        """Run a slash command."""
+        word, _, rest = line.partition(" ")
+        if word in ("/exit", "/quit"):
+            self.report("SessionEnd", reason="prompt_input_exit")
+            self.exit_code = 0
+        elif word == "/clear":
+            self.report("SessionEnd", reason="clear")
+            self.conversation, self.last_uuid = str(uuid.uuid4()), None
+            self.status("idle")
+            self.say_lines(["❯ /clear", "  ⎿  (no content)"])
+        elif word == "/compact":
+            self.begin(self.compact(), line, "busy")
+        elif word == "/help":
+            self.dialog = DemoDialog([" Help (demo agent)"], [("Close", "close")], " Esc to close", "close")
+            self.draw()
+        else:
+            self.say_lines([f"❯ {line}", f"  ⎿  Unknown command: {word}" if word not in ("/cost", "/model") else "  ⎿  nothing spent"])
+
+    def compact(self) -> Script:
+        """/compact."""
+        self.report("PreCompact", trigger="manual", custom_instructions="")
+        yield 0.05
+        self.report("PostCompact", trigger="manual")
+        self.say_lines(["  ⎿  Compacted"])
+
+    # -- directions
+
+    def do_say(self, argument: str) -> Script:
+        """[[say TEXT]]"""
+        return (yield from self.answer_later(argument))
+
+    def do_long(self, argument: str) -> Script:
+        """[[long N]]"""
+        return (yield from self.answer_later("\n".join(f"line {n} of {argument}" for n in range(1, int(argument) + 1))))
+
+    def do_slow(self, argument: str) -> Script:
+        """[[slow SECONDS]]"""
+        seconds = float(argument.split()[0])
+        yield seconds
+        return (yield from self.answer_later(f"took {argument} seconds"))
+
+    def do_quiet(self, argument: str) -> Script:
+        """[[quiet SECONDS]]: works without drawing."""
+        self.silent = True
+        yield float(argument)
+        self.silent = False
+        return (yield from self.answer_later("was quiet"))
+
+    def do_hang(self, argument: str) -> Script:
+        """[[hang]]"""
+        while True:
+            yield 3600.0
+
+    def do_bash(self, argument: str) -> Script:
+        """[[bash COMMAND]]"""
+        return (yield from self.use_tool("Bash", {"command": argument, "description": "A demo command"}, "Do you want to proceed?",
+                                         ("Yes", "Yes, and always allow access to demo/ from this project", "Yes, and switch to auto mode", "No")))
+
+    def do_write(self, argument: str) -> Script:
+        """[[write PATH TEXT]]"""
+        path, _, content = argument.partition(" ")
+        path = os.path.join(self.cwd, path)
+        return (yield from self.use_tool("Write", {"file_path": path, "content": content or "hello\n"},
+                                         f"Do you want to create {os.path.basename(path)}?",
+                                         ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")))
+
+    def do_edit(self, argument: str) -> Script:
+        """[[edit PATH OLD=>NEW]]"""
+        path, _, change = argument.partition(" ")
+        old, _, new = change.partition("=>")
+        given = {"file_path": os.path.join(self.cwd, path), "old_string": old, "new_string": new}
+        return (yield from self.use_tool("Edit", given, f"Do you want to make this edit to {os.path.basename(path)}?",
+                                         ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")))
+
+    def do_fetch(self, argument: str) -> Script:
+        """[[fetch URL]]"""
+        return (yield from self.use_tool("WebFetch", {"url": argument, "prompt": "what is it"}, "Do you want to allow Claude to fetch this content?",
+                                         ("Yes", "Yes, and don't ask again for this host", "No, and tell Claude what to do differently (esc)")))
+
+    def do_both(self, argument: str) -> Script:
+        """[[both A ;; B]]: two requests, one after the other."""
+        said: Optional[str] = None
+        for part in argument.split(";;"):
+            said = yield from self.do_bash(part.strip())
+            if said is None:
+                return None
+        return said
+
+    def do_ask(self, argument: str) -> Script:
+        """[[ask]]"""
+        options = [{"label": name, "description": f"Choose {name.lower()}"} for name in ("Red", "Green", "Blue")]
+        given = {"questions": [{"question": "Which colour do you want?", "header": "Colour", "multiSelect": argument == "multi",
+                                "options": options}]}
+        rows: List[Tuple[str, Any]] = [(option["label"], "allow") for option in options]
+        self.dialog = DemoDialog([" ☐ Colour", "", "Which colour do you want?"], [*rows, ("Type something.", "deny")],
+                                 "Enter to select · ↑/↓ to navigate · Esc to cancel", "deny")
+        verdict = yield from self.await_decision("AskUserQuestion", given)
+        result = self.outcome("AskUserQuestion", given, verdict)
+        return None if result is None else "(result) " + result
+
+    def do_plan(self, argument: str) -> Script:
+        """[[plan TEXT]]"""
+        given = {"plan": argument or "# Plan"}
+        self.dialog = DemoDialog([" Ready to code?", "", f"   {clip(given['plan'], 60)}", "", " Would you like to proceed?"],
+                                 [("Yes, and use auto mode", "allow"), ("Yes, manually approve edits", "allow"),
+                                  ("Tell Claude what to change", "deny")], " ctrl+g to edit in Vim", "deny")
+        verdict = yield from self.await_decision("ExitPlanMode", given)
+        result = self.outcome("ExitPlanMode", given, verdict)
+        return None if result is None else "(result) " + result
+
+    def do_error(self, argument: str) -> Script:
+        """[[error CODE]]"""
+        yield 0.02
+        kinds = {"401": "authentication_failed", "403": "authentication_failed", "429": "rate_limit", "500": "server_error", "529": "server_error"}
+        said = f"API Error: {argument} demo error"
+        self.write("assistant", isApiErrorMessage=True, message={"id": "x", "model": "<synthetic>", "role": "assistant", "usage": {},
+                                                               "content": [{"type": "text", "text": said}]})
+        self.report("StopFailure", error=kinds.get(argument.split()[0], "unknown"), last_assistant_message=said)
+        self.say_lines([f"● {said}"])
+        return None
+
+    def do_flood(self, argument: str) -> Script:
+        """[[flood N]]: many lines, a screen at a time."""
+        for start in range(0, int(argument), 100):
+            self.say_lines([f"  flood {n}" for n in range(start, min(start + 100, int(argument)))])
+            yield 0.001
+        return (yield from self.answer_later(f"flooded {argument}"))
+
+    def do_crash(self, argument: str) -> Script:
+        """[[crash CODE]]"""
+        os._exit(int(argument or 1))
+        yield 0
+
+    def do_exit(self, argument: str) -> Script:
+        """[[exit]]"""
+        self.exit_code = 0
+        yield 0
+        return None
+
+    def do_background(self, argument: str) -> Script:
+        """[[background SECONDS]]: ends with a task that still runs, and comes back when that is done."""
+        yield from self.stop("started a background task", [{"id": "task-1", "status": "running"}])
+        self.timers.append((time.monotonic() + float(argument or 1), lambda: self.submit("[[say background done]]", "task")))
+        return None
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Live until told to leave."""
+        selector = selectors.DefaultSelector()
+        selector.register(0, selectors.EVENT_READ)
+        selector.register(self.wake_r, selectors.EVENT_READ)
+        while self.exit_code is None:
+            for key, _ in selector.select(self.pause()):
+                data = os.read(key.fd, 262_144)
+                if key.fd == 0 and not data:
+                    return 0
+                if key.fd == 0:
+                    self.take_keys(data)
+            while self.inbox:
+                self.inbox.popleft()()
+            self.tick(time.monotonic())
+        for _, act in self.timers:
+            act()
+        return self.exit_code
+
+    def pause(self) -> Optional[float]:
+        """Tell how long nothing will happen by itself."""
+        now = time.monotonic()
+        times = [at - now for at, _ in self.timers]
+        if self.turn and self.turn_until is not None:
+            times.append(min(self.turn_until - now, FRAME) if not self.silent else self.turn_until - now)
+        return max(0.0, min(times)) if times else None
+
+    def tick(self, now: float) -> None:
+        """Do what is due: timers, the turn, the spinner."""
+        due = [timer for timer in self.timers if timer[0] <= now]
+        self.timers = [timer for timer in self.timers if timer[0] > now]
+        for _, act in due:
+            act()
+        if self.turn and self.turn_until is not None and self.turn_until <= now:
+            self.go_on()
+        elif self.turn and not self.dialog:
+            self.draw()
+
+
+DIRECTIONS: Dict[str, Callable[[DemoAgent, str], Script]] = {
+    name[3:]: getattr(DemoAgent, name) for name in dir(DemoAgent) if name.startswith("do_")}
+DIRECTIONS["wait"] = DemoAgent.do_slow
+DEMO_ACTIONS: Dict[bytes, Callable[[DemoAgent], None]] = {
+    b"\r": DemoAgent.enter, b"\n": DemoAgent.enter, b"\x15": DemoAgent.clear_row, b"\x03": DemoAgent.ctrl_c,
+    b"\x04": DemoAgent.ctrl_d, b"\x1b": DemoAgent.escape, b"\x01": DemoAgent.to_front, b"\x05": DemoAgent.to_end,
+    b"\x1b[3~": DemoAgent.delete_first, b"\x13": DemoAgent.stash_draft, b"\x7f": DemoAgent.clear_row,
+}
+
+
+def demo_normal(text_: str) -> str:
+    """Change a text as the client does: tabs to blanks, NFC, no escapes, no control or invisible characters."""
+    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text_).replace("\t", "    ")
+    return "".join(char for char in unicodedata.normalize("NFC", bare)
+                   if char in "\n\u200d" or unicodedata.category(char) not in ("Cc", "Cf"))
+
+
+def read_hook_answer(sock: socket.socket) -> Json:
+    """Read an HTTP answer to its end; an empty or failed one says nothing."""
+    data = b""
+    while True:
+        piece = sock.recv(65_536)
+        if not piece:
+            break
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    return json.loads(body) if b" 200 " in head.split(b"\r\n")[0] and body.strip() else {}
+
+
+def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
+    """Show a start-up screen until it is passed; gives an exit code when that is its end."""
+    name, _, argument = what.partition(":")
+    if name == "slow":
+        time.sleep(float(argument))
+        return None
+    if name == "crash":
+        print(f"demo agent: told to crash with {argument}", file=sys.stderr)
+        return int(argument or 1)
+    screens = {
+        "trust": DemoDialog([" Accessing workspace:", "", f" {agent.cwd}", "", " Quick safety check: Is this a project you created or one you trust?"],
+                            [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
+        "apikey": DemoDialog([" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
+                             [("Yes", None), ("No (recommended)", None)], " Enter to confirm · Esc to cancel", None, 1, False),
+        "login": DemoDialog([" Select login method:"], [("Claude account with subscription", None), ("Console account", None)],
+                            " Esc to cancel", None),
+        "onboarding": DemoDialog([" Welcome to Claude Code (demo)", "", " Choose the text style that looks best with your terminal"],
+                                 [("Dark mode", None), ("Light mode", None)], " Enter to confirm", None),
+        "summary": DemoDialog([" This session is long and old. Resume from summary?"], [("Resume from summary", None), ("Resume full session", None)],
+                              " Enter to confirm · Esc to cancel", None),
+    }
+    agent.dialog = screens[name]
+    agent.draw()
+    while True:
+        data = os.read(0, 1000)
+        for match in DEMO_KEYS.finditer(data):
+            done, verdict = agent.dialog.key(match.group())
+            if done:
+                agent.dialog = None
+                return verdict
+        agent.draw()
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    """Describe the flags, which are Claude Code's."""
+    parser = argparse.ArgumentParser(prog="aegis.py demo-agent")
+    for name in ("--session-id", "--resume", "--settings", "--model", "--name", "--append-system-prompt"):
+        parser.add_argument(name)
+    parser.add_argument("--fork-session", action="store_true")
+    parser.add_argument("--permission-mode", default="default")
+    parser.add_argument("--demo-boot", action="append", default=[])
+    return parser
+
+
+def demo_start(agent: DemoAgent) -> Optional[str]:
+    """Resume or fork as told; gives what is wrong."""
+    options = agent.options
+    if options.resume:
+        agent.conversation = options.resume
+        old = agent.transcript
+        if not old.exists():
+            return f"No conversation found with session ID: {options.resume}"
+        if options.fork_session:
+            agent.conversation = options.session_id or str(uuid.uuid4())
+            agent.transcript.write_bytes(old.read_bytes())
+    elif agent.transcript.exists():
+        return f"Error: Session ID {agent.conversation} is already in use."
+    return None
+
+
+def demo_agent_main(argv: Sequence[str]) -> int:
+    """Be the demo agent."""
+    import termios
+    import tty
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.environ.get("AEGIS_DEMO_HOME") or os.path.expanduser("~/.aegis/demo")
+    agent = DemoAgent(demo_parser().parse_args(argv), Path(home))
+    wrong = demo_start(agent)
+    if wrong:
+        print(wrong, file=sys.stderr)
+        return 1
+    before = termios.tcgetattr(0)
+    tty.setraw(0)
+    signal.signal(signal.SIGWINCH, lambda *_: agent.draw())
+    try:
+        agent.put("\x1b[?2004h\x1b]0;✳ Aegis demo agent\x07")
+        for what in agent.options.demo_boot:
+            code = demo_boot(agent, what)
+            if code is not None:
+                return code
+        agent.status("idle")
+        agent.say_lines(["Aegis demo agent - not Claude Code; nothing is executed", ""])
+        return agent.run()
+    finally:
+        agent.put("\x1b[?2004l\r\n")
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        with contextlib.suppress(OSError):
+            (agent.home / "sessions" / f"{os.getpid()}.json").unlink()
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
@@ -5228,7 +6053,7 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
 
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "docs": print_docs, "selftest": selftest,
+    "serve": serve, "docs": print_docs, "selftest": selftest, "demo-agent": demo_agent_main,
 }
 
 
