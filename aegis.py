@@ -271,9 +271,7 @@ def new_id(prefix: str = "") -> str:
     return prefix + secrets.token_hex(6)
 
 
-def dump(value: Any) -> str:
-    """Write JSON compactly; never ASCII-escapes, never NaN."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # JSON, compact, never NaN
 
 
 def clip(text: str, length: int) -> str:
@@ -284,41 +282,55 @@ def clip(text: str, length: int) -> str:
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
+LOG_BACKLOG = 5_000   # lines kept for a stderr that does not take them; more are dropped, and counted
+
+
 class Log:
     """Lines for stderr, handed to a writer thread.  note() may be called from any thread."""
 
-    def __init__(self, level: str = "info", shape: str = "text", stream: Any = None) -> None:
-        self.threshold, self.shape = LEVELS[level], shape
-        self.stream = stream or sys.stderr
-        self.lines: "queue.SimpleQueue[Optional[Tuple[float, str, str, Json]]]" = queue.SimpleQueue()
+    def __init__(self, level: str = "info", shape: str = "text", handle: int = 2) -> None:
+        self.threshold, self.shape, self.handle = LEVELS[level], shape, handle
+        self.lines: "collections.deque[Tuple[float, str, str, Json]]" = collections.deque()
+        self.dropped, self.closed = 0, False
+        self.some = threading.Event()    # set when there is something to write
         self.writer: Optional[threading.Thread] = None
 
     def note(self, level: str, message: str, **fields: Any) -> None:
         """Log one line: a message and its fields."""
-        if LEVELS[level] >= self.threshold:
-            self.lines.put((time.time(), level, message, fields))
+        if LEVELS[level] < self.threshold:
+            return
+        if len(self.lines) >= LOG_BACKLOG:
+            self.dropped += 1
+            return
+        self.lines.append((time.time(), level, message, fields))
+        if not self.some.is_set():
+            self.some.set()
 
     def start(self) -> None:
         """Begin writing."""
         self.writer = spawn("aegis-log", self._write)
 
     def close(self) -> None:
-        """Write what is left and stop."""
-        self.lines.put(None)
+        """Write what is left and stop; a reader that hangs is not waited for."""
+        self.closed = True
+        self.some.set()
         if self.writer:
             self.writer.join(2.0)
 
     def _write(self) -> None:
-        while True:
-            batch = [self.lines.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < 500:
-                    batch.append(self.lines.get_nowait())
-            with contextlib.suppress(OSError, ValueError):
-                self.stream.write("".join(self.shaped(line) for line in batch if line))
-                self.stream.flush()
-            if None in batch:
-                return
+        while not (self.closed and not self.lines):
+            self.some.wait()
+            if not self.closed:
+                time.sleep(0.02)   # lines come in bursts: one wake-up for many
+            self.some.clear()
+            batch = [self.lines.popleft() for _ in range(len(self.lines))]
+            if self.dropped:
+                batch.append((time.time(), "warning", "log lines were dropped: stderr is slow", {"lines": self.dropped}))
+                self.dropped = 0
+            data = "".join(map(self.shaped, batch)).encode("utf-8", "replace")
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(self.handle, data):]
 
     def shaped(self, line: Tuple[float, str, str, Json]) -> str:
         """Give a line its final text."""
@@ -4626,23 +4638,13 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = bytearray()
-        self.unsent = b""
+        self.out = bytearray()            # answers that were not sent yet, in order
+        self.ending = ""                  # what follows when they are: "", "close", or "linger"
         self.head: Optional[Head] = None
         self.route: Optional[Route] = None
         self.words: Dict[str, str] = {}
         self.since = self.begun = time.monotonic()  # last activity; the current request's first byte
         self.request_id = ""
-
-    def send(self, data: bytes) -> bool:
-        """Send without waiting; False when the client does not take it all now."""
-        try:
-            sent_ = self.sock.send(data)
-        except BlockingIOError:
-            sent_ = 0
-        if sent_ < len(data):
-            self.unsent = data[sent_:]
-            return False
-        return True
 
 
 class Server(ThreadingHTTPServer):
@@ -4666,6 +4668,8 @@ class Server(ThreadingHTTPServer):
         self.busy = 0                     # requests in threads; guarded by busy_lock
         self.busy_lock = threading.Lock()
         self.ending = False
+        self.known: Dict[bytes, Tuple[Head, Route, Dict[str, str]]] = {}   # request heads that passed every check
+        self.outbox: Dict[Connection, None] = {}                           # who is answered in this round: sent together
         self.boot, self.serial = secrets.token_hex(4), itertools.count(1)
 
     def server_bind(self) -> None:
@@ -4691,9 +4695,11 @@ class Server(ThreadingHTTPServer):
                     self._take_back()
                 else:
                     self._readable(key.data)
+            self._flush()
             if time.monotonic() - swept > poll_interval:
                 swept = time.monotonic()
                 self._sweep(swept)
+                self._flush()
 
     def stop(self) -> None:
         """Leave the loop; may be called from a signal handler."""
@@ -4749,8 +4755,7 @@ class Server(ThreadingHTTPServer):
             partial = bool(connection.buffer) or connection.head is not None
             if partial and now - connection.begun > SLOW_SECONDS:
                 error = ApiError(408, "TOO_SLOW", f"the request did not arrive within {SLOW_SECONDS:g} s")
-                connection.send(self._response(connection, error.status, error.body(), close=True))
-                self._drop(connection)
+                self._post(connection, self._response(connection, error.status, error.body(), close=True), "linger")
             elif not partial and now - connection.since > idle:
                 self._drop(connection)
 
@@ -4807,9 +4812,14 @@ class Server(ThreadingHTTPServer):
             connection.request_id = f"{self.boot}-{next(self.serial):x}"
             raw = bytes(buffer[:end])
             del buffer[:end + 4]
+            known = self.known.get(raw)
+            if known:
+                connection.head, connection.route, connection.words = known
+                return b""
             connection.route = None
             connection.head = parse_head(raw)
             self._enter(connection, connection.head)
+            self._remember(raw, connection)
         head = connection.head
         limit = MAX_HOOK_BODY if connection.route and connection.route.scope == "hook" else MAX_BODY
         if head.length > limit:
@@ -4827,6 +4837,14 @@ class Server(ThreadingHTTPServer):
         body = bytes(buffer[:head.length])
         del buffer[:head.length]
         return body
+
+    def _remember(self, raw: bytes, connection: Connection) -> None:
+        """Keep what a client's usual request came to: on a kept connection it sends the same bytes again and again."""
+        head, route = connection.head, connection.route
+        if head and route and head.method == "GET" and not head.length and "x-request-id" not in head.headers and len(raw) < 1_000:
+            if len(self.known) >= 512:
+                self.known.clear()
+            self.known[raw] = (head, route, connection.words)
 
     def _enter(self, connection: Connection, head: Head) -> None:
         """Check place, route and caller before any byte of the body is waited for."""
@@ -4846,7 +4864,7 @@ class Server(ThreadingHTTPServer):
         if head.headers.get("expect", "").lower() == "100-continue" and not connection.buffer:
             if head.length > MAX_BODY and route.scope != "hook":
                 raise too_large(MAX_BODY)
-            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._post(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
@@ -4909,33 +4927,53 @@ class Server(ThreadingHTTPServer):
         return f"{named}Vary: Origin\r\n"
 
     def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
-        """Send an answer from the loop; False when the connection left it."""
+        """Answer from the loop; False when the connection is to be closed."""
         head = connection.head
         assert head is not None
         close = not head.keep_alive or self.ending
         data = self._response(connection, status, value, close)
         self._note(connection, status, len(data), began)
         connection.head = None
-        if not connection.send(data):
-            self._unpark(connection)
-            self._spawn(self._finish_sending, connection, close)
-            return False
-        if close:
-            self._drop(connection)
+        self._post(connection, data, "close" if close else "")
         return not close
 
     def _refuse(self, connection: Connection, error: ApiError, began: float) -> bool:
-        """Send an error from the loop; the connection stays when its request was read to the end."""
+        """Answer with an error from the loop; the connection stays when its request was read to the end."""
         head = connection.head
         whole_request = head is not None and (connection.route is not None or head.length == 0) and error.status not in (413, 431)
         close = not whole_request or not head or not head.keep_alive or error.code in ("BAD_LENGTH", "BAD_REQUEST")
         data = self._response(connection, error.status, error.body(), close, error.headers)
         self._note(connection, error.status, len(data), began)
         connection.head = None
-        delivered_ = connection.send(data)
-        if close or not delivered_:
-            self._unpark(connection)
-            self._spawn(self._linger, connection)
+        self._post(connection, data, "linger" if close else "")
+        return not close
+
+    def _post(self, connection: Connection, data: bytes, ending: str = "") -> None:
+        """Queue an answer for the end of this round."""
+        connection.out += data
+        connection.ending = ending
+        self.outbox[connection] = None
+
+    def _flush(self) -> None:
+        """Send the answers of a round; who does not take them all at once gets a thread."""
+        outbox, self.outbox = self.outbox, {}
+        for connection in outbox:
+            if self.parked.get(connection.sock.fileno()) is not connection or not self._flush_one(connection):
+                continue
+            if connection.out or connection.ending == "linger":
+                self._unpark(connection)
+                self._spawn(self._finish_sending, connection)
+            elif connection.ending:
+                self._drop(connection)
+
+    def _flush_one(self, connection: Connection) -> bool:
+        """Send what a client takes without waiting; False when it is gone."""
+        try:
+            del connection.out[:connection.sock.send(connection.out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(connection)
             return False
         return True
 
@@ -4949,13 +4987,18 @@ class Server(ThreadingHTTPServer):
                 pass
         connection.sock.close()
 
-    def _finish_sending(self, connection: Connection, close: bool) -> None:
+    def _finish_sending(self, connection: Connection) -> None:
+        """Send the rest of an answer, however slowly it is taken."""
         try:
             connection.sock.settimeout(SLOW_SECONDS)
-            connection.sock.sendall(connection.unsent)
+            connection.sock.sendall(connection.out)
+            connection.out.clear()
         except OSError:
-            close = True
-        self._give_back(connection, close)
+            connection.ending = "close"
+        if connection.ending == "linger":
+            self._linger(connection)
+        else:
+            self._give_back(connection, bool(connection.ending))
 
     def _give_back(self, connection: Connection, close: bool) -> None:
         if close or self.ending:
@@ -4992,6 +5035,8 @@ class Server(ThreadingHTTPServer):
             refusal = ApiError(503, "BUSY", f"{MAX_THREADS} requests are waiting already: try again", headers={"Retry-After": "1"})
             self._refuse(connection, refusal, began)
             return
+        if connection.out and not self._flush_one(connection):
+            return
         self._unpark(connection)
         if isinstance(answer, Stream):
             self._spawn(self._stream, connection, answer, began)
@@ -5013,7 +5058,8 @@ class Server(ThreadingHTTPServer):
         connection.head = None
         try:
             connection.sock.settimeout(SLOW_SECONDS)
-            connection.sock.sendall(data)
+            connection.sock.sendall(connection.out + data)
+            connection.out.clear()
         except OSError:
             close = True
         self._give_back(connection, close)
@@ -5028,6 +5074,7 @@ class Server(ThreadingHTTPServer):
                "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\nretry: 2000\n\n")
         try:
             sock.settimeout(SLOW_SECONDS)
+            sock.sendall(connection.out)
             if head.method == "HEAD":
                 sock.sendall(top.partition("retry")[0].encode())
                 return
@@ -5936,8 +5983,27 @@ def agents_url(settings: Settings, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+RUN_AS_MODULE = ("import sys; sys.argv.pop(0); sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+                 "import importlib as i; m = i.import_module(sys.argv[0].rpartition('/')[2][:-3]); sys.exit(m.serve(sys.argv[1:]))")
+
+
+def run_as_module(state_dir: str, argv: Sequence[str]) -> None:
+    """Become the same program as an imported module, in the same process.
+
+    The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  A module's is
+    freed, and its compiled form is kept for the next start.  Isolated mode also keeps PYTHONPATH out.
+    """
+    file = os.path.abspath(__file__)
+    if __name__ != "__main__" or not file.endswith(".py") or not file.rpartition("/")[2][:-3].isidentifier():
+        return
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-X", f"pycache_prefix={state_dir}/cache", "-c", RUN_AS_MODULE,
+                                  file, *argv])
+
+
 def give_back_memory() -> None:
-    """Hand the memory that compiling this file took back to the system: 10 MB that glibc would keep."""
+    """Hand the memory that start-up took back to the system: glibc would keep it."""
     with contextlib.suppress(Exception):
         import ctypes
         ctypes.CDLL(None).malloc_trim(0)
@@ -5950,6 +6016,7 @@ def serve(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
+    run_as_module(settings.state_dir, argv)
     os.umask(0o077)
     log = Log(settings.log_level, settings.log_format)
     try:
@@ -6060,11 +6127,11 @@ COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; serve when none is named."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(words[0]) if words else None
+    command = COMMANDS.get(words[0]) if words else serve
     if words and command is None and not words[0].startswith("-"):
         print(f"aegis: there is no command {words[0]!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_SETTINGS
-    return command(words[1:]) if command else serve(words)
+    return command(words[1:]) if command and words and words[0] in COMMANDS else serve(words)
 
 
 if __name__ == "__main__":
