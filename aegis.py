@@ -933,7 +933,7 @@ class Pane(NamedTuple):
     pane: str
     pid: int
     dead: bool
-    status: Optional[int]     # exit status; None when tmux did not learn it
+    status: Optional[int]     # exit status, 128 and more for a signal; None when tmux did not learn it
     session: str              # the id that Aegis tagged it with, or ""
     command: str              # what it was started with
 
@@ -1135,12 +1135,13 @@ class Tmux:
 
     def panes(self) -> List[Pane]:
         """List every pane of the server; the free text stands last."""
-        shape = "#{window_id}:#{pane_id}:#{pane_pid}:#{pane_dead}:#{pane_dead_status}:#{@aegis_id}:#{pane_start_command}"
+        shape = ("#{window_id}:#{pane_id}:#{pane_pid}:#{pane_dead}:#{pane_dead_status}:#{pane_dead_signal}:#{@aegis_id}:"
+                 "#{pane_start_command}")
         found = []
         for line in self.run(("list-panes", "-s", "-t", f"={TMUX_SESSION}", "-F", shape)):
-            window, pane, pid, dead, status, tag, command = line.split(":", 6)
-            found.append(Pane(window, pane, int(pid or 0), dead == "1", int(status) if status.isdigit() else None,
-                              tag, command))
+            window, pane, pid, dead, status, fatal, tag, command = line.split(":", 7)
+            ended = int(status) if status.isdigit() else 128 + int(fatal) if fatal.isdigit() else None
+            found.append(Pane(window, pane, int(pid or 0), dead == "1", ended, tag, command))
         return found
 
     def capture(self, pane: str, ansi: bool = False, lines: int = 0, join: bool = False) -> str:
@@ -2119,6 +2120,7 @@ class Session:
         self.output_at = 0.0               # monotonic time of the pane's last output
         self.looked_at = 0.0               # monotonic time of our last look
         self.stopped_at = 0.0              # when the last turn ended
+        self.decided_at = 0.0              # when the last held request was decided: its dialog may still stand for a moment
         self.transcript_prompt: Optional[str] = None   # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = False
@@ -2338,12 +2340,34 @@ def catch_up(session: Session) -> List[Entry]:
         return entries
 
 
+def locate_transcript(session: Session) -> None:
+    """Find the conversation's file without a report: the status file names the conversation, its file is named after it."""
+    row, status = session.row, read_status_file(session)
+    conversation = (status.conversation if status else "") or row.conversation
+    home = row.launch.get("home")
+    if not home or not conversation or (row.parts and row.parts[-1].endswith(f"/{conversation}.jsonl")):
+        return
+    found = next(Path(home).glob(f"projects/*/{conversation}.jsonl"), None) if re.fullmatch(r"[\w-]+", conversation) else None
+    if found:
+        follow_conversation(session, conversation, str(found))
+
+
+def follow_conversation(session: Session, conversation: str, path: str) -> None:
+    """Read on in another transcript: the first one, or the one that /clear began."""
+    with session.lock, session.changing("agent", "conversation", conversation) as change:
+        parts = session.row.parts
+        if not parts or parts[-1] != path:
+            change.columns.update(parts=[*parts, path], ledger={**session.row.ledger, "offset": 0})
+        change.columns["conversation"] = conversation
+
+
 class AgentStatus(NamedTuple):
     """What the agent's own status file says."""
 
     status: str        # idle, busy, waiting
     at: float          # Unix seconds
     waiting_for: str
+    conversation: str
 
 
 def read_status_file(session: Session) -> Optional[AgentStatus]:
@@ -2354,7 +2378,7 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
     try:
         told = json.loads((Path(home) / "sessions" / f"{session.row.pid}.json").read_bytes())
         at = told.get("statusUpdatedAt") or told.get("updatedAt") or 0
-        return AgentStatus(str(told["status"]), at / 1000.0, str(told.get("waitingFor") or ""))
+        return AgentStatus(str(told["status"]), at / 1000.0, str(told.get("waitingFor") or ""), str(told.get("sessionId") or ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -2604,6 +2628,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         if session.ending or not session.live or context.stopping.is_set():
             return
         reading = look(context, session)
+        locate_transcript(session)
         digest(session, catch_up(session))
         if taken(session, prompt.id, 0.0):
             return
@@ -2711,7 +2736,8 @@ def on_prompt(session: Session, body: Json) -> Answer:
     """UserPromptSubmit: the agent took a prompt, ours or one typed in the terminal."""
     prompt_id, said = str(body.get("prompt_id") or ""), str(body.get("prompt") or "")
     with session.lock:
-        if prompt_id in session.closed_ids or any(one.agent_id == prompt_id for one in session.facts.prompts if prompt_id):
+        running = next((one for one in session.facts.prompts if prompt_id and one.agent_id == prompt_id), None)
+        if prompt_id in session.closed_ids or (running and canonical(running.text) == canonical(said)):
             session.note("hook", "UserPromptSubmit again", prompt_id)
             return {}
         now = time.time()
@@ -2720,13 +2746,19 @@ def on_prompt(session: Session, body: Json) -> Answer:
             if ours and canonical(ours.text) in canonical(said):
                 change.prompt(ours, state="submitted", submitted_at=now, agent_id=prompt_id)
             else:
-                prompt = new_prompt(session.context, session.row.id, "terminal", said)
-                prompt = prompt._replace(attempts=1, typed_at=now, agent_id=prompt_id)
-                add_prompt(change, prompt)
-                change.prompt(prompt, state="submitted", submitted_at=now)
+                typed_in_terminal(change, said, None if running else prompt_id)
             change.set(failure=None, dialog=None, busy=None, ready=True)
     session.context.look_later(session, 0.15)
     return {}
+
+
+def typed_in_terminal(change: Change, said: str, prompt_id: Optional[str]) -> None:
+    """Book a prompt that a person typed; one typed into a running turn is reported under that turn's id, so has none."""
+    now = time.time()
+    prompt = new_prompt(change.session.context, change.session.row.id, "terminal", said)
+    prompt = prompt._replace(attempts=1, typed_at=now, agent_id=prompt_id)
+    add_prompt(change, prompt)
+    change.prompt(prompt, state="submitted", submitted_at=now)
 
 
 def on_activity(session: Session, body: Json) -> Answer:
@@ -2762,7 +2794,7 @@ def on_stop(session: Session, body: Json) -> Answer:
                 change.end_prompt(prompt, "done", answer=said)
             change.set(busy=None, dialog=None)
         session.stopped_at = time.time()
-        if prompt_id:
+        if prompt_id and prompt_id not in session.closed_ids:
             session.closed_ids.append(prompt_id)
     session.context.look_later(session, 0.3)
     return {}
@@ -2796,7 +2828,9 @@ def ending_with(facts: Facts, prompt_id: str) -> List[PromptRow]:
     """Find the open prompts that one Stop ends: the agent merges prompts, and names the last of them."""
     open_ones = [prompt for prompt in facts.prompts if prompt.state in OPEN_STATES]
     known = [index for index, prompt in enumerate(open_ones) if prompt.agent_id == prompt_id]
-    return open_ones[: known[-1] + 1] if known else open_ones[:1] if not prompt_id else []
+    if known and prompt_id:
+        return open_ones[: known[-1] + 1]
+    return [prompt for prompt in open_ones if prompt.agent_id is None] or (open_ones[:1] if not prompt_id else [])
 
 
 def on_session_end(session: Session, body: Json) -> Answer:
@@ -2870,12 +2904,7 @@ def learn_paths(session: Session, body: Json) -> None:
     if body.get("hook_event_name") == "SessionEnd":
         return
     digest(session, catch_up(session))
-    with session.lock:
-        begun = bool(row.parts) and row.parts[-1] != path
-        ledger = {**session.row.ledger, "offset": 0} if begun or not row.parts else session.row.ledger
-        with session.changing("hook", "conversation", conversation) as change:
-            change.columns.update(conversation=conversation, ledger=ledger,
-                                  parts=[*row.parts, path] if begun or not row.parts else row.parts)
+    follow_conversation(session, conversation, path)
 
 
 # -- permission requests
@@ -2923,6 +2952,7 @@ def settle_permission(session: Session, request_id: str, state: str, by: str, wh
             change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
             change.tell("permission.resolved", permissionId=request_id, tool=request.tool, state=state, decidedBy=by)
         hold = session.holds.pop(request_id, None)
+        session.decided_at = time.time()
     if hold:
         hold.release(answer)
     return True
@@ -2969,6 +2999,9 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
     dialog = reading.kind not in ("idle", "working", "unknown", "login", "dead")
     if facts.pending:
         weigh_pending(session, reading, dialog)
+        return
+    if reading.kind in ("permission_prompt", "asking") and seen_at - session.decided_at < SETTLE_SECONDS:
+        session.context.look_later(session, 0.3)
         return
     if dialog or (reading.kind == "login" and not facts.current):
         if facts.dialog is None or facts.dialog._replace(excerpt="") != reading._replace(excerpt=""):
@@ -3018,7 +3051,8 @@ def weigh_turn(session: Session, reading: Reading, status: Optional[AgentStatus]
     why = "the agent put the prompt back into its box (a hook of the user's blocked it)" if blocked else "interrupted"
     with session.changing("status file" if status else "screen", "idle, and no Stop was reported", reading.excerpt) as change:
         for prompt in [one for one in change.facts.prompts if one.state in OPEN_STATES]:
-            change.end_prompt(prompt, "interrupted", why)
+            merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
+            change.end_prompt(prompt, "done" if merged else "interrupted", None if merged else why)
     session.stopped_at = time.time()
 
 
@@ -3118,7 +3152,8 @@ def on_exit(context: Context, session: Session) -> None:
             break
         time.sleep(0.01)
     said = read_tail(context.file(session.row.id, "stderr")).strip()
-    how = f"the agent ended with status {status}" if status is not None else "the agent ended"
+    how = ("the agent ended" if status is None else f"the agent was killed by signal {status - 128}" if status > 128
+           else f"the agent ended with status {status}")
     finish(context, session, "exited", f"{how}: {clip(said, 1_000)}" if said else how, status)
 
 
@@ -3555,6 +3590,8 @@ def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pan
     context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
     session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
     digest(session, catch_up(session))
+    locate_transcript(session)
+    digest(session, catch_up(session))
     session.output_at = time.monotonic()
     watch(context, session)
     spawn("aegis-adopt", reconcile, context, session)
@@ -3578,6 +3615,7 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
     for _ in range(20):
         if taken(session, prompt.id, 0.1):
             return
+        locate_transcript(session)
         reading = inspect(context, session)
         if reading and reading.kind == "idle" and is_draft_of(prompt, reading.draft):
             context.tmux.keys(session.row.pane or "", "Enter")
