@@ -210,10 +210,10 @@ class Settings:
             raw = given.get(setting.name, setting.default)
             try:
                 setattr(self, setting.name, read_setting(setting, raw))
-            except ValueError as complaint:
+            except ValueError as error:
                 shown = "(hidden)" if setting.secret else repr(raw)
                 raise ValueError(f"AEGIS_{setting.name.upper()} (--{setting.name.replace('_', '-')}) "
-                                 f"is {shown}: it {complaint}") from None
+                                 f"is {shown}: it {error}") from None
         if self.port > 65535:
             raise ValueError(f"AEGIS_PORT (--port) is {self.port}: it must be at most 65535")
         self.state_dir = os.path.realpath(os.path.expanduser(self.state_dir))
@@ -1333,6 +1333,7 @@ HINT = re.compile(r"(?i)\besc to (cancel|exit|go back|close|reject|dismiss|retur
                   r"|\b(space|tab) to (toggle|select|cycle)|ctrl\+c to (cancel|exit)|^\s*\d\. .*\(esc\)\s*$")
 BUSY_FOOTER = re.compile(r"\besc to (?:interrupt\b|i\w{0,7}…|…)")    # cut short in a narrow window
 BUSY_LINE = re.compile(r"^[✢✳✶✻✽·*] (?:\S[^…]*…(?: \(.*)?$|Waiting for \d+ background|.*· retrying in \d)")
+FOOTER = re.compile(r"\? for shortcuts|shift\+tab to cycle|(?:manual|plan|auto) mode on|accept edits on|don.t ask on|permissions on")
 NOT_LOGGED_IN = re.compile(r"^  ⎿\s+Not logged in · Please run /login$")
 SUSPENDED = re.compile(r"Claude Code (?:is|has been) suspended")
 MODAL_TOP = re.compile(r"^▔{8,}")
@@ -1410,7 +1411,8 @@ def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
         return None
     if HINT.search(" ".join(lines[lower + 1:lower + 2])) and not inside[0][1:2] == "\xa0":
         return None
-    if OPTION.match(inside[0]) and inside[0][1:2] != "\xa0" and len(inside) > 1 and OPTION.match(inside[1]):
+    footed = any(FOOTER.search(line) for line in lines[lower + 1:])
+    if not footed and inside[0][1:2] != "\xa0" and len(inside) > 1 and OPTION.match(inside[0]) and OPTION.match(inside[1]):
         return None
     return upper, lower
 
@@ -1507,7 +1509,7 @@ OTHER_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][A-B0]|\x
 
 
 def without_colours(screen: str) -> str:
-    """Take the escape sequences out of a capture, and with them a box's placeholder, which only its dimness tells."""
+    """Take the escape sequences out of a capture, and with them a box's dim hint, which is no draft."""
     lines = []
     for line in OTHER_ESCAPES.sub("", screen).split("\n"):
         if "❯\xa0" in line:
@@ -2121,12 +2123,13 @@ class Session:
         self.looked_at = 0.0               # monotonic time of our last look
         self.stopped_at = 0.0              # when the last turn ended
         self.decided_at = 0.0              # when the last held request was decided: its dialog may still stand for a moment
-        self.transcript_prompt: Optional[str] = None   # agent's id of the last prompt in the transcript
+        self.transcript_prompt: Optional[str] = row.ledger.get("prompt")   # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = False
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
+        self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
         self.tail: Tuple[Any, List[Json]] = (None, [])  # the last answer to "the last messages", and for what
         self.transcript_lock = threading.Lock()         # one reader at a time; taken before lock
 
@@ -2334,6 +2337,7 @@ def catch_up(session: Session) -> List[Entry]:
         entries = [entry for line in lines for entry in parse_line(line)]
         with session.lock:
             ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
+            ledger["prompt"] = next((one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt"))
             session.context.bus.commit([update("sessions", row.id, {"ledger": ledger})])
             session.row = session.row._replace(ledger=ledger)
             session.changed.notify_all()
@@ -2531,7 +2535,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     which the client trims, stands behind it.  A leading `!` would switch the box to a shell: it is pasted behind a
     letter, which is then deleted.  What looks like a command is text only in a collapsed paste, so it is made one.
     """
-    text_ = prompt.text.replace("\0", "")
+    text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
         return [Stroke(text_), ENTER]
     if prompt.kind == "command":
@@ -2716,7 +2720,7 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
             change.end_prompt(current, "interrupted" if interrupted else "done", answer=final or None)
             if final and not interrupted:
                 change.columns["output"] = final
-        session.stopped_at = time.time()
+            session.stopped_at = time.time()
 
 
 # ============================================================================
@@ -2793,9 +2797,9 @@ def on_stop(session: Session, body: Json) -> Answer:
             for prompt in ending_with(change.facts, prompt_id):
                 change.end_prompt(prompt, "done", answer=said)
             change.set(busy=None, dialog=None)
-        session.stopped_at = time.time()
-        if prompt_id and prompt_id not in session.closed_ids:
-            session.closed_ids.append(prompt_id)
+            session.stopped_at = time.time()
+            if prompt_id and prompt_id not in session.closed_ids:
+                session.closed_ids.append(prompt_id)
     session.context.look_later(session, 0.3)
     return {}
 
@@ -2813,7 +2817,7 @@ def on_failure(session: Session, body: Json) -> Answer:
             for prompt in ending_with(change.facts, prompt_id):
                 change.end_prompt(prompt, "error", reason, said)
             change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
-        session.stopped_at = time.time()
+            session.stopped_at = time.time()
     session.context.look_later(session, 0.3)
     return {}
 
@@ -3053,7 +3057,7 @@ def weigh_turn(session: Session, reading: Reading, status: Optional[AgentStatus]
         for prompt in [one for one in change.facts.prompts if one.state in OPEN_STATES]:
             merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
             change.end_prompt(prompt, "done" if merged else "interrupted", None if merged else why)
-    session.stopped_at = time.time()
+        session.stopped_at = time.time()
 
 
 def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
@@ -3142,13 +3146,13 @@ def on_exit(context: Context, session: Session) -> None:
     if session.ending or not session.live:
         return
     status: Optional[int] = None
-    for _ in range(50):
+    for tries in range(50):   # tmux sees the terminal close before it collects the status, which some builds never show
         try:
             pane = next((one for one in context.tmux.panes() if one.pane == session.row.pane), None)
         except TmuxError:
             break
-        if pane is None or pane.dead:
-            status = pane.status if pane else None
+        status = pane.status if pane else None
+        if pane is None or (pane.dead and (status is not None or tries > 25)):
             break
         time.sleep(0.01)
     said = read_tail(context.file(session.row.id, "stderr")).strip()
@@ -3390,7 +3394,9 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {agent.missing}")
     row = new_row(context, wanted, agent, work_dir, launch)
     session = Session(context, row, Facts())
-    store_new(context, session, wanted)
+    known = store_new(context, session, wanted)
+    if known:
+        return find_session(context, known.id)
     context.sessions[row.id] = session
     try:
         start_agent(context, session, [program, *words[1:]], environment)
@@ -3412,8 +3418,11 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str, launc
         wanted.idempotency, str(uuid.uuid4()) if agent.reports else None, [], new_ledger(), None, 0, None, None, None, None)
 
 
-def store_new(context: Context, session: Session, wanted: Wanted) -> None:
-    """Store a new session and its first prompt together.  Raises ApiError 409 when the name is taken."""
+def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[SessionRow]:
+    """Store a new session and its first prompt together; gives the one that the same idempotency key just made.
+
+    Raises ApiError 409 when the name is taken.
+    """
     row = session.row
     with session.lock:
         change = Change(session, Evidence("api", "created", time.time(), ""))
@@ -3424,8 +3433,12 @@ def store_new(context: Context, session: Session, wanted: Wanted) -> None:
         try:
             change.commit()
         except sqlite3.IntegrityError as error:
+            known = context.store.row(SessionRow, "sessions", "idempotency = ?", wanted.idempotency)
+            if known:
+                return known
             raise ApiError(409, "NAME_IN_USE", f"a live session is already named {row.name!r}: choose another name, or none",
                            fields={"name": "is in use"}) from error
+    return None
 
 
 def start_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str]) -> None:
@@ -3658,6 +3671,12 @@ def audit(context: Context) -> None:
 
 def interrupt(context: Context, session: Session) -> Tuple[bool, str]:
     """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened."""
+    with session.key_lock:
+        return interrupt_alone(context, session)
+
+
+def interrupt_alone(context: Context, session: Session) -> Tuple[bool, str]:
+    """End the turn; called with the session's key lock held."""
     with session.lock:
         pending = list(session.facts.pending)
         current, busy = session.facts.current, session.facts.busy
@@ -3879,6 +3898,35 @@ class Access:
 # Stream, or Later: work that may wait, which then gets a thread of its own.
 # It raises ApiError and never touches sockets, headers or SQL.  Its docstring
 # is published as the endpoint's summary.
+
+
+ID = text("The session's id.", 64)
+PROMPT_ID = text("The prompt's id.", 64)
+PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
+NEW_SESSION: Dict[str, Field] = dict(
+    name=text("Name, unique among live sessions; made up when missing.", 100, default=None, minLength=1,
+              pattern=r"^[^\x00-\x1f\x7f]+$"),
+    workDir=text("Absolute path of an existing directory.", 4096, minLength=1),
+    prompt=text("First prompt, delivered when the agent is ready.", MAX_PROMPT, default=None, pattern=r"\S"),
+    agent=choice("The agent.", *AGENTS, default=None),
+    model=text("Model, as the agent names it.", 200, default=None, pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$"),
+    permissionMode=choice("Claude Code's permission mode.", "default", "acceptEdits", "plan", "auto", "dontAsk",
+                          "bypassPermissions", default=None),
+    args=many("Further arguments for the agent's program.", text("An argument.", 10_000), 100, default=[]),
+    env=texts_by_name("Further environment of the agent.", ENV_NAME, text("A value.", 100_000, pattern=r"^[^\x00]*$"), 200,
+                      default={}),
+    command={"type": ["array", "string"], "description": "Program of the `shell` agent, as words or one line.",
+             "items": text("A word.", 10_000), "maxItems": 100, "maxLength": 10_000, "default": None},
+)
+STREAM: Dict[str, Field] = dict(
+    types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
+    after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
+)
+
+
+def snake(name: str) -> str:
+    """Turn a wire name into a Python one: workDir -> work_dir."""
+    return re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
 class Ask(NamedTuple):
@@ -4165,12 +4213,14 @@ def escape_session(ask: Ask, id: str) -> Any:
     session = find_live(ask.context, id)
 
     def work() -> Json:
-        before = session.row.status
-        press_once(ask.context, session, "Escape")
-        for _ in range(10):
-            inspect(ask.context, session)
-            if before == "idle" or session.wait(lambda: session.row.status != before, 0.1):
-                break
+        with session.key_lock:
+            before = session.row.status
+            for tries in range(12):
+                if tries % 4 == 0 and (tries == 0 or session.reading is None or session.reading.kind in DIALOG_STATUS):
+                    press_once(ask.context, session, "Escape")   # again only at a dialog: it loses keys while it is new
+                if before == "idle" or session.wait(lambda: session.row.status != before, 0.1):
+                    break
+                inspect(ask.context, session)
         return {"id": id, "sent": True, "status": session.row.status}
     return Later(work)
 
@@ -4229,7 +4279,7 @@ def explain_session(ask: Ask, id: str) -> Any:
 def create_batch(ask: Ask, sessions: List[Json]) -> Any:
     """Create up to 50 sessions; one bad item never spoils the rest, and nobody waits for deliveries."""
     def one(item: Json) -> Json:
-        return created(ask, validate(NEW_SESSION, item), wait=False)
+        return created(ask, {snake(name): value for name, value in validate(NEW_SESSION, item).items()}, wait=False)
     return Later(lambda: in_batch(sessions, one, "created", "sessions", lambda item: {"name": item.get("name")}))
 
 
@@ -4331,29 +4381,6 @@ class Route(NamedTuple):
     read_only: bool = True              # never changes anything, whatever its method
 
 
-ID = text("The session's id.", 64)
-PROMPT_ID = text("The prompt's id.", 64)
-PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
-NEW_SESSION: Dict[str, Field] = dict(
-    name=text("Name, unique among live sessions; made up when missing.", 100, default=None, minLength=1,
-              pattern=r"^[^\x00-\x1f\x7f]+$"),
-    workDir=text("Absolute path of an existing directory.", 4096, minLength=1),
-    prompt=text("First prompt, delivered when the agent is ready.", MAX_PROMPT, default=None, pattern=r"\S"),
-    agent=choice("The agent.", *AGENTS, default=None),
-    model=text("Model, as the agent names it.", 200, default=None, pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$"),
-    permissionMode=choice("Claude Code's permission mode.", "default", "acceptEdits", "plan", "auto", "dontAsk",
-                          "bypassPermissions", default=None),
-    args=many("Further arguments for the agent's program.", text("An argument.", 10_000), 100, default=[]),
-    env=texts_by_name("Further environment of the agent.", ENV_NAME, text("A value.", 100_000, pattern=r"^[^\x00]*$"), 200,
-                      default={}),
-    command={"type": ["array", "string"], "description": "Program of the `shell` agent, as words or one line.",
-             "items": text("A word.", 10_000), "maxItems": 100, "maxLength": 10_000, "default": None},
-)
-STREAM: Dict[str, Field] = dict(
-    types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
-    after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
-)
-
 ROUTES = (
     Route("GET /v1/health", get_health, None),
     Route("POST /v1/sessions", create_session_handler, "sessions:write", NEW_SESSION, 201, "create_session", True),
@@ -4406,11 +4433,6 @@ ROUTES = (
           whole_body="report"),
 )
 SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "hook"))
-
-
-def snake(name: str) -> str:
-    """Turn a wire name into a Python one: workDir -> work_dir."""
-    return re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
 def proofread(routes: Sequence[Route]) -> None:
@@ -5229,6 +5251,7 @@ class DemoAgent:
         self.pasting: Optional[bytes] = None
         self.exit_code: Optional[int] = None
         self.pastes = self.messages = 0
+        self.unwritten: Optional[Callable[[], None]] = None
         self.last_uuid: Optional[str] = None
 
     # -- files
@@ -5240,6 +5263,7 @@ class DemoAgent:
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append a line to the transcript."""
+        self.flush()
         made = str(uuid.uuid4())
         line = {"type": kind, "uuid": made, "parentUuid": self.last_uuid, "timestamp": iso(time.time()),
                 "sessionId": self.conversation, "cwd": self.cwd, "version": __version__, "isSidechain": False, **fields}
@@ -5248,6 +5272,12 @@ class DemoAgent:
         with open(os.open(self.transcript, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8",
                   errors="replace") as file:
             file.write(dump(line) + "\n")
+
+    def flush(self) -> None:
+        """Write the lines that a turn's end left for a moment later; in order, whatever comes first."""
+        pending, self.unwritten = self.unwritten, None
+        if pending:
+            pending()
 
     def write_answer(self, blocks: List[Json], stop: Optional[str]) -> None:
         """Write an API message: a line for each block, with the same id and usage."""
@@ -5348,7 +5378,7 @@ class DemoAgent:
         spent = int(time.monotonic() - self.turn_began)
         glyph = "✶✻✽✢·"[int(time.monotonic() * 10) % 5]
         spinner = [f"{glyph} Demonstrating… ({spent}s · ↓ {spent * 10} tokens)", ""] if busy else []
-        footer = "  " + DEMO_FOOTERS.get(self.mode, self.mode) + (
+        footer = "  " + DEMO_FOOTERS.get(self.mode, self.mode) + " · demo agent" + (
             " · esc to interrupt" if busy and not self.draft else " · ? for shortcuts" if not self.draft else "")
         return ["", *spinner, "─" * width, *self.box(busy), "─" * width, f"  {self.notice}" if self.notice else footer]
 
@@ -5583,10 +5613,11 @@ class DemoAgent:
         spent = time.monotonic() - self.turn_began
         prompt_id = self.prompt_id
 
-        def flush() -> None:
+        def write_end() -> None:
             self.write_answer([{"type": "text", "text": said}], "end_turn")
             self.write("system", subtype="turn_duration", durationMs=int(spent * 1000), promptId=prompt_id)
-        self.timers.append((time.monotonic() + FLUSH, flush))
+        self.unwritten = write_end
+        self.timers.append((time.monotonic() + FLUSH, self.flush))
         self.report("Stop", last_assistant_message=said, stop_hook_active=False, background_tasks=list(tasks), session_crons=[])
         self.say_lines([f"✻ Brewed for {int(spent)}s · done {time.strftime('%I:%M %p').lstrip('0')}"])
         yield 0
@@ -5690,7 +5721,7 @@ class DemoAgent:
             self.say_lines([f"❯ {line}", f"  ⎿  Unknown command: {word}" if word not in ("/cost", "/model") else "  ⎿  nothing spent"])
 
     def compact(self) -> Script:
-        """/compact."""
+        """Pretend to compact the conversation."""
         self.report("PreCompact", trigger="manual", custom_instructions="")
         yield 0.05
         self.report("PostCompact", trigger="manual")
@@ -5699,38 +5730,38 @@ class DemoAgent:
     # -- directions
 
     def do_say(self, argument: str) -> Script:
-        """[[say TEXT]]"""
+        """Play [[say TEXT]]."""
         return (yield from self.answer_later(argument))
 
     def do_long(self, argument: str) -> Script:
-        """[[long N]]"""
+        """Play [[long N]]."""
         return (yield from self.answer_later("\n".join(f"line {n} of {argument}" for n in range(1, int(argument) + 1))))
 
     def do_slow(self, argument: str) -> Script:
-        """[[slow SECONDS]]"""
+        """Play [[slow SECONDS]]."""
         seconds = float(argument.split()[0])
         yield seconds
         return (yield from self.answer_later(f"took {argument} seconds"))
 
     def do_quiet(self, argument: str) -> Script:
-        """[[quiet SECONDS]]: works without drawing."""
+        """Play [[quiet SECONDS]]: works without drawing."""
         self.silent = True
         yield float(argument)
         self.silent = False
         return (yield from self.answer_later("was quiet"))
 
     def do_hang(self, argument: str) -> Script:
-        """[[hang]]"""
+        """Play [[hang]]."""
         while True:
             yield 3600.0
 
     def do_bash(self, argument: str) -> Script:
-        """[[bash COMMAND]]"""
+        """Play [[bash COMMAND]]."""
         return (yield from self.use_tool("Bash", {"command": argument, "description": "A demo command"}, "Do you want to proceed?",
                                          ("Yes", "Yes, and always allow access to demo/ from this project", "Yes, and switch to auto mode", "No")))
 
     def do_write(self, argument: str) -> Script:
-        """[[write PATH TEXT]]"""
+        """Play [[write PATH TEXT]]."""
         path, _, content = argument.partition(" ")
         path = os.path.join(self.cwd, path)
         return (yield from self.use_tool("Write", {"file_path": path, "content": content or "hello\n"},
@@ -5738,7 +5769,7 @@ class DemoAgent:
                                          ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")))
 
     def do_edit(self, argument: str) -> Script:
-        """[[edit PATH OLD=>NEW]]"""
+        """Play [[edit PATH OLD=>NEW]]."""
         path, _, change = argument.partition(" ")
         old, _, new = change.partition("=>")
         given = {"file_path": os.path.join(self.cwd, path), "old_string": old, "new_string": new}
@@ -5746,12 +5777,12 @@ class DemoAgent:
                                          ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")))
 
     def do_fetch(self, argument: str) -> Script:
-        """[[fetch URL]]"""
+        """Play [[fetch URL]]."""
         return (yield from self.use_tool("WebFetch", {"url": argument, "prompt": "what is it"}, "Do you want to allow Claude to fetch this content?",
                                          ("Yes", "Yes, and don't ask again for this host", "No, and tell Claude what to do differently (esc)")))
 
     def do_both(self, argument: str) -> Script:
-        """[[both A ;; B]]: two requests, one after the other."""
+        """Play [[both A ;; B]]: two requests, one after the other."""
         said: Optional[str] = None
         for part in argument.split(";;"):
             said = yield from self.do_bash(part.strip())
@@ -5760,7 +5791,7 @@ class DemoAgent:
         return said
 
     def do_ask(self, argument: str) -> Script:
-        """[[ask]]"""
+        """Play [[ask]]."""
         options = [{"label": name, "description": f"Choose {name.lower()}"} for name in ("Red", "Green", "Blue")]
         given = {"questions": [{"question": "Which colour do you want?", "header": "Colour", "multiSelect": argument == "multi",
                                 "options": options}]}
@@ -5772,7 +5803,7 @@ class DemoAgent:
         return None if result is None else "(result) " + result
 
     def do_plan(self, argument: str) -> Script:
-        """[[plan TEXT]]"""
+        """Play [[plan TEXT]]."""
         given = {"plan": argument or "# Plan"}
         self.dialog = DemoDialog([" Ready to code?", "", f"   {clip(given['plan'], 60)}", "", " Would you like to proceed?"],
                                  [("Yes, and use auto mode", "allow"), ("Yes, manually approve edits", "allow"),
@@ -5782,7 +5813,7 @@ class DemoAgent:
         return None if result is None else "(result) " + result
 
     def do_error(self, argument: str) -> Script:
-        """[[error CODE]]"""
+        """Play [[error CODE]]."""
         yield 0.02
         kinds = {"401": "authentication_failed", "403": "authentication_failed", "429": "rate_limit", "500": "server_error", "529": "server_error"}
         said = f"API Error: {argument} demo error"
@@ -5792,26 +5823,34 @@ class DemoAgent:
         self.say_lines([f"● {said}"])
         return None
 
+    def do_limit(self, argument: str) -> Script:
+        """Play [[limit]]: the account's usage limit is reached."""
+        yield 0.02
+        said = "You've hit your 5-hour limit · resets 3am (UTC)"
+        self.say_lines([f"  ⎿  {said}"])
+        self.report("StopFailure", error="rate_limit", last_assistant_message=said)
+        return None
+
     def do_flood(self, argument: str) -> Script:
-        """[[flood N]]: many lines, a screen at a time."""
+        """Play [[flood N]]: many lines, a screen at a time."""
         for start in range(0, int(argument), 100):
             self.say_lines([f"  flood {n}" for n in range(start, min(start + 100, int(argument)))])
             yield 0.001
         return (yield from self.answer_later(f"flooded {argument}"))
 
     def do_crash(self, argument: str) -> Script:
-        """[[crash CODE]]"""
+        """Play [[crash CODE]]."""
         os._exit(int(argument or 1))
         yield 0
 
     def do_exit(self, argument: str) -> Script:
-        """[[exit]]"""
+        """Play [[exit]]."""
         self.exit_code = 0
         yield 0
         return None
 
     def do_background(self, argument: str) -> Script:
-        """[[background SECONDS]]: ends with a task that still runs, and comes back when that is done."""
+        """Play [[background SECONDS]]: ends with a task that still runs, and comes back when that is done."""
         yield from self.stop("started a background task", [{"id": "task-1", "status": "running"}])
         self.timers.append((time.monotonic() + float(argument or 1), lambda: self.submit("[[say background done]]", "task")))
         return None
@@ -5896,15 +5935,16 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
         print(f"demo agent: told to crash with {argument}", file=sys.stderr)
         return int(argument or 1)
     screens = {
-        "trust": DemoDialog([" Accessing workspace:", "", f" {agent.cwd}", "", " Quick safety check: Is this a project you created or one you trust?"],
-                            [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
+        "trust": DemoDialog([" Accessing workspace:", "", f" {agent.cwd}", "",
+                             " Quick safety check: Is this a project you created or one you trust?"], [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
         "apikey": DemoDialog([" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
                              [("Yes", None), ("No (recommended)", None)], " Enter to confirm · Esc to cancel", None, 1, False),
         "login": DemoDialog([" Select login method:"], [("Claude account with subscription", None), ("Console account", None)],
                             " Esc to cancel", None),
         "onboarding": DemoDialog([" Welcome to Claude Code (demo)", "", " Choose the text style that looks best with your terminal"],
                                  [("Dark mode", None), ("Light mode", None)], " Enter to confirm", None),
-        "summary": DemoDialog([" This session is long and old. Resume from summary?"], [("Resume from summary", None), ("Resume full session", None)],
+        "summary": DemoDialog([" This session is long and old. Resume from summary?"],
+                              [("Resume from summary", None), ("Resume full session", None)],
                               " Enter to confirm · Esc to cancel", None),
     }
     agent.dialog = screens[name]
@@ -5924,6 +5964,7 @@ def demo_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aegis.py demo-agent")
     for name in ("--session-id", "--resume", "--settings", "--model", "--name", "--append-system-prompt"):
         parser.add_argument(name)
+    parser.add_argument("--version", action="version", version=f"{__version__} (Aegis demo agent)")
     parser.add_argument("--fork-session", action="store_true")
     parser.add_argument("--permission-mode", default="default")
     parser.add_argument("--demo-boot", action="append", default=[])
