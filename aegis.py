@@ -42,6 +42,27 @@ never held while tmux, a file or a socket is waited for.
 """
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and __file__.endswith(".py"):
+    # The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  So the script hands
+    # over, in the same process, to itself as an imported module.  Isolated mode also keeps PYTHONPATH out.  The compiled
+    # form is kept only in a state directory that is there already and is ours alone.
+    _file = os.path.abspath(__file__)
+    _state = os.path.expanduser(os.environ.get("AEGIS_STATE_DIR") or "~/.aegis")
+    for _flag, _value in zip(sys.argv, sys.argv[1:] + [""]):
+        _state = _value if _flag == "--state-dir" else _flag[12:] if _flag.startswith("--state-dir=") else _state
+    try:
+        _stat = os.stat(_state)
+        _private = _stat.st_uid == os.getuid() and not _stat.st_mode & 0o077
+    except OSError:
+        _private = False
+    os.execv(sys.executable, [
+        sys.executable, "-I", "-S", *(["-X", f"pycache_prefix={os.path.abspath(_state)}/cache"] if _private else ["-B"]), "-c",
+        "import sys; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); "
+        "import importlib; sys.exit(importlib.import_module(f[2][:-3]).main(sys.argv[1:]))", _file, *sys.argv[1:]])
+
 import argparse
 import collections
 import concurrent.futures
@@ -53,7 +74,6 @@ import hashlib
 import hmac
 import itertools
 import json
-import os
 import queue
 import re
 import secrets
@@ -65,7 +85,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -894,6 +913,7 @@ class Bus:
 # pipe and the waiting line; nobody waits while holding it.
 
 TMUX_SESSION = "aegis"
+BUSY_PANES, GATHER_SECONDS = 4, 0.03   # so many panes in one read mean a crowd; then output is gathered for this long
 TMUX_TIMEOUT = 5.0    # seconds until a command counts as hung; one takes 0.3 ms
 TMUX_OPTIONS = (      # of the private server; a person who attaches gets the same
     ("set-option", "-g", "remain-on-exit", "on"),           # the exit status stays readable
@@ -976,6 +996,7 @@ class Tmux:
         self.error: Optional[str] = None       # why there is no control client; None when there is one
         self.closed = False
         self.serial = itertools.count(1)
+        self.hurry = threading.Event()         # somebody waits for an answer: read on at once
         self.token = secrets.token_hex(8)      # makes the markers unguessable for what runs in the panes
 
     # -- the control client
@@ -1057,6 +1078,10 @@ class Tmux:
                     return
             if panes:
                 self.on_output([pane.decode() for pane in panes])
+                if len(panes) > BUSY_PANES and not self.waiters:   # a crowd repaints: read it in larger pieces
+                    self.hurry.clear()
+                    if not self.waiters:
+                        self.hurry.wait(GATHER_SECONDS)
 
     def _in_block(self, block: Tuple[bytes, List[bytes]], line: bytes) -> Optional[Tuple[bytes, List[bytes]]]:
         """Take one line of an answer; the answer ends at the line that repeats its begin."""
@@ -1092,6 +1117,7 @@ class Tmux:
             client = self.client
             if client is not None:
                 self.waiters.append(waiter)
+                self.hurry.set()
                 try:
                     client.stdin.write(("\n".join(lines) + "\n").encode())  # type: ignore[union-attr]
                 except OSError:
@@ -1591,6 +1617,7 @@ PRICES: Tuple[Tuple[str, float, float], ...] = (
     ("claude-3-7-sonnet", 3.0, 15.0), ("claude-3-5-sonnet", 3.0, 15.0), ("claude-3-5-haiku", 0.8, 4.0),
 )
 USAGE_KEYS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+READ_BLOCK = 1_000_000   # bytes read forwards at once: more would only cost memory
 TAIL_BLOCK = 65_536      # bytes read at once from a transcript's end
 TAIL_MOST = 32_000_000   # bytes of transcript that one read may go through
 
@@ -1726,7 +1753,7 @@ def cost_usd(ledger: Json) -> Optional[float]:
 
 
 def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
-    """Read the whole lines behind an offset; gives the new offset.  A file that shrank is read from its end."""
+    """Read whole lines behind an offset, about a block of them; gives the new offset.  A file that shrank is read from its end."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -1735,7 +1762,9 @@ def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
             if size == offset:
                 return offset, []
             file.seek(offset)
-            data = file.read(size - offset)
+            data = file.read(READ_BLOCK)
+            while b"\n" not in data and offset + len(data) < size:   # a line that is longer than a block
+                data += file.read(8 * READ_BLOCK)
     except OSError:
         return offset, []
     end = data.rfind(b"\n") + 1
@@ -2130,6 +2159,7 @@ class Session:
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
         self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
+        self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
         self.tail: Tuple[Any, List[Json]] = (None, [])  # the last answer to "the last messages", and for what
         self.transcript_lock = threading.Lock()         # one reader at a time; taken before lock
 
@@ -2322,26 +2352,6 @@ def find_session(context: Context, session_id: str) -> Session:
 
 
 # -- what the agent writes itself: transcript and status file
-
-
-def catch_up(session: Session) -> List[Entry]:
-    """Read the transcript's new lines into the books; costs O(new bytes).  Gives the new entries."""
-    row = session.row
-    if not row.parts:
-        return []
-    with session.transcript_lock:
-        path, start = session.row.parts[-1], session.row.ledger["offset"]
-        offset, lines = read_new_lines(path, start)
-        if offset == start:
-            return []
-        entries = [entry for line in lines for entry in parse_line(line)]
-        with session.lock:
-            ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
-            ledger["prompt"] = next((one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt"))
-            session.context.bus.commit([update("sessions", row.id, {"ledger": ledger})])
-            session.row = session.row._replace(ledger=ledger)
-            session.changed.notify_all()
-        return entries
 
 
 def locate_transcript(session: Session) -> None:
@@ -2633,7 +2643,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
             return
         reading = look(context, session)
         locate_transcript(session)
-        digest(session, catch_up(session))
+        catch_up(session)
         if taken(session, prompt.id, 0.0):
             return
         if reading.kind == "idle" and is_draft_of(prompt, reading.draft) and presses < 5:
@@ -2695,6 +2705,27 @@ def digest(session: Session, entries: Sequence[Entry]) -> None:
             _digest_end(session, entry, final)
 
 
+def catch_up(session: Session) -> None:
+    """Read the transcript's new lines, block by block, into the books and the facts; costs O(new bytes)."""
+    row = session.row
+    if not row.parts:
+        return
+    with session.transcript_lock:
+        while True:
+            start = session.row.ledger["offset"]
+            offset, lines = read_new_lines(session.row.parts[-1], start)
+            if offset == start:
+                return
+            entries = [entry for line in lines for entry in parse_line(line)]
+            with session.lock:
+                ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
+                ledger["prompt"] = next((one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt"))
+                session.context.bus.commit([update("sessions", row.id, {"ledger": ledger})])
+                session.row = session.row._replace(ledger=ledger)
+                digest(session, entries)
+                session.changed.notify_all()
+
+
 def _digest_prompt(session: Session, entry: Entry) -> None:
     with session.lock:
         prompt = next((one for one in session.facts.prompts
@@ -2715,6 +2746,8 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
         current = session.facts.current
         if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
             return
+        if entry.at and iso(current.submitted_at or 0) > entry.at:  # type: ignore[operator]
+            return   # it ended the turn before: the agent writes the last lines of a turn late
         with session.changing("transcript", f"{entry.kind} line", entry.text) as change:
             interrupted = entry.kind == "interrupt"
             change.end_prompt(current, "interrupted" if interrupted else "done", answer=final or None)
@@ -2907,7 +2940,7 @@ def learn_paths(session: Session, body: Json) -> None:
         return
     if body.get("hook_event_name") == "SessionEnd":
         return
-    digest(session, catch_up(session))
+    catch_up(session)
     follow_conversation(session, conversation, path)
 
 
@@ -2982,7 +3015,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         inspect_quiet(context, session)
         return reading
     status = read_status_file(session)
-    digest(session, catch_up(session))
+    catch_up(session)
     with session.lock:
         if not session.live or session.ending:
             return reading
@@ -3146,9 +3179,11 @@ def on_exit(context: Context, session: Session) -> None:
     if session.ending or not session.live:
         return
     status: Optional[int] = None
-    for tries in range(50):   # tmux sees the terminal close before it collects the status, which some builds never show
+    for tries in range(50):
         try:
             pane = next((one for one in context.tmux.panes() if one.pane == session.row.pane), None)
+            if tries == 3:   # tmux may see the terminal close and miss the signal: another child's end makes it collect both
+                context.tmux.run(("run-shell", "-b", ":"))
         except TmuxError:
             break
         status = pane.status if pane else None
@@ -3169,7 +3204,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
             screen = context.tmux.capture(session.row.pane, lines=200).strip("\n")[-LAST_SCREEN:]
     if session.agent.reports:
         with contextlib.suppress(ApiError):
-            digest(session, catch_up(session))
+            catch_up(session)
     with session.lock:
         if not session.live:
             return
@@ -3288,7 +3323,8 @@ class Monitor:
     def _pause(self, now: float) -> Optional[float]:
         times = [at - now for at, _ in self.timers.values()]
         if self.dirty:
-            times.append(0.02 if any(not one.facts.ready for one in self.dirty.values()) else 0.05)
+            starting = any(not one.facts.ready for one in self.dirty.values())
+            times.append(0.02 if starting else 0.05 if len(self.dirty) < 20 else 0.1)
         if self.context.tmux.client is None and self.context.sessions:
             times.append(0.5)
         return max(0.0, min(times)) if times else None
@@ -3602,9 +3638,9 @@ def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pan
     context.panes[pane.pane] = session
     context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
     session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
-    digest(session, catch_up(session))
+    catch_up(session)
     locate_transcript(session)
-    digest(session, catch_up(session))
+    catch_up(session)
     session.output_at = time.monotonic()
     watch(context, session)
     spawn("aegis-adopt", reconcile, context, session)
@@ -3945,6 +3981,12 @@ class Later(NamedTuple):
     work: Callable[[], Any]
 
 
+class Encoded(NamedTuple):
+    """A value that is JSON text already."""
+
+    text: str
+
+
 class Stream(NamedTuple):
     """An event stream: what was missed, then what comes."""
 
@@ -4014,14 +4056,14 @@ def live_view(context: Context, session: Session) -> Json:
         return view(context, session.row, session.facts, session.active_at)
 
 
-_lists: Dict[Tuple[Any, ...], Tuple[int, Json]] = {}  # answers of list, by query, valid for one version of the store
+_lists: Dict[Tuple[Any, ...], Tuple[int, Encoded]] = {}  # answers of list, by query, valid for one version of the store
 
 
-def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_dir: Optional[str]) -> Json:
+def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_dir: Optional[str]) -> Any:
     """List sessions, newest first, page by page."""
     context, store = ask.context, ask.context.store
     query = (id(store), page, limit, status, work_dir)
-    version, answer = _lists.get(query, (-1, {}))
+    version, answer = _lists.get(query, (-1, Encoded("")))
     if version == store.version:
         return answer
     version = store.version
@@ -4031,18 +4073,18 @@ def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_d
     total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     rows = store.rows(SessionRow, "sessions", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit,
                       (page - 1) * limit)
-    answer = {"sessions": [listed(context, row) for row in rows],
-              "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)}}
+    pagination = dump({"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)})
+    answer = Encoded(f'{{"sessions":[{",".join(listed(context, row) for row in rows)}],"pagination":{pagination}}}')
     while len(_lists) > 50:
         _lists.pop(next(iter(_lists)), None)
     _lists[query] = (version, answer)
     return answer
 
 
-def listed(context: Context, row: SessionRow) -> Json:
-    """Give a listed session's shape: from memory while it lives."""
+def listed(context: Context, row: SessionRow) -> str:
+    """Give a listed session as JSON text: from memory while it lives."""
     session = context.sessions.get(row.id)
-    return live_view(context, session) if session else view(context, row, Facts(ended=row.status))
+    return live_text(context, session) if session else dump(view(context, row, Facts(ended=row.status)))
 
 
 def get_session_stats(ask: Ask) -> Json:
@@ -4061,9 +4103,22 @@ def get_session_stats(ask: Ask) -> Json:
             "costUsd": None if None in costs else round(sum(cost or 0 for cost in costs), 6)}
 
 
-def get_session(ask: Ask, id: str) -> Json:
+def get_session(ask: Ask, id: str) -> Any:
     """Get one session, live or ended."""
-    return live_view(ask.context, find_session(ask.context, id))
+    return Encoded(live_text(ask.context, find_session(ask.context, id)))
+
+
+def live_text(context: Context, session: Session) -> str:
+    """Give a session's shape as JSON text; written anew only when something changed."""
+    row, facts, active_at = session.row, session.facts, session.active_at
+    key, known = session.text
+    if key and key[0] is row and key[1] is facts and key[2] == active_at:
+        return known
+    with session.lock:
+        row, facts, active_at = session.row, session.facts, session.active_at
+        known = dump(view(context, row, facts, active_at))
+        session.text = ((row, facts, active_at), known)
+        return known
 
 
 def kill_session_handler(ask: Ask, id: str) -> Any:
@@ -4104,14 +4159,14 @@ def read_later(context: Context, session: Session, limit: int, mark: Optional[Tu
     if timeout is not None:
         in_time = session.wait(lambda: session.row.status not in BUSY_STATES, timeout)
     while unsettled(session) and not context.stopping.wait(0.01):
-        digest(session, catch_up(session))
+        catch_up(session)
     answer = read_now(context, session, limit, mark)
     return answer if timeout is None else {**answer, "timedOut": not in_time}
 
 
 def read_now(context: Context, session: Session, limit: int, mark: Optional[Tuple[int, int]]) -> Json:
     """Give what a reader gets, as of now."""
-    digest(session, catch_up(session))
+    catch_up(session)
     with session.lock:
         row, facts = session.row, session.facts
     return {"id": row.id, "name": row.name, "status": row.status, "statusReason": row.reason, "output": row.output,
@@ -4970,11 +5025,12 @@ class Server(ThreadingHTTPServer):
 
     def _response(self, connection: Connection, status: int, value: Any, close: bool, extra: Mapping[str, str] = {}) -> bytes:
         head = connection.head
-        payload = b"" if status == 204 else dump(value).encode("utf-8", "replace")
+        text_ = value.text if isinstance(value, Encoded) else "" if status == 204 else dump(value)
+        payload = text_.encode("utf-8", "replace")
         lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"]
         if status != 204:
             lines.append(f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(payload)}\r\n")
-        lines += [f"{name}: {text_}\r\n" for name, text_ in extra.items()]
+        lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if head and self.access.origins:
             lines.append(self._cors(head))
         lines.append("Connection: close\r\n\r\n" if close else "\r\n")
@@ -5630,14 +5686,22 @@ class DemoAgent:
 
     def use_tool(self, tool: str, given: Json, question: str, rows: Sequence[str]) -> Script:
         """Ask for permission, then pretend to run a tool."""
-        use_id = f"toolu_{uuid.uuid4().hex[:12]}"
-        self.write_answer([{"type": "text", "text": "Using a tool."}, {"type": "tool_use", "id": use_id, "name": tool, "input": given}],
-                          "tool_use")
+        use_id = self.write_tool_use(tool, given)
         self.say_lines([f"● {tool}({clip(str(next(iter(given.values()), '')), 60)})"])
         verdict: Any = ("key", "allow")
         if self.mode not in ("bypassPermissions", "auto") and not (self.mode == "acceptEdits" and tool in ("Write", "Edit")):
             verdict = yield from self.ask(tool, given, question, rows)
-        result = self.outcome(tool, given, verdict)
+        return self.end_tool(use_id, self.outcome(tool, given, verdict))
+
+    def write_tool_use(self, tool: str, given: Json) -> str:
+        """Write the call of a tool into the transcript; gives its id."""
+        use_id = f"toolu_{uuid.uuid4().hex[:12]}"
+        self.write_answer([{"type": "text", "text": "Using a tool."}, {"type": "tool_use", "id": use_id, "name": tool, "input": given}],
+                          "tool_use")
+        return use_id
+
+    def end_tool(self, use_id: str, result: Optional[str]) -> Optional[str]:
+        """Write and show a tool's result, if the turn did not end with the decision."""
         if result is None:
             return None
         self.write("user", message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": use_id, "content": result}]},
@@ -5798,9 +5862,9 @@ class DemoAgent:
         rows: List[Tuple[str, Any]] = [(option["label"], "allow") for option in options]
         self.dialog = DemoDialog([" ☐ Colour", "", "Which colour do you want?"], [*rows, ("Type something.", "deny")],
                                  "Enter to select · ↑/↓ to navigate · Esc to cancel", "deny")
+        use_id = self.write_tool_use("AskUserQuestion", given)
         verdict = yield from self.await_decision("AskUserQuestion", given)
-        result = self.outcome("AskUserQuestion", given, verdict)
-        return None if result is None else "(result) " + result
+        return self.end_tool(use_id, self.outcome("AskUserQuestion", given, verdict))
 
     def do_plan(self, argument: str) -> Script:
         """Play [[plan TEXT]]."""
@@ -5808,9 +5872,9 @@ class DemoAgent:
         self.dialog = DemoDialog([" Ready to code?", "", f"   {clip(given['plan'], 60)}", "", " Would you like to proceed?"],
                                  [("Yes, and use auto mode", "allow"), ("Yes, manually approve edits", "allow"),
                                   ("Tell Claude what to change", "deny")], " ctrl+g to edit in Vim", "deny")
+        use_id = self.write_tool_use("ExitPlanMode", given)
         verdict = yield from self.await_decision("ExitPlanMode", given)
-        result = self.outcome("ExitPlanMode", given, verdict)
-        return None if result is None else "(result) " + result
+        return self.end_tool(use_id, self.outcome("ExitPlanMode", given, verdict))
 
     def do_error(self, argument: str) -> Script:
         """Play [[error CODE]]."""
@@ -5936,7 +6000,8 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
         return int(argument or 1)
     screens = {
         "trust": DemoDialog([" Accessing workspace:", "", f" {agent.cwd}", "",
-                             " Quick safety check: Is this a project you created or one you trust?"], [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
+                             " Quick safety check: Is this a project you created or one you trust?"],
+                            [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
         "apikey": DemoDialog([" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
                              [("Yes", None), ("No (recommended)", None)], " Enter to confirm · Esc to cancel", None, 1, False),
         "login": DemoDialog([" Select login method:"], [("Claude account with subscription", None), ("Console account", None)],
@@ -6062,25 +6127,6 @@ def agents_url(settings: Settings, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-RUN_AS_MODULE = ("import sys; sys.argv.pop(0); sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
-                 "import importlib as i; m = i.import_module(sys.argv[0].rpartition('/')[2][:-3]); sys.exit(m.serve(sys.argv[1:]))")
-
-
-def run_as_module(state_dir: str, argv: Sequence[str]) -> None:
-    """Become the same program as an imported module, in the same process.
-
-    The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  A module's is
-    freed, and its compiled form is kept for the next start.  Isolated mode also keeps PYTHONPATH out.
-    """
-    file = os.path.abspath(__file__)
-    if __name__ != "__main__" or not file.endswith(".py") or not file.rpartition("/")[2][:-3].isidentifier():
-        return
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, "-I", "-S", "-X", f"pycache_prefix={state_dir}/cache", "-c", RUN_AS_MODULE,
-                                  file, *argv])
-
-
 def give_back_memory() -> None:
     """Hand the memory that start-up took back to the system: glibc would keep it."""
     with contextlib.suppress(Exception):
@@ -6095,7 +6141,6 @@ def serve(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    run_as_module(settings.state_dir, argv)
     os.umask(0o077)
     log = Log(settings.log_level, settings.log_format)
     try:
