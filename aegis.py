@@ -48,7 +48,8 @@ import sys
 if __name__ == "__main__" and __file__.endswith(".py"):
     # The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  So the script hands
     # over, in the same process, to itself as an imported module.  Isolated mode also keeps PYTHONPATH out.  The compiled
-    # form is kept only in a state directory that is there already and is ours alone.
+    # form is kept only in a state directory that is there already and is ours alone.  ssl is kept from http.client, which
+    # would load it at once: it is a fifth of the start, and nothing here speaks TLS yet.
     _file = os.path.abspath(__file__)
     _state = os.path.expanduser(os.environ.get("AEGIS_STATE_DIR") or "~/.aegis")
     for _flag, _value in zip(sys.argv, sys.argv[1:] + [""]):
@@ -60,14 +61,14 @@ if __name__ == "__main__" and __file__.endswith(".py"):
         _private = False
     os.execv(sys.executable, [
         sys.executable, "-I", "-S", *(["-X", f"pycache_prefix={os.path.abspath(_state)}/cache"] if _private else ["-B"]), "-c",
-        "import sys; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); "
-        "import importlib; sys.exit(importlib.import_module(f[2][:-3]).main(sys.argv[1:]))", _file, *sys.argv[1:]])
+        "import sys; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); sys.modules['ssl'] = None; "
+        "import importlib; m = importlib.import_module(f[2][:-3]); del sys.modules['ssl']; sys.exit(m.main(sys.argv[1:]))",
+        _file, *sys.argv[1:]])
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -1877,8 +1878,7 @@ NEVER_INHERITED = re.compile(   # marks of an agent that Aegis itself runs in, o
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Agent:
+class Agent(NamedTuple):
     """What the rest of the file needs to know of an agent."""
 
     name: str
@@ -5674,6 +5674,9 @@ class DemoAgent:
             self.write("system", subtype="turn_duration", durationMs=int(spent * 1000), promptId=prompt_id)
         self.unwritten = write_end
         self.timers.append((time.monotonic() + FLUSH, self.flush))
+        if os.environ.get("AEGIS_DEMO_STAMP"):   # bench wants the agent's own moment of the turn's end
+            with open(os.environ["AEGIS_DEMO_STAMP"], "a", encoding="ascii") as file:
+                file.write(f"{time.time()}\n")
         self.report("Stop", last_assistant_message=said, stop_hook_active=False, background_tasks=list(tasks), session_crons=[])
         self.say_lines([f"✻ Brewed for {int(spent)}s · done {time.strftime('%I:%M %p').lstrip('0')}"])
         yield 0
@@ -6082,6 +6085,693 @@ def demo_agent_main(argv: Sequence[str]) -> int:
 
 
 # ============================================================================
+# BENCH. The figures, measured on this box.
+# ============================================================================
+# `aegis.py bench` starts a server of its own, with demo agents, on a state
+# directory of its own, is its client, and clears everything away.  It prints
+# each figure beside its target and beside what a comparable Node server has
+# on a box of this size.  It judges nothing: a slow box is told, not failed.
+# One clock for all of it: time.time(), which the demo agent's stamp has too.
+# To add a figure: a row in MEASURES, and a yield of it in one of BENCHES.
+
+
+class Measure(NamedTuple):
+    """What a figure is, and what it is held against."""
+
+    title: str
+    unit: str                                        # how it is shown, see UNITS
+    median: Optional[float] = None                   # the target; a rate must exceed it, all else stay below
+    p99: Optional[float] = None
+    node: Optional[Tuple[float, float]] = None       # a comparable Node server: from, to
+
+
+Figure = Tuple[str, List[float], Json]   # key of its measure, samples, words for its title
+
+
+# key                     title                                                  unit  median p99  Node
+MEASURES: Dict[str, Measure] = {
+    "start":        Measure("server start, new state directory",                    "ms", 300, None, (700, 1300)),
+    "start.again":  Measure("server start, known state directory",                  "ms", 300, None, (700, 1300)),
+    "start.rss":    Measure("RSS after start",                                      "MB", 40, None, (130, 160)),
+    "missing":      Measure("create with a missing agent program: the error",       "ms", 1000),
+    "create.own":   Measure("agent's own start in a bare tmux window",              "ms"),
+    "create.ready": Measure("POST create to session.ready",                         "ms"),
+    "create.over":  Measure("... so Aegis adds to the agent's own start",           "ms", 50),
+    "create.post":  Measure("POST create, its answer",                              "ms", None, None, (370, 416)),
+    "send":         Measure("POST send to its answer delivered: true",              "ms", None, None, (250, 305)),
+    "send.not":     Measure("... not delivered at once, of {count}",                "", 0),
+    "event":        Measure("agent's turn end to SSE event ({how})",                "ms", 10, 50),
+    "event.early":  Measure("... idle told before the turn's end, of {count}",      "", 0),
+    "health.rate":  Measure("GET health, 8 connections",                            "/s", 10_000, None, (173, 173)),
+    "list.rate":    Measure("GET list of {count}, 8 connections",                   "/s", None, None, (5165, 5165)),
+    "get.rate":     Measure("GET session, 8 connections",                           "/s", None, None, (6252, 6252)),
+    "read.rate":    Measure("GET read, 8 connections",                              "/s", None, None, (137, 137)),
+    "latency":      Measure("... latency",                                          "ms"),
+    "cost":         Measure("... CPU of Aegis for a request",                       "us"),
+    "big.first":    Measure("GET read, {size} MB of transcript new",                "ms"),
+    "big.same":     Measure("GET read, {size} MB transcript",                       "ms", 1),
+    "big.line":     Measure("GET read, {size} MB transcript, a line new each time", "ms", 1),
+    "big.rss":      Measure("RSS after reading them",                               "MB"),
+    "cpu.idle":     Measure("CPU of Aegis, {count} idle",                           "%", 0.5),
+    "cpu.working":  Measure("CPU of Aegis, {count} working ({still} to the end)",   "%", 5),
+    "cpu.tmux":     Measure("... of its tmux server",                               "%"),
+    "rss":          Measure("RSS, {count} sessions",                                "MB", 40, None, (130, 160)),
+    "rss.each":     Measure("memory for each session from {low} to {high}",         "kB", 100),
+    "forks.reads":  Measure("processes started for {count} reads",                  "", 0),
+    "forks.idle":   Measure("processes started in {count} idle seconds",            "", 0),
+}
+NODE_IDLE = (20, 9.4)   # sessions and % of a core of the Node server: held only against as many sessions or more
+UNITS = {"ms": "{:,.2f} ms", "/s": "{:,.0f} /s", "us": "{:,.1f} µs", "%": "{:.2f} %", "MB": "{:,.1f} MB", "kB": "{:,.1f} kB",
+         "": "{:,.0f}"}
+
+
+class Unmeasured(Exception):
+    """A figure cannot be had on this box; says why."""
+
+
+def read_answer(sock: socket.socket) -> bytes:
+    """Read one HTTP answer that has a length: head and body, as they came."""
+    data = sock.recv(262_144)
+    while True:
+        end = data.find(b"\r\n\r\n")
+        if end >= 0:
+            at = data.index(b"Content-Length: ") + 16
+            if len(data) >= end + 4 + int(data[at:data.index(b"\r", at)]):
+                return data
+        piece = sock.recv(262_144)
+        if not piece:
+            raise Unmeasured("the server closed a connection")
+        data += piece
+
+
+class Wire:
+    """A kept connection to the server under test."""
+
+    def __init__(self, port: int) -> None:
+        self.host = f"127.0.0.1:{port}"
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def call(self, method: str, path: str, body: Optional[Json] = None, status: int = 200) -> Json:
+        """Make a request.  Raises Unmeasured when the answer has another status."""
+        payload = b"" if body is None else dump(body).encode()
+        self.sock.sendall(self.head(method, path, len(payload)) + payload)
+        head, _, told = read_answer(self.sock).partition(b"\r\n\r\n")
+        if head.split(b" ", 2)[1] != str(status).encode():
+            raise Unmeasured(f"{method} {path} answered {clip(told.decode('utf-8', 'replace'), 300)}")
+        return json.loads(told)
+
+    def head(self, method: str, path: str, length: int = 0) -> bytes:
+        """Write a request's head."""
+        more = f"Content-Type: application/json\r\nContent-Length: {length}\r\n" if length else ""
+        return f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\n{more}\r\n".encode()
+
+
+class Tap:
+    """A client of the event stream, which notes when each event arrived."""
+
+    def __init__(self, port: int) -> None:
+        wire = Wire(port)
+        self.sock = wire.sock
+        self.seen: List[Tuple[float, Json]] = []   # guarded by `more`; only ever grows
+        self.more = threading.Condition()
+        self.sock.sendall(wire.head("GET", "/v1/events"))
+        self.rest = b""
+        while b"retry:" not in self.rest:   # sent when the server has begun to listen for us
+            piece = self.sock.recv(65_536)
+            if not piece:
+                raise Unmeasured("the event stream ended")
+            self.rest += piece
+        spawn("bench-tap", self._read)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = self.sock.recv(65_536)
+                arrived = time.time()
+                if not data:
+                    return
+                *blocks, self.rest = (self.rest + data).split(b"\n\n")
+                told = [json.loads(block.partition(b"\ndata: ")[2]) for block in blocks if b"\ndata: " in block]
+                with self.more:
+                    self.seen += [(arrived, event) for event in told]
+                    self.more.notify_all()
+
+    def wait(self, kind: str, session: str, start: int, seconds: float = 60.0) -> float:
+        """Give the moment at which an event arrived, looking from place `start` of seen on."""
+        def found() -> Optional[float]:
+            return next((at for at, event in self.seen[start:] if event["type"] == kind and event["sessionId"] == session), None)
+        with self.more:
+            at = self.more.wait_for(found, seconds)
+        if at is None:
+            raise Unmeasured(f"no {kind} within {seconds:g} s")
+        return at
+
+
+class BenchServer:
+    """A server under test: its process, state directory, tmux server, and our connections to it."""
+
+    def __init__(self) -> None:
+        import tempfile
+        self.state = os.path.realpath(tempfile.mkdtemp(prefix="ab-", dir="/tmp"))   # short: a socket's path has 107 bytes
+        self.process: Optional[subprocess.Popen] = None
+        self.port, self.names = 0, itertools.count(1)
+        self.crowd: List[str] = []       # ids of the sessions that stay
+        self.turned_at: Dict[str, float] = {}   # by session: the end of its last turn
+
+    def __enter__(self) -> "BenchServer":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def launch(self) -> float:
+        """Start it; gives the seconds from the spawn to its listening line."""
+        kept = {name: value for name, value in os.environ.items()
+                if name == "AEGIS_TMUX" or not name.startswith(("AEGIS_", "CLAUDE", "TMUX_PANE"))}
+        words = [sys.executable, os.path.abspath(__file__), "--demo", "--port", "0", "--state-dir", self.state]
+        log = f"{self.state}/stderr"
+        with open(log, "wb") as stderr:   # a file: a pipe would have to be emptied by us, and take our time
+            began = time.perf_counter()
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, cwd="/",
+                                            env={**kept, "AEGIS_CLAUDE_CMD": "/nonexistent"}, start_new_session=True)
+        while time.perf_counter() - began < 60.0:
+            told = Path(log).read_text(errors="replace")
+            match = re.search(r"listening on http://127\.0\.0\.1:(\d+)\b", told)
+            if match:
+                spent, self.port = time.perf_counter() - began, int(match.group(1))
+                return spent
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.001)
+        raise Unmeasured(f"the server did not start: {told.strip()[-300:]}")
+
+    def connect(self) -> None:
+        """Open the connections that every figure uses."""
+        self.wire, self.tap = Wire(self.port), Tap(self.port)
+        shown = subprocess.run(self.tmux_argv("display-message", "-p", "#{pid}"), capture_output=True, text=True, check=False)
+        self.tmux_pid = int(shown.stdout or 0)
+
+    @property
+    def pid(self) -> int:
+        """Name its process."""
+        assert self.process is not None
+        return self.process.pid
+
+    def tmux_argv(self, *words: str) -> List[str]:
+        """Give a command line for its tmux server."""
+        return [os.environ.get("AEGIS_TMUX") or "tmux", "-L", default_socket(self.state), "-f", "/dev/null", *words]
+
+    def halt(self) -> None:
+        """Stop the process that we started."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def close(self) -> None:
+        """Clear everything away: server, agents, tmux server, directory."""
+        self.halt()
+        agents = descendants(self.tmux_pid) if getattr(self, "tmux_pid", 0) else []
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(self.tmux_argv("kill-server"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20, check=False)
+        until = time.monotonic() + 10.0
+        while time.monotonic() < until and any(alive(pid) and not is_zombie(pid) for pid in agents):
+            time.sleep(0.01)
+        for name in (default_socket(self.state), default_socket(self.state) + "b"):   # tmux leaves its sockets behind
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(os.environ.get("TMUX_TMPDIR") or "/tmp", f"tmux-{os.getuid()}", name))
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    # -- sessions
+
+    def body(self) -> Json:
+        """Give the body of a create; the demo agent stamps the end of each turn."""
+        name = f"bench-{next(self.names)}"
+        return {"name": name, "workDir": self.state, "env": {"AEGIS_DEMO_STAMP": self.stamp(name)}}
+
+    def stamp(self, name: str) -> str:
+        """Name the file of a session's stamps."""
+        return f"{self.state}/{name}.stamp"
+
+    def grow(self, count: int) -> None:
+        """Have so many sessions, all idle; they start 20 to a call."""
+        while len(self.crowd) < count:
+            bodies = [self.body() for _ in range(min(20, count - len(self.crowd)))]
+            answer = self.wire.call("POST", "/v1/sessions/batch", {"sessions": bodies})
+            if answer["errors"]:
+                raise Unmeasured(f"a session could not be made: {answer['errors'][0].get('error')}")
+            self.crowd += [session["id"] for session in answer["sessions"]]
+            self.await_status("idle", len(self.crowd), 120.0)
+
+    def await_status(self, status: str, count: int, seconds: float) -> int:
+        """Wait for so many sessions in a state; gives how many there are when time is up."""
+        until = time.monotonic() + seconds
+        while True:
+            there = self.wire.call("GET", f"/v1/sessions?status={status}&limit=1")["pagination"]["total"]
+            if there >= count or time.monotonic() > until:
+                return there
+            time.sleep(0.1)
+
+    def turn(self, session: str, text_: str) -> Tuple[float, float, float, bool]:
+        """Have one turn; gives the moments of sending, of the answer, of the idle event, and whether it was delivered."""
+        start, sent_at = len(self.tap.seen), time.time()
+        answer = self.wire.call("POST", f"/v1/sessions/{session}/send", {"text": text_})
+        answered_at = time.time()
+        self.turned_at[session] = idle_at = self.tap.wait("session.idle", session, start)
+        if not answer["delivered"]:
+            time.sleep(0.5)   # let it come to rest, so that one odd turn does not spoil the next
+        return sent_at, answered_at, idle_at, answer["delivered"]
+
+    def reader(self) -> str:
+        """Give a session that has something to read, and whose last turn is so long ago that no read waits for its lines."""
+        session = self.crowd[0]
+        if session not in self.turned_at:
+            self.turn(session, "[[say something to be read]]")
+        time.sleep(max(0.0, self.turned_at[session] + SETTLE_SECONDS + 0.1 - time.time()))
+        return session
+
+
+class Stage:
+    """What the figures share: how much is asked for, and one server, started when first needed."""
+
+    def __init__(self, quick: bool, counts: Sequence[int]) -> None:
+        self.quick, self.counts = quick, counts
+        self.shared: Optional[BenchServer] = None
+
+    def pick(self, full: Any, quick: Any) -> Any:
+        """Choose an amount."""
+        return quick if self.quick else full
+
+    def server(self, sessions: int = 0) -> BenchServer:
+        """Give the shared server, with so many idle sessions at least."""
+        if self.shared is None:
+            with contextlib.ExitStack() as undo:
+                server = undo.enter_context(BenchServer())
+                server.launch()
+                server.connect()
+                undo.pop_all()
+            self.shared = server
+        self.shared.grow(sessions)
+        return self.shared
+
+    def close(self) -> None:
+        """Clear away."""
+        if self.shared:
+            self.shared.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Tell how long a process has computed: from the kernel's clock of it, or from ps, which is coarse."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)   # Linux: CPUCLOCK_SCHED of a process, in nanoseconds, ended threads included
+    except (OSError, OverflowError, AttributeError):
+        told = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+        return sum(float(part) * 60 ** place for place, part in enumerate(reversed(re.split("[-:]", told.strip() or "0"))))
+
+
+def rss_mb(pid: int) -> float:
+    """Tell a process's resident memory."""
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return int(told.strip() or 0) / 1024
+
+
+def bench_start(stage: Stage) -> Iterator[Figure]:
+    """Start servers, each twice on a state directory of its own."""
+    fresh, again, rss = [], [], []
+    for _ in range(stage.pick(5, 1)):
+        with BenchServer() as server:
+            fresh.append(server.launch() * 1e3)
+            time.sleep(0.2)   # it hands start-up memory back just after the line
+            rss.append(rss_mb(server.pid))
+            server.halt()
+            again.append(server.launch() * 1e3)
+            server.connect()
+    yield "start", fresh, {}
+    yield "start.again", again, {}
+    yield "start.rss", rss, {}
+
+
+def bench_missing(stage: Stage) -> Iterator[Figure]:
+    """Ask for an agent whose program is not there."""
+    server, spent = stage.server(), []
+    for _ in range(stage.pick(20, 5)):
+        began = time.perf_counter()
+        server.wire.call("POST", "/v1/sessions", {"workDir": server.state, "agent": "claude", "prompt": "hello"}, 503)
+        spent.append((time.perf_counter() - began) * 1e3)
+    yield "missing", spent, {}
+
+
+class BareWindow:
+    """The agent without Aegis: its command line in a tmux window, and a look at each output until its box stands."""
+
+    def __init__(self, server: BenchServer) -> None:
+        self.server, self.output = server, threading.Event()
+        self.tmux = Tmux(os.environ.get("AEGIS_TMUX") or "tmux", default_socket(server.state) + "b", Log("error"))
+        self.tmux.on_output = lambda panes: self.output.set()
+        self.hooks = Path(server.state) / "bare.hooks"
+        write_private(self.hooks, dump(hook_settings("http://127.0.0.1:9/", "none", 60.0, False)))
+        self.tmux.start()
+        for name, value in (("CLAUDE_CONFIG_DIR", "demo"), ("PYTHONPYCACHEPREFIX", "cache")):
+            self.tmux.run(("set-environment", "-g", name, f"{server.state}/{value}"))
+        self.settings = Settings({"state_dir": server.state})
+
+    def start(self) -> float:
+        """Start an agent and end it; gives the seconds until its box stood."""
+        words = [*demo_program(self.settings, {}), "--session-id", str(uuid.uuid4()), "--permission-mode", "default",
+                 "--settings", str(self.hooks)]
+        began = time.perf_counter()
+        pane = self.tmux.open_window("bare", "bare", words)
+        while read_claude_screen(self.tmux.capture(pane.pane, True)).kind != "idle":
+            if not self.output.wait(30.0):
+                raise Unmeasured("the bare agent drew no box")
+            self.output.clear()
+        spent = time.perf_counter() - began
+        terminate(pane.pid)
+        self.tmux.close_window(pane.window)
+        return spent
+
+    def close(self) -> None:
+        """End its tmux server."""
+        with contextlib.suppress(TmuxError):
+            self.tmux.run(("kill-server",), timeout=1.0)
+        self.tmux.close()
+
+
+def bench_create(stage: Stage) -> Iterator[Figure]:
+    """Start agents by turns with and without Aegis, so that noise meets both."""
+    server, own, ready, post = stage.server(), [], [], []
+    with contextlib.closing(BareWindow(server)) as bare:
+        for index in range(stage.pick(20, 3) + 1):
+            alone = bare.start() * 1e3
+            start, sent_at = len(server.tap.seen), time.time()
+            made = server.wire.call("POST", "/v1/sessions", server.body(), 201)
+            answered_at = time.time()
+            ready_at = server.tap.wait("session.ready", made["id"], start)
+            server.wire.call("DELETE", f"/v1/sessions/{made['id']}")
+            if index:   # the first ones warm the disk and the compiled file up
+                own.append(alone)
+                post.append((answered_at - sent_at) * 1e3)
+                ready.append((ready_at - sent_at) * 1e3)
+    yield "create.own", own, {}
+    yield "create.ready", ready, {}
+    yield "create.over", [mine - alone for mine, alone in zip(sorted(ready), sorted(own))], {}
+    yield "create.post", post, {}
+
+
+def bench_send(stage: Stage) -> Iterator[Figure]:
+    """Send prompts to an idle agent, the same text again and again."""
+    server, count = stage.server(1), stage.pick(100, 10)
+    turns = [server.turn(server.crowd[0], "[[say hello]]") for _ in range(count + 1)][1:]
+    yield "send", [(answered_at - sent_at) * 1e3 for sent_at, answered_at, _, well in turns if well], {}
+    yield "send.not", [sum(not well for _, _, _, well in turns)], {"count": count}
+
+
+def bench_event(stage: Stage) -> Iterator[Figure]:
+    """Time the way from the agent's own moment of a turn's end to the event on a client's socket."""
+    server, spent, early, stamped = stage.server(1), [], 0, True
+    session = server.crowd[0]
+    stamp = Path(server.stamp(server.wire.call("GET", f"/v1/sessions/{session}")["name"]))
+    for index in range(stage.pick(200, 8)):
+        time.sleep(0.1 * (index % 2))   # every other prompt follows at once, before the last turn's late lines
+        sent_at, answered_at, idle_at, _ = server.turn(session, "[[slow 0.1]]")
+        ended_at, stamped = answered_at, stamp.exists()
+        if stamped:
+            ended_at = float(stamp.read_text().split()[-1])
+        if ended_at > sent_at:
+            spent.append((idle_at - ended_at) * 1e3)
+            continue
+        early += 1   # told idle while the agent still worked
+        time.sleep(0.3)
+    how = "agent's stamp" if stamped else "from send's answer, 100 ms of turn in it"
+    yield "event", spent, {"how": how}
+    yield "event.early", [early], {"count": stage.pick(200, 8)}
+
+
+def hammer(server: BenchServer, path: str, slices: int) -> Tuple[List[float], List[float], List[float]]:
+    """Ask on 8 connections, each again as soon as it is answered; gives rates of quarter seconds, latencies, CPU cost."""
+    wires = [Wire(server.port) for _ in range(8)]
+    request, clock, rates, latencies, costs = wires[0].head("GET", path), time.perf_counter, [], [], []
+    under_way = []
+    for wire in wires:
+        under_way.append((wire.sock, clock()))
+        wire.sock.sendall(request)
+    for number in range(slices + 1):
+        if number == 1:   # the first one was for warming up
+            for kept in (rates, latencies, costs):
+                kept.clear()
+        first, cpu, slice_began = len(latencies), cpu_seconds(server.pid), clock()
+        while clock() - slice_began < 0.25:
+            for index, (sock, sent_at) in enumerate(under_way):
+                read_answer(sock)
+                now = clock()
+                latencies.append((now - sent_at) * 1e3)
+                under_way[index] = (sock, now)
+                sock.sendall(request)
+        count = len(latencies) - first
+        rates.append(count / (clock() - slice_began))
+        costs.append((cpu_seconds(server.pid) - cpu) / count * 1e6)
+    for sock, _ in under_way:
+        read_answer(sock)
+        sock.close()
+    return rates, latencies, costs
+
+
+def bench_http(stage: Stage) -> Iterator[Figure]:
+    """Ask for four things as fast as it goes."""
+    count = stage.pick(20, 5)
+    server = stage.server(count)
+    session = server.reader()
+    for key, path in (("health", "/v1/health"), ("list", "/v1/sessions"), ("get", f"/v1/sessions/{session}"),
+                      ("read", f"/v1/sessions/{session}/read")):
+        rates, latencies, costs = hammer(server, path, stage.pick(12, 1))
+        yield f"{key}.rate", rates, {"count": count}
+        yield "latency", latencies, {}
+        yield "cost", costs, {}
+
+
+def transcript_lines(size: int) -> bytes:
+    """Make whole transcript lines of about so many bytes: prompts, answers, tool calls, and results of 8 kB."""
+    lines, made, length = [], 0, 0
+    while length < size:
+        made += 1
+        shared = {"uuid": str(uuid.uuid4()), "timestamp": iso(time.time()), "sessionId": "bench", "cwd": "/", "isSidechain": False}
+        answer = {"id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "model": DEMO_MODEL, "stop_reason": "end_turn",
+                  "usage": {"input_tokens": 10, "output_tokens": 300, "cache_read_input_tokens": 20_000}}
+        for line in (
+                {"type": "user", "message": {"role": "user", "content": f"Prompt {made}: " + "look into it. " * 10}},
+                {"type": "assistant", "message": {**answer, "content": [
+                    {"type": "tool_use", "id": f"toolu_{made}", "name": "Bash", "input": {"command": "ls -l"}}]}},
+                {"type": "user", "message": {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": f"toolu_{made}", "content": "-rw-r--r-- 1 root root 4096 a\n" * 270}]}},
+                {"type": "assistant", "message": {**answer, "content": [{"type": "text", "text": "It is so. " * 120}]}}):
+            lines.append(dump({**shared, **line}).encode() + b"\n")
+            length += len(lines[-1])
+    return b"".join(lines)
+
+
+def bench_read(stage: Stage) -> Iterator[Figure]:
+    """Read a session whose transcript is large."""
+    server, size = stage.server(1), stage.pick(100, 20)
+    session = server.reader()
+    path = server.wire.call("GET", f"/v1/sessions/{session}")["transcriptPath"]
+    block, line = transcript_lines(1_000_000), transcript_lines(1).splitlines(True)[-1]
+
+    request, sock = server.wire.head("GET", f"/v1/sessions/{session}/read"), server.wire.sock
+
+    def timed() -> float:
+        began = time.perf_counter()
+        sock.sendall(request)
+        read_answer(sock)
+        return (time.perf_counter() - began) * 1e3
+    words = {"size": size}
+    with open(path, "ab") as transcript:
+        for _ in range(size):
+            transcript.write(block)
+        transcript.flush()
+        yield "big.first", [timed()], words
+        yield "big.rss", [rss_mb(server.pid)], words
+        yield "big.same", [timed() for _ in range(stage.pick(2000, 200))], words
+        grown = []
+        for _ in range(stage.pick(500, 50)):
+            transcript.write(line)
+            transcript.flush()
+            grown.append(timed())
+        yield "big.line", grown, words
+
+
+def load(server: BenchServer, seconds: int) -> Tuple[List[float], List[float]]:
+    """Watch the CPU for some seconds; gives % of a core for each, of Aegis and of its tmux server."""
+    pids, used = (server.pid, server.tmux_pid), ([], [])  # type: Tuple[int, int], Tuple[List[float], List[float]]
+    for _ in range(seconds):
+        began, before = time.monotonic(), [cpu_seconds(pid) for pid in pids]
+        time.sleep(1.0)
+        spent = time.monotonic() - began
+        for pid, was, samples in zip(pids, before, used):
+            samples.append((cpu_seconds(pid) - was) / spent * 100)
+    return used
+
+
+def set_to_work(server: BenchServer, seconds: int) -> None:
+    """Give every session a turn of so many seconds, drawn all the time."""
+    def work(sessions: Sequence[str]) -> None:
+        wire = Wire(server.port)
+        for session in sessions:
+            wire.call("POST", f"/v1/sessions/{session}/send", {"text": f"[[slow {seconds}]]"})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, [server.crowd[index::4] for index in range(4)]))
+    server.await_status("working", len(server.crowd), 10.0)
+
+
+def bench_cpu(stage: Stage) -> Iterator[Figure]:
+    """Watch CPU and memory of a server of its own, with more and more sessions."""
+    seconds, memory = stage.pick(10, 2), []
+    with BenchServer() as server:
+        server.launch()
+        server.connect()
+        for count in stage.counts:
+            server.grow(count)
+            time.sleep(stage.pick(3.0, 0.5))   # the last looks at new screens
+            aegis, tmux = load(server, seconds)
+            memory.append((count, rss_mb(server.pid)))
+            yield "cpu.idle", aegis, {"count": count}
+            yield "cpu.tmux", tmux, {}
+            yield "rss", [memory[-1][1]], {"count": count}
+        (low, least), (high, most) = memory[0], memory[-1]
+        if high > low:
+            yield "rss.each", [(most - least) * 1024 / (high - low)], {"low": low, "high": high}
+        set_to_work(server, seconds + stage.pick(40, 10))
+        aegis, tmux = load(server, seconds)
+        still = server.await_status("working", 0, 0.0)
+        yield "cpu.working", aegis, {"count": high, "still": still}
+        yield "cpu.tmux", tmux, {}
+        yield "rss", [rss_mb(server.pid)], {"count": f"{high} working"}
+
+
+def offspring(pids: Sequence[int]) -> Tuple[int, frozenset]:
+    """Tell what betrays a new process: page faults of children that were collected, and the children there are."""
+    faults = sum(int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[8]) for pid in pids)
+    return faults, frozenset(child for child, parent in process_parents() if parent in pids)
+
+
+def bench_forks(stage: Stage) -> Iterator[Figure]:
+    """Look whether Aegis or its tmux starts processes for reads, or while nothing happens (Linux tells)."""
+    server, reads, seconds = stage.server(1), 200, stage.pick(10, 1)
+    session, pids = server.crowd[0], (server.pid, server.tmux_pid)
+
+    def started(work: Callable[[], Any]) -> List[float]:
+        if not os.path.isdir("/proc/self"):
+            return []
+        faults, children = offspring(pids)
+        work()
+        faults_then, children_then = offspring(pids)
+        return [max(len(children_then - children), int(faults_then > faults))]   # one at least, where they ended meanwhile
+
+    def read_all() -> None:
+        for _ in range(reads):
+            server.wire.call("GET", f"/v1/sessions/{session}/read")
+    yield "forks.reads", started(read_all), {"count": reads}
+    yield "forks.idle", started(lambda: time.sleep(seconds)), {"count": seconds}
+
+
+BENCHES: Dict[str, Callable[[Stage], Iterator[Figure]]] = {   # in the order in which they disturb each other least
+    "start": bench_start, "missing": bench_missing, "create": bench_create, "send": bench_send, "event": bench_event,
+    "forks": bench_forks, "http": bench_http, "read": bench_read, "cpu": bench_cpu,
+}
+
+
+def box_line() -> Json:
+    """Say what the figures were measured on, and what else ran."""
+    system = os.uname()
+    tmux = "none"
+    with contextlib.suppress(OSError):
+        tmux = subprocess.run([os.environ.get("AEGIS_TMUX") or "tmux", "-V"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"aegis": __version__, "cpus": os.cpu_count(), "python": sys.version.split()[0], "tmux": tmux.replace("tmux ", ""),
+            "os": f"{system.sysname} {system.release} {system.machine}", "load": [round(one, 2) for one in os.getloadavg()]}
+
+
+def summary(key: str, samples: Sequence[float], words: Json) -> Json:
+    """Condense a figure: its middle, its bad end, and how it stands."""
+    measure, rate = MEASURES[key], MEASURES[key].unit == "/s"
+    told: Json = {"key": key, "figure": measure.title.format(**words), "unit": measure.unit, "n": len(samples),
+                  "target": measure.median, "targetP99": measure.p99, **words}
+    if not samples:
+        return {**told, "median": None}
+    ordered = sorted(samples, reverse=rate)   # the bad end stands last
+    middle = sum(ordered) / len(ordered) if measure.unit == "%" else ordered[(len(ordered) - 1) // 2]
+    bad = ordered[min(len(ordered) - 1, -(-len(ordered) * 99 // 100) - 1)]
+    node = measure.node
+    if key == "cpu.idle" and words["count"] >= NODE_IDLE[0]:
+        node = (NODE_IDLE[1], NODE_IDLE[1])
+    held = [(middle, measure.median), (bad, measure.p99)]
+    met = all((value > goal if rate else value <= goal) for value, goal in held if goal is not None)
+    against = sum(node) / 2 if node else None
+    ratio = None if against is None or min(middle, against) <= 0 else middle / against if rate else against / middle
+    return {**told, "median": middle, "p99": bad, "met": met if measure.median is not None else None, "node": node, "ratio": ratio}
+
+
+def table_line(told: Json) -> str:
+    """Lay a figure out as a line of the table."""
+    shape, rate = UNITS[told["unit"]], told["unit"] == "/s"
+    if told["median"] is None:
+        return f"{told['figure']:58} not measured on this system"
+    goal = ""
+    if told["target"] is not None:
+        goal = ("> " if rate else "< " if told["target"] else "= ") + shape.format(told["target"]).replace(".00", "")
+        goal += f", p99 {told['targetP99']:g}" if told["targetP99"] else ""
+        goal += " ok" if told["met"] else " MISSED"
+    node = told["node"]
+    theirs = "" if not node else f"{node[0]:,g}" + (f"-{node[1]:,g}" if node[1] != node[0] else "")
+    ratio = f"{told['ratio']:.1f}x" if told["ratio"] else ""
+    bad = shape.format(told["p99"]) if told["n"] > 1 else ""
+    return f"{told['figure']:58}{shape.format(told['median']):>13}{bad:>13}  {goal:26}{theirs:>10}{ratio:>9}{told['n']:>8,}".rstrip()
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    """Describe the command line of bench."""
+    parser = argparse.ArgumentParser(prog="aegis.py bench", description="Measures Aegis on this box, with a server and agents of its own.")
+    parser.add_argument("--quick", action="store_true", help="small counts, some 15 s")
+    parser.add_argument("--only", metavar="NAME", action="append", choices=tuple(BENCHES), help="only this: " + ", ".join(BENCHES))
+    parser.add_argument("--sessions", metavar="N,N", help="how many sessions to watch the CPU with (1,10,50,100; --quick: 5)",
+                        type=lambda raw: sorted({max(1, read_int(word)) for word in read_list(raw)}) or None)
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    return parser
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Measure this box and print the figures; a slow box is no failure."""
+    options = bench_parser().parse_args(argv)
+    stage = Stage(options.quick, options.sessions or ([5] if options.quick else [1, 10, 50, 100]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that everything is cleared away
+    show = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
+    box, figures, troubles = box_line(), [], []
+    show("Aegis {aegis} on {cpus} CPUs, Python {python}, tmux {tmux}, {os}; load before: {load}".format(**box))
+    show("Node: a comparable Node server on a box of this size; ratio: how many times better Aegis is.  CPU is % of one core: mean,\n"
+         "busiest second.  p99 of a rate is its slowest end.\n")
+    show(f"{'figure':58}{'median':>13}{'p99':>13}  {'target':26}{'Node':>10}{'ratio':>9}{'n':>8}")
+    try:
+        for name in options.only or BENCHES:
+            try:
+                for key, samples, words in BENCHES[name](stage):
+                    figures.append(summary(key, samples, words))
+                    show(table_line(figures[-1]))
+            except (Unmeasured, OSError, ValueError, KeyError, TmuxError) as trouble:
+                troubles.append(f"{name}: {trouble}")
+                show(f"{name}: could not be measured: {trouble}")
+    except KeyboardInterrupt:
+        print("aegis: stopped", file=sys.stderr)
+        return 130
+    finally:
+        stage.close()
+    if options.json:
+        print(json.dumps({"box": box, "figures": figures, "troubles": troubles}, indent=1))
+    return 0
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
@@ -6244,7 +6934,7 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
 
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "docs": print_docs, "selftest": selftest, "demo-agent": demo_agent_main,
+    "serve": serve, "bench": bench, "docs": print_docs, "selftest": selftest, "demo-agent": demo_agent_main,
 }
 
 
