@@ -69,6 +69,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -2726,6 +2727,14 @@ def catch_up(session: Session) -> None:
                 session.changed.notify_all()
 
 
+def entry_time(entry: Entry) -> float:
+    """Read an entry's own timestamp as Unix time, to the millisecond upwards; now, when it has none."""
+    try:
+        return datetime.datetime.fromisoformat((entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
+    except ValueError:
+        return time.time()
+
+
 def _digest_prompt(session: Session, entry: Entry) -> None:
     with session.lock:
         prompt = next((one for one in session.facts.prompts
@@ -2733,11 +2742,11 @@ def _digest_prompt(session: Session, entry: Entry) -> None:
                        or (one.state == "queued" and one.typed_at and canonical(one.text) == canonical(entry.text))), None)
         if prompt is None or prompt.state == "started":
             return
-        now = time.time()
+        then = entry_time(entry)
         with session.changing("transcript", "prompt line", entry.text) as change:
             if prompt.state == "queued":
-                prompt = change.prompt(prompt, state="submitted", submitted_at=now, agent_id=entry.prompt_id)
-            change.prompt(prompt, state="started", started_at=now)
+                prompt = change.prompt(prompt, state="submitted", submitted_at=then, agent_id=entry.prompt_id)
+            change.prompt(prompt, state="started", started_at=then)
             change.set(failure=None)
 
 
@@ -2746,7 +2755,7 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
         current = session.facts.current
         if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
             return
-        if entry.at and iso(current.submitted_at or 0) > entry.at:  # type: ignore[operator]
+        if entry_time(entry) < (current.submitted_at or 0):
             return   # it ended the turn before: the agent writes the last lines of a turn late
         with session.changing("transcript", f"{entry.kind} line", entry.text) as change:
             interrupted = entry.kind == "interrupt"
@@ -3178,22 +3187,29 @@ def on_exit(context: Context, session: Session) -> None:
     """The agent's process ended: learn how, keep its last words, close its window."""
     if session.ending or not session.live:
         return
-    status: Optional[int] = None
-    for tries in range(50):
-        try:
-            pane = next((one for one in context.tmux.panes() if one.pane == session.row.pane), None)
-            if tries == 3:   # tmux may see the terminal close and miss the signal: another child's end makes it collect both
-                context.tmux.run(("run-shell", "-b", ":"))
-        except TmuxError:
-            break
-        status = pane.status if pane else None
-        if pane is None or (pane.dead and (status is not None or tries > 25)):
-            break
-        time.sleep(0.01)
+    status = exit_status(context, session.row.pane or "")
     said = read_tail(context.file(session.row.id, "stderr")).strip()
     how = ("the agent ended" if status is None else f"the agent was killed by signal {status - 128}" if status > 128
-           else f"the agent ended with status {status}")
+           else f"the agent ended with status {status}" + (" (its program or interpreter was not found)" if status == 127 else ""))
     finish(context, session, "exited", f"{how}: {clip(said, 1_000)}" if said else how, status)
+
+
+def exit_status(context: Context, pane_id: str) -> Optional[int]:
+    """Ask tmux how a pane's process ended; None when it does not know.
+
+    tmux may see the terminal close and miss the signal: the end of another child makes it collect both.
+    """
+    for tries in range(50):
+        try:
+            pane = next((one for one in context.tmux.panes() if one.pane == pane_id), None)
+            if pane is None or (pane.dead and (pane.status is not None or tries > 25)):
+                return pane.status if pane else None
+            if tries == 3:
+                context.tmux.run(("run-shell", "-b", ":"))
+        except TmuxError:
+            return None
+        time.sleep(0.01)
+    return None
 
 
 def finish(context: Context, session: Session, status: str, reason: str, exit_code: Optional[int] = None) -> None:
@@ -3633,7 +3649,7 @@ def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pan
     if pane is None or pane.dead:
         session.row = row._replace(pane=pane.pane if pane else None, window=pane.window if pane else None)
         why = "ended while Aegis was away" if pane else "its window was gone when Aegis came back"
-        finish(context, session, "exited", f"the agent {why}", pane.status if pane else None)
+        finish(context, session, "exited", f"the agent {why}", exit_status(context, pane.pane) if pane else None)
         return
     context.panes[pane.pane] = session
     context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
@@ -6135,7 +6151,7 @@ MEASURES: Dict[str, Measure] = {
     "cpu.idle":     Measure("CPU of Aegis, {count} idle",                           "%", 0.5),
     "cpu.working":  Measure("CPU of Aegis, {count} working ({still} to the end)",   "%", 5),
     "cpu.tmux":     Measure("... of its tmux server",                               "%"),
-    "rss":          Measure("RSS, {count} sessions",                                "MB", 40, None, (130, 160)),
+    "rss":          Measure("memory (RSS), {count} sessions",                               "MB", 40, None, (130, 160)),
     "rss.each":     Measure("memory for each session from {low} to {high}",         "kB", 100),
     "forks.reads":  Measure("processes started for {count} reads",                  "", 0),
     "forks.idle":   Measure("processes started in {count} idle seconds",            "", 0),

@@ -27,6 +27,7 @@ import socket
 import socketserver
 import sqlite3
 import subprocess
+import symtable
 import sys
 import sysconfig
 import tempfile
@@ -164,7 +165,8 @@ class Events(threading.Thread):
             self.heard.append({**data, "heardAt": time.monotonic()})
             self.news.notify_all()
 
-    def find(self, kind: Union[str, Tuple[str, ...]], session: Optional[str], after: int, wanted: Json) -> Optional[Json]:
+    def find(self, kind: Union[str, Tuple[str, ...]], session: Optional[str], after: int,
+             wanted: Json) -> Optional[Json]:
         """Give the first event that fits."""
         kinds = (kind,) if isinstance(kind, str) else kind
         return next((one for one in self.heard if one["id"] > after and one["type"] in kinds
@@ -183,7 +185,8 @@ class Events(threading.Thread):
     def of(self, session: str, *kinds: str) -> List[str]:
         """List the types of a session's events so far, or of those that begin as one of `kinds`."""
         with self.news:
-            return [one["type"] for one in self.heard if one["sessionId"] == session and one["type"].startswith(kinds or "")]
+            return [one["type"] for one in self.heard if one["sessionId"] == session
+                    and one["type"].startswith(kinds or "")]
 
     def close(self) -> None:
         """Hang up."""
@@ -192,13 +195,18 @@ class Events(threading.Thread):
             self.line.sock.shutdown(socket.SHUT_RDWR)
 
 
+# Python compiles a script anew at each start, and an imported module once: a third of a second saved.
+IMPORTED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import aegis; sys.exit(aegis.main(sys.argv[1:]))"
+
+
 class Server:
     """One Aegis as a process, with a state directory, a home and a tmux server of its own."""
 
-    def __init__(self, *flags: str, demo: bool = True, **env: str) -> None:
+    def __init__(self, *flags: str, demo: bool = True, script: bool = False, **env: str) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="ae-", dir="/tmp")).resolve()  # short: a socket's path holds 104 bytes
         self.state, self.work = self.root / "s", self.root / "w"
         self.work.mkdir()
+        self.program = [str(AEGIS)] if script else ["-c", IMPORTED, str(HERE)]
         self.flags = (*(("--demo",) if demo else ()), *flags)
         self.env = {**clean_environment(self.root), "AEGIS_CLAUDE_CMD": "no-such-claude", **env}
         self.auth = {"Authorization": f"Bearer {env['AEGIS_AUTH_TOKEN']}"} if "AEGIS_AUTH_TOKEN" in env else {}
@@ -212,9 +220,10 @@ class Server:
     def start(self, port: Optional[int] = None) -> "Server":
         """Start it, and wait until it listens: on the same port as before, or on `port`."""
         begin = self.log.stat().st_size if self.log.exists() else 0
-        argv = [sys.executable, str(AEGIS), "--port", str(self.port if port is None else port), *self.flags]
+        argv = [sys.executable, *self.program, "--port", str(self.port if port is None else port), *self.flags]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, cwd="/",
+            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env,
+                                            cwd="/",
                                             start_new_session=True)
         self.port = int(eventually(lambda: self._listening(begin)))
         return self
@@ -223,7 +232,7 @@ class Server:
         said = self.log.read_bytes()[begin:].decode("utf-8", "replace")
         if self.process.poll() is not None:
             pytest.fail(f"the server ended with {self.process.returncode}: {said}")
-        found = re.search(r"aegis \S+ listening on http://\S+?:(\d+)\s", said)
+        found = re.search(r"aegis \S+ listening on http://\S+?:(\d+)[\s\"]", said)
         return found.group(1) if found else ""
 
     def signal(self, how: int, within: float = WITHIN) -> int:
@@ -286,7 +295,8 @@ class Server:
         assert answer.status in (200, 201), f"{route}: {answer.status} {answer.raw[:500]!r}"
         return answer.json
 
-    def refusal(self, route: str, body: Any = None, headers: Optional[Json] = None, auth: bool = True) -> Tuple[int, str]:
+    def refusal(self, route: str, body: Any = None, headers: Optional[Json] = None,
+                auth: bool = True) -> Tuple[int, str]:
         """Make one request that must be refused in the contract's envelope; gives status and code."""
         answer = self.call(route, body, headers, auth)
         assert answer.status >= 400, f"{route}: {answer.status} {answer.raw[:500]!r}"
@@ -373,9 +383,20 @@ class Talk:
         """Read the session, by default when it needs its caller."""
         return self.ask(f"GET read?{query}")
 
+    def press(self, key: str, done: Callable[[], Any]) -> Any:
+        """Press a key in the terminal, again when nothing comes of it: a fresh dialog swallows keys."""
+        window = self.get()["window"]
+        for _ in range(20):
+            self.server.tmux("send-keys", "-t", window, key)
+            with contextlib.suppress(AssertionError):
+                return eventually(done, 0.5)
+        raise AssertionError(f"{key} has no effect: {self.ask('GET pane')['text']}")
+
     def prompts(self) -> List[str]:
-        """List what the agent itself reports as prompts, from its transcript."""
-        return [text for kind, text in transcript(self.get()["transcriptPath"]) if kind == "prompt"]
+        """List what the agent itself reports as prompts, from its transcript as far as it is written."""
+        self.read("limit=0")     # waits for the last lines of a turn that has just ended
+        path = self.get()["transcriptPath"]
+        return [text for kind, text in transcript(path) if kind == "prompt"] if path and Path(path).exists() else []
 
     def get(self) -> Json:
         """Get the session."""
@@ -403,8 +424,8 @@ def transcript(path: str) -> List[Tuple[str, str]]:
         for block in blocks:
             if block.get("type") == "text":
                 said = block["text"]
-                kind = "answer" if entry["type"] == "assistant" else "interrupt" if said.startswith("[Request interr") else "prompt"
-                found.append((kind, said))
+                typed = "interrupt" if said.startswith("[Request interrupted") else "prompt"
+                found.append(("answer" if entry["type"] == "assistant" else typed, said))
     return found
 
 
@@ -422,7 +443,7 @@ def command_lines() -> str:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The server that most tests share."""
-    shared = Server("--log-level", "debug").start()
+    shared = Server("--log-level", "debug", script=True).start()
     yield shared
     shared.close()
 
@@ -432,7 +453,7 @@ def strict() -> Iterator[Server]:
     """A server with every lock closed: token, allowed directories, no trust, JSON log, fast heartbeat."""
     shared = Server("--log-format", "json", "--heartbeat-seconds", "0.05", "--trust-workdir", "off",
                     "--allowed-hosts", "box.example", "--allowed-origins", "https://panel.example",
-                    "--create-seconds", "1", AEGIS_AUTH_TOKEN="s3cret-tökén".encode("utf-8").hex())
+                    "--create-seconds", "1", script=True, AEGIS_AUTH_TOKEN="s3cret-tökén".encode("utf-8").hex())
     shared.env["AEGIS_WORK_DIRS"] = str(shared.work)
     shared.start()
     yield shared
@@ -479,7 +500,8 @@ def house() -> Iterator[Callable[..., Server]]:
 def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, **env: str) -> Any:
     """Run aegis.py to its end; gives the finished process."""
     with tempfile.TemporaryDirectory(prefix="ae-", dir="/tmp") as fresh:
-        return subprocess.run([sys.executable, str(AEGIS), *words], env={**clean_environment(root or Path(fresh)), **env},
+        return subprocess.run([sys.executable, str(AEGIS), *words],
+                              env={**clean_environment(root or Path(fresh)), **env},
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=within,
                               universal_newlines=True)
 
@@ -503,10 +525,18 @@ def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, 
     (("--host", "0.0.0.0"), {}, "AEGIS_AUTH_TOKEN"),
     (("--host", "::"), {}, "AEGIS_AUTH_TOKEN"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
-def test_a_bad_setting_stops_the_start_and_is_named(words, env, names):
-    done = run_aegis(*words, **env)
+def test_a_bad_setting_is_refused_by_name(words, env, names, capsys):
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        aegis.read_settings(words, env)
+    assert names in f"{refused.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("words", [("--port", "x"), ("--no-such-flag",), ("--host", "0.0.0.0")])
+def test_a_bad_setting_stops_the_start(words):
+    done = run_aegis(*words)
     assert done.returncode == 2
-    assert names in done.stderr and "Traceback" not in done.stderr
+    assert words[0].strip("-").upper() in done.stderr.upper()
+    assert "Traceback" not in done.stderr
 
 
 def test_a_flag_outranks_its_variable():
@@ -532,7 +562,8 @@ def test_two_state_directories_never_share_a_tmux_socket():
 
 def test_the_state_directory_is_for_its_owner_alone(server):
     made = [server.state, *server.state.rglob("*")]
-    open_to_others = [str(path) for path in made if path.exists() and path.lstat().st_mode & 0o077 and not path.is_symlink()
+    open_to_others = [str(path) for path in made if path.exists() and path.lstat().st_mode & 0o077
+                      and not path.is_symlink()
                       and not any(part in ("demo", "cache") for part in path.relative_to(server.root).parts)]
     assert open_to_others == [] and len(made) > 3
 
@@ -605,15 +636,18 @@ COUNT = aegis.whole("A count.", 1, 9)
 
 
 @pytest.mark.parametrize("field, value, faulty", [
-    (WORD, "abc", None), (WORD, "a", "at least 2"), (WORD, "abcdef", "at most 5"), (WORD, "ABC", "match"), (WORD, 5, "a string"),
+    (WORD, "abc", None), (WORD, "a", "at least 2"), (WORD, "abcdef", "at most 5"), (WORD, "ABC", "match"),
+    (WORD, 5, "a string"),
     (WORD, "ab\ud800", "surrogate"),
-    (COUNT, 1, None), (COUNT, 0, "at least 1"), (COUNT, 10, "at most 9"), (COUNT, True, "whole number"), (COUNT, 1.5, "whole number"),
+    (COUNT, 1, None), (COUNT, 0, "at least 1"), (COUNT, 10, "at most 9"), (COUNT, True, "whole number"),
+    (COUNT, 1.5, "whole number"),
     (COUNT, "1", "whole number"),
     (aegis.flag("x"), True, None), (aegis.flag("x"), 1, "true or false"),
     (aegis.choice("x", "a", "b"), "a", None), (aegis.choice("x", "a", "b"), "c", "one of"),
     (aegis.many("x", COUNT, 2), [1, 2], None), (aegis.many("x", COUNT, 2), [1, 2, 3], "at most 2"),
     (aegis.many("x", COUNT, 2), [1, 99], "item 1"), (aegis.many("x", COUNT, 2), {}, "an array"),
-    (aegis.number("x", 0, 2), 0.5, None), (aegis.number("x", 0, 2), 3, "at most 2"), (aegis.number("x", 0, 2), float("nan"), "must"),
+    (aegis.number("x", 0, 2), 0.5, None), (aegis.number("x", 0, 2), 3, "at most 2"),
+    (aegis.number("x", 0, 2), float("nan"), "must"),
     (aegis.texts_by_name("x", "[A-Z]+", WORD, 2), {"A": "abc"}, None),
     (aegis.texts_by_name("x", "[A-Z]+", WORD, 2), {"a;b": "abc"}, "a;b"),
     (aegis.texts_by_name("x", "[A-Z]+", WORD, 2), {"A": "x"}, "A"),
@@ -732,7 +766,7 @@ def test_a_full_disk_is_a_503_and_is_recovered_from_without_a_restart(house):
         pytest.skip("this system cannot limit another process' files")
     own = house()
     talk = own.open()
-    before = len(talk.prompts()) if talk.get()["transcriptPath"] else 0
+    before = len(talk.prompts())
     whole = resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     for _ in range(3):
         assert own.refusal(f"POST /v1/sessions/{talk.id}/send", {"text": "lost"}) == (503, "STORE_UNAVAILABLE")
@@ -827,6 +861,7 @@ def test_stream_events_sends_each_event_once_and_in_order(server, make):
 
 def test_stream_events_filters_by_type_and_family(server, make):
     narrow = Events(server, "/v1/events?types=prompt.done,session.*")
+    eventually(lambda: narrow.connections)
     talk = make()
     talk.say("[[say one]]")
     narrow.wait_for("prompt.done", talk.id)
@@ -862,7 +897,8 @@ def test_stream_events_replays_exactly_what_was_missed(server, make):
         again = Events(server, path, **headers)
         again.wait_for("prompt.done", talk.id)
         heard = [event["id"] for event in again.heard if event["sessionId"] == talk.id]
-        assert heard == [event["id"] for event in server.events.heard if event["sessionId"] == talk.id and event["id"] > mark]
+        assert heard == [event["id"] for event in server.events.heard if event["sessionId"] == talk.id
+                         and event["id"] > mark]
         again.close()
 
 
@@ -928,9 +964,9 @@ def open_pane(tmux: Any, *program: str) -> Any:
     return tmux.open_window("test", uuid.uuid4().hex[:12], program or ("cat",))
 
 
-AWKWARD_WORDS = ["it's", '"', "a;b", ";", "\\;", "\\", "\\\\", "#{pane_id}", "#(touch /tmp/x)", "$(x)", "$HOME", "${HOME}", "~", "~root",
-                 "%1", "{", "}", "{ kill-server }", "-t", " ", "", "a  b", "tab\there", "ünï ☃ 👩‍💻", "'" * 50,
-                 "x" * 10_000, "two\nlines", "a\r\nb\x1b[31m\x7f", "kill-server\nkill-server"]
+AWKWARD_WORDS = ["it's", '"', "a;b", ";", "\\;", "\\", "\\\\", "#{pane_id}", "#(touch /tmp/x)", "$(x)", "$HOME",
+                 "${HOME}", "~", "~root", "%1", "{", "}", "{ kill-server }", "-t", " ", "", "a  b", "tab\there",
+                 "ünï ☃ 👩‍💻", "'" * 50, "x" * 10_000, "two\nlines", "a\r\nb\x1b[31m\x7f", "kill-server\nkill-server"]
 
 
 @pytest.mark.parametrize("word", AWKWARD_WORDS, ids=lambda word: repr(word[:20]))
@@ -998,7 +1034,7 @@ def test_a_hung_tmux_is_an_error_and_not_a_hang(tmp_path):
     hung.chmod(0o755)
     driver = aegis.Tmux(str(hung), "aegis-test-hung", aegis.Log("error"))
     with pytest.raises(aegis.TmuxError):
-        driver.run(("display-message", "-p", "x"), timeout=0.1) if driver.client else driver._run_once([("list-panes",)], 0.1)
+        driver.run(("display-message", "-p", "x"), timeout=0.1)
 
 
 # ============================================================================
@@ -1045,7 +1081,8 @@ def dialog(*lines: str, hint: str = " Esc to cancel · Tab to amend") -> str:
 
 
 YES_NO = (" Do you want to proceed?", " ❯ 1. Yes", "   2. No")
-TRUST = ("─" * 40 + "\n Accessing workspace:\n\n /tmp/x\n\n Quick safety check: Is this a project you created or one you trust?\n\n"
+TRUST = ("─" * 40 + "\n Accessing workspace:\n\n /tmp/x\n\n"
+         " Quick safety check: Is this a project you created or one you trust?\n\n"
          "   1. Yes, I trust this folder\n ❯ 2. No, exit\n\n Enter to confirm · Esc to cancel")
 SCREENS = {
     "blank": ("", "unknown"),
@@ -1059,20 +1096,24 @@ SCREENS = {
     "bullets": (box("● * one…", "  ✻ two…", "  · three…", "● four"), "idle"),
     "error in prose": (box("● Error: 529 overloaded. Rate limit reached. Your context window is 80 % full."), "idle"),
     "list in prose": (box("● Do you want to proceed?", "  ❯ 1. Yes", "    2. No", "  Esc to cancel"), "idle"),
-    "trust in prose": (box("● Quick safety check: Is this a project you created or one you trust?", "  1. Yes", "  2. No, exit"), "idle"),
+    "trust in prose": (box("● Quick safety check: Is this a project you created or one you trust?", "  1. Yes",
+                           "  2. No, exit"), "idle"),
     "draft": (box(inside="❯ half a thought"), "idle"),
     "draft of a list": (box(inside="❯ 1. one\n  2. two"), "idle"),
     "permission, two rows": (dialog(*YES_NO), "permission_prompt"),
-    "permission, three rows": (dialog(" Do you want to create w.txt?", " ❯ 1. Yes", "   2. Yes, and switch to accept edits", "   3. No"),
+    "permission, three rows": (dialog(" Do you want to create w.txt?", " ❯ 1. Yes",
+                                      "   2. Yes, and switch to accept edits", "   3. No"),
                                "permission_prompt"),
     "permission, four rows": (dialog(" Bash command", "   touch x", " Do you want to proceed?", " ❯ 1. Yes",
                                      "   2. Yes, and always allow access to /tmp from this project",
                                      "   3. Yes, and switch to auto mode", "   4. No"), "permission_prompt"),
     "trust": (TRUST, "trust"),
-    "unknown dialog": (dialog(" This session is old. Resume from summary?", " ❯ 1. Resume from summary", "   2. Full session",
+    "unknown dialog": (dialog(" This session is old. Resume from summary?", " ❯ 1. Resume from summary",
+                              "   2. Full session",
                               hint=" Enter to confirm · Esc to cancel"), "asking"),
     "not logged in": (box(footer="  Not logged in · Run /login"), "login"),
-    "no service": ("Unable to connect to Anthropic services\nFailed to connect to api.anthropic.com: ENOTFOUND", "onboarding"),
+    "no service": ("Unable to connect to Anthropic services\nFailed to connect to api.anthropic.com: ENOTFOUND",
+                   "onboarding"),
 }
 
 
@@ -1092,12 +1133,14 @@ def test_a_draft_is_told_and_an_empty_box_has_none():
 
 def test_a_dialogs_options_are_told_by_label_with_the_cursor():
     options = aegis.read_claude_screen(TRUST).options
-    assert [(option.label, option.selected) for option in options] == [("Yes, I trust this folder", False), ("No, exit", True)]
+    rows = [(option.label, option.selected) for option in options]
+    assert rows == [("Yes, I trust this folder", False), ("No, exit", True)]
 
 
 def test_selftest_prints_a_confusion_matrix_and_fails_on_a_misreading(tmp_path):
     for name, wanted in (("plain", "idle"), ("busy", "working")):
-        (tmp_path / f"{name}.{wanted}.txt").write_text(SCREENS[{"plain": "idle", "busy": "working"}[name]][0], encoding="utf-8")
+        (tmp_path / f"{name}.{wanted}.txt").write_text(SCREENS[{"plain": "idle", "busy": "working"}[name]][0],
+                                                       encoding="utf-8")
     good = run_aegis("selftest", "--screens", str(tmp_path))
     assert good.returncode == 0, good.stdout + good.stderr
     assert "idle" in good.stdout and "working" in good.stdout
@@ -1115,14 +1158,16 @@ def test_selftest_prints_a_confusion_matrix_and_fails_on_a_misreading(tmp_path):
 def line(kind: str, content: Any, **more: Any) -> bytes:
     """Write one transcript line."""
     message = {"role": kind, "content": content, **more.pop("message", {})}
-    return json.dumps({"type": kind, "timestamp": "2026-04-08T09:00:00.000Z", "message": message, **more}).encode() + b"\n"
+    whole = {"type": kind, "timestamp": "2026-04-08T09:00:00.000Z", "message": message, **more}
+    return json.dumps(whole).encode() + b"\n"
 
 
 def said(text: str, number: int, usage: Optional[Json] = None, model: str = "claude-sonnet-4-5", **more: Any) -> bytes:
     """Write one block of an assistant's message."""
-    usage = usage or {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2}
-    return line("assistant", [{"type": "text", "text": text}], message={"id": f"msg{number}", "model": model, "usage": usage,
-                                                                       "stop_reason": "end_turn"}, **more)
+    usage = usage or {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 3,
+                      "cache_creation_input_tokens": 2}
+    message = {"id": f"msg{number}", "model": model, "usage": usage, "stop_reason": "end_turn"}
+    return line("assistant", [{"type": "text", "text": text}], message=message, **more)
 
 
 def books(*raw: bytes) -> Json:
@@ -1138,7 +1183,8 @@ def test_usage_is_counted_once_for_each_message():
 
 
 def test_usage_that_grows_while_it_streams_counts_as_it_ended():
-    assert aegis.token_usage(books(said("a", 1, {"output_tokens": 1}), said("b", 1, {"output_tokens": 9})))["output"] == 9
+    grown = books(said("a", 1, {"output_tokens": 1}), said("b", 1, {"output_tokens": 9}))
+    assert aegis.token_usage(grown)["output"] == 9
 
 
 def test_what_is_not_the_agents_own_word_is_left_out():
@@ -1149,7 +1195,8 @@ def test_what_is_not_the_agents_own_word_is_left_out():
     assert not any(entry.kind == "text" for one in (synthetic, side) for entry in aegis.parse_line(one))
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'"x"', b'{"type":"user"}', b'{"type":"user","message":null}',
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'"x"', b'{"type":"user"}',
+                                 b'{"type":"user","message":null}',
                                  b'{"type":"assistant","message":{"content":[null,1,{"type":"text"}]}}', b"\xff\xfe",
                                  b'{"type":"what-is-new","message":{"content":"x"}}'])
 def test_a_line_that_nobody_knows_is_skipped(raw):
@@ -1192,7 +1239,8 @@ def test_messages_come_from_the_end_and_each_is_a_place_to_go_on_from(tmp_path):
     last = aegis.read_messages([str(path)], 3, None)
     assert [message["text"].split()[1] for message in last] == ["497", "498", "499"]
     part, offset = map(int, last[0]["id"].split(".")[0].split("-"))
-    assert [message["id"] for message in aegis.read_messages([str(path)], 10, (part, offset))] == [one["id"] for one in last[1:]]
+    behind = aegis.read_messages([str(path)], 10, (part, offset))
+    assert [message["id"] for message in behind] == [message["id"] for message in last[1:]]
     assert len({message["id"] for message in aegis.read_messages([str(path)], 500, None)}) == 500
 
 
@@ -1202,13 +1250,14 @@ def test_messages_come_from_the_end_and_each_is_a_place_to_go_on_from(tmp_path):
 
 
 def test_an_agent_gets_a_deliberate_environment(house, tmp_path):
-    own = house(AEGIS_AGENT="demo", CLAUDECODE="1", CLAUDE_CODE_ENTRYPOINT="cli", TMUX="/x,1,0", TMUX_PANE="%9", SHLVL="7", MINE="kept")
-    talk = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env.txt"], env={"GIVEN": "a;b $(x) '\"\\ #{pane_id} ünï"})
+    own = house(AEGIS_AGENT="demo", CLAUDECODE="1", CLAUDE_CODE_ENTRYPOINT="cli", TMUX="/x,1,0", TMUX_PANE="%9",
+                SHLVL="7", MINE="kept")
+    given = "a;b $(x) '\"\\ #{pane_id} ünï"
+    talk = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env.txt"], env={"GIVEN": given})
     assert talk.wait("session.exited")["exitCode"] == 0
     found = dict(one.partition("=")[::2] for one in (own.work / "env.txt").read_text(encoding="utf-8").splitlines())
-    assert (found["MINE"], found["GIVEN"], found["HOME"]) == ("kept", "a;b $(x) '\"\\ #{pane_id} ünï", own.env["HOME"])
-    leaked = [name for name in found if name.startswith(("AEGIS_", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT", "TMUX"))]
-    assert leaked == []
+    assert (found["MINE"], found["GIVEN"], found["HOME"]) == ("kept", given, own.env["HOME"])
+    assert [name for name in found if name.startswith(("AEGIS_", "CLAUDE")) or name in ("TMUX", "TMUX_PANE")] == []
     other = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env2.txt"])
     other.wait("session.exited")
     assert "GIVEN" not in (own.work / "env2.txt").read_text(encoding="utf-8")
@@ -1217,7 +1266,8 @@ def test_an_agent_gets_a_deliberate_environment(house, tmp_path):
 def test_a_missing_program_is_a_clear_error_within_a_second(server):
     for body in ({"agent": "claude"}, {"agent": "shell", "command": ["/no/such/program"]}):
         began = time.monotonic()
-        answer = server.call("POST /v1/sessions", {"workDir": str(server.work), "name": "missing", "prompt": "touch ran", **body})
+        answer = server.call("POST /v1/sessions", {"workDir": str(server.work), "name": "missing",
+                                                   "prompt": "touch ran", **body})
         assert (answer.status, answer.json["code"]) == (503, "AGENT_NOT_FOUND")
         assert "no" in answer.json["error"] and time.monotonic() - began < 1
     assert not (server.work / "ran").exists()
@@ -1229,7 +1279,8 @@ def test_a_program_that_cannot_be_run_is_an_error_that_says_so(server, tmp_path)
     broken.chmod(0o755)
     talk = server.open(ready=False, agent="shell", command=[str(broken)])
     ended = talk.wait("session.exited")
-    assert ended["exitCode"] not in (0, None) and "broken" in talk.get()["statusReason"] + talk.ask("GET pane")["text"]
+    assert ended["exitCode"] not in (0, None)
+    assert "not found" in talk.get()["statusReason"] + talk.ask("GET pane")["text"]
 
 
 def test_a_shell_agent_answers_with_the_new_text_of_its_screen(make):
@@ -1237,7 +1288,8 @@ def test_a_shell_agent_answers_with_the_new_text_of_its_screen(make):
     assert talk.say("echo one; echo two")["output"] == "one\ntwo"
     assert talk.say("printf '%s\\n' three")["output"] == "three"
     found = talk.get()
-    assert (found["agent"], found["conversationId"], found["transcriptPath"], found["turns"]) == ("shell", None, None, 2)
+    assert (found["agent"], found["conversationId"], found["transcriptPath"]) == ("shell", None, None)
+    assert found["turns"] == 2
 
 
 def test_a_shell_agents_exit_status_is_told(make):
@@ -1248,7 +1300,8 @@ def test_a_shell_agents_exit_status_is_told(make):
         assert (found["status"], found["exitCode"]) == ("exited", code) and found["endedAt"]
 
 
-@pytest.mark.parametrize("args", [["--session-id", "x"], ["--settings=x"], ["--resume", "x"], ["a\0b"], ["--permission-mode", "plan"]])
+@pytest.mark.parametrize("args", [["--session-id", "x"], ["--settings=x"], ["--resume", "x"], ["a\0b"],
+                                  ["--permission-mode", "plan"]])
 def test_arguments_that_aegis_owns_are_refused(server, args):
     answer = server.call("POST /v1/sessions", {"workDir": str(server.work), "args": args})
     assert answer.status == 400 and "args" in answer.json["fields"]
@@ -1267,7 +1320,7 @@ def test_create_session_answers_as_the_contract_says(server, make):
     assert (created["name"], created["workDir"], created["status"]) == ("feature-auth", str(server.work), "working")
     assert TIME.fullmatch(created["createdAt"])
     assert (created["promptDelivery"]["delivered"], created["promptDelivery"]["attempts"]) == (True, 1)
-    assert talk.prompts() == ["[[hang]]"]
+    eventually(lambda: talk.prompts() == ["[[hang]]"])     # the agent writes its transcript a little late
 
 
 def test_create_session_without_a_prompt_returns_at_once(server, make):
@@ -1277,24 +1330,29 @@ def test_create_session_without_a_prompt_returns_at_once(server, make):
     assert talk.wait("session.idle")["previous"] == "starting"
 
 
-SESSION_KEYS = """id name agent workDir status statusReason createdAt updatedAt lastActivityAt endedAt exitCode model permissionMode
-    conversationId transcriptPath window pid attach queueLength turns tokenUsage costUsd pendingPermission pendingQuestion""".split()
+SESSION_KEYS = """id name agent workDir status statusReason createdAt updatedAt lastActivityAt endedAt exitCode
+    model permissionMode conversationId transcriptPath window pid attach queueLength turns tokenUsage costUsd
+    pendingPermission pendingQuestion""".split()
 
 
 def test_get_session_has_every_field_of_a_session(server, talk):
     talk.say("[[say x]]")
     found = talk.get()
     assert set(SESSION_KEYS) <= set(found)
-    assert (found["id"], found["agent"], found["status"], found["exitCode"], found["endedAt"]) == (talk.id, "demo", "idle", None, None)
+    assert (found["id"], found["agent"], found["status"]) == (talk.id, "demo", "idle")
+    assert (found["exitCode"], found["endedAt"]) == (None, None)
     assert all(TIME.fullmatch(found[name]) for name in ("createdAt", "updatedAt", "lastActivityAt"))
     assert set(found["tokenUsage"]) == {"input", "output", "cacheRead", "cacheWrite"} and alive(found["pid"])
     assert str(uuid.UUID(found["conversationId"])) in found["transcriptPath"]
 
 
 def test_get_session_of_nobody_is_404(server):
-    for route in ("GET /v1/sessions/nobody", "DELETE /v1/sessions/nobody", "GET /v1/sessions/nobody/read", "GET /v1/sessions/nobody/pane",
-                  "GET /v1/sessions/nobody/explain", "GET /v1/sessions/nobody/queue", "POST /v1/sessions/nobody/interrupt",
-                  "POST /v1/sessions/nobody/escape", "POST /v1/sessions/nobody/approve", "GET /v1/sessions/nobody/events",
+    for route in ("GET /v1/sessions/nobody", "DELETE /v1/sessions/nobody", "GET /v1/sessions/nobody/read",
+                  "GET /v1/sessions/nobody/pane",
+                  "GET /v1/sessions/nobody/explain", "GET /v1/sessions/nobody/queue",
+                  "POST /v1/sessions/nobody/interrupt",
+                  "POST /v1/sessions/nobody/escape", "POST /v1/sessions/nobody/approve",
+                  "GET /v1/sessions/nobody/events",
                   "GET /v1/sessions/" + "x" * 64, "GET /v1/sessions/%2e%2e", "GET /v1/sessions/'%3B--"):
         assert server.refusal(route) == (404, "SESSION_NOT_FOUND"), route
     assert server.refusal("POST /v1/sessions/nobody/send", {"text": "x"}) == (404, "SESSION_NOT_FOUND")
@@ -1304,12 +1362,11 @@ def test_the_attach_command_shows_the_sessions_own_window(server, talk):
     attach = talk.get()["attach"]
     assert server.socket in attach and talk.get()["window"] in attach
     assert "no server" not in server.tmux("display-message", "-p", "-t", talk.get()["window"], "#{window_id}")
-    client = subprocess.Popen(["sh", "-c", attach.replace("tmux ", "tmux -C ", 1)], env=server.env, stdin=subprocess.PIPE,
+    client = subprocess.Popen(["sh", "-c", attach.replace("tmux ", "tmux -C ", 1)], env=server.env,
+                              stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        shown = eventually(lambda: [one for one in server.tmux("list-clients", "-F", "#{client_pid} #{window_id}").splitlines()
-                                    if one.split()[0] == str(client.pid) or one.endswith(" " + talk.get()["window"])])
-        assert shown
+        eventually(lambda: talk.get()["window"] in server.tmux("list-clients", "-F", "#{window_id}").split())
     finally:
         client.stdin.close()
         client.wait(10)
@@ -1317,13 +1374,17 @@ def test_the_attach_command_shows_the_sessions_own_window(server, talk):
 
 
 @pytest.mark.parametrize("body, field", [
-    ({}, "workDir"), ({"workDir": "relative"}, "workDir"), ({"workDir": "/no/such/dir"}, "workDir"), ({"workDir": str(AEGIS)}, "workDir"),
+    ({}, "workDir"), ({"workDir": "relative"}, "workDir"), ({"workDir": "/no/such/dir"}, "workDir"),
+    ({"workDir": str(AEGIS)}, "workDir"),
     ({"workDir": "/tmp\0/x"}, "workDir"), ({"workDir": 7}, "workDir"), ({"workDir": "/" + "x" * 5000}, "workDir"),
-    ({"workDir": "/tmp", "name": ""}, "name"), ({"workDir": "/tmp", "name": "x" * 5000}, "name"), ({"workDir": "/tmp", "name": "a\nb"}, "name"),
+    ({"workDir": "/tmp", "name": ""}, "name"), ({"workDir": "/tmp", "name": "x" * 5000}, "name"),
+    ({"workDir": "/tmp", "name": "a\nb"}, "name"),
     ({"workDir": "/tmp", "prompt": ""}, "prompt"), ({"workDir": "/tmp", "prompt": " \n "}, "prompt"),
     ({"workDir": "/tmp", "prompt": "x" * 1_000_001}, "prompt"), ({"workDir": "/tmp", "agent": "cat"}, "agent"),
-    ({"workDir": "/tmp", "permissionMode": "yolo"}, "permissionMode"), ({"workDir": "/tmp", "env": {"A=B": "c"}}, "env"),
-    ({"workDir": "/tmp", "env": {"A": 1}}, "env"), ({"workDir": "/tmp", "args": "x"}, "args"), ({"workDir": "/tmp", "model": "-x"}, "model"),
+    ({"workDir": "/tmp", "permissionMode": "yolo"}, "permissionMode"),
+    ({"workDir": "/tmp", "env": {"A=B": "c"}}, "env"),
+    ({"workDir": "/tmp", "env": {"A": 1}}, "env"), ({"workDir": "/tmp", "args": "x"}, "args"),
+    ({"workDir": "/tmp", "model": "-x"}, "model"),
     ({"workDir": "/tmp", "workdir": "/tmp"}, "workdir"),
 ], ids=lambda value: repr(value)[:60])
 def test_create_session_names_the_faulty_field(server, body, field):
@@ -1368,7 +1429,8 @@ def test_create_session_by_many_at_once_gives_a_name_to_one_only(server):
     server.ask("DELETE /v1/sessions/" + next(answer.json["id"] for answer in answers if answer.status == 201))
 
 
-HOSTILE = ["a;b", "$(touch x)", "-t", "@1", "%1", ":", ".", "=", "#{pane_id}", "#(touch x)", "`touch x`", "'; touch x; '", "{ }", "~", "\\", "ünï ☃ 👩‍💻",
+HOSTILE = ["a;b", "$(touch x)", "-t", "@1", "%1", ":", ".", "=", "#{pane_id}", "#(touch x)", "`touch x`",
+           "'; touch x; '", "{ }", "~", "\\", "ünï ☃ 👩‍💻",
            "a:b.c", "*", "\u202eevil"]
 
 
@@ -1381,7 +1443,8 @@ def test_hostile_names_and_directories_are_only_text(server, make):
     bodies = [{"name": name, "workDir": place} for name, place in zip(HOSTILE, places)]
     made = server.ask("POST /v1/sessions/batch", {"sessions": bodies})
     assert (made["created"], made["failed"]) == (len(HOSTILE), 0), made["errors"]
-    assert [one["name"] for one in made["sessions"]] == HOSTILE and [one["workDir"] for one in made["sessions"]] == places
+    assert [one["name"] for one in made["sessions"]] == HOSTILE
+    assert [one["workDir"] for one in made["sessions"]] == places
     for one in made["sessions"]:
         server.events.wait_for("session.ready", one["id"])
     last = Talk(server, made["sessions"][-1])
@@ -1393,7 +1456,8 @@ def test_hostile_names_and_directories_are_only_text(server, make):
 def test_create_session_with_an_idempotency_key_makes_one_session(server, make):
     body = {"workDir": str(server.work), "prompt": "[[say once]]"}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: server.ask("POST /v1/sessions", body, {"Idempotency-Key": "once-only"}), range(4)))
+        made = list(pool.map(lambda _: server.ask("POST /v1/sessions", body, {"Idempotency-Key": "once-only"}),
+                             range(4)))
     assert len({one["id"] for one in made}) == 1
     again = server.ask("POST /v1/sessions", body, {"Idempotency-Key": "once-only"})
     assert again["id"] == made[0]["id"] and again["promptDelivery"]["delivered"] is True
@@ -1418,7 +1482,8 @@ def test_list_sessions_is_paged_newest_first_and_filtered(server, make):
     assert server.ask("GET /v1/sessions?workDir=/nowhere")["pagination"]["total"] == 0
 
 
-@pytest.mark.parametrize("query", ["page=0", "limit=0", "limit=100000", "page=x", "status=sleepy", "size=3", "page=1.5"])
+@pytest.mark.parametrize("query", ["page=0", "limit=0", "limit=100000", "page=x", "status=sleepy", "size=3",
+                                   "page=1.5"])
 def test_list_sessions_refuses_what_it_does_not_know(server, query):
     answer = server.call(f"GET /v1/sessions?{query}")
     assert answer.status == 400 and query.split("=")[0] in answer.json["fields"]
@@ -1432,7 +1497,9 @@ def test_get_session_stats_adds_up(house):
     gone.kill()
     stats = own.ask("GET /v1/sessions/stats")
     assert (stats["total"], stats["active"], stats["idle"], stats["working"], stats["stalled"]) == (3, 2, 1, 1, 0)
-    assert sum(stats["byStatus"].values()) == 3 and stats["byStatus"]["killed"] == 1 and set(stats["byStatus"]) == set(aegis.STATES)
+    assert sum(stats["byStatus"].values()) == 3
+    assert stats["byStatus"]["killed"] == 1
+    assert set(stats["byStatus"]) == set(aegis.STATES)
     assert (stats["turns"], stats["queued"]) == (1, 1)
     assert stats["tokenUsage"]["output"] == sum(one.get()["tokenUsage"]["output"] for one in (busy, calm, gone)) > 0
 
@@ -1450,7 +1517,8 @@ def test_read_session_answers_as_the_contract_says(server, make):
     found = talk.say("[[say I've created the login page]]")
     assert (found["id"], found["status"], found["output"]) == (talk.id, "idle", "I've created the login page")
     assert found["tokenUsage"]["input"] > 0 and found["tokenUsage"]["output"] > 0
-    assert (found["turns"], found["queueLength"], found["pendingPermission"], found["pendingQuestion"]) == (1, 0, None, None)
+    assert (found["turns"], found["queueLength"]) == (1, 0)
+    assert (found["pendingPermission"], found["pendingQuestion"]) == (None, None)
     assert found["costUsd"] is None or found["costUsd"] > 0
     assert [(one["role"], one["text"]) for one in found["messages"]] == [
         ("user", "[[say I've created the login page]]"), ("assistant", "I've created the login page")]
@@ -1478,7 +1546,8 @@ def test_read_session_consumes_nothing_and_pages_by_after_and_limit(make):
     assert [one["id"] for one in talk.read(f"limit=1&after={ids[1]}")["messages"]] == [ids[2]]
 
 
-@pytest.mark.parametrize("query", ["limit=-1", "limit=100000", "after=x", "wait=working", "timeout=-1", "timeout=99999", "foo=1"])
+@pytest.mark.parametrize("query", ["limit=-1", "limit=100000", "after=x", "wait=working", "timeout=-1", "timeout=99999",
+                                   "foo=1"])
 def test_read_session_refuses_what_it_does_not_know(talk, query):
     answer = talk.call(f"GET read?{query}")
     assert answer.status == 400 and query.split("=")[0] in answer.json["fields"]
@@ -1535,13 +1604,19 @@ def test_get_pane_shows_the_screen(server, make):
     pane = talk.ask("GET pane")
     assert pane["live"] is True and pane["width"] >= 80 and pane["height"] >= 24
     assert "look at me" in pane["text"] and "❯" in pane["text"] and "\x1b" not in pane["text"]
-    assert "\x1b[" in talk.ask("GET pane?ansi=1")["text"]
     talk.say("[[long 200]]")
     assert len(talk.ask("GET pane?lines=150")["text"].split("\n")) > len(talk.ask("GET pane")["text"].split("\n")) + 100
     assert talk.refusal("GET pane?lines=-1") == (400, "INVALID_REQUEST")
     talk.kill()
     last = talk.ask("GET pane")
     assert last["live"] is False and "200" in last["text"]
+
+
+def test_get_pane_keeps_colours_when_told(make):
+    colourful = "printf '\\033[31mred\\033[0m'; exec tail -f /dev/null"
+    talk = make(ready=False, agent="shell", command=["sh", "-c", colourful])
+    eventually(lambda: talk.ask("GET pane")["text"].strip() == "red")
+    assert "\x1b[31mred" in talk.ask("GET pane?ansi=1")["text"]
 
 
 def test_explain_session_gives_the_evidence(make):
@@ -1559,9 +1634,12 @@ def test_explain_session_gives_the_evidence(make):
     assert talk.ask("GET explain")["status"] == "killed"
 
 
-SAYINGS = ["esc to interrupt", "✶ Doodling… (2s · esc to interrupt)", "Error: 529 Overloaded", "Rate limit reached", "Do you want to proceed?",
-           "❯ 1. Yes\n  2. No\n Esc to cancel · Tab to amend", "Quick safety check: Is this a project you created or one you trust?",
-           "Not logged in · Run /login", "context window is 80 %", "Interrupted · What should Claude do instead?", "❯ ", "─" * 100]
+SAYINGS = ["esc to interrupt", "✶ Doodling… (2s · esc to interrupt)", "Error: 529 Overloaded", "Rate limit reached",
+           "Do you want to proceed?",
+           "❯ 1. Yes\n  2. No\n Esc to cancel · Tab to amend",
+           "Quick safety check: Is this a project you created or one you trust?",
+           "Not logged in · Run /login", "context window is 80 %", "Interrupted · What should Claude do instead?", "❯ ",
+           "─" * 100]
 
 
 def test_what_an_answer_says_is_never_taken_for_a_state(make):
@@ -1616,23 +1694,31 @@ def seen(reported: str) -> str:
 
 
 AWKWARD = {
-    "one line": "hello", "three lines": "one\ntwo\nthree", "200 lines": "\n".join(f"line {number} of it" for number in range(200)),
+    "one line": "hello", "three lines": "one\ntwo\nthree",
+    "200 lines": "\n".join(f"line {number} of it" for number in range(200)),
     "blank lines": "a\n\n\nb", "trailing newline": "text\n", "leading blanks": "   indented", "tabs": "a\tb\n\tc",
-    "cjk": "你好，世界。日本語のテスト", "emoji": "👩‍💻 👍🏽 🇩🇪 ☃️", "decomposed": "e\u0301cole A\u030angstro\u0308m", "rtl": "שלום עולם",
-    "slash word": "/cost now", "slash path": "/tmp/foo is a path", "bang": "!touch ran-by-shell", "bang lines": "!touch ran-a\n!touch ran-b",
-    "hash": "# heading", "at": "@file mention", "dash": "-t flag", "question": "?", "backslash": "ends with \\", "two backslashes": "ends \\\\",
-    "semicolon": "a;b", "last semicolon": "a ;", "format": "#{pane_id} #(touch ran-by-tmux)", "dollar": "$(touch ran-by-sh) `id` ${HOME}",
-    "quotes": "it's \"quoted\" ''' \"\"\"", "percent": "%1 %end %d", "braces": "{ } [[ ]]", "list": "1. one\n2. two\n3. three",
+    "cjk": "你好，世界。日本語のテスト", "emoji": "👩‍💻 👍🏽 🇩🇪 ☃️", "decomposed": "e\u0301cole A\u030angstro\u0308m",
+    "rtl": "שלום עולם",
+    "slash word": "/cost now", "slash path": "/tmp/foo is a path", "bang": "!touch ran-by-shell",
+    "bang lines": "!touch ran-a\n!touch ran-b",
+    "hash": "# heading", "at": "@file mention", "dash": "-t flag", "question": "?", "backslash": "ends with \\",
+    "two backslashes": "ends \\\\",
+    "semicolon": "a;b", "last semicolon": "a ;", "format": "#{pane_id} #(touch ran-by-tmux)",
+    "dollar": "$(touch ran-by-sh) `id` ${HOME}",
+    "quotes": "it's \"quoted\" ''' \"\"\"", "percent": "%1 %end %d", "braces": "{ } [[ ]]",
+    "list": "1. one\n2. two\n3. three",
     "control": "bell\x07 back\x08 esc\x1b[31mred\x1b[0m nul-less", "paste end": "a\x1b[201~b", "crlf": "one\r\ntwo",
-    "box lines": "─" * 120, "dialog": "Do you want to proceed?\n❯ 1. Yes\n  2. No\nEsc to cancel", "5 kB line": "word " * 1000,
-    "exit": "exit", "quit": "quit", "colon q": ":q", "64 kB": "\n".join("%06d %s" % (number, "x" * 57) for number in range(1000)),
+    "box lines": "─" * 120, "dialog": "Do you want to proceed?\n❯ 1. Yes\n  2. No\nEsc to cancel",
+    "5 kB line": "word " * 1000,
+    "exit": "exit", "quit": "quit", "colon q": ":q",
+    "64 kB": "\n".join("%06d %s" % (number, "x" * 57) for number in range(1000)),
 }
 
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_send_text_arrives_as_one_prompt_and_as_it_was(talk, name):
     text = AWKWARD[name]
-    before = len(talk.prompts()) if talk.get()["transcriptPath"] else 0
+    before = len(talk.prompts())
     found = talk.say(text)
     assert found["status"] == "idle"
     arrived = talk.prompts()[before:]
@@ -1648,7 +1734,8 @@ def test_send_text_of_a_megabyte_arrives_whole(make):
     assert [seen(one) for one in talk.prompts()] == [arrives(text)]
 
 
-@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": "  \n\t"}, {"text": 5}, {"text": "x" * 1_000_001}, {"text": "half \ud800"},
+@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": "  \n\t"}, {"text": 5}, {"text": "x" * 1_000_001},
+                                  {"text": "half \ud800"},
                                   {"text": "x", "extra": 1}])
 def test_send_text_refuses_what_is_no_text(server, talk, body):
     status, code = server.refusal(f"POST /v1/sessions/{talk.id}/send", body)
@@ -1658,10 +1745,12 @@ def test_send_text_refuses_what_is_no_text(server, talk, body):
 def test_send_text_says_where_the_prompt_is(make):
     talk = make()
     sent = talk.send("[[hang]]")
-    assert (sent["id"], sent["delivered"], sent["queued"], sent["state"] in ("submitted", "started")) == (talk.id, True, False, True)
+    assert (sent["id"], sent["delivered"], sent["queued"]) == (talk.id, True, False)
+    assert sent["state"] in ("submitted", "started")
     assert (sent["attempts"], sent["status"], sent["position"]) == (1, "working", None)
     waiting = talk.send("second")
-    assert (waiting["delivered"], waiting["queued"], waiting["position"], waiting["state"]) == (False, True, 1, "queued")
+    assert (waiting["delivered"], waiting["queued"], waiting["position"]) == (False, True, 1)
+    assert waiting["state"] == "queued"
 
 
 def test_prompts_wait_while_the_agent_works_and_are_delivered_alone(make):
@@ -1670,9 +1759,10 @@ def test_prompts_wait_while_the_agent_works_and_are_delivered_alone(make):
     assert [one["position"] for one in talk.ask("GET queue")["queue"]] == [1, 2]
     for prompt_id in ids:
         talk.wait("prompt.done", promptId=prompt_id)
+    assert talk.read()["output"] == "third"
     assert [text for _, text in transcript(talk.get()["transcriptPath"])] == [
         "[[wait 0.3]] [[say first]]", "first", "[[say second]]", "second", "[[say third]]", "third"]
-    assert talk.ask(f"GET queue/{ids[0]}")["state"] == "done" and talk.read()["output"] == "third"
+    assert talk.ask(f"GET queue/{ids[0]}")["state"] == "done"
 
 
 def test_list_queue_and_cancel_prompt(make):
@@ -1733,7 +1823,8 @@ def test_send_text_by_many_at_once_reaches_the_agent_one_by_one(make):
 def test_send_text_to_an_ended_session_is_409(make):
     talk = make()
     talk.kill()
-    for verb, body in (("send", {"text": "x"}), ("command", {"command": "/compact"}), ("bash", {"command": "ls"}), ("interrupt", None),
+    for verb, body in (("send", {"text": "x"}), ("command", {"command": "/compact"}), ("bash", {"command": "ls"}),
+                       ("interrupt", None),
                        ("escape", None), ("approve", {}), ("reject", {})):
         assert talk.refusal(f"POST {verb}", body) == (409, "SESSION_ENDED"), verb
 
@@ -1776,12 +1867,15 @@ def test_run_bash_reaches_the_agents_shell_mode(make):
     talk = make()
     sent = talk.ask("POST bash", {"command": "ls -l"})
     talk.wait(("prompt.done", "prompt.failed"), promptId=sent["promptId"])
-    assert talk.ask(f"GET queue/{sent['promptId']}")["state"] == "done" and talk.ask(f"GET queue/{sent['promptId']}")["kind"] == "bash"
+    assert talk.ask(f"GET queue/{sent['promptId']}")["state"] == "done"
+    assert talk.ask(f"GET queue/{sent['promptId']}")["kind"] == "bash"
     assert "ls -l" in talk.ask("GET pane?lines=50")["text"] and talk.say("[[say on]]")["output"] == "on"
 
 
-@pytest.mark.parametrize("verb, body", [("command", {"command": "no slash"}), ("command", {"command": "/"}), ("command", {}),
-                                        ("command", {"command": "/a\nb"}), ("bash", {"command": ""}), ("bash", {"command": " "}), ("bash", {})])
+@pytest.mark.parametrize("verb, body", [("command", {"command": "no slash"}), ("command", {"command": "/"}),
+                                        ("command", {}),
+                                        ("command", {"command": "/a\nb"}), ("bash", {"command": ""}),
+                                        ("bash", {"command": " "}), ("bash", {})])
 def test_run_command_refuses_what_is_none(talk, verb, body):
     assert talk.refusal(f"POST {verb}", body) == (400, "INVALID_REQUEST")
 
@@ -1799,7 +1893,8 @@ def test_a_command_that_ends_the_agent_is_done(make):
 
 def boot(make: Callable[..., Talk], *what: str, **body: Any) -> Talk:
     """Create a demo session that starts in a certain way, with a prompt."""
-    return make(body.pop("prompt", "[[say hello]]"), args=[word for one in what for word in ("--demo-boot", one)], **body)
+    return make(body.pop("prompt", "[[say hello]]"), args=[word for one in what for word in ("--demo-boot", one)],
+                **body)
 
 
 def test_a_slow_start_loses_no_prompt(make):
@@ -1822,16 +1917,15 @@ def test_the_trust_question_is_left_to_a_person_when_told_so(strict):
     found = talk.get()
     assert found["status"] == "asking" and "trust" in found["statusReason"]
     assert any("Yes" in option for option in found["pendingQuestion"]["options"])
-    strict.tmux("send-keys", "-t", found["window"], "Down")
-    row = eventually(lambda: re.search(r"❯ \d\. Yes", strict.tmux("capture-pane", "-p", "-t", found["window"])))
-    assert row
-    strict.tmux("send-keys", "-t", found["window"], "Enter")
+    talk.press("Down", lambda: re.search(r"❯ (\d\. )?Yes", talk.ask("GET pane")["text"]))
+    talk.press("Enter", lambda: talk.status != "asking")
     talk.wait("prompt.done")
     assert talk.read()["output"] == "hello"
     talk.kill()
 
 
-@pytest.mark.parametrize("what, status, word", [("login", "error", "login"), ("onboarding", "error", "first"), ("apikey", "asking", "key"),
+@pytest.mark.parametrize("what, status, word", [("login", "error", "login"), ("onboarding", "error", "first"),
+                                                ("apikey", "asking", "key"),
                                                 ("summary", "asking", "")])
 def test_a_start_up_screen_is_told_and_never_typed_over(make, what, status, word):
     talk = boot(make, what)
@@ -1866,15 +1960,14 @@ def test_an_agent_that_never_gets_ready_is_an_error(house):
 
 def test_interrupt_session_ends_the_turn_and_never_the_agent(make):
     talk = make("[[hang]]")
-    for _ in range(2):
+    for again in (True, False):
         talk.wait("session.working")
         answer = talk.ask("POST interrupt")
         assert (answer["id"], answer["interrupted"], answer["status"]) == (talk.id, True, "idle")
         assert talk.wait("turn.ended")["outcome"] == "interrupted"
         assert alive(talk.get()["pid"])
-        talk.send("[[hang]]")
-    talk.wait("session.working")
-    talk.ask("POST interrupt")
+        if again:
+            talk.send("[[hang]]")
     assert talk.say("[[say alive]]")["output"] == "alive"
 
 
@@ -1905,7 +1998,7 @@ def test_escape_session_ends_a_turn_and_opens_no_menu(make):
     talk = make("[[hang]]")
     assert talk.ask("POST escape")["sent"] is True
     assert talk.wait("turn.ended")["outcome"] == "interrupted"
-    for _ in range(3):
+    for _ in range(2):
         assert talk.ask("POST escape")["status"] == "idle"
     assert talk.say("[[say no menu]]")["output"] == "no menu"
 
@@ -1919,9 +2012,9 @@ def test_escape_session_closes_a_dialog(make):
     assert talk.get()["pendingPermission"] is None
 
 
-def request(make: Callable[..., Talk], prompt: str = "[[bash touch x]] [[say after]]", **body: Any) -> Tuple[Talk, Json]:
+def request(make: Callable[..., Talk], prompt: str = "[[bash touch x]] [[say after]]") -> Tuple[Talk, Json]:
     """Open a session that asks for a permission; gives it and the request."""
-    talk = make(prompt, **body)
+    talk = make(prompt)
     asked = talk.wait("permission.requested")["permission"]
     return talk, asked
 
@@ -1932,7 +2025,9 @@ def test_a_permission_request_is_told_as_it_is(make):
     assert found["status"] == "permission_prompt" and found["pendingQuestion"] is None
     pending = found["pendingPermission"]
     assert (pending["id"], pending["tool"], pending["input"]["command"]) == (asked["id"], "Bash", "touch x")
-    assert pending["id"].startswith("perm-") and "touch x" in pending["summary"] and TIME.fullmatch(pending["requestedAt"])
+    assert pending["id"].startswith("perm-")
+    assert "touch x" in pending["summary"]
+    assert TIME.fullmatch(pending["requestedAt"])
     assert talk.read("limit=0")["pendingPermission"] == pending
 
 
@@ -1944,7 +2039,8 @@ def test_approve_permission_lets_the_tool_run(make, named):
     assert talk.wait("permission.resolved")["state"] == "approved"
     talk.wait("session.idle")
     found = talk.read("limit=10")
-    assert found["output"] == "after" and any("touch x" in one["text"] for one in found["messages"] if one["role"] == "tool")
+    assert found["output"] == "after"
+    assert any("touch x" in one["text"] for one in found["messages"] if one["role"] == "tool")
     assert talk.refusal("POST approve", {"permissionId": asked["id"]}) == (409, "PERMISSION_DECIDED")
     assert talk.refusal("POST reject", {"permissionId": asked["id"]}) == (409, "PERMISSION_DECIDED")
 
@@ -1969,23 +2065,11 @@ def test_reject_permission_goes_on_without_the_tool(make, message):
 
 
 def test_approve_permission_without_a_dialog_types_nothing(talk):
-    before = talk.prompts() if talk.get()["transcriptPath"] else []
+    before = talk.prompts()
     for verb in ("approve", "reject"):
         assert talk.refusal(f"POST {verb}", {}) == (409, "NO_PENDING_PERMISSION")
         assert talk.refusal(f"POST {verb}", {"permissionId": "perm-nobody"}) == (404, "PERMISSION_NOT_FOUND")
-    assert (talk.prompts() if talk.get()["transcriptPath"] else []) == before and talk.status == "idle"
-
-
-def test_two_requests_at_once_are_told_apart(make):
-    talk = make("[[both touch a ;; touch b]] [[say after]]")
-    first, second = (talk.wait("permission.requested")["permission"] for _ in range(2))
-    assert talk.refusal("POST approve", {}) == (409, "PERMISSION_AMBIGUOUS")
-    talk.ask("POST approve", {"permissionId": second["id"]})
-    assert talk.get()["pendingPermission"]["id"] == first["id"] and talk.status == "permission_prompt"
-    talk.ask("POST reject", {"permissionId": first["id"], "message": "not that one"})
-    talk.wait("session.idle")
-    results = [one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool"]
-    assert len(results) == 2 and "not that one" in results[0] and "touch b" in results[1]
+    assert talk.prompts() == before and talk.status == "idle"
 
 
 def test_a_permission_from_an_earlier_dialog_decides_no_later_one(make):
@@ -2001,7 +2085,8 @@ def test_a_permission_from_an_earlier_dialog_decides_no_later_one(make):
 def test_approve_permission_by_many_at_once_decides_once(make):
     talk, asked = request(make)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda number: talk.call(f"POST {('approve', 'reject')[number % 2]}", {"permissionId": asked["id"]}),
+        answers = list(pool.map(lambda number: talk.call(f"POST {('approve', 'reject')[number % 2]}",
+                                                         {"permissionId": asked["id"]}),
                                 range(6)))
     assert sorted(answer.status for answer in answers) == [200, 409, 409, 409, 409, 409]
     talk.wait("session.idle")
@@ -2010,9 +2095,7 @@ def test_approve_permission_by_many_at_once_decides_once(make):
 
 def test_a_person_may_answer_in_the_terminal_first(make):
     talk, asked = request(make)
-    window = talk.get()["window"]
-    eventually(lambda: "Do you want to proceed?" in talk.ask("GET pane")["text"])
-    talk.server.tmux("send-keys", "-t", window, "1")
+    talk.press("1", lambda: talk.get()["pendingPermission"] is None)
     resolved = talk.wait("permission.resolved")
     assert (resolved["permissionId"], resolved["state"]) == (asked["id"], "answered_in_terminal")
     talk.wait("session.idle")
@@ -2022,8 +2105,7 @@ def test_a_person_may_answer_in_the_terminal_first(make):
 
 def test_a_person_may_press_escape_in_the_terminal(make):
     talk, asked = request(make)
-    eventually(lambda: "Do you want to proceed?" in talk.ask("GET pane")["text"])
-    talk.server.tmux("send-keys", "-t", talk.get()["window"], "Escape")
+    talk.press("Escape", lambda: talk.get()["pendingPermission"] is None)
     assert talk.wait("permission.resolved")["state"] == "answered_in_terminal"
     assert talk.wait("turn.ended")["outcome"] == "interrupted"
     talk.wait("session.idle")
@@ -2039,10 +2121,12 @@ def test_a_question_is_asking_and_is_answered_through_its_input(make):
     assert first["question"] in question["title"] and len(first["options"]) >= 2
     assert talk.refusal("POST approve", {})[0] == 409, "a question needs an answer"
     label = first["options"][1]["label"]
-    talk.ask("POST approve", {"updatedInput": {"questions": question["questions"], "answers": {first["question"]: label}}})
+    talk.ask("POST approve", {"updatedInput": {"questions": question["questions"],
+                                               "answers": {first["question"]: label}}})
     talk.wait("session.idle")
     found = talk.read("limit=10")
-    assert found["output"] == "after" and any(label in one["text"] for one in found["messages"] if one["role"] == "tool")
+    assert found["output"] == "after"
+    assert any(label in one["text"] for one in found["messages"] if one["role"] == "tool")
 
 
 def test_a_plan_is_asking_and_is_approved(make):
@@ -2085,7 +2169,8 @@ def test_a_failed_turn_is_told_and_the_next_one_goes_on(make, what, status):
 def test_silence_proves_nothing(make):
     talk = make("[[quiet 1.2]] [[say loud]]")
     talk.wait("session.idle")
-    assert talk.server.events.of(talk.id, "session.") == ["session.created", "session.ready", "session.working", "session.idle"]
+    assert talk.server.events.of(talk.id, "session.") == ["session.created", "session.ready", "session.working",
+                                                          "session.idle"]
     assert talk.read()["output"] == "loud"
 
 
@@ -2112,7 +2197,8 @@ def test_an_agent_that_ends_by_itself_has_exited(make, how, code, word):
     ended = talk.wait("session.exited")
     assert (ended["exitCode"], word in ended["reason"]) == (code, True)
     found = talk.get()
-    assert (found["status"], found["exitCode"], found["queueLength"]) == ("exited", code, 0) and TIME.fullmatch(found["endedAt"])
+    assert (found["status"], found["exitCode"], found["queueLength"]) == ("exited", code, 0)
+    assert TIME.fullmatch(found["endedAt"])
     assert talk.ask(f"GET queue/{sent['promptId']}")["state"] in ("done", "failed")
     assert not alive(found["pid"]) and talk.read()["messages"][0]["text"] == how
 
@@ -2170,14 +2256,17 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(make):
     talk = make()
     talk.say("[[say one]]")
     old = prompt_ids(talk)[-1]
-    for event in ("UserPromptSubmit", "Stop", "UserPromptSubmit", "PostToolUse", "StopFailure", "SubagentStop", "Notification"):
-        assert report(talk, event, prompt_id=old, prompt="[[say one]]", background_tasks=[], last_assistant_message="stale",
+    for event in ("UserPromptSubmit", "Stop", "UserPromptSubmit", "PostToolUse", "StopFailure", "SubagentStop",
+                  "Notification"):
+        assert report(talk, event, prompt_id=old, prompt="[[say one]]", background_tasks=[],
+                      last_assistant_message="stale",
                       tool_name="Bash", tool_input={}, error="server_error").status == 200
         assert talk.status == "idle", event
     talk.send("[[hang]]")
     talk.wait("prompt.started")
     for event in ("Stop", "StopFailure", "UserPromptSubmit"):
-        assert report(talk, event, prompt_id=old, prompt="[[say one]]", background_tasks=[], last_assistant_message="stale").status == 200
+        assert report(talk, event, prompt_id=old, prompt="[[say one]]", background_tasks=[],
+                      last_assistant_message="stale").status == 200
         assert talk.status == "working", event
     assert report(talk, "Stop", prompt_id=prompt_ids(talk)[-1], background_tasks=[], agent_id="sub").status == 200
     assert talk.status == "working", "a subagent's end is not the end"
@@ -2185,12 +2274,30 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(make):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == 2
 
 
+def test_two_requests_at_once_are_told_apart(make):
+    talk = make("[[hang]]")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(report, talk, "PermissionRequest", tool_name="Bash",
+                            tool_input={"command": word}) for word in "ab"]
+        asked = {one["permission"]["input"]["command"]: one["permission"]["id"]
+                 for one in (talk.wait("permission.requested"), talk.wait("permission.requested"))}
+        assert talk.refusal("POST approve", {}) == talk.refusal("POST reject", {}) == (409, "PERMISSION_AMBIGUOUS")
+        assert talk.ask("POST approve", {"permissionId": asked["b"]})["permissionId"] == asked["b"]
+        assert talk.get()["pendingPermission"]["id"] == asked["a"] and talk.status == "permission_prompt"
+        talk.ask("POST reject", {"permissionId": asked["a"], "message": "not that one"})
+        answers = [one.result(WITHIN).json["hookSpecificOutput"] for one in held]
+    assert [one["hookEventName"] for one in answers] == ["PermissionRequest"] * 2
+    assert [one["decision"] for one in answers] == [{"behavior": "deny", "message": "not that one"},
+                                                    {"behavior": "allow"}]
+
+
 @pytest.mark.parametrize("body", [{}, {"hook_event_name": 7}, {"hook_event_name": "NewInTheNextVersion", "x": [1]},
-                                  {"hook_event_name": "Stop", "prompt_id": 7, "background_tasks": "no", "last_assistant_message": None},
+                                  {"hook_event_name": "Stop", "prompt_id": 7, "background_tasks": "no",
+                                   "last_assistant_message": None},
                                   {"hook_event_name": "PostToolUse", "tool_name": None, "tool_input": 5},
-                                  {"hook_event_name": "UserPromptSubmit", "prompt": None, "prompt_id": None, "agent_id": "sub"}])
-def test_receive_hook_survives_what_it_does_not_know(make, body):
-    talk = make()
+                                  {"hook_event_name": "UserPromptSubmit", "prompt": None, "prompt_id": None,
+                                   "agent_id": "sub"}])
+def test_receive_hook_survives_what_it_does_not_know(talk, body):
     path, secret = hook_of(talk)
     assert talk.server.call(f"POST {path}", body, {"X-Aegis-Secret": secret}).status in (200, 400)
     assert talk.status == "idle" and talk.say("[[say unharmed]]")["output"] == "unharmed"
@@ -2201,9 +2308,11 @@ def test_secrets_are_nowhere_to_be_read(make, strict):
     secret = hook_of(talk)[1]
     server = talk.server
     places = {route: server.call(route).raw.decode() for route in (
-        "GET /v1/sessions", f"GET /v1/sessions/{talk.id}", f"GET /v1/sessions/{talk.id}/read", f"GET /v1/sessions/{talk.id}/explain",
+        "GET /v1/sessions", f"GET /v1/sessions/{talk.id}", f"GET /v1/sessions/{talk.id}/read",
+        f"GET /v1/sessions/{talk.id}/explain",
         f"GET /v1/sessions/{talk.id}/pane?lines=1000", "GET /v1/health", "GET /v1/sessions/stats")}
-    places.update(created=json.dumps(talk.created), events=json.dumps(server.events.heard), log=server.log.read_text(), ps=command_lines(),
+    places.update(created=json.dumps(talk.created), events=json.dumps(server.events.heard), log=server.log.read_text(),
+                  ps=command_lines(),
                   tmux=server.tmux("list-panes", "-a", "-F", "#{pane_start_command} #{pane_title} #{window_name}")
                   + server.tmux("show-environment", "-g") + server.tmux("show-options", "-g"))
     token = strict.env["AEGIS_AUTH_TOKEN"]
@@ -2230,18 +2339,21 @@ def test_kill_session_leaves_nothing_behind_but_the_record(server, make):
     assert found["window"] not in server.tmux("list-windows", "-a", "-F", "#{window_id}").split()
     assert [str(path) for path in server.state.rglob("*") if talk.id in path.name] == []
     gone = talk.get()
-    assert (gone["status"], gone["attach"], gone["tokenUsage"]) == ("killed", None, found["tokenUsage"]) and TIME.fullmatch(gone["endedAt"])
+    assert (gone["status"], gone["attach"], gone["tokenUsage"]) == ("killed", None, found["tokenUsage"])
+    assert TIME.fullmatch(gone["endedAt"])
     assert talk.read()["output"] == "remember me" and len(talk.read("limit=9")["messages"]) == 2
     database = sqlite3.connect(f"file:{next(server.state.glob('*.db'))}?mode=ro", uri=True)
     assert database.execute("SELECT secret FROM sessions WHERE id = ?", (talk.id,)).fetchall() == [(None,)]
     database.close()
     again = talk.kill()
     assert (again["status"], again["killed"]) == ("killed", False)
-    assert talk.server.events.wait_for("session.killed", talk.id) and server.events.of(talk.id).count("session.killed") == 1
+    assert talk.server.events.wait_for("session.killed", talk.id)
+    assert server.events.of(talk.id).count("session.killed") == 1
 
 
 def test_kill_session_takes_the_whole_process_family(make, server, tmp_path):
-    script = f"trap '' HUP TERM; (trap '' HUP; exec tail -f /dev/null) & echo $! > {tmp_path}/child; exec tail -f /dev/null"
+    stubborn = "trap '' HUP TERM; exec tail -f /dev/null"
+    script = f"({stubborn}) & echo $! > {tmp_path}/child; {stubborn}"
     talk = make(ready=False, agent="shell", command=["sh", "-c", script])
     child = int(eventually(lambda: (tmp_path / "child").read_text().strip()))
     talk.kill()
@@ -2256,7 +2368,8 @@ def test_kill_session_by_many_at_once_kills_once(make):
     assert [one["killed"] for one in answers].count(True) == 1 and {one["status"] for one in answers} == {"killed"}
     assert talk.ask(f"GET queue/{waiting}")["state"] == "failed"
     ended = talk.server.events.wait_for("session.killed", talk.id)
-    assert [one["id"] for one in talk.server.events.heard if one["sessionId"] == talk.id and one["id"] > ended["id"]] == []
+    assert [one["id"] for one in talk.server.events.heard if one["sessionId"] == talk.id
+            and one["id"] > ended["id"]] == []
 
 
 def test_kill_session_of_an_agent_that_has_exited_is_clean(make):
@@ -2268,7 +2381,8 @@ def test_kill_session_of_an_agent_that_has_exited_is_clean(make):
 
 def test_create_batch_spoils_nothing_by_one_bad_item(server):
     good = {"workDir": str(server.work), "prompt": "[[say hi]]", "name": "task-1"}
-    items = [good, {"workDir": "/no/such", "name": "task-2"}, good, {"workDir": str(server.work), "foo": 1}, {**good, "name": "task-3"}]
+    items = [good, {"workDir": "/no/such", "name": "task-2"}, good, {"workDir": str(server.work), "foo": 1},
+             {**good, "name": "task-3"}]
     made = server.ask("POST /v1/sessions/batch", {"sessions": items})
     assert made["created"] == len(made["sessions"]) == 2 and made["failed"] == len(made["errors"]) == 3
     errors = {one["index"]: one for one in made["errors"]}
@@ -2281,10 +2395,12 @@ def test_create_batch_spoils_nothing_by_one_bad_item(server):
     ids = [one["id"] for one in made["sessions"]]
     gone = server.ask("DELETE /v1/sessions/batch", {"ids": [*ids, "nobody"]})
     assert (gone["killed"], gone["failed"], sorted(gone["ids"])) == (2, 1, sorted(ids))
-    assert (gone["errors"][0]["index"], gone["errors"][0]["id"], gone["errors"][0]["code"]) == (2, "nobody", "SESSION_NOT_FOUND")
+    error = gone["errors"][0]
+    assert (error["index"], error["id"], error["code"]) == (2, "nobody", "SESSION_NOT_FOUND")
 
 
-@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [1]}, {"sessions": [{}] * 1000}, {"ids": []}])
+@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [1]}, {"sessions": [{}] * 1000},
+                                  {"ids": []}])
 def test_create_batch_refuses_what_is_no_batch(server, body):
     answer = server.call("POST /v1/sessions/batch", body)
     assert answer.status == 400 and "sessions" in answer.json["fields"]
@@ -2415,7 +2531,8 @@ def test_a_restart_on_another_port_still_follows_its_agents(house):
     assert talk.read()["output"] == "one"
     sent = talk.send("[[say two]]")
     assert sent["delivered"] or sent["state"] == "queued"
-    found = eventually(lambda: (lambda read: read if read["output"] == "two" else None)(talk.read("wait=idle&timeout=5")))
+    found = eventually(lambda: (lambda read: read if read["output"] == "two"
+                                else None)(talk.read("wait=idle&timeout=5")))
     assert found["turns"] == 2 and talk.prompts() == ["[[wait 0.5]] [[say one]]", "[[say two]]"]
 
 
@@ -2424,12 +2541,12 @@ def test_sessions_that_ended_while_aegis_was_away_have_exited(house):
     crashed, closed, killed, well = own.open(), own.open(), own.open(), own.open()
     windows = {one.id: one.get()["window"] for one in (crashed, closed, killed, well)}
     pid = killed.get()["pid"]
-    follow(crashed)
     own.crash()
     own.tmux("send-keys", "-t", windows[crashed.id], "[[crash 9]]", "Enter")
     own.tmux("kill-window", "-t", windows[closed.id])
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not alive(pid) and own.tmux("list-panes", "-a", "-F", "#{pane_dead}").count("1") == 2)
+    dead = {f"{windows[one.id]} 1" for one in (crashed, killed)}
+    eventually(lambda: dead <= set(own.tmux("list-panes", "-a", "-F", "#{window_id} #{pane_dead}").splitlines()))
     own.start()
     for one in (crashed, closed, killed):
         one.wait("session.exited")
@@ -2455,13 +2572,14 @@ def test_a_row_that_lost_its_window_and_a_window_that_lost_its_row_are_both_foun
     database.execute("UPDATE sessions SET status = 'killed', ended_at = 1 WHERE id = ?", (ended.id,))
     database.commit()
     database.close()
+    logged = own.log.stat().st_size
     own.start()
     eventually(lambda: not alive(finished["pid"]))
     assert ended.get()["status"] == "killed"
     windows = own.tmux("list-windows", "-a", "-F", "#{window_id}").split()
     assert finished["window"] not in windows
-    assert lost.id in eventually(lambda: own.log.read_text() if lost.id in own.log.read_text().split("listening on")[-1] else "")
-    assert found["window"] in windows or not alive(found["pid"]), "an unknown agent is told of: either kept or ended, not half"
+    assert eventually(lambda: lost.id in own.log.read_text()[logged:])
+    assert (found["window"] in windows) == alive(found["pid"]), "kept or ended, but not half"
 
 
 def test_the_death_of_tmux_is_an_exit_of_all_and_then_goes_on(house):
@@ -2497,10 +2615,11 @@ def test_stopping_aegis_stops_no_agent(house, how):
     stream = Events(own)
     eventually(lambda: stream.heard)
     pids = [talk.get()["pid"], other.get()["pid"]]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(lambda: other.call("GET read?wait=idle&timeout=60").status)
+    with dial(own) as (line, answer):
+        line.sendall(head("GET", f"/v1/sessions/{talk.id}/read?wait=idle"))
+        assert own.ask("GET /v1/health")["status"] == "ok"     # by now that reader waits
         assert own.signal(how, within=8) == 0
-        assert reading.exception() or reading.result() in (200, 503)
+        assert answer().status in (200, 503)
     assert all(map(alive, pids)) and "Traceback" not in own.log.read_text()
     own.start()
     assert talk.read()["output"] == "one"
@@ -2514,7 +2633,8 @@ def test_a_second_signal_stops_at_once(house):
     own.process.send_signal(signal.SIGINT)
     own.process.send_signal(signal.SIGINT)
     assert own.process.wait(WITHIN) in (0, 128 + signal.SIGINT)
-    assert alive(int(own.tmux("list-panes", "-a", "-F", "#{pane_pid} #{@aegis_id}").split(f" {talk.id}")[0].split()[-1]))
+    assert alive(int(own.tmux("list-panes", "-a", "-F",
+                              "#{pane_pid} #{@aegis_id}").split(f" {talk.id}")[0].split()[-1]))
 
 
 def test_events_are_replayed_across_a_restart_and_ids_go_on(house):
@@ -2538,10 +2658,12 @@ def test_events_are_replayed_across_a_restart_and_ids_go_on(house):
 # ============================================================================
 
 
-@pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic {}", "Bearer {}x", "Bearer x{}", "{}", "Bearer  {} {}"])
+@pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic {}", "Bearer {}x",
+                                   "Bearer x{}", "{}", "Bearer  {} {}"])
 def test_without_the_token_nothing_is_told(strict, given):
     headers = {} if given is None else {"Authorization": given.format(*[strict.env["AEGIS_AUTH_TOKEN"]] * 2)}
-    for route in ("GET /v1/sessions", "GET /v1/sessions/nobody", "POST /v1/sessions", "GET /v1/events", "GET /sessions/nobody/read"):
+    for route in ("GET /v1/sessions", "GET /v1/sessions/nobody", "POST /v1/sessions", "GET /v1/events",
+                  "GET /sessions/nobody/read"):
         answer = strict.call(route, {} if route.startswith("POST") else None, headers, auth=False)
         assert (answer.status, answer.json["code"]) == (401, "UNAUTHORIZED"), route
         check_envelope(answer)
@@ -2556,24 +2678,29 @@ def test_with_the_token_all_is_open(strict):
 
 def test_many_wrong_guesses_lock_no_one_out(strict):
     for number in range(50):
-        assert strict.call("GET /v1/sessions", headers={"Authorization": f"Bearer guess{number}"}, auth=False).status in (401, 429)
+        assert strict.call("GET /v1/sessions", headers={"Authorization": f"Bearer guess{number}"},
+                           auth=False).status in (401, 429)
     assert strict.call("GET /v1/sessions").status == 200
 
 
 def test_no_body_is_read_before_its_sender_may_enter(strict):
     with socket.create_connection(("127.0.0.1", strict.port), 10) as line:
-        line.sendall(b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 7000000\r\n\r\n{")
+        line.sendall(head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 7000000") + b"{")
         assert line.makefile("rb").readline().split()[1] == b"401"
 
 
 PLACES = [
-    ({"Host": "localhost"}, 200), ({"Host": "127.0.0.1:{port}"}, 200), ({"Host": "LOCALHOST:{port}"}, 200), ({"Host": "[::1]:{port}"}, 200),
-    ({"Host": "box.example"}, 200), ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example"}, 403), ({"Host": "evil.example:{port}"}, 403),
+    ({"Host": "localhost"}, 200), ({"Host": "127.0.0.1:{port}"}, 200), ({"Host": "LOCALHOST:{port}"}, 200),
+    ({"Host": "[::1]:{port}"}, 200),
+    ({"Host": "box.example"}, 200), ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example"}, 403),
+    ({"Host": "evil.example:{port}"}, 403),
     ({"Host": ""}, 403), ({"Host": "127.0.0.1.evil.example"}, 403), ({"Host": "box.example.evil"}, 403),
     ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
-    ({"Origin": "http://127.0.0.1:{port}"}, 200), ({"Origin": "https://panel.example"}, 200), ({"Origin": "https://panel.example.evil"}, 403),
+    ({"Origin": "http://localhost:{port}"}, 200), ({"Origin": "https://panel.example"}, 200),
+    ({"Origin": "https://panel.example.evil"}, 403),
     ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
-    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Sec-Fetch-Site": "same-origin"}, 200),
     ({"Sec-Fetch-Site": "none"}, 200), ({"Sec-Fetch-Site": "cross-site", "Origin": "https://panel.example"}, 200),
 ]
 
@@ -2583,7 +2710,8 @@ def test_foreign_hosts_and_web_pages_are_refused(server, strict, headers, wanted
     for one in (strict, server):
         if one is server and "example" in json.dumps(headers) and wanted == 200:
             continue   # only the strict server was told of these names
-        given = {"Host": f"localhost:{one.port}", **{name: value.format(port=one.port) for name, value in headers.items()}}
+        given = {"Host": f"localhost:{one.port}", **{name: value.format(port=one.port) for name,
+                                                     value in headers.items()}}
         for route in ("GET /v1/health", "GET /v1/sessions", "POST /hooks/x", "OPTIONS /v1/sessions", "GET /nowhere"):
             answer = one.call(route, headers=given)
             refused = answer.status == 403 and answer.json["code"] in ("HOST_REFUSED", "ORIGIN_REFUSED")
@@ -2595,9 +2723,11 @@ def test_an_allowed_page_may_read_the_answer(strict):
     assert answer.headers["Access-Control-Allow-Origin"] == "https://panel.example"
     foreign = strict.call("GET /v1/sessions", headers={"Origin": "https://evil.example"})
     assert foreign.headers["Access-Control-Allow-Origin"] is None
-    asked = strict.call("OPTIONS /v1/sessions", headers={"Origin": "https://panel.example", "Access-Control-Request-Method": "POST",
-                                                         "Access-Control-Request-Headers": "authorization,content-type"}, auth=False)
-    assert asked.status in (200, 204) and "authorization" in (asked.headers["Access-Control-Allow-Headers"] or "").lower()
+    wish = {"Origin": "https://panel.example", "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type"}
+    asked = strict.call("OPTIONS /v1/sessions", headers=wish, auth=False)
+    assert asked.status in (200, 204)
+    assert "authorization" in (asked.headers["Access-Control-Allow-Headers"] or "").lower()
 
 
 def test_a_server_for_others_checks_the_token(house):
@@ -2651,20 +2781,24 @@ def test_every_route_names_an_unknown_field(server, route):
 @every_route
 def test_every_route_tells_its_methods(server, route):
     _, path = filled(route).split(" ")
-    methods = {one.route.split(" ")[0] for one in aegis.ROUTES if re.fullmatch(re.sub(r":\w+", "[^/]+", one.route.split(" ")[1]), path)}
+    methods = {one.route.split(" ")[0] for one in aegis.ROUTES
+               if re.fullmatch(re.sub(r":\w+", "[^/]+", one.route.split(" ")[1]), path)}
     asked = server.call(f"OPTIONS {path}")
     allowed = set(asked.headers["Allow"].split(", "))
     assert asked.status in (200, 204) and asked.raw == b"" or asked.json
     wrong = server.call(f"PATCH {path}")
-    assert (wrong.status, wrong.json["code"]) == (405, "METHOD_NOT_ALLOWED") and set(wrong.headers["Allow"].split(", ")) == allowed
-    assert {route.route.split(" ")[0], "OPTIONS"} <= allowed and ("HEAD" in allowed) == ("GET" in allowed) and methods & allowed
+    assert (wrong.status, wrong.json["code"]) == (405, "METHOD_NOT_ALLOWED")
+    assert set(wrong.headers["Allow"].split(", ")) == allowed
+    assert {route.route.split(" ")[0], "OPTIONS"} <= allowed
+    assert ("HEAD" in allowed) == ("GET" in allowed)
+    assert methods & allowed
 
 
 @every_route
 def test_every_route_answers_without_v1_if_it_says_so(server, route):
     method, path = filled(route).split(" ")
-    body = None if method == "GET" else {"zebra": 1}
-    both = [server.call(f"{method} {place}", body) for place in (path, path.replace("/v1", "", 1))]
+    body, query = (None, "?zebra=1") if method == "GET" else ({"zebra": 1}, "")
+    both = [server.call(f"{method} {place}{query}", body) for place in (path, path.replace("/v1", "", 1))]
     if route.alias:
         assert both[0].status == both[1].status and both[0].json.get("code") == both[1].json.get("code") != "NOT_FOUND"
     elif path.startswith("/v1"):
@@ -2672,7 +2806,8 @@ def test_every_route_answers_without_v1_if_it_says_so(server, route):
 
 
 def test_the_contracts_aliases_are_all_there():
-    wanted = {"POST /v1/sessions", "GET /v1/sessions/:id/read", "POST /v1/sessions/:id/send", "POST /v1/sessions/:id/interrupt",
+    wanted = {"POST /v1/sessions", "GET /v1/sessions/:id/read", "POST /v1/sessions/:id/send",
+              "POST /v1/sessions/:id/interrupt",
               "DELETE /v1/sessions/:id"}
     assert wanted <= {route.route for route in aegis.ROUTES if route.alias}
 
@@ -2690,7 +2825,8 @@ def test_a_table_that_disagrees_with_its_handlers_is_refused():
         aegis.proofread([good, good])
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/sessions", "/v1/sessions/a/b/c", "/v1/session", "/v1//sessions", "/v1/sessions/", "/%00",
+@pytest.mark.parametrize("path", ["/", "/v1", "/v2/sessions", "/v1/sessions/a/b/c", "/v1/session", "/v1//sessions",
+                                  "/v1/sessions/", "/%00",
                                   "/v1/health/x", "/favicon.ico", "/hooks"])
 def test_what_is_not_there_is_404_in_the_envelope(server, path):
     assert server.refusal(f"GET {path}") == (404, "NOT_FOUND")
@@ -2747,7 +2883,8 @@ def test_one_connection_takes_many_requests(server):
 
 
 def test_pipelined_requests_are_answered_in_order(server, talk):
-    paths = ["/v1/health", f"/v1/sessions/{talk.id}", f"/v1/sessions/{talk.id}/pane", "/nowhere", f"/v1/sessions/{talk.id}/explain", "/v1/sessions/stats"]
+    paths = ["/v1/health", f"/v1/sessions/{talk.id}", f"/v1/sessions/{talk.id}/pane", "/nowhere",
+             f"/v1/sessions/{talk.id}/explain", "/v1/sessions/stats"]
     with dial(server) as (line, answer):
         line.sendall(b"".join(head("GET", path) for path in paths * 3))
         answers = [answer() for _ in paths * 3]
@@ -2766,7 +2903,8 @@ def test_a_request_may_come_byte_by_byte(server):
 
 
 def test_a_client_that_says_close_or_speaks_http_1_0_is_hung_up_on(server):
-    for request_ in (head("GET", "/v1/health", "Connection: close"), b"GET /v1/health HTTP/1.0\r\nHost: localhost\r\n\r\n"):
+    for request_ in (head("GET", "/v1/health", "Connection: close"),
+                     b"GET /v1/health HTTP/1.0\r\nHost: localhost\r\n\r\n"):
         with dial(server) as (line, answer):
             line.sendall(request_)
             assert answer().status == 200 and answer.ended()
@@ -2778,22 +2916,30 @@ BAD_REQUESTS = {
     "length of letters": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: many"), 400, "BAD_LENGTH"),
     "length below zero": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: -1"), 400, "BAD_LENGTH"),
     "length with plus": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: +5") + b"{}   ", 400, "BAD_LENGTH"),
-    "two lengths": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2", "Content-Length: 3") + b"{}", 400, None),
-    "length and chunks": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2", "Transfer-Encoding: chunked") + b"{}", 400, "BAD_LENGTH"),
+    "two lengths": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2", "Content-Length: 3") + b"{}", 400,
+                    None),
+    "length and chunks": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2",
+                               "Transfer-Encoding: chunked") + b"{}", 400, "BAD_LENGTH"),
     "huge length": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 100000000"), 413, "TOO_LARGE"),
-    "huge chunks": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"fffffff\r\nxx", 413, "TOO_LARGE"),
-    "bad chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n0\r\n\r\n", 400, "BAD_LENGTH"),
-    "long chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"1\r\n{}\r\n0\r\n\r\n", 400, "BAD_LENGTH"),
+    "huge chunks": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"fffffff\r\nxx", 413,
+                    "TOO_LARGE"),
+    "bad chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n0\r\n\r\n", 400,
+                  "BAD_LENGTH"),
+    "long chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"1\r\n{}\r\n0\r\n\r\n", 400,
+                   "BAD_LENGTH"),
     "gzip coding": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: gzip, chunked"), 501, "BAD_ENCODING"),
     "bad json": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 5") + b"{oops", 400, "BAD_JSON"),
     "not an object": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2") + b"[]", 400, "BAD_JSON"),
     "nan": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 9") + b'{"a":NaN}', 400, "BAD_JSON"),
     "deep": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 200000") + b"[" * 200_000, 400, "BAD_JSON"),
     "not utf-8": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 9") + b'{"a":"\xff"}', 400, "BAD_ENCODING"),
-    "form": (head("POST", "/v1/sessions", "Content-Type: application/x-www-form-urlencoded", "Content-Length: 3") + b"a=b", 415, "UNSUPPORTED_MEDIA_TYPE"),
-    "text": (head("POST", "/v1/sessions", "Content-Type: text/plain", "Content-Length: 2") + b"{}", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "form": (head("POST", "/v1/sessions", "Content-Type: application/x-www-form-urlencoded",
+                  "Content-Length: 3") + b"a=b", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "text": (head("POST", "/v1/sessions", "Content-Type: text/plain", "Content-Length: 2") + b"{}", 415,
+             "UNSUPPORTED_MEDIA_TYPE"),
     "no type": (head("POST", "/v1/sessions", "Content-Length: 2") + b"{}", 415, "UNSUPPORTED_MEDIA_TYPE"),
-    "utf-16": (head("POST", "/v1/sessions", JSON_TYPE + "; charset=utf-16", "Content-Length: 2") + b"{}", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    "utf-16": (head("POST", "/v1/sessions", JSON_TYPE + "; charset=utf-16", "Content-Length: 2") + b"{}", 415,
+               "UNSUPPORTED_MEDIA_TYPE"),
     "bad query": (head("GET", "/v1/sessions?status=%ff"), 400, "BAD_ENCODING"),
     "no host": (b"GET /v1/health HTTP/1.1\r\n\r\n", 400, None),
     "two hosts": (head("GET", "/v1/health", "Host: evil.example"), 400, None),
@@ -2823,7 +2969,8 @@ def test_a_bad_request_is_refused_in_the_envelope(server, name):
 def test_a_body_in_chunks_is_a_body(server):
     chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(part), part) for part in (b'{"work', b'Dir": "rel', b'ative"}'))
     with dial(server) as (line, answer):
-        line.sendall(head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + chunks + b"0\r\nX-Trailer: x\r\n\r\n" + HEALTH)
+        line.sendall(head("POST", "/v1/sessions", JSON_TYPE,
+                          "Transfer-Encoding: chunked") + chunks + b"0\r\nX-Trailer: x\r\n\r\n" + HEALTH)
         first = answer()
         assert first.status == 400 and "workDir" in json.loads(first.body)["fields"]
         assert answer().status == 200, "what follows the chunks is the next request"
@@ -2841,14 +2988,16 @@ def test_expect_100_continue_is_answered_before_the_body(server):
         assert answer().status == 404, "no body is asked for that nobody wants"
 
 
-@pytest.mark.parametrize("path", ["/v1/health", "/v1/sessions", "/v1/sessions/stats", "/nowhere", "/v1/sessions/nobody"])
+@pytest.mark.parametrize("path", ["/v1/health", "/v1/sessions", "/v1/sessions/stats", "/nowhere",
+                                  "/v1/sessions/nobody"])
 def test_head_is_get_without_the_body(server, path):
     with dial(server) as (line, answer):
         line.sendall(head("HEAD", path))
         bare = answer(head=True)
         line.sendall(head("GET", path))
         whole = answer()
-    assert (bare.status, bare.body) == (whole.status, b"") and bare.headers["content-type"] == whole.headers["content-type"]
+    assert (bare.status, bare.body) == (whole.status, b"")
+    assert bare.headers["content-type"] == whole.headers["content-type"]
     assert abs(int(bare.headers["content-length"]) - int(whole.headers["content-length"])) < 8
 
 
@@ -2864,24 +3013,29 @@ def test_every_answer_has_a_request_id_and_says_what_it_is(server):
     for route in ("GET /v1/health", "GET /nowhere", "POST /v1/sessions", "GET /v1/sessions/nobody/pane"):
         answer = server.call(route)
         ids.add(answer.headers["X-Request-Id"])
-        assert answer.headers["Content-Type"].startswith("application/json") and answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Content-Type"].startswith("application/json")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Cache-Control"] == "no-store" and "Server" not in answer.headers
     assert len(ids) == 4 and None not in ids
 
 
 def test_a_callers_request_id_is_kept_when_it_is_harmless(server):
-    assert server.call("GET /v1/health", headers={"X-Request-Id": "trace-42"}).headers["X-Request-Id"] == "trace-42"
-    assert server.call("GET /v1/health", headers={"X-Request-Id": "x" * 5000}).headers["X-Request-Id"] != "x" * 5000
-    assert server.call("GET /v1/health", headers={"X-Request-Id": "a b<script>"}).headers["X-Request-Id"] != "a b<script>"
+    for given, kept in (("trace-42", True), ("x" * 5000, False), ("a b<script>", False)):
+        answer = server.call("GET /v1/health", headers={"X-Request-Id": given})
+        assert (answer.headers["X-Request-Id"] == given) == kept
 
 
 def test_every_request_has_a_line_in_the_log(strict):
     strict.call("GET /v1/health", headers={"X-Request-Id": "find-me"})
     strict.call("GET /nowhere?secret=1", headers={"X-Request-Id": "find-me-too"})
-    text = eventually(lambda: (lambda said: said if said.count("find-me") >= 2 and said.endswith("\n") else "")(strict.log.read_text()))
+    text = eventually(lambda: (lambda said: said if said.count("find-me") >= 2 and said.endswith("\n")
+                               else "")(strict.log.read_text()))
     lines = [json.loads(one) for one in text.splitlines() if "find-me" in one]
     first, second = lines
-    assert first["status"] == 200 and second["status"] == 404 and "GET" in first["message"] and "/v1/health" in first["message"]
+    assert first["status"] == 200
+    assert second["status"] == 404
+    assert "GET" in first["message"]
+    assert "/v1/health" in first["message"]
     assert all({"time", "level", "ms", "id"} <= set(one) for one in lines)
     assert all(json.loads(one) for one in text.splitlines()), "every line of a JSON log is JSON"
 
@@ -2897,13 +3051,15 @@ def test_half_a_request_holds_nobody_up(server, talk):
 
 
 def test_a_client_that_leaves_in_the_middle_harms_nobody(server, talk):
-    for path in (f"/v1/sessions/{talk.id}/read?wait=idle", "/v1/events?after=0", f"/v1/sessions/{talk.id}/pane?lines=5000"):
+    before = server.log.stat().st_size
+    for path in (f"/v1/sessions/{talk.id}/read?wait=idle", "/v1/events?after=0",
+                 f"/v1/sessions/{talk.id}/pane?lines=5000"):
         for _ in range(5):
             with dial(server) as (line, _):
                 line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 line.sendall(head("GET", path))
     assert talk.say("[[say on]]")["output"] == "on"
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()[before:]
 
 
 def test_hundreds_of_idle_connections_cost_no_one_anything(server, talk):
@@ -2928,7 +3084,7 @@ def test_a_large_answer_reaches_a_slow_reader_whole(server, make):
     talk = make()
     talk.say("[[long 6000]]")
     with dial(server) as (line, answer):
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
         line.sendall(head("GET", f"/v1/sessions/{talk.id}/read?limit=5") + HEALTH)
         assert len(json.loads(answer().body)["output"].split("\n")) == 6000
         assert answer().status == 200
@@ -2939,8 +3095,9 @@ def test_a_large_answer_reaches_a_slow_reader_whole(server, make):
 # ============================================================================
 
 
-def test_the_demo_agent_is_labelled_and_never_chosen_silently(house, server, talk):
-    assert talk.get()["agent"] == "demo" and "demo" in talk.ask("GET pane?lines=100")["text"].lower()
+def test_the_demo_agent_is_labelled_and_never_chosen_silently(make):
+    talk = make()
+    assert talk.get()["agent"] == "demo" and "demo" in talk.ask("GET pane")["text"].lower()
     own = Server(demo=False)
     try:
         assert own.start().refusal("POST /v1/sessions", {"workDir": str(own.work)}) == (503, "AGENT_NOT_FOUND")
@@ -2949,7 +3106,8 @@ def test_the_demo_agent_is_labelled_and_never_chosen_silently(house, server, tal
 
 
 def test_the_demo_agent_runs_and_writes_nothing(make, server):
-    talk = make("[[bash touch ran-by-demo]] [[write written-by-demo x]] [[say done]]", permissionMode="bypassPermissions")
+    talk = make("[[bash touch ran-by-demo]] [[write written-by-demo x]] [[say done]]",
+                permissionMode="bypassPermissions")
     talk.wait("session.idle")
     assert talk.read()["output"] == "done"
     assert not list(server.work.glob("*-by-demo"))
@@ -2991,7 +3149,8 @@ def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path)
     copy = tmp_path / "elsewhere" / "aegis.py"
     copy.parent.mkdir()
     shutil.copy(AEGIS, copy)
-    done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path), stdout=subprocess.PIPE, cwd="/")
+    done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path),
+                          stdout=subprocess.PIPE, cwd="/")
     assert done.returncode == 0 and [path.name for path in copy.parent.iterdir()] == ["aegis.py"]
 
 
@@ -3029,11 +3188,13 @@ def test_the_readme_names_every_endpoint(readme):
 def test_every_curl_of_the_readme_works(readme, house):
     own = house(AEGIS_AGENT="demo")
     script = "\n".join(block for block in shell_blocks(readme) if "curl" in block and "apt" not in block)
-    script = script.replace("localhost:9100", f"localhost:{own.port}").replace("127.0.0.1:9100", f"127.0.0.1:{own.port}")
+    script = script.replace(":9100", f":{own.port}")
     script = re.sub(r"curl (?=.*-N|.*--no-buffer)", "curl --max-time 1 ", script)
     assert script.count("curl") >= 5
-    commands = [one for one in re.sub(r"\\\n\s*", " ", script).splitlines() if one.strip() and not one.strip().startswith("#")]
-    done = subprocess.run(["bash", "-c", "\n".join(f"{one}\necho \"=== $?\"" for one in commands)], env=own.env, cwd=str(own.work),
+    commands = [one for one in re.sub(r"\\\n\s*", " ", script).splitlines() if one.strip()
+                and not one.strip().startswith("#")]
+    done = subprocess.run(["bash", "-c", "\n".join(f"{one}\necho \"=== $?\"" for one in commands)], env=own.env,
+                          cwd=str(own.work),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
     said = done.stdout.decode()
     assert '"statusCode"' not in said, said
@@ -3053,25 +3214,13 @@ FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDe
 def length(node: Any) -> int:
     """Count a function's lines without its docstring."""
     body = node.body[1:] if ast.get_docstring(node) else node.body
-    return node.end_lineno - node.lineno + 1 - (body[0].lineno - node.body[0].lineno if body and body is not node.body else 0)
+    return node.end_lineno - node.lineno + 1 - (body[0].lineno - node.body[0].lineno if body and body is not node.body
+                                                else 0)
 
 
 def rooms() -> List[Tuple[str, int]]:
     """List the rooms with the line they begin at."""
     return [(found.group(1), SOURCE[:found.start()].count("\n") + 1) for found in ROOM.finditer(SOURCE)]
-
-
-def downward() -> List[str]:
-    """List the uses of a lower room's names."""
-    begins = [begin for _, begin in rooms()]
-    room_of = lambda number: sum(begin <= number for begin in begins)  # noqa: E731
-    owner = {name: room_of(node.lineno) for node in TREE.body for name in defined(node)}
-    found = []
-    for node in TREE.body:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load) and owner.get(inner.id, 0) > room_of(node.lineno):
-                found.append(f"line {inner.lineno} uses {inner.id} of a lower room")
-    return found
 
 
 def defined(node: Any) -> List[str]:
@@ -3080,6 +3229,27 @@ def defined(node: Any) -> List[str]:
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+
+
+def uses(table: Any) -> Iterator[Tuple[int, str]]:
+    """List the global names that functions and classes use, with the line each begins at."""
+    for child in table.get_children():
+        for symbol in child.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                yield child.get_lineno(), symbol.get_name()
+        yield from uses(child)
+
+
+def downward() -> List[str]:
+    """List the uses of a lower room's names."""
+    begins = [begin for _, begin in rooms()]
+    room_of = lambda number: sum(begin <= number for begin in begins)  # noqa: E731
+    owner = {name: room_of(node.lineno) for node in TREE.body for name in defined(node)}
+    plain = [(inner.lineno, inner.id) for node in TREE.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+             for inner in ast.walk(node) if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Store)]
+    return [f"line {number} uses {name} of a lower room" for number,
+            name in [*plain, *uses(symtable.symtable(SOURCE, "aegis.py", "exec"))]
+            if owner.get(name, 0) > room_of(number)]
 
 
 def test_no_function_is_longer_than_a_screen():
@@ -3106,7 +3276,8 @@ def test_the_tests_follow_the_rooms():
 
 
 def test_everything_public_has_a_docstring_of_one_sentence():
-    public = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+    named_nodes = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    public = [node for node in named_nodes if not node.name.startswith("_")]
     nested = {inner for node in FUNCTIONS for inner in ast.walk(node) if inner is not node}
     assert [node.name for node in public if node not in nested and not ast.get_docstring(node)] == []
     first = [ast.get_docstring(node).split("\n")[0] for node in public if ast.get_docstring(node)]
@@ -3114,7 +3285,8 @@ def test_everything_public_has_a_docstring_of_one_sentence():
 
 
 def test_only_the_standard_library_is_imported():
-    found = {alias.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    plain = [node for node in ast.walk(TREE) if isinstance(node, ast.Import)]
+    found = {alias.name.split(".")[0] for node in plain for alias in node.names}
     found |= {(node.module or "").split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     places = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
     foreign = [name for name in found - set(sys.builtin_module_names) - {"__future__"}
@@ -3126,7 +3298,7 @@ def test_only_the_standard_library_is_imported():
 def test_the_file_is_python_3_9_and_keeps_its_width():
     ast.parse(SOURCE, feature_version=(3, 9))
     for name, text in (("aegis.py", SOURCE), ("test_aegis.py", Path(__file__).read_text(encoding="utf-8"))):
-        assert [number for number, one in enumerate(text.split("\n"), 1) if len(one) > 150] == [], name
+        assert [number for number, one in enumerate(text.split("\n"), 1) if len(one) > 120] == [], name
         assert "\t" not in text and not re.search(r"[ \t]$", text, re.MULTILINE), name
 
 
@@ -3149,3 +3321,511 @@ def test_nothing_is_started_by_importing_it():
     code = "import threading, aegis; assert threading.active_count() == 1; print('calm')"
     done = subprocess.run([sys.executable, "-c", code], cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.stdout == b"calm\n" and not done.stderr
+
+
+# ============================================================================
+# REAL CLIENT. Claude Code itself, offline, against a Messages API of our own.
+# ============================================================================
+# Runs when `claude` is installed.  FakeModel answers the Messages API on
+# loopback; the prompt's text is its script, one direction for each answer.
+# Always with an environment and a home of its own, never the account's.
+
+CLIENT = shutil.which("claude") or next((str(path) for path
+                                         in [Path.home() / ".cache/claude-lab/node_modules/.bin/claude"]
+                                         if path.exists()), None)
+real_client = pytest.mark.skipif(not CLIENT, reason="Claude Code is not installed")
+DIRECTION = re.compile(r"\[\[(\w+) ?(.*?)\]\]", re.DOTALL)
+KEY = "sk-ant-test-000"
+QUESTIONS = [{"question": "Which colour?", "header": "Colour", "multiSelect": False,
+              "options": [{"label": name, "description": f"The colour {name}"} for name in ("Red", "Green", "Blue")]}]
+TOOLS = {
+    "bash": lambda rest: ("Bash", {"command": rest, "description": "Run it"}),
+    "write": lambda rest: ("Write", {"file_path": rest.partition(" ")[0], "content": rest.partition(" ")[2]}),
+    "ask": lambda rest: ("AskUserQuestion", {"questions": QUESTIONS}),
+}
+
+
+class FakeModel(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """The stand-in's server; heard holds the prompts of main requests, as the model got them."""
+
+    daemon_threads = allow_reuse_address = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Messages)
+        self.heard: List[str] = []
+        self.failures: Dict[str, int] = {}
+        self.ended = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        """A client that hangs up is no error."""
+
+    def close(self) -> None:
+        """End it, and whoever waits."""
+        self.ended.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Messages(BaseHTTPRequestHandler):
+    """One connection of the client."""
+
+    protocol_version = "HTTP/1.1"
+    server: FakeModel
+
+    def log_message(self, *_: Any) -> None:
+        """Be silent."""
+
+    def do_GET(self) -> None:
+        """Anything else that the client looks for is not here."""
+        self.plain(404, {"type": "error", "error": {"type": "not_found_error", "message": "nothing here"}})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """Answer a message by its script."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "count_tokens" in self.path:
+            return self.plain(200, {"input_tokens": 10})
+        if not body.get("tools"):        # a side call, for a title
+            return self.stream(body, [("say", "A title")])
+        prompt, answered = last_prompt(body["messages"])
+        steps = DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
+        if not answered:
+            self.server.heard.append(prompt)
+        word, rest = steps[answered] if answered < len(steps) else ("say", "All done.")
+        if word == "error":
+            return self.fail(prompt, rest)
+        if word == "both":
+            return self.stream(body, [("bash", one.strip()) for one in rest.split(";;")])
+        return self.stream(body, [(word, rest)])
+
+    def fail(self, prompt: str, rest: str) -> None:
+        """Refuse, for the first N attempts if N is given."""
+        code, _, times = rest.partition(" ")
+        self.server.failures[prompt] = self.server.failures.get(prompt, 0) + 1
+        if times and self.server.failures[prompt] > int(times):
+            return self.stream({}, [("say", "recovered")])
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 529: "overloaded_error"}
+        kind = kinds.get(int(code), "api_error")
+        self.plain(int(code), {"type": "error", "error": {"type": kind, "message": f"Fake {kind}"}})
+
+    def plain(self, status: int, value: Json) -> None:
+        """Send one JSON answer."""
+        raw = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def stream(self, body: Json, steps: List[Tuple[str, str]]) -> None:
+        """Send one message as a stream of events."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        usage = {"input_tokens": 100, "output_tokens": 1, "cache_read_input_tokens": 0,
+                 "cache_creation_input_tokens": 0}
+        self.event("message_start", message={"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant",
+                                             "content": [],
+                                             "model": body.get("model", "claude-test"), "stop_reason": None,
+                                             "stop_sequence": None,
+                                             "usage": usage})
+        for index, (word, rest) in enumerate(steps):
+            self.tool(index, *TOOLS[word](rest)) if word in TOOLS else self.text(index, self.pieces(word, rest))
+        stop = "tool_use" if steps[0][0] in TOOLS else "end_turn"
+        self.event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": 20})
+        self.event("message_stop")
+        self.close_connection = True
+
+    def event(self, kind: str, **data: Any) -> None:
+        """Send one event."""
+        self.wfile.write(f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode())
+        self.wfile.flush()
+
+    def pieces(self, word: str, rest: str) -> Iterator[str]:
+        """Give the pieces of a text, in their own time."""
+        if word == "hang":
+            while not self.server.ended.wait(0.05):
+                self.event("ping")      # fails when the client has hung up, which ends this
+        if word in ("wait", "slow"):
+            for number in range(10):
+                self.server.ended.wait(float(rest) / 10)
+                if word == "slow":
+                    yield f"word{number} "
+        yield {"long": "\n".join(f"line {number}" for number in range(int(rest or 1) if word == "long" else 0)),
+               "say": rest}.get(word, "waited")
+
+    def text(self, index: int, pieces: Iterator[str]) -> None:
+        """Send a block of text."""
+        self.event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+        for piece in pieces:
+            self.event("content_block_delta", index=index, delta={"type": "text_delta", "text": piece})
+        self.event("content_block_stop", index=index)
+
+    def tool(self, index: int, name: str, given: Json) -> None:
+        """Send a block that uses a tool."""
+        block = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:20]}", "name": name, "input": {}}
+        self.event("content_block_start", index=index, content_block=block)
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(given)}
+        self.event("content_block_delta", index=index, delta=delta)
+        self.event("content_block_stop", index=index)
+
+
+def last_prompt(messages: List[Json]) -> Tuple[str, int]:
+    """Find the last text of the user that is no reminder, and count the answers behind it."""
+    answered = 0
+    for message in reversed(messages):
+        content = message["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = [re.sub(r"<system-reminder>.*?</system-reminder>\s*", "", one["text"], flags=re.DOTALL)
+                 for one in blocks if one.get("type") == "text"]
+        texts = [one for one in texts if one.strip() and not one.startswith("[Request interrupted")]
+        if message["role"] == "user" and texts and not any(one.get("type") == "tool_result" for one in blocks):
+            return texts[-1], answered
+        answered += message["role"] == "assistant"
+    return "", answered
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[FakeModel]:
+    """The Messages API that all real sessions talk to."""
+    running = FakeModel()
+    yield running
+    running.close()
+
+
+def lab(model: FakeModel, *flags: str, **env: str) -> Server:
+    """Prepare a server for the real client, with a home where its first questions are answered."""
+    chosen = {"AEGIS_CLAUDE_CMD": CLIENT, "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{model.server_address[1]}",
+              "ANTHROPIC_API_KEY": KEY,
+              "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "1"}
+    own = Server(*flags, demo=False, **{**chosen, **env})
+    (own.root / "home" / ".claude.json").write_text(json.dumps({
+        "hasCompletedOnboarding": True, "customApiKeyResponses": {"approved": [KEY], "rejected": []}}))
+    return own
+
+
+@pytest.fixture(scope="module")
+def claude(model) -> Iterator[Server]:
+    """A server whose agent is the real client."""
+    own = lab(model).start()
+    yield own
+    own.close()
+
+
+@pytest.fixture
+def start(claude) -> Iterator[Callable[..., Talk]]:
+    """Create real sessions that end with the test."""
+    made: List[Talk] = []
+
+    def create(prompt: Optional[str] = None, **body: Any) -> Talk:
+        made.append(claude.open(prompt, **body))
+        return made[-1]
+    yield create
+    for talk in made:
+        talk.kill()
+
+
+@pytest.fixture
+def real(claude) -> Talk:
+    """An idle real session that many tests share."""
+    spare = claude.spare
+    if spare is None or (spare.get()["status"], spare.get()["queueLength"]) != ("idle", 0):
+        if spare is not None:
+            spare.kill()
+        spare = claude.spare = claude.open()
+    return spare
+
+
+@real_client
+def test_real_create_session_with_a_prompt_in_a_new_directory(claude, start):
+    place = claude.work / "never seen"
+    place.mkdir()
+    talk = start("[[say hello from the model]]", workDir=str(place), name="real; $(one)")
+    assert talk.delivery["delivered"] is True, "the trust question was answered"
+    found = talk.read()
+    assert (found["status"], found["output"], found["turns"]) == ("idle", "hello from the model", 1)
+    assert found["tokenUsage"]["input"] >= 100 and found["tokenUsage"]["output"] == 20
+    told = [(one["role"], one["text"]) for one in found["messages"]]
+    assert told == [("user", "[[say hello from the model]]"), ("assistant", "hello from the model")]
+    whole = talk.get()
+    assert (whole["agent"], whole["permissionMode"]) == ("claude", "default") and Path(whole["transcriptPath"]).exists()
+
+
+@real_client
+def test_real_turns_are_exact(start):
+    talk = start(permissionMode="bypassPermissions" if os.getuid() else "acceptEdits")
+    for number in range(REAL_TURNS):
+        sent = talk.send(f"[[say {number}]]")
+        found = talk.read("wait=idle&timeout=30&limit=0")
+        assert sent["delivered"] is True
+        assert (found["status"], found["output"], found["turns"]) == ("idle", str(number), number + 1)
+        assert talk.status == "idle"
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    talk.wait("session.idle") if talk.server.events.of(talk.id)[-1] != "session.idle" else None
+    assert talk.server.events.of(talk.id, "session.") == ["session.created", "session.ready", "session.idle"] + [
+        "session.working", "session.idle"] * REAL_TURNS
+    assert talk.server.events.of(talk.id, "prompt.") == ["prompt.queued", "prompt.submitted", "prompt.started",
+                                                         "prompt.done"] * REAL_TURNS
+
+
+REAL_AWKWARD = [name for name in AWKWARD if name not in ("slash word", "64 kB", "200 lines")]
+
+
+@real_client
+@pytest.mark.parametrize("name", REAL_AWKWARD)
+def test_real_send_text_arrives_as_one_prompt_and_as_it_was(real, model, name):
+    text, before = AWKWARD[name], len(model.heard)
+    assert real.say(text)["status"] == "idle"
+    assert [seen(one) for one in model.heard[before:]] == [arrives(text)]
+    assert not list(real.server.work.glob("ran-*"))
+
+
+@real_client
+def test_real_send_text_with_a_command_in_front_is_text(real, model):
+    before = len(model.heard)
+    found = real.say("/cost of this, in words")
+    assert found["status"] == "idle" and len(model.heard) == before + 1
+    assert seen(model.heard[-1]).strip(" \n\u2800") == "/cost of this, in words"
+
+
+@real_client
+@pytest.mark.parametrize("name", ["200 lines", "64 kB"])
+def test_real_long_texts_arrive_whole(start, model, name):
+    before, talk = len(model.heard), start()
+    talk.send(AWKWARD[name])
+    talk.wait("prompt.done", within=60)
+    assert [seen(one) for one in model.heard[before:]] == [arrives(AWKWARD[name])]
+
+
+@real_client
+def test_real_prompts_wait_while_the_client_works_and_go_alone(start, model):
+    before = len(model.heard)
+    talk = start("[[slow 1]]")
+    sent = [talk.send(f"[[say {word}]]") for word in ("second", "third")]
+    assert [(one["queued"], one["position"]) for one in sent] == [(True, 1), (True, 2)]
+    for one in sent:
+        talk.wait("prompt.done", promptId=one["promptId"])
+    assert model.heard[before:] == ["[[slow 1]]", "[[say second]]", "[[say third]]"] and talk.get()["turns"] == 3
+
+
+@real_client
+def test_real_interrupt_ends_the_turn_and_never_the_client(start):
+    talk = start("[[hang]]")
+    for _ in range(2):
+        talk.wait("prompt.started")
+        answer = talk.ask("POST interrupt")
+        assert (answer["interrupted"], answer["status"]) == (True, "idle"), answer
+        assert talk.wait("turn.ended")["outcome"] == "interrupted"
+        assert talk.ask("POST interrupt")["interrupted"] is False
+        talk.send("[[hang]]")
+    talk.wait("prompt.started")
+    talk.ask("POST interrupt")
+    assert talk.say("[[say alive]]")["output"] == "alive" and alive(talk.get()["pid"])
+
+
+@real_client
+def test_real_interrupt_by_a_person_at_the_terminal_is_seen(start):
+    talk = start("[[hang]]")
+    eventually(lambda: "esc to interrupt" in talk.ask("GET pane")["text"])
+    talk.server.tmux("send-keys", "-t", talk.get()["window"], "Escape")
+    assert talk.wait("turn.ended")["outcome"] == "interrupted"
+    assert talk.wait("session.idle") and talk.say("[[say on]]")["output"] == "on"
+
+
+@real_client
+@pytest.mark.parametrize("code, status", [(529, "error"), (401, "error"), (400, "error"), (429, "rate_limited")])
+def test_real_api_errors_are_told_and_the_next_turn_goes_on(start, code, status):
+    talk = start()
+    talk.send(f"[[error {code}]]")
+    talk.wait(f"session.{status}", within=40)
+    found = talk.read()
+    assert (found["status"], found["statusReason"] is None) == (status, False)
+    assert str(code) in found["statusReason"] or "limit" in found["statusReason"] or "auth" in found["statusReason"]
+    talk.send("[[say better]]")
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "better"
+
+
+@real_client
+def test_real_an_error_that_the_client_retries_is_no_error(start):
+    talk = start("[[error 529 1]]")
+    talk.wait("session.idle", within=40)
+    assert talk.read()["output"] == "recovered" and "session.error" not in talk.server.events.of(talk.id)
+
+
+@real_client
+def test_real_clear_begins_a_new_conversation(start):
+    talk = start()
+    talk.say("[[say one]]")
+    before = talk.get()
+    sent = talk.ask("POST command", {"command": "/clear"})
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    assert talk.say("[[say two]]")["output"] == "two"
+    after = talk.get()
+    assert after["conversationId"] != before["conversationId"] and after["transcriptPath"] != before["transcriptPath"]
+    assert after["tokenUsage"]["output"] == before["tokenUsage"]["output"] + 20
+    assert [one["text"] for one in talk.read("limit=50")["messages"] if one["text"] in ("one", "two")] == ["one", "two"]
+
+
+@real_client
+def test_real_bash_runs_in_the_clients_shell_mode(start):
+    talk = start()
+    sent = talk.ask("POST bash", {"command": "touch ran-by-bash"})
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    assert (talk.server.work / "ran-by-bash").exists()
+    (talk.server.work / "ran-by-bash").unlink()
+    eventually(lambda: talk.status == "idle")
+    assert talk.say("[[say on]]")["output"] == "on"
+
+
+@real_client
+def test_real_exit_is_an_exit(start):
+    talk = start()
+    talk.ask("POST command", {"command": "/exit"})
+    assert talk.wait("session.exited")["exitCode"] == 0 and talk.status == "exited"
+
+
+@real_client
+def test_real_crash_is_an_exit(start):
+    talk = start("[[hang]]")
+    eventually(lambda: talk.read("limit=1")["messages"])     # the client writes its transcript a little late
+    os.kill(talk.get()["pid"], signal.SIGKILL)
+    ended = talk.wait("session.exited")
+    assert ended["exitCode"] != 0 and talk.read()["messages"][0]["text"] == "[[hang]]"
+
+
+@real_client
+def test_real_kill_ends_the_client_and_keeps_the_record(start):
+    talk = start()
+    talk.say("[[say remember]]")
+    pid = talk.get()["pid"]
+    assert talk.kill()["killed"] is True and not alive(pid)
+    assert talk.read()["output"] == "remember"
+
+
+@real_client
+def test_real_client_that_cannot_start_is_a_502_with_its_words(claude):
+    body = {"workDir": str(claude.work), "prompt": "x", "args": ["--no-such-flag-at-all"]}
+    answer = claude.call("POST /v1/sessions", body)
+    assert (answer.status, answer.json["code"]) == (502, "AGENT_EXITED")
+    assert "no-such-flag-at-all" in answer.json["error"]
+
+
+@real_client
+def test_real_permission_is_asked_and_approved(start):
+    talk = start("[[bash touch approved]] [[say after]]")
+    asked = talk.wait("permission.requested")["permission"]
+    assert (asked["tool"], asked["input"]["command"], talk.status) == ("Bash", "touch approved", "permission_prompt")
+    assert not (talk.server.work / "approved").exists()
+    talk.ask("POST approve", {"permissionId": asked["id"]})
+    talk.wait("session.idle")
+    assert (talk.server.work / "approved").exists() and talk.read()["output"] == "after"
+    (talk.server.work / "approved").unlink()
+
+
+@real_client
+def test_real_permission_is_rejected_with_words_and_the_turn_goes_on(start):
+    talk = start("[[bash touch rejected]] [[say after]]")
+    talk.wait("permission.requested")
+    talk.ask("POST reject", {"message": "use make instead"})
+    talk.wait("session.idle")
+    found = talk.read("limit=10")
+    assert found["output"] == "after" and not (talk.server.work / "rejected").exists()
+    assert any("use make instead" in one["text"] for one in found["messages"] if one["role"] == "tool")
+
+
+@real_client
+def test_real_permission_answered_at_the_terminal(start):
+    talk = start("[[bash touch by-hand]] [[say after]]")
+    talk.wait("permission.requested")
+    talk.press("1", lambda: talk.get()["pendingPermission"] is None)
+    assert talk.wait("permission.resolved")["state"] == "answered_in_terminal"
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "after" and (talk.server.work / "by-hand").exists()
+    (talk.server.work / "by-hand").unlink()
+
+
+@real_client
+def test_real_two_tools_at_once_are_asked_and_decided_each(start):
+    talk = start("[[both touch first-of-two ;; touch second-of-two]] [[say after]]")
+    for _ in range(2):
+        asked = talk.wait("permission.requested")["permission"]
+        talk.ask("POST approve", {"permissionId": asked["id"]})
+    talk.wait("session.idle")
+    made = [talk.server.work / name for name in ("first-of-two", "second-of-two")]
+    assert talk.read()["output"] == "after" and all(path.exists() for path in made)
+    [path.unlink() for path in made]
+
+
+@real_client
+def test_real_question_is_asked_and_answered(start):
+    talk = start("[[ask]] [[say after]]")
+    talk.wait("permission.requested")
+    question = talk.get()["pendingQuestion"]
+    assert talk.status == "asking" and question["questions"][0]["question"] == "Which colour?"
+    talk.ask("POST approve", {"updatedInput": {"questions": question["questions"],
+                                               "answers": {"Which colour?": "Green"}}})
+    talk.wait("session.idle")
+    assert any("Green" in one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool")
+
+
+@real_client
+def test_real_trust_question_is_left_to_a_person_when_told_so(model):
+    own = lab(model, "--trust-workdir", "off", "--create-seconds", "5").start()
+    try:
+        talk = own.open("[[say x]]")
+        assert (talk.delivery["delivered"], talk.status) == (False, "asking")
+        assert "trust" in talk.get()["statusReason"]
+        assert own.ask(f"GET /v1/sessions/{talk.id}/queue")["queue"][0]["attempts"] == 0
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_client_without_credentials_is_an_error_that_says_what_to_do(model):
+    own = lab(model, "--create-seconds", "10", ANTHROPIC_API_KEY="")
+    own.env.pop("ANTHROPIC_API_KEY")
+    own.start()
+    try:
+        talk = own.open("[[say x]]", ready=False)
+        talk.wait("session.error")
+        assert "/login" in talk.get()["statusReason"] and talk.read()["output"] is None
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_turn_survives_a_restart_of_aegis(model):
+    own = lab(model).start()
+    try:
+        under_way, meanwhile = own.open("[[slow 3]]"), own.open("[[slow 0.5]]")
+        asking, calm = own.open("[[bash touch x]] [[say after]]"), own.open()
+        for one in (meanwhile, follow(meanwhile)):
+            one.get()
+        asking.wait("permission.requested")
+        own.crash()
+        eventually(lambda: ended_turn(meanwhile))
+        own.start()
+        assert (meanwhile.read()["status"], meanwhile.read()["output"].split()[-1]) == ("idle", "waited")
+        assert under_way.read()["output"].startswith("word0") and under_way.get()["turns"] == 1
+        eventually(lambda: asking.status == "permission_prompt")
+        for one in (under_way, meanwhile, calm):
+            assert one.say("[[say on]]")["output"] == "on"
+        states = own.events.of(under_way.id, "session.")
+        assert states[:2] == ["session.created", "session.ready"]
+        assert states[2:5] == ["session.working", "session.idle", "session.working"]
+        assert under_way.prompts() == ["[[slow 3]]", "[[say on]]"]
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_users_own_files_are_not_touched(claude, start):
+    home = claude.root / "home"
+    start().say("[[say x]]")
+    assert not (home / ".claude" / "settings.json").exists()
+    assert json.loads((home / ".claude.json").read_text())["hasCompletedOnboarding"] is True
