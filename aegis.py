@@ -35,10 +35,12 @@ Rooms, top to bottom; a room uses only rooms above it:
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
-aegis-monitor (screens that fell quiet, timers) - aegis-log.
+aegis-monitor (screens that fell quiet, timers) - aegis-deliver (one per session, while it types) -
+aegis-log - and short ones for an exit, an audit, a trust question.
 
-Locks, outermost first: Session.lock -> Tmux.lock -> {Store.lock, Bus.lock}.  A session's lock is
-never held while tmux, a file or a socket is waited for.
+Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Tmux.lock, Monitor.lock and Exits.lock are leaves.  A session's lock is never held while tmux or a
+socket is waited for.
 """
 from __future__ import annotations
 
@@ -1924,7 +1926,7 @@ def demo_program(settings: Settings, launch: Json) -> Sequence[str]:
     script = ("import sys; sys.modules['ssl'] = None; sys.path.insert(0, sys.argv.pop(1)); "
               "import importlib; sys.exit(importlib.import_module(sys.argv.pop(1)).demo_agent_main(sys.argv[1:]))")
     here = Path(__file__).resolve()
-    return [sys.executable, "-S", "-E", "-c", script, str(here.parent), here.stem]
+    return [sys.executable, "-I", "-S", "-X", f"pycache_prefix={settings.state_dir}/cache", "-c", script, str(here.parent), here.stem]
 
 
 def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
@@ -1951,12 +1953,11 @@ def hook_settings(url: str, secret: str, hold: float, bypass: bool) -> Json:
     return {"hooks": hooks, **({"skipDangerousModePermissionPrompt": True} if bypass else {})}
 
 
-def agent_environment(inherited: Mapping[str, str], extra: Mapping[str, str], state_dir: Path) -> Dict[str, str]:
+def agent_environment(inherited: Mapping[str, str], extra: Mapping[str, str]) -> Dict[str, str]:
     """Choose an agent's environment: ours, without what would tell it that it is nested, and the creator's."""
     kept = {name: value for name, value in inherited.items()
             if re.fullmatch(ENV_NAME, name) and not NEVER_INHERITED.fullmatch(name)}
     kept.setdefault("LANG", "C.UTF-8")
-    kept.setdefault("PYTHONPYCACHEPREFIX", str(state_dir / "cache"))
     return {**kept, **extra}
 
 
@@ -2156,6 +2157,7 @@ class Session:
         self.transcript_prompt: Optional[str] = row.ledger.get("prompt")   # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = False
+        self.unsaved = False                            # the ledger in memory is newer than the stored one
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
@@ -2246,12 +2248,14 @@ class Change:
             if (verdict.status, verdict.reason) != (row.status, row.reason):
                 self._move(verdict, now)
         if self.columns or self.statements or self.drafts:
+            if session.unsaved:
+                self.columns.setdefault("ledger", row.ledger)
             if self.columns:
                 self.columns["updated_at"] = now
                 self.statements.insert(0, update("sessions", row.id, self.columns))
             session.context.bus.commit(self.statements, self.drafts)
-        session.row = row._replace(**self.columns)
-        session.facts = self.facts
+        session.row, session.facts = row._replace(**self.columns), self.facts
+        session.unsaved = session.unsaved and "ledger" not in self.columns
         session.active_at = now
         session.evidence.append(self.why)
         session.changed.notify_all()
@@ -2716,15 +2720,24 @@ def catch_up(session: Session) -> None:
             start = session.row.ledger["offset"]
             offset, lines = read_new_lines(session.row.parts[-1], start)
             if offset == start:
-                return
+                break
             entries = [entry for line in lines for entry in parse_line(line)]
             with session.lock:
                 ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
                 ledger["prompt"] = next((one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt"))
-                session.context.bus.commit([update("sessions", row.id, {"ledger": ledger})])
-                session.row = session.row._replace(ledger=ledger)
+                session.row, session.unsaved = session.row._replace(ledger=ledger), True
                 digest(session, entries)
                 session.changed.notify_all()
+    if session.unsaved:
+        session.context.look_later(session, 0.5)
+
+
+def save_books(session: Session) -> None:
+    """Store how far the transcript was read and what it cost, unless another change just did."""
+    with session.lock:
+        if session.unsaved and session.live:
+            session.context.bus.commit([update("sessions", session.row.id, {"ledger": session.row.ledger})])
+            session.unsaved = False
 
 
 def entry_time(entry: Entry) -> float:
@@ -2739,7 +2752,8 @@ def _digest_prompt(session: Session, entry: Entry) -> None:
     with session.lock:
         prompt = next((one for one in session.facts.prompts
                        if (one.agent_id and one.agent_id == entry.prompt_id)
-                       or (one.state == "queued" and one.typed_at and canonical(one.text) == canonical(entry.text))), None)
+                       or (one.state == "queued" and one.typed_at and entry_time(entry) >= one.typed_at
+                           and canonical(one.text) == canonical(entry.text))), None)
         if prompt is None or prompt.state == "started":
             return
         then = entry_time(entry)
@@ -3012,6 +3026,8 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
     row = session.row
     if not row.pane or not session.live or session.ending:
         return None
+    if not session.facts.ready:
+        watch_clock(context, session)
     session.looked_at = time.monotonic()
     seen_at = time.time()
     try:
@@ -3025,6 +3041,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         return reading
     status = read_status_file(session)
     catch_up(session)
+    save_books(session)
     with session.lock:
         if not session.live or session.ending:
             return reading
@@ -3037,6 +3054,16 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
     if session.trusting:
         spawn("aegis-trust", accept_trust, context, session)
     return reading
+
+
+def watch_clock(context: Context, session: Session) -> None:
+    """Tell that an agent shows no input box within the time it is given."""
+    left = session.row.created_at + context.settings.ready_seconds - time.time()
+    if left > 0:
+        context.look_later(session, left + 0.05)
+    elif not session.facts.failure and not session.facts.dialog:
+        with session.changing("clock", "not ready in time") as change:
+            change.set(failure=("error", "the agent shows no input box: attach and look, or kill the session"))
 
 
 def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
@@ -3435,9 +3462,9 @@ def create_session(context: Context, wanted: Wanted) -> Session:
     agent = AGENTS[wanted.agent or settings.agent]
     check_arguments(wanted.args)
     work_dir = check_work_dir(settings, wanted.work_dir)
-    environment = agent_environment(os.environ, wanted.env, context.state_dir)
-    if agent.name == "demo":
-        environment.setdefault("CLAUDE_CONFIG_DIR", str(context.state_dir / "demo"))
+    environment = agent_environment(os.environ, wanted.env)
+    if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in wanted.env:   # never the operator's own
+        environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
     launch = {"args": wanted.args, "env": wanted.env, "command": wanted.command,
               "home": environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")}
     words = agent.program(settings, launch)
@@ -3509,18 +3536,6 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
     watch(context, session)
     context.look_later(session, 0.05)
-    timer = threading.Timer(context.settings.ready_seconds, not_ready, (session,))
-    timer.daemon = True
-    timer.start()
-    session.wait(lambda: not session.live, 0.0)
-
-
-def not_ready(session: Session) -> None:
-    """Tell that an agent shows no input box within the time it is given."""
-    with contextlib.suppress(ApiError), session.lock:
-        if session.live and not session.facts.ready and not session.facts.dialog:
-            with session.changing("clock", "not ready in time") as change:
-                change.set(failure=("error", "the agent shows no input box: attach and look, or kill the session"))
 
 
 def watch(context: Context, session: Session) -> None:
@@ -4106,14 +4121,15 @@ def listed(context: Context, row: SessionRow) -> str:
 def get_session_stats(ask: Ask) -> Json:
     """Count sessions by state, with turns, tokens and cost in all."""
     context = ask.context
-    rows = context.store.pairs("SELECT status, turns, ledger FROM sessions")
-    counts = collections.Counter(status for status, _, _ in rows)
-    ledgers = [json.loads(ledger) for _, _, ledger in rows]
+    rows = context.store.pairs("SELECT status, turns, ledger, id FROM sessions")
+    counts = collections.Counter(row[0] for row in rows)
+    live = context.sessions
+    ledgers = [live[row[3]].row.ledger if row[3] in live else json.loads(row[2]) for row in rows]
     usage = [token_usage(ledger) for ledger in ledgers]
     costs = [cost_usd(ledger) for ledger in ledgers]
     return {"total": len(rows), "active": len(context.sessions), "idle": counts["idle"], "working": counts["working"],
             "stalled": counts["stalled"], "byStatus": {state: counts[state] for state in STATES},
-            "turns": sum(turns for _, turns, _ in rows),
+            "turns": sum(row[1] for row in rows),
             "queued": sum(len(session.facts.waiting) for session in list(context.sessions.values())),
             "tokenUsage": {key: sum(one[key] for one in usage) for key in ("input", "output", "cacheRead", "cacheWrite")},
             "costUsd": None if None in costs else round(sum(cost or 0 for cost in costs), 6)}
@@ -4150,7 +4166,7 @@ def read_session(ask: Ask, id: str, limit: int, after: Optional[str], wait: Opti
     """Read the last turn's answer, the messages, tokens and cost; `wait=idle` holds until the session needs its caller."""
     session = find_session(ask.context, id)
     mark = parse_mark(after)
-    if wait is None and not unsettled(session):
+    if wait is None and not unsettled(session) and new_bytes(session) < READ_BLOCK:
         return read_now(ask.context, session, limit, mark)
     return Later(lambda: read_later(ask.context, session, limit, mark, timeout if wait else None))
 
@@ -4161,6 +4177,14 @@ def parse_mark(after: Optional[str]) -> Optional[Tuple[int, int]]:
         return None
     part, offset = re.fullmatch(r"(\d{1,6})-(\d{1,15})(?:\.\d+)?", after).groups()  # type: ignore[union-attr]
     return int(part), int(offset)
+
+
+def new_bytes(session: Session) -> int:
+    """Tell how much of the transcript was not read yet: a lot of it is read in a thread."""
+    try:
+        return os.stat(session.row.parts[-1]).st_size - session.row.ledger["offset"] if session.row.parts else 0
+    except OSError:
+        return 0
 
 
 def unsettled(session: Session) -> bool:
