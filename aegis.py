@@ -47,11 +47,15 @@ from __future__ import annotations
 import os
 import sys
 
+RUN_AS_MODULE = (
+    "import sys; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); "
+    "import importlib; sys.modules['ssl'] = None; m = importlib.import_module(f[2][:-3]); del sys.modules['ssl']; sys.exit(m.main(sys.argv[1:]))"
+)
 if __name__ == "__main__" and __file__.endswith(".py"):
-    # The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  So the script hands
-    # over, in the same process, to itself as an imported module.  Isolated mode also keeps PYTHONPATH out.  The compiled
-    # form is kept only in a state directory that is there already and is ours alone.  ssl is kept from http.client, which
-    # would load it at once: it is a fifth of the start, and nothing here speaks TLS yet.
+    # The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  So the script
+    # hands over, in the same process, to itself as an imported module.  Isolated mode also keeps PYTHONPATH out.
+    # The compiled form is kept only in a state directory that is there already and is ours alone.  ssl is kept from
+    # http.client, which would load it at once: it is a fifth of the start, and nothing here speaks TLS yet.
     _file = os.path.abspath(__file__)
     _state = os.path.expanduser(os.environ.get("AEGIS_STATE_DIR") or "~/.aegis")
     for _flag, _value in zip(sys.argv, sys.argv[1:] + [""]):
@@ -61,11 +65,9 @@ if __name__ == "__main__" and __file__.endswith(".py"):
         _private = _stat.st_uid == os.getuid() and not _stat.st_mode & 0o077
     except OSError:
         _private = False
-    os.execv(sys.executable, [
-        sys.executable, "-I", "-S", *(["-X", f"pycache_prefix={os.path.abspath(_state)}/cache"] if _private else ["-B"]), "-c",
-        "import sys; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); sys.modules['ssl'] = None; "
-        "import importlib; m = importlib.import_module(f[2][:-3]); del sys.modules['ssl']; sys.exit(m.main(sys.argv[1:]))",
-        _file, *sys.argv[1:]])
+    _cache = ["-X", f"pycache_prefix={os.path.abspath(_state)}/cache"] if _private else ["-B"]
+    _isolated = [sys.executable, "-I", "-S", *_cache, "-c", RUN_AS_MODULE, _file, *sys.argv[1:]]
+    os.execv(sys.executable, _isolated)
 
 import argparse
 import collections
@@ -127,15 +129,21 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("host", "text", "127.0.0.1", "Address to listen on; anything but loopback needs a token."),
     Setting("port", "int", "9100", "Port to listen on; 0 picks a free one."),
-    Setting("auth_token", "text", "", "Bearer token that every request but health must carry.", flag=False, secret=True),
+    Setting(
+        "auth_token", "text", "", "Bearer token that every request but health must carry.", flag=False, secret=True
+    ),
     Setting("state_dir", "text", "~/.aegis", "Directory of the database and the launch files (made 0700)."),
     Setting("agent", "choice:claude|demo|shell", "claude", "Agent of a session whose creator names none."),
     Setting("claude_cmd", "words", "claude", "Claude Code: program and leading arguments."),
     Setting("claude_args", "words", "", "Further arguments for every Claude Code."),
     Setting("shell_cmd", "words", "", "Program of the `shell` agent; empty means $SHELL."),
     Setting("model", "text", "", "Model for agents that take one; empty means the agent's own choice."),
-    Setting("permission_mode", "choice:default|acceptEdits|plan|auto|dontAsk|bypassPermissions", "default",
-            "Claude Code's permission mode; `default` asks."),
+    Setting(
+        "permission_mode",
+        "choice:default|acceptEdits|plan|auto|dontAsk|bypassPermissions",
+        "default",
+        "Claude Code's permission mode; `default` asks.",
+    ),
     Setting("work_dirs", "list", "", "Only directories at or below these may be worked in; empty allows all."),
     Setting("trust_workdir", "onoff", "on", "Accept the agent's trust question for the caller's own workDir."),
     Setting("allowed_hosts", "list", "", "Further names that the Host header may carry, comma-separated."),
@@ -148,7 +156,9 @@ SETTINGS = (
     Setting("hold_seconds", "seconds", "86400", "How long a permission request is held open for an answer."),
     Setting("heartbeat_seconds", "seconds", "15", "Pause between the comments that keep event streams alive."),
     Setting("keep_events", "int", "100000", "How many events stay stored for replay."),
-    Setting("log_level", "choice:debug|info|warning|error", "info", "What is logged on stderr; info has a line per request."),
+    Setting(
+        "log_level", "choice:debug|info|warning|error", "info", "What is logged on stderr; info has a line per request."
+    ),
     Setting("log_format", "choice:text|json", "text", "Shape of a log line."),
 )
 
@@ -348,7 +358,9 @@ class Log:
             self.some.clear()
             batch = [self.lines.popleft() for _ in range(len(self.lines))]
             if self.dropped:
-                batch.append((time.time(), "warning", "log lines were dropped: stderr is slow", {"lines": self.dropped}))
+                batch.append(
+                    (time.time(), "warning", "log lines were dropped: stderr is slow", {"lines": self.dropped})
+                )
                 self.dropped = 0
             data = "".join(map(self.shaped, batch)).encode("utf-8", "replace")
             with contextlib.suppress(OSError):
@@ -361,7 +373,9 @@ class Log:
         if self.shape == "json":
             return dump({"time": iso(at), "level": level, "message": message, **fields}) + "\n"
         told = "".join(f" {name}={value}" for name, value in fields.items())
-        line_ = f"{iso(at)} {level:7} {message}{told}"   # whatever it quotes must not reach the operator's terminal as keys
+        line_ = (
+            f"{iso(at)} {level:7} {message}{told}"  # whatever it quotes must not reach the operator's terminal as keys
+        )
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda char: repr(char.group())[1:-1], line_) + "\n"
 
 
@@ -501,8 +515,15 @@ def _complaint_inside(field: Field, value: Any, kind: str) -> Optional[str]:
         inner = [(f"item {index}", complaint(field["items"], item)) for index, item in enumerate(value)]
     if kind == "object" and "additionalProperties" in field:
         names = field["propertyNames"]["pattern"]
-        inner = [(repr(clip(name, 40)), complaint(field["additionalProperties"], item)
-                  if re.fullmatch(names, name) else f"is not a name that matches {names}") for name, item in value.items()]
+        inner = [
+            (
+                repr(clip(name, 40)),
+                complaint(field["additionalProperties"], item)
+                if re.fullmatch(names, name)
+                else f"is not a name that matches {names}",
+            )
+            for name, item in value.items()
+        ]
     return next((f"{where} {wrong}" for where, wrong in inner if wrong), None)
 
 
@@ -763,7 +784,9 @@ def _unpack(row: List[Any], packed_at: Sequence[int]) -> List[Any]:
 
 def store_refusal(error: sqlite3.Error) -> ApiError:
     """Say in the caller's words that the disk or the database will not."""
-    return ApiError(503, "STORE_UNAVAILABLE", f"the database cannot take this change now ({error}); nothing was changed")
+    return ApiError(
+        503, "STORE_UNAVAILABLE", f"the database cannot take this change now ({error}); nothing was changed"
+    )
 
 
 # ============================================================================
@@ -863,7 +886,9 @@ class Bus:
                 for draft in drafts:
                     sql, args = insert("events", {"session": draft.session, "type": draft.type, "at": now,
                                                   "data": draft.data})
-                    events.append(Event(db.execute(sql, args).lastrowid or 0, draft.session, draft.type, now, draft.data))
+                    events.append(
+                        Event(db.execute(sql, args).lastrowid or 0, draft.session, draft.type, now, draft.data)
+                    )
                 if events and events[-1].id % 1000 < len(events):
                     db.execute("DELETE FROM events WHERE id <= ?", (events[-1].id - self.keep,))
             for event in events:
@@ -1165,8 +1190,10 @@ class Tmux:
 
     def panes(self) -> List[Pane]:
         """List every pane of the server; the free text stands last."""
-        shape = ("#{window_id}:#{pane_id}:#{pane_pid}:#{pane_dead}:#{pane_dead_status}:#{pane_dead_signal}:#{@aegis_id}:"
-                 "#{pane_start_command}")
+        shape = (
+            "#{window_id}:#{pane_id}:#{pane_pid}:#{pane_dead}:#{pane_dead_status}:#{pane_dead_signal}:#{@aegis_id}:"
+            "#{pane_start_command}"
+        )
         found = []
         for line in self.run(("list-panes", "-s", "-t", f"={TMUX_SESSION}", "-F", shape)):
             window, pane, pid, dead, status, fatal, tag, command = line.split(":", 7)
@@ -1201,8 +1228,17 @@ class Tmux:
                 commands.append(("load-buffer", "-b", buffer, str(file)))
             else:
                 commands.append(("set-buffer", "-b", buffer, "--", stroke.text))
-            commands.append(("if-shell", "-F", "-t", pane, "#{pane_dead}", f"delete-buffer -b {buffer} ; display-message -p dead",
-                             f"paste-buffer -p -d -b {buffer} -t {pane}"))
+            commands.append(
+                (
+                    "if-shell",
+                    "-F",
+                    "-t",
+                    pane,
+                    "#{pane_dead}",
+                    f"delete-buffer -b {buffer} ; display-message -p dead",
+                    f"paste-buffer -p -d -b {buffer} -t {pane}",
+                )
+            )
         try:
             return "dead" not in self.run(*commands)
         finally:
@@ -1358,12 +1394,16 @@ RULE_LINE = re.compile(r"^\s*(?:─{8,}|─{2,} ↑ \d+ more ─)")
 BOX_START = re.compile(r"^[❯>!](?:\xa0| |$)")    # the box's own prompt glyph stands before a no-break space
 SCROLLED_BOX = re.compile(r"^─+ ↑ \d+ more ─")
 OPTION = re.compile(r"^\s*(❯|›)?\s*(\d{1,2})\.\s+(\[[ ✔x]\]\s*)?(\S.*?)\s*$")
-HINT = re.compile(r"(?i)\besc to (cancel|exit|go back|close|reject|dismiss|return|clear|continue)|\benter to "
-                  r"(confirm|select|continue|submit|view|open|retry|save|set)|\btab to amend|↑/?↓ to |press enter to continue"
-                  r"|\b(space|tab) to (toggle|select|cycle)|ctrl\+c to (cancel|exit)|^\s*\d\. .*\(esc\)\s*$")
+HINT = re.compile(
+    r"(?i)\besc to (cancel|exit|go back|close|reject|dismiss|return|clear|continue)|\benter to "
+    r"(confirm|select|continue|submit|view|open|retry|save|set)|\btab to amend|↑/?↓ to |press enter to continue"
+    r"|\b(space|tab) to (toggle|select|cycle)|ctrl\+c to (cancel|exit)|^\s*\d\. .*\(esc\)\s*$"
+)
 BUSY_FOOTER = re.compile(r"\besc to (?:interrupt\b|i\w{0,7}…|…)")    # cut short in a narrow window
 BUSY_LINE = re.compile(r"^[✢✳✶✻✽·*] (?:\S[^…]*…(?: \(.*)?$|Waiting for \d+ background|.*· retrying in \d)")
-FOOTER = re.compile(r"\? for shortcuts|shift\+tab to cycle|(?:manual|plan|auto) mode on|accept edits on|don.t ask on|permissions on")
+FOOTER = re.compile(
+    r"\? for shortcuts|shift\+tab to cycle|(?:manual|plan|auto) mode on|accept edits on|don.t ask on|permissions on"
+)
 NOT_LOGGED_IN = re.compile(r"^  ⎿\s+Not logged in · Please run /login$")
 SUSPENDED = re.compile(r"Claude Code (?:is|has been) suspended")
 MODAL_TOP = re.compile(r"^▔{8,}")
@@ -1391,23 +1431,45 @@ class Reading(NamedTuple):
 
 # kind, name of the rule, pattern in the dialog's text.  The first that matches wins.
 DIALOGS: Tuple[Tuple[str, str, "re.Pattern[str]"], ...] = tuple(
-    (kind, name, re.compile(pattern)) for kind, name, pattern in (
-        ("trust", "trust dialog", r"Quick safety check|Do you trust the files in this folder|Is this a project you (created|trust)"),
+    (kind, name, re.compile(pattern))
+    for kind, name, pattern in (
+        (
+            "trust",
+            "trust dialog",
+            r"Quick safety check|Do you trust the files in this folder|Is this a project you (created|trust)",
+        ),
         ("apikey", "API key dialog", r"Detected a custom API key in your environment"),
         ("bypass", "bypass warning", r"running in Bypass Permissions mode"),
-        ("login", "login screen", r"Select login method|Paste code here if prompted|Browser didn.t open\? Use the url|Login successful"),
-        ("onboarding", "onboarding screen", r"Welcome to Claude Code[\s\S]*looks best with your terminal|Let.s get started\.|Security notes:"),
+        (
+            "login",
+            "login screen",
+            r"Select login method|Paste code here if prompted|Browser didn.t open\? Use the url|Login successful",
+        ),
+        (
+            "onboarding",
+            "onboarding screen",
+            r"Welcome to Claude Code[\s\S]*looks best with your terminal|Let.s get started\.|Security notes:",
+        ),
         ("settings_error", "settings dialog", r"Settings (Error|Warning)|Exit and fix manually"),
-        ("rate_limited", "limit dialog", r"(?i)What do you want to do\?[\s\S]*(stop and wait for limit|limit to reset)"),
+        (
+            "rate_limited",
+            "limit dialog",
+            r"(?i)What do you want to do\?[\s\S]*(stop and wait for limit|limit to reset)",
+        ),
         ("asking", "plan dialog", r"Ready to code\?|Exit plan mode\?|Would you like to proceed\?"),
         ("permission_prompt", "permission dialog", r"(?m)^\s*│?\s*Do you want to [^\n]*\?|Waiting for permission"),
-    ))
+    )
+)
 
 START_KINDS = ("trust", "apikey", "bypass", "onboarding", "login")   # their text may fill the whole screen
 
 # Screens without a dialog's hint: printed by an agent that cannot start.
 LINES: Tuple[Tuple[str, str, "re.Pattern[str]"], ...] = (
-    ("onboarding", "cannot reach the service", re.compile(r"Unable to connect to Anthropic services|Failed to connect to api\.anthropic\.com")),
+    (
+        "onboarding",
+        "cannot reach the service",
+        re.compile(r"Unable to connect to Anthropic services|Failed to connect to api\.anthropic\.com"),
+    ),
 )
 
 
@@ -1442,7 +1504,13 @@ def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
     if HINT.search(" ".join(lines[lower + 1:lower + 2])) and not inside[0][1:2] == "\xa0":
         return None
     footed = any(FOOTER.search(line) for line in lines[lower + 1:])
-    if not footed and inside[0][1:2] != "\xa0" and len(inside) > 1 and OPTION.match(inside[0]) and OPTION.match(inside[1]):
+    if (
+        not footed
+        and inside[0][1:2] != "\xa0"
+        and len(inside) > 1
+        and OPTION.match(inside[0])
+        and OPTION.match(inside[1])
+    ):
         return None
     return upper, lower
 
@@ -1473,7 +1541,9 @@ def lines_above(lines: Sequence[str], upper: int) -> List[str]:
     for line in reversed(lines[max(0, upper - 24):upper]):
         if not line.strip():
             continue
-        chrome = line.startswith(("  ⎿", " " * 16, "  Waiting for permission", "  tmux focus", "  ❯ /", "    ")) or BUSY_LINE.match(line)
+        chrome = line.startswith(
+            ("  ⎿", " " * 16, "  Waiting for permission", "  tmux focus", "  ❯ /", "    ")
+        ) or BUSY_LINE.match(line)
         if not chrome:
             break
         found.append(line)
@@ -1487,7 +1557,11 @@ def read_dialog(lines: Sequence[str]) -> Reading:
     bottom = list(lines[-60:])
     tops = [index for index, line in enumerate(bottom) if RULE_LINE.match(line) or MODAL_TOP.match(line)]
     hint = any(HINT.search(line) for line in bottom[-4:])
-    shown = bottom[tops[-2 if len(tops) > 1 and "Chat about this" in "".join(bottom[tops[-1]:]) else -1]:] if tops else bottom
+    shown = (
+        bottom[tops[-2 if len(tops) > 1 and "Chat about this" in "".join(bottom[tops[-1] :]) else -1] :]
+        if tops
+        else bottom
+    )
     words, options = "\n".join(bottom), find_options(shown)
     if not (hint or any(one.selected for one in options) or MODAL_WORDS.search(words)
                                             or any(MODAL_TOP.match(line) for line in bottom)):
@@ -1500,8 +1574,14 @@ def read_dialog(lines: Sequence[str]) -> Reading:
     for kind, name, pattern in DIALOGS:
         if pattern.search(words if kind in START_KINDS else section):
             return Reading(kind, name, "", title, options, clip("\n".join(shown), 1_500))
-    return Reading("asking", "unknown dialog", "", title or next((line.strip() for line in shown if line.strip(" ─▔")), ""),
-                   options, clip("\n".join(shown), 1_500))
+    return Reading(
+        "asking",
+        "unknown dialog",
+        "",
+        title or next((line.strip() for line in shown if line.strip(" ─▔")), ""),
+        options,
+        clip("\n".join(shown), 1_500),
+    )
 
 
 def find_options(lines: Sequence[str]) -> Tuple[Option, ...]:
@@ -1659,7 +1739,9 @@ def parse_line(raw: bytes) -> List[Entry]:
     if kind not in ("user", "assistant") or not isinstance(line.get("message"), dict):
         return []
     content = line["message"].get("content") or []
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else [b for b in content if isinstance(b, dict)]
+    blocks = (
+        [{"type": "text", "text": content}] if isinstance(content, str) else [b for b in content if isinstance(b, dict)]
+    )
     return _user_entries(line, blocks) if kind == "user" else _assistant_entries(line, blocks)
 
 
@@ -1673,8 +1755,13 @@ def _user_entries(line: Json, blocks: List[Json]) -> List[Entry]:
                                  prompt_id=prompt_id))
         elif block.get("type") == "text":
             told = str(block.get("text") or "")
-            kind = ("interrupt" if told.startswith("[Request interrupted by user") else "local" if LOCAL_TEXT.match(told)
-                    else "prompt")
+            kind = (
+                "interrupt"
+                if told.startswith("[Request interrupted by user")
+                else "local"
+                if LOCAL_TEXT.match(told)
+                else "prompt"
+            )
             entries.append(Entry(kind, at, told, prompt_id=prompt_id))
     return entries
 
@@ -1688,18 +1775,26 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     entries = [Entry("usage", at, usage=message.get("usage") or {}, **shared)]
     for block in blocks:
         if block.get("type") == "text":
-            entries.append(Entry("text", at, str(block.get("text") or ""), final=message.get("stop_reason") == "end_turn",
-                                 **shared))
+            entries.append(
+                Entry(
+                    "text", at, str(block.get("text") or ""), final=message.get("stop_reason") == "end_turn", **shared
+                )
+            )
         elif block.get("type") == "tool_use":
-            entries.append(Entry("tool", at, tool=block.get("name"), input=block.get("input"), tool_use_id=block.get("id"),
-                                 **shared))
+            entries.append(
+                Entry(
+                    "tool", at, tool=block.get("name"), input=block.get("input"), tool_use_id=block.get("id"), **shared
+                )
+            )
     return entries
 
 
 def _flat(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "\n".join(str(block.get("text") or f"<{block.get('type')}>") for block in content or [] if isinstance(block, dict))
+    return "\n".join(
+        str(block.get("text") or f"<{block.get('type')}>") for block in content or [] if isinstance(block, dict)
+    )
 
 
 def new_ledger() -> Json:
@@ -1757,7 +1852,10 @@ def cost_usd(ledger: Json) -> Optional[float]:
 
 
 def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
-    """Read whole lines behind an offset, about a block of them; gives the new offset.  A file that shrank is read from its end."""
+    """Read whole lines behind an offset, about a block of them; gives the new offset.
+
+    A file that shrank is read from its end.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -1793,7 +1891,15 @@ def lines_backwards(path: str, end: int) -> Iterator[Tuple[int, bytes]]:
             yield len(rest) + 1, rest
 
 
-ROLES = {"prompt": "user", "local": "system", "interrupt": "user", "text": "assistant", "error": "assistant", "tool": "assistant", "result": "tool"}
+ROLES = {
+    "prompt": "user",
+    "local": "system",
+    "interrupt": "user",
+    "text": "assistant",
+    "error": "assistant",
+    "tool": "assistant",
+    "result": "tool",
+}
 
 
 def messages_of(raw: bytes, part: int, end: int) -> List[Json]:
@@ -1875,9 +1981,11 @@ HOOK_EVENTS: Tuple[Tuple[str, Optional[str]], ...] = (   # the reports we ask fo
 )
 OWN_FLAGS = ("--session-id", "--settings", "--resume", "-r", "--continue", "-c", "--fork-session", "-p", "--print",
              "--permission-mode", "--model")
-NEVER_INHERITED = re.compile(   # marks of an agent that Aegis itself runs in, of our tmux, and our own settings
-    r"AEGIS_.*|CLAUDECODE|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|SESSION_.*|EXECPATH|REMOTE.*|CHILD.*|PARENT.*|TMPDIR|TASK_.*)"
-    r"|CLAUDE_(PROJECT_DIR|ENV_FILE|PID)|TMUX|TMUX_PANE|TERM|TERM_PROGRAM.*|COLUMNS|LINES|PWD|OLDPWD|SHLVL|_|STY|WINDOW")
+NEVER_INHERITED = re.compile(  # marks of an agent that Aegis itself runs in, of our tmux, and our own settings
+    r"AEGIS_.*|CLAUDECODE|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT|SESSION_.*|EXECPATH|REMOTE.*)"
+    r"|CLAUDE_CODE_(CHILD.*|PARENT.*|TMPDIR|TASK_.*)"
+    r"|CLAUDE_(PROJECT_DIR|ENV_FILE|PID)|TMUX|TMUX_PANE|TERM|TERM_PROGRAM.*|COLUMNS|LINES|PWD|OLDPWD|SHLVL|_|STY|WINDOW"
+)
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 
 
@@ -1926,7 +2034,17 @@ def demo_program(settings: Settings, launch: Json) -> Sequence[str]:
     script = ("import sys; sys.modules['ssl'] = None; sys.path.insert(0, sys.argv.pop(1)); "
               "import importlib; sys.exit(importlib.import_module(sys.argv.pop(1)).demo_agent_main(sys.argv[1:]))")
     here = Path(__file__).resolve()
-    return [sys.executable, "-I", "-S", "-X", f"pycache_prefix={settings.state_dir}/cache", "-c", script, str(here.parent), here.stem]
+    return [
+        sys.executable,
+        "-I",
+        "-S",
+        "-X",
+        f"pycache_prefix={settings.state_dir}/cache",
+        "-c",
+        script,
+        str(here.parent),
+        here.stem,
+    ]
 
 
 def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
@@ -1934,13 +2052,41 @@ def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
     return launch.get("command") or settings.shell_cmd or [os.environ.get("SHELL") or "/bin/sh"]
 
 
-AGENTS: Dict[str, Agent] = {agent.name: agent for agent in (
-    Agent("claude", True, lambda settings, launch: settings.claude_cmd, claude_arguments, read_claude_screen, True, "C-s",
-          "install Claude Code (npm install -g @anthropic-ai/claude-code) or set AEGIS_CLAUDE_CMD"),
-    Agent("demo", True, demo_program, demo_arguments, read_claude_screen, True, "C-s", "run Aegis with a Python that exists"),
-    Agent("shell", False, shell_program, lambda plan: list(plan.row.launch.get("args", [])), read_plain_screen, False, None,
-          "set AEGIS_SHELL_CMD or name a `command` that exists"),
-)}
+AGENTS: Dict[str, Agent] = {
+    agent.name: agent
+    for agent in (
+        Agent(
+            "claude",
+            True,
+            lambda settings, launch: settings.claude_cmd,
+            claude_arguments,
+            read_claude_screen,
+            True,
+            "C-s",
+            "install Claude Code (npm install -g @anthropic-ai/claude-code) or set AEGIS_CLAUDE_CMD",
+        ),
+        Agent(
+            "demo",
+            True,
+            demo_program,
+            demo_arguments,
+            read_claude_screen,
+            True,
+            "C-s",
+            "run Aegis with a Python that exists",
+        ),
+        Agent(
+            "shell",
+            False,
+            shell_program,
+            lambda plan: list(plan.row.launch.get("args", [])),
+            read_plain_screen,
+            False,
+            None,
+            "set AEGIS_SHELL_CMD or name a `command` that exists",
+        ),
+    )
+}
 
 
 def hook_settings(url: str, secret: str, hold: float, bypass: bool) -> Json:
@@ -2007,14 +2153,25 @@ OPEN_STATES = ("submitted", "started")         # of a prompt whose turn is under
 
 # kind of screen -> status, and what the caller should do.  An empty sentence: the dialog's own title.
 DIALOG_STATUS: Dict[str, Tuple[str, str]] = {
-    "trust": ("asking", "the agent asks whether this folder is trusted: attach and answer, or turn AEGIS_TRUST_WORKDIR on"),
-    "apikey": ("asking", "the agent asks whether to use the API key of its environment: attach and answer once, "
-                         "or give it ANTHROPIC_AUTH_TOKEN instead"),
+    "trust": (
+        "asking",
+        "the agent asks whether this folder is trusted: attach and answer, or turn AEGIS_TRUST_WORKDIR on",
+    ),
+    "apikey": (
+        "asking",
+        "the agent asks whether to use the API key of its environment: attach and answer once, "
+        "or give it ANTHROPIC_AUTH_TOKEN instead",
+    ),
     "bypass": ("asking", "the agent asks whether to run without permission checks: attach and answer once"),
-    "login": ("error", "the agent is not logged in: attach and run /login, or start Aegis with ANTHROPIC_API_KEY or "
-                       "CLAUDE_CODE_OAUTH_TOKEN set"),
-    "onboarding": ("error", "the agent was never set up for this user: run `claude` once in a terminal and finish its "
-                            "first questions"),
+    "login": (
+        "error",
+        "the agent is not logged in: attach and run /login, or start Aegis with ANTHROPIC_API_KEY or "
+        "CLAUDE_CODE_OAUTH_TOKEN set",
+    ),
+    "onboarding": (
+        "error",
+        "the agent was never set up for this user: run `claude` once in a terminal and finish its first questions",
+    ),
     "suspended": ("error", "somebody suspended the agent with Ctrl-Z: `kill -CONT` its pid brings it back"),
     "settings_error": ("asking", "the agent refuses its settings: attach and read what it says"),
     "rate_limited": ("rate_limited", "the account's usage limit is reached"),
@@ -2124,7 +2281,9 @@ class Hold:
 
     def __init__(self) -> None:
         self.answer: Optional[Json] = None
-        self.reader, self.writer = socket.socketpair()  # readable when decided: can be waited for beside the agent's socket
+        self.reader, self.writer = (
+            socket.socketpair()
+        )  # readable when decided: can be waited for beside the agent's socket
 
     def release(self, answer: Optional[Json]) -> None:
         """Let the waiting request go with an answer; None means no opinion."""
@@ -2153,8 +2312,10 @@ class Session:
         self.output_at = 0.0               # monotonic time of the pane's last output
         self.looked_at = 0.0               # monotonic time of our last look
         self.stopped_at = 0.0              # when the last turn ended
-        self.decided_at = 0.0              # when the last held request was decided: its dialog may still stand for a moment
-        self.transcript_prompt: Optional[str] = row.ledger.get("prompt")   # agent's id of the last prompt in the transcript
+        self.decided_at = 0.0  # when the last held request was decided: its dialog may still stand for a moment
+        self.transcript_prompt: Optional[str] = row.ledger.get(
+            "prompt"
+        )  # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = False
         self.unsaved = False                            # the ledger in memory is newer than the stored one
@@ -2228,7 +2389,9 @@ class Change:
         if after.state == "started":
             self.tell("turn.started", promptId=after.id, source="terminal" if after.kind == "terminal" else "api")
 
-    def end_prompt(self, prompt: PromptRow, outcome: str, reason: Optional[str] = None, answer: Optional[str] = None) -> None:
+    def end_prompt(
+        self, prompt: PromptRow, outcome: str, reason: Optional[str] = None, answer: Optional[str] = None
+    ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now = time.time()
         if prompt.state == "submitted" and outcome == "done":
@@ -2298,8 +2461,13 @@ def pending_question(facts: Facts) -> Optional[Json]:
     """Give the question or dialog that waits for an answer, if any does."""
     asked = next((one for one in facts.pending if one.tool in QUESTION_TOOLS), None)
     if asked:
-        return {"id": asked.id, "title": asked.summary, "tool": asked.tool, "questions": asked.input.get("questions") or [],
-                "plan": asked.input.get("plan")}
+        return {
+            "id": asked.id,
+            "title": asked.summary,
+            "tool": asked.tool,
+            "questions": asked.input.get("questions") or [],
+            "plan": asked.input.get("plan"),
+        }
     if facts.dialog and facts.dialog.kind not in ("permission_prompt", "login", "onboarding"):
         return {"id": None, "title": facts.dialog.title, "kind": facts.dialog.kind,
                 "options": [option.label for option in facts.dialog.options], "text": facts.dialog.excerpt}
@@ -2360,13 +2528,20 @@ def find_session(context: Context, session_id: str) -> Session:
 
 
 def locate_transcript(session: Session) -> None:
-    """Find the conversation's file without a report: the status file names the conversation, its file is named after it."""
+    """Find the conversation's file without a report.
+
+    The status file names the conversation, and the transcript is named after it.
+    """
     row, status = session.row, read_status_file(session)
     conversation = (status.conversation if status else "") or row.conversation
     home = row.launch.get("home")
     if not home or not conversation or (row.parts and row.parts[-1].endswith(f"/{conversation}.jsonl")):
         return
-    found = next(Path(home).glob(f"projects/*/{conversation}.jsonl"), None) if re.fullmatch(r"[\w-]+", conversation) else None
+    found = (
+        next(Path(home).glob(f"projects/*/{conversation}.jsonl"), None)
+        if re.fullmatch(r"[\w-]+", conversation)
+        else None
+    )
     if found:
         follow_conversation(session, conversation, str(found))
 
@@ -2397,7 +2572,9 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
     try:
         told = json.loads((Path(home) / "sessions" / f"{session.row.pid}.json").read_bytes())
         at = told.get("statusUpdatedAt") or told.get("updatedAt") or 0
-        return AgentStatus(str(told["status"]), at / 1000.0, str(told.get("waitingFor") or ""), str(told.get("sessionId") or ""))
+        return AgentStatus(
+            str(told["status"]), at / 1000.0, str(told.get("waitingFor") or ""), str(told.get("sessionId") or "")
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -2453,7 +2630,9 @@ def add_prompt(change: Change, prompt: PromptRow) -> None:
 def find_prompt(session: Session, prompt_id: str) -> PromptRow:
     """Find a prompt in any state.  Raises ApiError 404."""
     found = next((prompt for prompt in session.facts.prompts if prompt.id == prompt_id), None)
-    found = found or session.context.store.row(PromptRow, "prompts", "id = ? AND session = ?", prompt_id, session.row.id)
+    found = found or session.context.store.row(
+        PromptRow, "prompts", "id = ? AND session = ?", prompt_id, session.row.id
+    )
     if found is None:
         raise ApiError(404, "PROMPT_NOT_FOUND", f"session {session.row.id} has no prompt {clip(prompt_id, 60)}")
     return found
@@ -2526,7 +2705,9 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
     with session.changing("delivery", "typing", prompt.id) as change:
         if prompt.id not in [one.id for one in change.facts.waiting] or not can_deliver(change.facts):
             return
-        prompt = change.prompt(prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark)
+        prompt = change.prompt(
+            prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark
+        )
     if not context.tmux.type(pane, keystrokes(session.agent, prompt), context.file(session.row.id, "spool")):
         return  # the pane is dead: the end of its process is told by the exits
     if session.agent.reports:
@@ -2578,8 +2759,11 @@ def chunks(text_: str) -> List[str]:
         breaks = [match.end() for match in itertools.islice(re.finditer("\n", text_[start:end]), CHUNK_LINES - 1)]
         if len(breaks) == CHUNK_LINES - 1:
             end = start + breaks[-1]
-        while start + 1 < end < len(text_) and (unicodedata.category(text_[end])[0] == "M" or "\u200d" in text_[end - 1:end + 1]
-                                                or unicodedata.category(text_[end]) in ("Cf", "Sk")):
+        while start + 1 < end < len(text_) and (
+            unicodedata.category(text_[end])[0] == "M"
+            or "\u200d" in text_[end - 1 : end + 1]
+            or unicodedata.category(text_[end]) in ("Cf", "Sk")
+        ):
             end -= 1
         found.append(text_[start:end])
         start = end
@@ -2606,7 +2790,7 @@ def await_box(context: Context, session: Session) -> bool:
         reading = look(context, session)
         if reading.kind == "idle" and not reading.draft:
             return True
-        if reading.kind == "idle" and cleaned < 4:
+        if reading.kind == "idle" and cleaned < 14:
             cleaned += 1
             clear_box(context, session, reading, cleaned)
         elif reading.kind not in ("idle", "working", "unknown", "dead"):
@@ -2623,13 +2807,14 @@ def clear_box(context: Context, session: Session, reading: Reading, tries: int) 
     Ctrl-C would arm the exit, and a second Escape opens a menu.  Ctrl-U on an empty box does nothing; it takes a row,
     then a line break.
     """
-    ours = context.store.rows(PromptRow, "prompts", "session = ? AND kind <> 'terminal' ORDER BY seq DESC LIMIT 5", session.row.id)
-    put_back = any(is_draft_of(prompt, reading.draft) for prompt in ours)   # the client does so after an early interrupt
+    ours = context.store.rows(
+        PromptRow, "prompts", "session = ? AND kind <> 'terminal' ORDER BY seq DESC LIMIT 5", session.row.id
+    )
+    put_back = any(is_draft_of(prompt, reading.draft) for prompt in ours)  # the client does so after an early interrupt
     if tries == 1 and session.agent.stash and not put_back:
         context.tmux.keys(session.row.pane or "", session.agent.stash)
     else:
-        rows = 2 * (reading.draft.count("\n") + 3)
-        context.tmux.keys(session.row.pane or "", *["Down"] * 12, "C-e", *["C-u"] * min(rows, 60))
+        context.tmux.keys(session.row.pane or "", *["Down"] * 4, "C-e", *["C-u"] * 8)   # more at once looks like a paste
     context.stopping.wait(0.05)
 
 
@@ -2662,7 +2847,9 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         elif reading.kind not in ("idle", "working", "unknown", "dead"):
             context.look_later(session, 0.0)
         if time.monotonic() - began > GIVE_UP_SECONDS + patience:
-            fail_delivery(context, session, prompt.id, "the agent never reported it; look at the pane before you send it again")
+            fail_delivery(
+                context, session, prompt.id, "the agent never reported it; look at the pane before you send it again"
+            )
             return
         patience = min(0.2 * presses, 1.0)
 
@@ -2724,7 +2911,9 @@ def catch_up(session: Session) -> None:
             entries = [entry for line in lines for entry in parse_line(line)]
             with session.lock:
                 ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
-                ledger["prompt"] = next((one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt"))
+                ledger["prompt"] = next(
+                    (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
+                )
                 session.row, session.unsaved = session.row._replace(ledger=ledger), True
                 digest(session, entries)
                 session.changed.notify_all()
@@ -2813,7 +3002,7 @@ def on_prompt(session: Session, body: Json) -> Answer:
 
 
 def typed_in_terminal(change: Change, said: str, prompt_id: Optional[str]) -> None:
-    """Book a prompt that a person typed; one typed into a running turn is reported under that turn's id, so has none."""
+    """Book a prompt that a person typed; one typed into a running turn is reported under that turn's id."""
     now = time.time()
     prompt = new_prompt(change.session.context, change.session.row.id, "terminal", said)
     prompt = prompt._replace(attempts=1, typed_at=now, agent_id=prompt_id)
@@ -2825,7 +3014,9 @@ def on_activity(session: Session, body: Json) -> Answer:
     """PostToolUse and the like: the turn is alive; a tool that ran was allowed."""
     with session.lock:
         tool = body.get("tool_name")
-        allowed = next((one for one in session.facts.pending if one.tool == tool and one.input == body.get("tool_input")), None)
+        allowed = next(
+            (one for one in session.facts.pending if one.tool == tool and one.input == body.get("tool_input")), None
+        )
         current = session.facts.current
         if allowed and body.get("hook_event_name", "").startswith("PostToolUse"):
             settle_permission(session, allowed.id, "answered_in_terminal", "terminal", "the tool ran")
@@ -2933,9 +3124,18 @@ def end_command(change: Change, word: str) -> None:
 
 
 HOOKS: Dict[str, Callable[[Session, Json], Answer]] = {
-    "UserPromptSubmit": on_prompt, "Stop": on_stop, "StopFailure": on_failure, "SessionEnd": on_session_end,
-    "PreCompact": on_compacted, "PostCompact": on_compacted, "PreToolUse": on_activity, "PostToolUse": on_activity,
-    "PostToolUseFailure": on_activity, "SubagentStart": on_activity, "SubagentStop": on_activity, "Notification": on_activity,
+    "UserPromptSubmit": on_prompt,
+    "Stop": on_stop,
+    "StopFailure": on_failure,
+    "SessionEnd": on_session_end,
+    "PreCompact": on_compacted,
+    "PostCompact": on_compacted,
+    "PreToolUse": on_activity,
+    "PostToolUse": on_activity,
+    "PostToolUseFailure": on_activity,
+    "SubagentStart": on_activity,
+    "SubagentStop": on_activity,
+    "Notification": on_activity,
 }
 SUBAGENT_HOOKS = ("PermissionRequest", "PostToolUse", "PostToolUseFailure")   # what a subagent's report may change
 
@@ -2959,7 +3159,9 @@ def learn_paths(session: Session, body: Json) -> None:
     path, conversation, row = body.get("transcript_path"), body.get("session_id"), session.row
     if not isinstance(path, str) or not isinstance(conversation, str) or body.get("agent_id"):
         return
-    if (row.conversation == conversation and row.parts and row.parts[-1] == path) or not path.endswith(f"{conversation}.jsonl"):
+    if (row.conversation == conversation and row.parts and row.parts[-1] == path) or not path.endswith(
+        f"{conversation}.jsonl"
+    ):
         return
     if body.get("hook_event_name") == "SessionEnd":
         return
@@ -2994,8 +3196,13 @@ def ask_permission(session: Session, body: Json) -> Tuple[str, Hold]:
 def summarise(tool: str, given: Json) -> str:
     """Say in one line what a tool is about to do."""
     first = (given.get("questions") or [{}])[0] if isinstance(given.get("questions"), list) else {}
-    keys = {"AskUserQuestion": first.get("question") if isinstance(first, dict) else None, "ExitPlanMode": given.get("plan")}
-    what = keys.get(tool) or given.get("command") or given.get("file_path") or given.get("url") or given.get("description")
+    keys = {
+        "AskUserQuestion": first.get("question") if isinstance(first, dict) else None,
+        "ExitPlanMode": given.get("plan"),
+    }
+    what = (
+        keys.get(tool) or given.get("command") or given.get("file_path") or given.get("url") or given.get("description")
+    )
     return clip(f"{tool}: {what}" if what else f"{tool} {dump(given)}", 300)
 
 
@@ -3045,7 +3252,12 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
     with session.lock:
         if not session.live or session.ending:
             return reading
-        if reading.kind == "trust" and context.settings.trust_workdir and not session.facts.ready and session.trusting is None:
+        if (
+            reading.kind == "trust"
+            and context.settings.trust_workdir
+            and not session.facts.ready
+            and session.trusting is None
+        ):
             session.trusting = True
         elif session.trusting:
             return reading
@@ -3105,7 +3317,9 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
             settle_permission(session, request.id, "answered_in_terminal", "terminal", "the dialog is gone")
 
 
-def weigh_turn(session: Session, reading: Reading, status: Optional[AgentStatus], current: PromptRow, seen_at: float) -> None:
+def weigh_turn(
+    session: Session, reading: Reading, status: Optional[AgentStatus], current: PromptRow, seen_at: float
+) -> None:
     """See whether an open turn started, was put back into the box, or was interrupted without a hook."""
     began = current.submitted_at or current.created_at
     if reading.kind == "working" or (status and status.status == "busy" and status.at > began):
@@ -3116,13 +3330,15 @@ def weigh_turn(session: Session, reading: Reading, status: Optional[AgentStatus]
     if reading.kind != "idle" or seen_at - began < QUIET_SECONDS or session.facts.busy:
         return
     calm = time.monotonic() - session.output_at
-    rested = status.status == "idle" and status.at > began if status else calm > 5.0
+    rested = status.status in ("idle", "shell") and status.at > began if status else calm > 5.0
     if not rested or calm < QUIET_SECONDS:
         session.context.look_later(session, 0.3)
         return
     blocked = current.state == "submitted" and bool(reading.draft)
-    why = "the agent put the prompt back into its box (a hook of the user's blocked it)" if blocked else "interrupted"
-    with session.changing("status file" if status else "screen", "idle, and no Stop was reported", reading.excerpt) as change:
+    why = "interrupted before it began, or blocked by a hook: the agent put it back" if blocked else "interrupted"
+    with session.changing(
+        "status file" if status else "screen", "idle, and no Stop was reported", reading.excerpt
+    ) as change:
         for prompt in [one for one in change.facts.prompts if one.state in OPEN_STATES]:
             merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
             change.end_prompt(prompt, "done" if merged else "interrupted", None if merged else why)
@@ -3193,14 +3409,18 @@ def accept_trust(context: Context, session: Session) -> None:
         reading = look(context, session)
         if reading.kind != "trust":
             break
-        yes = next((index for index, option in enumerate(reading.options) if re.match(r"(?i)yes\b", option.label)), None)
+        yes = next(
+            (index for index, option in enumerate(reading.options) if re.match(r"(?i)yes\b", option.label)), None
+        )
         now = next((index for index, option in enumerate(reading.options) if option.selected), None)
         if yes is None or now is None:
             break
         rested, seen = (rested + 1 if now == seen else 0), now
         if rested < 2 or time.monotonic() - pressed_at < (0.3 if yes == now else 1.0):
             continue
-        session.note("screen", "trust accepted" if yes == now else "moving to the trust row", reading.options[yes].label)
+        session.note(
+            "screen", "trust accepted" if yes == now else "moving to the trust row", reading.options[yes].label
+        )
         context.tmux.keys(pane, "Enter" if yes == now else "Down" if yes > now else "Up")
         pressed_at, rested = time.monotonic(), 0
     session.trusting = False
@@ -3216,8 +3436,14 @@ def on_exit(context: Context, session: Session) -> None:
         return
     status = exit_status(context, session.row.pane or "")
     said = read_tail(context.file(session.row.id, "stderr")).strip()
-    how = ("the agent ended" if status is None else f"the agent was killed by signal {status - 128}" if status > 128
-           else f"the agent ended with status {status}" + (" (its program or interpreter was not found)" if status == 127 else ""))
+    how = (
+        "the agent ended"
+        if status is None
+        else f"the agent was killed by signal {status - 128}"
+        if status > 128
+        else f"the agent ended with status {status}"
+        + (" (its program or interpreter was not found)" if status == 127 else "")
+    )
     finish(context, session, "exited", f"{how}: {clip(said, 1_000)}" if said else how, status)
 
 
@@ -3271,20 +3497,38 @@ def end_everything(change: Change, status: str, reason: str, exit_code: Optional
     """Close what a session has open, prompts and requests included."""
     now, row = time.time(), change.session.row
     for request in change.facts.pending:
-        change.statements.append(update("permissions", request.id, {"state": "expired", "decided_by": status, "decided_at": now}))
-        change.tell("permission.resolved", permissionId=request.id, tool=request.tool, state="expired", decidedBy=status)
+        change.statements.append(
+            update("permissions", request.id, {"state": "expired", "decided_by": status, "decided_at": now})
+        )
+        change.tell(
+            "permission.resolved", permissionId=request.id, tool=request.tool, state="expired", decidedBy=status
+        )
     for prompt in change.facts.prompts:
         wanted_exit = prompt.kind == "command" and prompt.text.split()[0] in ("/exit", "/quit") and prompt.typed_at
         if prompt.state in OPEN_STATES:
-            change.end_prompt(prompt, "done" if wanted_exit else "error", None if wanted_exit else f"the session was {status}")
+            change.end_prompt(
+                prompt, "done" if wanted_exit else "error", None if wanted_exit else f"the session was {status}"
+            )
         elif wanted_exit:
             change.prompt(prompt, state="done", ended_at=now)
         else:
-            change.prompt(prompt, state="failed", ended_at=now, reason=f"the session was {status} before it was delivered")
+            change.prompt(
+                prompt, state="failed", ended_at=now, reason=f"the session was {status} before it was delivered"
+            )
     change.set(ended=status, prompts=(), pending=(), dialog=None)
-    change.columns.update(status=status, reason=reason, rule=f"{change.why.source}: {change.why.rule}", since=now, ended_at=now,
-                          exit_code=exit_code, secret=None, screen=screen)
-    change.tell(f"session.{status}", name=row.name, status=status, previous=row.status, reason=reason, exitCode=exit_code)
+    change.columns.update(
+        status=status,
+        reason=reason,
+        rule=f"{change.why.source}: {change.why.rule}",
+        since=now,
+        ended_at=now,
+        exit_code=exit_code,
+        secret=None,
+        screen=screen,
+    )
+    change.tell(
+        f"session.{status}", name=row.name, status=status, previous=row.status, reason=reason, exitCode=exit_code
+    )
 
 
 # -- the monitor
@@ -3437,8 +3681,12 @@ def check_work_dir(settings: Settings, path: str) -> str:
             raise refuse("cannot be entered by the user that runs Aegis")
     except (OSError, ValueError) as error:
         raise refuse(f"cannot be used: {error}") from error
-    if settings.work_dirs and not any(real == root or real.startswith(root.rstrip("/") + "/") for root in settings.work_dirs):
-        raise ApiError(403, "WORKDIR_NOT_ALLOWED", f"workDir must be at or below one of: {', '.join(settings.work_dirs)}")
+    if settings.work_dirs and not any(
+        real == root or real.startswith(root.rstrip("/") + "/") for root in settings.work_dirs
+    ):
+        raise ApiError(
+            403, "WORKDIR_NOT_ALLOWED", f"workDir must be at or below one of: {', '.join(settings.work_dirs)}"
+        )
     return real
 
 
@@ -3446,8 +3694,12 @@ def check_arguments(args: Sequence[str]) -> None:
     """Refuse arguments that Aegis itself must set.  Raises ApiError 400."""
     taken_ = next((word for word in args if word.split("=")[0] in OWN_FLAGS), None)
     if taken_:
-        raise ApiError(400, "INVALID_REQUEST", f"args must not hold {taken_}: Aegis sets it (see model, permissionMode, prompt)",
-                       fields={"args": f"must not hold {taken_}"})
+        raise ApiError(
+            400,
+            "INVALID_REQUEST",
+            f"args must not hold {taken_}: Aegis sets it (see model, permissionMode, prompt)",
+            fields={"args": f"must not hold {taken_}"},
+        )
     if any("\0" in word for word in args):
         raise ApiError(400, "INVALID_REQUEST", "args must not hold NUL", fields={"args": "must not hold NUL"})
 
@@ -3491,10 +3743,33 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str, launc
     now, session_id, settings = time.time(), new_id(), context.settings
     name = wanted.name or f"{agent.name}-{session_id[:6]}"
     return SessionRow(
-        session_id, name, agent.name, work_dir, "starting", None, "api: created", now, now, now, None, None,
+        session_id,
+        name,
+        agent.name,
+        work_dir,
+        "starting",
+        None,
+        "api: created",
+        now,
+        now,
+        now,
+        None,
+        None,
         (wanted.model or settings.model or None) if agent.reports else None,
-        (wanted.permission_mode or settings.permission_mode) if agent.reports else None, launch, secrets.token_urlsafe(32),
-        wanted.idempotency, str(uuid.uuid4()) if agent.reports else None, [], new_ledger(), None, 0, None, None, None, None)
+        (wanted.permission_mode or settings.permission_mode) if agent.reports else None,
+        launch,
+        secrets.token_urlsafe(32),
+        wanted.idempotency,
+        str(uuid.uuid4()) if agent.reports else None,
+        [],
+        new_ledger(),
+        None,
+        0,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[SessionRow]:
@@ -3515,8 +3790,12 @@ def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[Se
             known = context.store.row(SessionRow, "sessions", "idempotency = ?", wanted.idempotency)
             if known:
                 return known
-            raise ApiError(409, "NAME_IN_USE", f"a live session is already named {row.name!r}: choose another name, or none",
-                           fields={"name": "is in use"}) from error
+            raise ApiError(
+                409,
+                "NAME_IN_USE",
+                f"a live session is already named {row.name!r}: choose another name, or none",
+                fields={"name": "is in use"},
+            ) from error
     return None
 
 
@@ -3525,8 +3804,17 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
     row, agent = session.row, session.agent
     hooks, launch, stderr = (context.file(row.id, kind) for kind in ("hooks", "launch", "stderr"))
     if agent.reports:
-        write_private(hooks, dump(hook_settings(f"{context.base_url}/hooks/{row.id}", row.secret or "",
-                                                context.settings.hold_seconds, row.permission_mode == "bypassPermissions")))
+        write_private(
+            hooks,
+            dump(
+                hook_settings(
+                    f"{context.base_url}/hooks/{row.id}",
+                    row.secret or "",
+                    context.settings.hold_seconds,
+                    row.permission_mode == "bypassPermissions",
+                )
+            ),
+        )
     argv = words + agent.arguments(LaunchPlan(context.settings, row, str(hooks)))
     write_private(launch, launch_script(row.work_dir, environment, argv, str(stderr) if agent.keep_stderr else None))
     session.output_at = session.looked_at = time.monotonic()
@@ -3643,7 +3931,9 @@ def adopt_all(context: Context) -> None:
             terminate(pane.pid)
             context.tmux.close_window(pane.window)
         else:
-            context.log.note("warning", "a window is tagged with an unknown session: left alone", session=tag, window=pane.window)
+            context.log.note(
+                "warning", "a window is tagged with an unknown session: left alone", session=tag, window=pane.window
+            )
 
 
 def pane_tag(pane: Pane) -> str:
@@ -3656,8 +3946,10 @@ def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pan
     """Take one live row over from the Aegis before us."""
     was_ready = row.status not in ("starting",) or any(prompt.typed_at for prompt in prompts)
     session = Session(context, row, Facts(ready=was_ready, prompts=prompts))
-    expire = [update("permissions", request.id, {"state": "expired", "decided_by": "restart", "decided_at": time.time()})
-              for request in context.store.rows(PermissionRow, "permissions", "session = ? AND state = 'pending'", row.id)]
+    expire = [
+        update("permissions", request.id, {"state": "expired", "decided_by": "restart", "decided_at": time.time()})
+        for request in context.store.rows(PermissionRow, "permissions", "session = ? AND state = 'pending'", row.id)
+    ]
     if expire:
         context.bus.commit(expire)
     context.sessions[row.id] = session
@@ -3765,8 +4057,9 @@ def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]
         wait = session.escape_at + ESCAPE_GAP - time.monotonic()
         if wait > 0 and end_of_turn(context, session, prompt_id, wait):
             return
-        if not session.agent.reports or look(context, session).kind == "working":
-            press_once(context, session, "C-c")
+        kind = look(context, session).kind if session.agent.reports else "working"
+        if kind in ("working", "permission_prompt", "asking"):   # a dialog takes no Ctrl-C
+            press_once(context, session, "C-c" if kind == "working" else "Escape")
             return
         if end_of_turn(context, session, prompt_id, 0.3):
             return
@@ -3807,21 +4100,35 @@ def decide(session: Session, request_id: Optional[str], state: str, decision: Js
         pending = list(session.facts.pending)
         if request_id is None and len(pending) != 1:
             if not pending:
-                raise ApiError(409, "NO_PENDING_PERMISSION", "nothing waits for a decision"
-                               + (": the dialog on the screen can only be answered in the terminal" if session.facts.dialog else ""))
+                raise ApiError(
+                    409,
+                    "NO_PENDING_PERMISSION",
+                    "nothing waits for a decision"
+                    + (
+                        ": the dialog on the screen can only be answered in the terminal"
+                        if session.facts.dialog
+                        else ""
+                    ),
+                )
             raise ApiError(409, "PERMISSION_AMBIGUOUS", "several requests wait: name one by permissionId",
                            pending=[request.id for request in pending])
         wanted = request_id or pending[0].id
         request = next((one for one in pending if one.id == wanted), None)
         if request and request.tool == "AskUserQuestion" and state == "approved" and "updatedInput" not in decision:
-            raise ApiError(409, "ANSWER_NEEDED", "this is a question: give updatedInput with its answers, or answer in the terminal")
+            raise ApiError(
+                409,
+                "ANSWER_NEEDED",
+                "this is a question: give updatedInput with its answers, or answer in the terminal",
+            )
         if request and request.tool == "ExitPlanMode" and state == "approved":
             decision = {"updatedInput": {}, **decision}   # allow alone leaves the plan dialog standing
         if settle_permission(session, wanted, state, "api", state, message, permission_answer(decision)):
             return wanted
     known = session.context.store.row(PermissionRow, "permissions", "id = ? AND session = ?", wanted, session.row.id)
     if known is None:
-        raise ApiError(404, "PERMISSION_NOT_FOUND", f"session {session.row.id} has no permission request {clip(wanted, 60)}")
+        raise ApiError(
+            404, "PERMISSION_NOT_FOUND", f"session {session.row.id} has no permission request {clip(wanted, 60)}"
+        )
     raise ApiError(409, "PERMISSION_DECIDED", f"it was already {known.state} by {known.decided_by}", state=known.state,
                    decidedBy=known.decided_by)
 
@@ -3890,8 +4197,11 @@ def take_lock(state_dir: Path) -> int:
     except OSError:
         other = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
         os.close(handle)
-        raise ApiError(409, "ALREADY_RUNNING", f"another Aegis (pid {other}) uses {state_dir}: stop it, or give this one "
-                       "another --state-dir and --port") from None
+        raise ApiError(
+            409,
+            "ALREADY_RUNNING",
+            f"another Aegis (pid {other}) uses {state_dir}: stop it, or give this one another --state-dir and --port",
+        ) from None
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     return handle
@@ -3953,8 +4263,12 @@ class Access:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not same_secret(given.strip(), self.token):
-            raise ApiError(401, "UNAUTHORIZED", "this needs the header `Authorization: Bearer TOKEN` with the server's token",
-                           headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                "UNAUTHORIZED",
+                "this needs the header `Authorization: Bearer TOKEN` with the server's token",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
 
 
 # ============================================================================
@@ -3971,19 +4285,39 @@ ID = text("The session's id.", 64)
 PROMPT_ID = text("The prompt's id.", 64)
 PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
 NEW_SESSION: Dict[str, Field] = dict(
-    name=text("Name, unique among live sessions; made up when missing.", 100, default=None, minLength=1,
-              pattern=r"^[^\x00-\x1f\x7f]+$"),
+    name=text(
+        "Name, unique among live sessions; made up when missing.",
+        100,
+        default=None,
+        minLength=1,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+    ),
     workDir=text("Absolute path of an existing directory.", 4096, minLength=1),
     prompt=text("First prompt, delivered when the agent is ready.", MAX_PROMPT, default=None, pattern=r"\S"),
     agent=choice("The agent.", *AGENTS, default=None),
     model=text("Model, as the agent names it.", 200, default=None, pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$"),
-    permissionMode=choice("Claude Code's permission mode.", "default", "acceptEdits", "plan", "auto", "dontAsk",
-                          "bypassPermissions", default=None),
+    permissionMode=choice(
+        "Claude Code's permission mode.",
+        "default",
+        "acceptEdits",
+        "plan",
+        "auto",
+        "dontAsk",
+        "bypassPermissions",
+        default=None,
+    ),
     args=many("Further arguments for the agent's program.", text("An argument.", 10_000), 100, default=[]),
-    env=texts_by_name("Further environment of the agent.", ENV_NAME, text("A value.", 100_000, pattern=r"^[^\x00]*$"), 200,
-                      default={}),
-    command={"type": ["array", "string"], "description": "Program of the `shell` agent, as words or one line.",
-             "items": text("A word.", 10_000), "maxItems": 100, "maxLength": 10_000, "default": None},
+    env=texts_by_name(
+        "Further environment of the agent.", ENV_NAME, text("A value.", 100_000, pattern=r"^[^\x00]*$"), 200, default={}
+    ),
+    command={
+        "type": ["array", "string"],
+        "description": "Program of the `shell` agent, as words or one line.",
+        "items": text("A word.", 10_000),
+        "maxItems": 100,
+        "maxLength": 10_000,
+        "default": None,
+    },
 )
 STREAM: Dict[str, Field] = dict(
     types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
@@ -4071,7 +4405,12 @@ def created(ask: Ask, fields: Json, wait: bool) -> Json:
         if not session.live and session.row.status == "exited" and prompt.submitted_at is None:
             raise ApiError(502, "AGENT_EXITED", f"the agent ended before it took the prompt: {session.row.reason}",
                            sessionId=session.row.id)
-    delivery = {"delivered": delivered(session, prompt), "attempts": prompt.attempts, "promptId": prompt.id, "state": prompt.state}
+    delivery = {
+        "delivered": delivered(session, prompt),
+        "attempts": prompt.attempts,
+        "promptId": prompt.id,
+        "state": prompt.state,
+    }
     reason = prompt.reason or (session.row.reason if prompt.state == "queued" else None)
     return {**live_view(context, session), "promptDelivery": {**delivery, **({"reason": reason} if reason else {})}}
 
@@ -4127,12 +4466,18 @@ def get_session_stats(ask: Ask) -> Json:
     ledgers = [live[row[3]].row.ledger if row[3] in live else json.loads(row[2]) for row in rows]
     usage = [token_usage(ledger) for ledger in ledgers]
     costs = [cost_usd(ledger) for ledger in ledgers]
-    return {"total": len(rows), "active": len(context.sessions), "idle": counts["idle"], "working": counts["working"],
-            "stalled": counts["stalled"], "byStatus": {state: counts[state] for state in STATES},
-            "turns": sum(row[1] for row in rows),
-            "queued": sum(len(session.facts.waiting) for session in list(context.sessions.values())),
-            "tokenUsage": {key: sum(one[key] for one in usage) for key in ("input", "output", "cacheRead", "cacheWrite")},
-            "costUsd": None if None in costs else round(sum(cost or 0 for cost in costs), 6)}
+    return {
+        "total": len(rows),
+        "active": len(context.sessions),
+        "idle": counts["idle"],
+        "working": counts["working"],
+        "stalled": counts["stalled"],
+        "byStatus": {state: counts[state] for state in STATES},
+        "turns": sum(row[1] for row in rows),
+        "queued": sum(len(session.facts.waiting) for session in list(context.sessions.values())),
+        "tokenUsage": {key: sum(one[key] for one in usage) for key in ("input", "output", "cacheRead", "cacheWrite")},
+        "costUsd": None if None in costs else round(sum(cost or 0 for cost in costs), 6),
+    }
 
 
 def get_session(ask: Ask, id: str) -> Any:
@@ -4163,7 +4508,7 @@ def kill_session_handler(ask: Ask, id: str) -> Any:
 
 
 def read_session(ask: Ask, id: str, limit: int, after: Optional[str], wait: Optional[str], timeout: float) -> Any:
-    """Read the last turn's answer, the messages, tokens and cost; `wait=idle` holds until the session needs its caller."""
+    """Read the last answer, messages, tokens and cost; `wait=idle` holds until the session needs its caller."""
     session = find_session(ask.context, id)
     mark = parse_mark(after)
     if wait is None and not unsettled(session) and new_bytes(session) < READ_BLOCK:
@@ -4193,7 +4538,9 @@ def unsettled(session: Session) -> bool:
     return session.live and last != session.settled_prompt and time.time() - session.stopped_at < SETTLE_SECONDS
 
 
-def read_later(context: Context, session: Session, limit: int, mark: Optional[Tuple[int, int]], timeout: Optional[float]) -> Json:
+def read_later(
+    context: Context, session: Session, limit: int, mark: Optional[Tuple[int, int]], timeout: Optional[float]
+) -> Json:
     """Wait for the session to need its caller, then for the transcript to be whole."""
     in_time = True
     if timeout is not None:
@@ -4236,7 +4583,9 @@ def run_command(ask: Ask, id: str, command: str) -> Any:
     """Run a slash command of the agent, such as /compact."""
     session = find_live(ask.context, id)
     if session.agent.reports and not re.match(r"/[A-Za-z0-9_]", command):
-        raise ApiError(400, "INVALID_REQUEST", "command must begin with / and a name", fields={"command": "must begin with /"})
+        raise ApiError(
+            400, "INVALID_REQUEST", "command must begin with / and a name", fields={"command": "must begin with /"}
+        )
     return typed_later(ask, id, "command", command)
 
 
@@ -4251,7 +4600,11 @@ def typed_later(ask: Ask, session_id: str, kind: str, text_: str) -> Any:
     if not text_.strip():
         raise ApiError(400, "INVALID_REQUEST", "the text must hold more than blanks", fields={"text": "is blank"})
     with session.lock:
-        free = session.facts.ready and session.row.status in ("idle", "error", "rate_limited") and not session.facts.prompts
+        free = (
+            session.facts.ready
+            and session.row.status in ("idle", "error", "rate_limited")
+            and not session.facts.prompts
+        )
         prompt = enqueue(session, kind, text_, ask.idempotency_key)
 
     def work() -> Json:
@@ -4332,7 +4685,9 @@ def reject_permission(ask: Ask, id: str, permission_id: Optional[str], message: 
     return decided(ask, id, permission_id, "rejected", decision, message)
 
 
-def decided(ask: Ask, session_id: str, request_id: Optional[str], state: str, decision: Json, message: Optional[str]) -> Json:
+def decided(
+    ask: Ask, session_id: str, request_id: Optional[str], state: str, decision: Json, message: Optional[str]
+) -> Json:
     """Decide a request, and say what came of it."""
     session = find_live(ask.context, session_id)
     request_id = decide(session, request_id, state, decision, message)
@@ -4364,10 +4719,23 @@ def explain_session(ask: Ask, id: str) -> Any:
             evidence = [{"source": one.source, "rule": one.rule, "at": iso(one.at), "detail": one.detail}
                         for one in reversed(session.evidence)]
         status = read_status_file(session) if session.live else None
-        screen = {"kind": reading.kind, "rule": reading.rule, "draft": reading.draft, "excerpt": reading.excerpt} if reading else None
-        return {"id": id, "status": row.status, "reason": row.reason, "since": iso(row.since), "rule": row.rule,
-                "evidence": evidence, "screen": screen,
-                "statusFile": {"status": status.status, "at": iso(status.at), "waitingFor": status.waiting_for} if status else None}
+        screen = (
+            {"kind": reading.kind, "rule": reading.rule, "draft": reading.draft, "excerpt": reading.excerpt}
+            if reading
+            else None
+        )
+        return {
+            "id": id,
+            "status": row.status,
+            "reason": row.reason,
+            "since": iso(row.since),
+            "rule": row.rule,
+            "evidence": evidence,
+            "screen": screen,
+            "statusFile": {"status": status.status, "at": iso(status.at), "waitingFor": status.waiting_for}
+            if status
+            else None,
+        }
     return Later(work)
 
 
@@ -4385,7 +4753,9 @@ def kill_batch(ask: Ask, ids: List[str]) -> Any:
     return Later(lambda: in_batch(ids, one, "killed", "ids", lambda item: {"id": item}))
 
 
-def in_batch(items: Sequence[Any], work: Callable[[Any], Any], verb: str, noun: str, label: Callable[[Any], Json]) -> Json:
+def in_batch(
+    items: Sequence[Any], work: Callable[[Any], Any], verb: str, noun: str, label: Callable[[Any], Json]
+) -> Json:
     """Do something for each item, a few at a time, and tell each item's result."""
     def attempt(item: Any) -> Tuple[bool, Any]:
         try:
@@ -4444,7 +4814,9 @@ def held(ask: Ask, session: Session, report: Json) -> Json:
     try:
         ready = [handle for handle, _ in poller.poll(ask.context.settings.hold_seconds * 1000)]
         if hold.reader.fileno() not in ready and not ask.context.stopping.is_set():
-            state, why = ("answered_in_terminal", "the agent hung up") if ready else ("expired", "nobody decided in time")
+            state, why = (
+                ("answered_in_terminal", "the agent hung up") if ready else ("expired", "nobody decided in time")
+            )
             settle_permission(session, request_id, state, "terminal" if ready else "clock", why)
             ask.context.look_later(session, 0.1)
         return hold.answer or {}
@@ -4479,53 +4851,165 @@ class Route(NamedTuple):
 ROUTES = (
     Route("GET /v1/health", get_health, None),
     Route("POST /v1/sessions", create_session_handler, "sessions:write", NEW_SESSION, 201, "create_session", True),
-    Route("GET /v1/sessions", list_sessions, "sessions:read", dict(
-        page=whole("Page, from 1.", 1, 1_000_000, default=1),
-        limit=whole("Sessions on a page.", 1, 200, default=20),
-        status=choice("Only sessions in this state.", *STATES, default=None),
-        workDir=text("Only sessions that work in this directory.", 4096, default=None)), tool="list_sessions", alias=True),
+    Route(
+        "GET /v1/sessions",
+        list_sessions,
+        "sessions:read",
+        dict(
+            page=whole("Page, from 1.", 1, 1_000_000, default=1),
+            limit=whole("Sessions on a page.", 1, 200, default=20),
+            status=choice("Only sessions in this state.", *STATES, default=None),
+            workDir=text("Only sessions that work in this directory.", 4096, default=None),
+        ),
+        tool="list_sessions",
+        alias=True,
+    ),
     Route("GET /v1/sessions/stats", get_session_stats, "sessions:read", tool="session_stats", alias=True),
-    Route("POST /v1/sessions/batch", create_batch, "sessions:write", dict(
-        sessions=many("Bodies of create.", anything("A body of create."), BATCH_MAX, minItems=1)), tool="create_sessions", alias=True),
-    Route("DELETE /v1/sessions/batch", kill_batch, "sessions:write", dict(
-        ids=many("Ids of sessions.", ID, BATCH_MAX, minItems=1)), tool="kill_sessions", alias=True),
+    Route(
+        "POST /v1/sessions/batch",
+        create_batch,
+        "sessions:write",
+        dict(sessions=many("Bodies of create.", anything("A body of create."), BATCH_MAX, minItems=1)),
+        tool="create_sessions",
+        alias=True,
+    ),
+    Route(
+        "DELETE /v1/sessions/batch",
+        kill_batch,
+        "sessions:write",
+        dict(ids=many("Ids of sessions.", ID, BATCH_MAX, minItems=1)),
+        tool="kill_sessions",
+        alias=True,
+    ),
     Route("GET /v1/sessions/:id", get_session, "sessions:read", dict(id=ID), tool="get_session", alias=True),
-    Route("DELETE /v1/sessions/:id", kill_session_handler, "sessions:write", dict(id=ID), tool="kill_session", alias=True),
-    Route("GET /v1/sessions/:id/read", read_session, "sessions:read", dict(
-        id=ID, limit=whole("At most so many messages.", 0, 1000, default=20),
-        after=text("Only messages behind the one with this id.", 40, default=None, pattern=r"^\d{1,6}-\d{1,15}(\.\d{1,6})?$"),
-        wait=choice("Hold the answer until the session needs its caller.", "idle", default=None),
-        timeout=number("Seconds to hold it at most.", 0, 3600, default=60)), tool="read_session", alias=True),
-    Route("POST /v1/sessions/:id/send", send_text, "sessions:write", dict(
-        id=ID, text=text("The prompt, always text: never a command, never a shell.", MAX_PROMPT, minLength=1)),
-          tool="send_prompt", alias=True),
-    Route("POST /v1/sessions/:id/command", run_command, "sessions:write", dict(
-        id=ID, command=text("A slash command with its arguments.", 100_000, minLength=2, pattern=r"^[^\r\n]+$")),
-          tool="run_slash_command", alias=True),
-    Route("POST /v1/sessions/:id/bash", run_bash, "sessions:write", dict(
-        id=ID, command=text("A shell command.", 100_000, minLength=1)), tool="run_bash", alias=True),
+    Route(
+        "DELETE /v1/sessions/:id", kill_session_handler, "sessions:write", dict(id=ID), tool="kill_session", alias=True
+    ),
+    Route(
+        "GET /v1/sessions/:id/read",
+        read_session,
+        "sessions:read",
+        dict(
+            id=ID,
+            limit=whole("At most so many messages.", 0, 1000, default=20),
+            after=text(
+                "Only messages behind the one with this id.",
+                40,
+                default=None,
+                pattern=r"^\d{1,6}-\d{1,15}(\.\d{1,6})?$",
+            ),
+            wait=choice("Hold the answer until the session needs its caller.", "idle", default=None),
+            timeout=number("Seconds to hold it at most.", 0, 3600, default=60),
+        ),
+        tool="read_session",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/send",
+        send_text,
+        "sessions:write",
+        dict(id=ID, text=text("The prompt, always text: never a command, never a shell.", MAX_PROMPT, minLength=1)),
+        tool="send_prompt",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/command",
+        run_command,
+        "sessions:write",
+        dict(id=ID, command=text("A slash command with its arguments.", 100_000, minLength=2, pattern=r"^[^\r\n]+$")),
+        tool="run_slash_command",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/bash",
+        run_bash,
+        "sessions:write",
+        dict(id=ID, command=text("A shell command.", 100_000, minLength=1)),
+        tool="run_bash",
+        alias=True,
+    ),
     Route("GET /v1/sessions/:id/queue", list_queue, "sessions:read", dict(id=ID), tool="list_queue", alias=True),
-    Route("GET /v1/sessions/:id/queue/:promptId", get_prompt, "sessions:read", dict(id=ID, promptId=PROMPT_ID),
-          tool="get_prompt", alias=True),
-    Route("DELETE /v1/sessions/:id/queue/:promptId", cancel_prompt_handler, "sessions:write", dict(id=ID, promptId=PROMPT_ID),
-          tool="cancel_prompt", alias=True),
-    Route("POST /v1/sessions/:id/interrupt", interrupt_session, "sessions:write", dict(id=ID), tool="interrupt_session", alias=True),
-    Route("POST /v1/sessions/:id/escape", escape_session, "sessions:write", dict(id=ID), tool="press_escape", alias=True),
-    Route("POST /v1/sessions/:id/approve", approve_permission, "permissions:decide", dict(
-        id=ID, permissionId=PERMISSION_ID, updatedInput=anything("Run the tool with this input instead.", default=None)),
-          tool="approve_permission", alias=True),
-    Route("POST /v1/sessions/:id/reject", reject_permission, "permissions:decide", dict(
-        id=ID, permissionId=PERMISSION_ID, message=text("What the agent is told.", 10_000, default=None)),
-          tool="reject_permission", alias=True),
-    Route("GET /v1/sessions/:id/pane", get_pane, "sessions:read", dict(
-        id=ID, ansi=flag("Keep colours as escape sequences.", default=False),
-        lines=whole("Lines of scrollback above the screen.", 0, HISTORY_LINES, default=0)), tool="read_pane", alias=True),
-    Route("GET /v1/sessions/:id/explain", explain_session, "sessions:read", dict(id=ID), tool="explain_session", alias=True),
+    Route(
+        "GET /v1/sessions/:id/queue/:promptId",
+        get_prompt,
+        "sessions:read",
+        dict(id=ID, promptId=PROMPT_ID),
+        tool="get_prompt",
+        alias=True,
+    ),
+    Route(
+        "DELETE /v1/sessions/:id/queue/:promptId",
+        cancel_prompt_handler,
+        "sessions:write",
+        dict(id=ID, promptId=PROMPT_ID),
+        tool="cancel_prompt",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/interrupt",
+        interrupt_session,
+        "sessions:write",
+        dict(id=ID),
+        tool="interrupt_session",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/escape", escape_session, "sessions:write", dict(id=ID), tool="press_escape", alias=True
+    ),
+    Route(
+        "POST /v1/sessions/:id/approve",
+        approve_permission,
+        "permissions:decide",
+        dict(
+            id=ID,
+            permissionId=PERMISSION_ID,
+            updatedInput=anything("Run the tool with this input instead.", default=None),
+        ),
+        tool="approve_permission",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/reject",
+        reject_permission,
+        "permissions:decide",
+        dict(id=ID, permissionId=PERMISSION_ID, message=text("What the agent is told.", 10_000, default=None)),
+        tool="reject_permission",
+        alias=True,
+    ),
+    Route(
+        "GET /v1/sessions/:id/pane",
+        get_pane,
+        "sessions:read",
+        dict(
+            id=ID,
+            ansi=flag("Keep colours as escape sequences.", default=False),
+            lines=whole("Lines of scrollback above the screen.", 0, HISTORY_LINES, default=0),
+        ),
+        tool="read_pane",
+        alias=True,
+    ),
+    Route(
+        "GET /v1/sessions/:id/explain",
+        explain_session,
+        "sessions:read",
+        dict(id=ID),
+        tool="explain_session",
+        alias=True,
+    ),
     Route("GET /v1/sessions/:id/events", stream_session_events, "sessions:read", dict(id=ID, **STREAM), alias=True),
-    Route("GET /v1/events", stream_events, "sessions:read", dict(
-        session=text("Only this session's events.", 64, default=None), **STREAM)),
-    Route("POST /hooks/:id", receive_hook_handler, "hook", dict(id=ID, report=anything("What the agent says.")),
-          whole_body="report"),
+    Route(
+        "GET /v1/events",
+        stream_events,
+        "sessions:read",
+        dict(session=text("Only this session's events.", 64, default=None), **STREAM),
+    ),
+    Route(
+        "POST /hooks/:id",
+        receive_hook_handler,
+        "hook",
+        dict(id=ID, report=anything("What the agent says.")),
+        whole_body="report",
+    ),
 )
 SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "hook"))
 
@@ -4638,7 +5122,9 @@ def settings_table() -> str:
 
 def events_table() -> str:
     """Write the README's table of events."""
-    return "\n".join(["| event | when |", "|---|---|", *(f"| `{name}` | {when} |" for name, when in EVENT_TYPES.items())])
+    return "\n".join(
+        ["| event | when |", "|---|---|", *(f"| `{name}` | {when} |" for name, when in EVENT_TYPES.items())]
+    )
 
 
 # ============================================================================
@@ -4750,7 +5236,9 @@ def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
         return None
     kind, _, parameters = headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
-        raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "the body must be JSON, with the header Content-Type: application/json")
+        raise ApiError(
+            415, "UNSUPPORTED_MEDIA_TYPE", "the body must be JSON, with the header Content-Type: application/json"
+        )
     charset = re.search(r"charset\s*=\s*\"?([\w-]+)", parameters, re.I)
     if charset and charset.group(1).lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "JSON must be in UTF-8")
@@ -4824,7 +5312,7 @@ class Server(ThreadingHTTPServer):
         self.busy_lock = threading.Lock()
         self.ending = False
         self.known: Dict[bytes, Tuple[Head, Route, Dict[str, str]]] = {}   # request heads that passed every check
-        self.outbox: Dict[Connection, None] = {}                           # who is answered in this round: sent together
+        self.outbox: Dict[Connection, None] = {}  # who is answered in this round: sent together
         self.boot, self.serial = secrets.token_hex(4), itertools.count(1)
 
     def server_bind(self) -> None:
@@ -4996,7 +5484,14 @@ class Server(ThreadingHTTPServer):
     def _remember(self, raw: bytes, connection: Connection) -> None:
         """Keep what a client's usual request came to: on a kept connection it sends the same bytes again and again."""
         head, route = connection.head, connection.route
-        if head and route and head.method == "GET" and not head.length and "x-request-id" not in head.headers and len(raw) < 1_000:
+        if (
+            head
+            and route
+            and head.method == "GET"
+            and not head.length
+            and "x-request-id" not in head.headers
+            and len(raw) < 1_000
+        ):
             if len(self.known) >= 512:
                 self.known.clear()
             self.known[raw] = (head, route, connection.words)
@@ -5033,8 +5528,14 @@ class Server(ThreadingHTTPServer):
         allow = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
         extra = {"Allow": allow}
         if head.headers.get("origin", "").lower() in self.access.origins:
-            extra.update({"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600", "Access-Control-Allow-Headers":
-                          "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id"})
+            extra.update(
+                {
+                    "Access-Control-Allow-Methods": allow,
+                    "Access-Control-Max-Age": "600",
+                    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, "
+                    "Last-Event-ID, X-Request-Id",
+                }
+            )
         return ApiError(204, "", "", headers=extra)
 
     def _answer(self, connection: Connection, head: Head, raw: bytes) -> Any:
@@ -5046,8 +5547,16 @@ class Server(ThreadingHTTPServer):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
                   connection.sock.fileno)
-        return self._guarded(connection, lambda: call(route, ask, connection.words, parse_query(head.query) if head.query else {},
-                                                      parse_body(head.headers, raw)))
+        return self._guarded(
+            connection,
+            lambda: call(
+                route,
+                ask,
+                connection.words,
+                parse_query(head.query) if head.query else {},
+                parse_body(head.headers, raw),
+            ),
+        )
 
     def _guarded(self, connection: Connection, work: Callable[[], Any]) -> Any:
         """Do work; whatever goes wrong becomes an ApiError, and a bug goes to the log."""
@@ -5059,15 +5568,22 @@ class Server(ThreadingHTTPServer):
             raise ApiError(503, "TMUX_UNAVAILABLE", str(error)) from error
         except Exception as error:
             self.log.note("error", "bug", request=connection.request_id, trace=traceback.format_exc())
-            raise ApiError(500, "INTERNAL", f"internal error; the log tells more under {connection.request_id}") from error
+            raise ApiError(
+                500, "INTERNAL", f"internal error; the log tells more under {connection.request_id}"
+            ) from error
 
     # -- the answer
 
-    def _response(self, connection: Connection, status: int, value: Any, close: bool, extra: Mapping[str, str] = {}) -> bytes:
+    def _response(
+        self, connection: Connection, status: int, value: Any, close: bool, extra: Mapping[str, str] = {}
+    ) -> bytes:
         head = connection.head
         text_ = value.text if isinstance(value, Encoded) else "" if status == 204 else dump(value)
         payload = text_.encode("utf-8", "replace")
-        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"]
+        lines = [
+            f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\n"
+            f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
+        ]
         if status != 204:
             lines.append(f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
@@ -5096,7 +5612,9 @@ class Server(ThreadingHTTPServer):
     def _refuse(self, connection: Connection, error: ApiError, began: float) -> bool:
         """Answer with an error from the loop; the connection stays when its request was read to the end."""
         head = connection.head
-        whole_request = head is not None and (connection.route is not None or head.length == 0) and error.status not in (413, 431)
+        whole_request = (
+            head is not None and (connection.route is not None or head.length == 0) and error.status not in (413, 431)
+        )
         close = not whole_request or not head or not head.keep_alive or error.code in ("BAD_LENGTH", "BAD_REQUEST")
         data = self._response(connection, error.status, error.body(), close, error.headers)
         self._note(connection, error.status, len(data), began)
@@ -5188,7 +5706,9 @@ class Server(ThreadingHTTPServer):
         if self.busy >= MAX_THREADS:
             if isinstance(answer, Stream):
                 self.app.context.bus.leave(answer.listener)
-            refusal = ApiError(503, "BUSY", f"{MAX_THREADS} requests are waiting already: try again", headers={"Retry-After": "1"})
+            refusal = ApiError(
+                503, "BUSY", f"{MAX_THREADS} requests are waiting already: try again", headers={"Retry-After": "1"}
+            )
             self._refuse(connection, refusal, began)
             return
         if connection.out and not self._flush_one(connection):
@@ -5258,7 +5778,9 @@ class Server(ThreadingHTTPServer):
             sock.sendall(b"".join(frame(event) for event in batch if event))
             if None in batch:
                 with contextlib.suppress(OSError):
-                    sock.sendall(b": you lag too far behind: come back with Last-Event-ID\n\n" if listener.cut else b": bye\n\n")
+                    sock.sendall(
+                        b": you lag too far behind: come back with Last-Event-ID\n\n" if listener.cut else b": bye\n\n"
+                    )
                 return
 
     def drain(self, seconds: float) -> None:
@@ -5281,12 +5803,20 @@ class Server(ThreadingHTTPServer):
 
 DIRECTION = re.compile(r"\[\[(\w+)(?:[ \n]+(.*?))?\]\]", re.DOTALL)
 DEMO_MODEL = "claude-demo"
-DEMO_FOOTERS = {"default": "⏸ manual mode on", "acceptEdits": "⏵⏵ accept edits on", "plan": "⏸ plan mode on",
-                "auto": "⏵⏵ auto mode on", "dontAsk": "⏵⏵ don't ask on", "bypassPermissions": "⏵⏵ bypass permissions on"}
+DEMO_FOOTERS = {
+    "default": "⏸ manual mode on",
+    "acceptEdits": "⏵⏵ accept edits on",
+    "plan": "⏸ plan mode on",
+    "auto": "⏵⏵ auto mode on",
+    "dontAsk": "⏵⏵ don't ask on",
+    "bypassPermissions": "⏵⏵ bypass permissions on",
+}
 DEBOUNCE = 0.15     # keys this soon after a dialog's appearance are lost, as in the real client
 FRAME = 0.1         # seconds between two pictures of the spinner
 FLUSH = 0.03        # the last lines of a turn reach the transcript this much after the Stop report
-DEMO_KEYS = re.compile(rb"\x1b\[200~|\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Z]|\x1b|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+", re.DOTALL)
+DEMO_KEYS = re.compile(
+    rb"\x1b\[200~|\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Z]|\x1b|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+", re.DOTALL
+)
 Script = Iterator[Any]
 
 
@@ -5421,7 +5951,11 @@ class DemoAgent:
         payload = dump(body).encode("utf-8", "replace")
         headers = {"Host": url.netloc, "Content-Type": "application/json", "Content-Length": str(len(payload)),
                    "Connection": "close", **hook.get("headers", {})}
-        head = f"POST {url.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+        head = (
+            f"POST {url.path} HTTP/1.1\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            + "\r\n"
+        )
         sock = socket.create_connection((url.hostname or "", url.port or 80), timeout=5)
         sock.settimeout(hook.get("timeout", 600))
         sock.sendall(head.encode() + payload)
@@ -5476,13 +6010,16 @@ class DemoAgent:
         spinner = [f"{glyph} Demonstrating… ({spent}s · ↓ {spent * 10} tokens)", ""] if busy else []
         footer = "  " + DEMO_FOOTERS.get(self.mode, self.mode) + " · demo agent" + (
             " · esc to interrupt" if busy and not self.draft else " · ? for shortcuts" if not self.draft else "")
-        return ["", *spinner, "─" * width, *self.box(busy), "─" * width, f"  {self.notice}" if self.notice else footer]
+        box = self.box(busy)
+        hidden = max(0, len(box) - 12)
+        top = f"─── ↑ {hidden} more ".ljust(width, "─") if hidden else "─" * width
+        return ["", *spinner, top, *box[hidden:], "─" * width, f"  {self.notice}" if self.notice else footer]
 
     def box(self, busy: bool) -> List[str]:
         """Draw the input box's inside."""
         shown = "".join(piece for piece, _ in self.draft).split("\n")
         glyph = "!" if self.bash else "\x1b[38;5;246m❯\x1b[39m" if busy else "❯"
-        return [f"{glyph}\xa0{shown[0]}", *("  " + line for line in shown[1:])][-12:]
+        return [f"{glyph}\xa0{shown[0]}", *("  " + line for line in shown[1:])]
 
     def say_lines(self, lines: Sequence[str]) -> None:
         """Add lines to the conversation."""
@@ -5672,7 +6209,9 @@ class DemoAgent:
             waiting, self.prompts_waiting = self.prompts_waiting, []
             for prompt_id, text_ in waiting:
                 self.prompt_id = prompt_id
-                self.write("user", message={"role": "user", "content": text_}, promptId=prompt_id, promptSource="queued")
+                self.write(
+                    "user", message={"role": "user", "content": text_}, promptId=prompt_id, promptSource="queued"
+                )
             self.begin(self.script("\n".join(text_ for _, text_ in waiting)), waiting[-1][1], "busy")
             return
         self.status("idle")
@@ -5694,7 +6233,9 @@ class DemoAgent:
         steps = DIRECTION.findall(prompt)
         for index, (name, argument) in enumerate(steps):
             play = DIRECTIONS.get(name)
-            ending = yield from (play(self, argument.strip()) if play else self.answer_later(f"unknown direction {name}"))
+            ending = yield from (
+                play(self, argument.strip()) if play else self.answer_later(f"unknown direction {name}")
+            )
             if ending is None:
                 return
             said = ending
@@ -5717,7 +6258,9 @@ class DemoAgent:
         if os.environ.get("AEGIS_DEMO_STAMP"):   # bench wants the agent's own moment of the turn's end
             with open(os.environ["AEGIS_DEMO_STAMP"], "a", encoding="ascii") as file:
                 file.write(f"{time.time()}\n")
-        self.report("Stop", last_assistant_message=said, stop_hook_active=False, background_tasks=list(tasks), session_crons=[])
+        self.report(
+            "Stop", last_assistant_message=said, stop_hook_active=False, background_tasks=list(tasks), session_crons=[]
+        )
         self.say_lines([f"✻ Brewed for {int(spent)}s · done {time.strftime('%I:%M %p').lstrip('0')}"])
         yield 0
 
@@ -5732,23 +6275,33 @@ class DemoAgent:
         use_id = self.write_tool_use(tool, given)
         self.say_lines([f"● {tool}({clip(str(next(iter(given.values()), '')), 60)})"])
         verdict: Any = ("key", "allow")
-        if self.mode not in ("bypassPermissions", "auto") and not (self.mode == "acceptEdits" and tool in ("Write", "Edit")):
+        if self.mode not in ("bypassPermissions", "auto") and not (
+            self.mode == "acceptEdits" and tool in ("Write", "Edit")
+        ):
             verdict = yield from self.ask(tool, given, question, rows)
         return self.end_tool(use_id, self.outcome(tool, given, verdict))
 
     def write_tool_use(self, tool: str, given: Json) -> str:
         """Write the call of a tool into the transcript; gives its id."""
         use_id = f"toolu_{uuid.uuid4().hex[:12]}"
-        self.write_answer([{"type": "text", "text": "Using a tool."}, {"type": "tool_use", "id": use_id, "name": tool, "input": given}],
-                          "tool_use")
+        self.write_answer(
+            [
+                {"type": "text", "text": "Using a tool."},
+                {"type": "tool_use", "id": use_id, "name": tool, "input": given},
+            ],
+            "tool_use",
+        )
         return use_id
 
     def end_tool(self, use_id: str, result: Optional[str]) -> Optional[str]:
         """Write and show a tool's result, if the turn did not end with the decision."""
         if result is None:
             return None
-        self.write("user", message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": use_id, "content": result}]},
-                   promptId=self.prompt_id)
+        self.write(
+            "user",
+            message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": use_id, "content": result}]},
+            promptId=self.prompt_id,
+        )
         self.say_lines([f"  ⎿  {result}"])
         return "(result) " + result
 
@@ -5789,7 +6342,9 @@ class DemoAgent:
             result = f"(demo) pretended: {clip(str(next(iter(given.values()), '')), 200)}"
             if tool == "AskUserQuestion":
                 result = f"User answered: {dump(given.get('answers') or what)}"
-            self.report("PostToolUse", tool_name=tool, tool_input=given, tool_response={"stdout": result}, duration_ms=1)
+            self.report(
+                "PostToolUse", tool_name=tool, tool_input=given, tool_response={"stdout": result}, duration_ms=1
+            )
             return result
         if decision.get("interrupt"):
             self.turn_until = time.monotonic()
@@ -5802,7 +6357,13 @@ class DemoAgent:
         """Pretend to run a `!` line, and answer, as the real client does."""
         yield 0.02
         self.write("user", message={"role": "user", "content": f"<bash-input>{line}</bash-input>"})
-        self.write("user", message={"role": "user", "content": "<bash-stdout>(demo) pretended</bash-stdout><bash-stderr></bash-stderr>"})
+        self.write(
+            "user",
+            message={
+                "role": "user",
+                "content": "<bash-stdout>(demo) pretended</bash-stdout><bash-stderr></bash-stderr>",
+            },
+        )
         self.prompt_id = str(uuid.uuid4())
         self.say_lines([f"  ⎿  (demo) pretended to run {line}"])
         said = yield from self.answer_later("The command ran (not really: this is the demo agent).")
@@ -5825,7 +6386,12 @@ class DemoAgent:
             self.dialog = DemoDialog([" Help (demo agent)"], [("Close", "close")], " Esc to close", "close")
             self.draw()
         else:
-            self.say_lines([f"❯ {line}", f"  ⎿  Unknown command: {word}" if word not in ("/cost", "/model") else "  ⎿  nothing spent"])
+            self.say_lines(
+                [
+                    f"❯ {line}",
+                    f"  ⎿  Unknown command: {word}" if word not in ("/cost", "/model") else "  ⎿  nothing spent",
+                ]
+            )
 
     def compact(self) -> Script:
         """Pretend to compact the conversation."""
@@ -5864,8 +6430,19 @@ class DemoAgent:
 
     def do_bash(self, argument: str) -> Script:
         """Play [[bash COMMAND]]."""
-        return (yield from self.use_tool("Bash", {"command": argument, "description": "A demo command"}, "Do you want to proceed?",
-                                         ("Yes", "Yes, and always allow access to demo/ from this project", "Yes, and switch to auto mode", "No")))
+        return (
+            yield from self.use_tool(
+                "Bash",
+                {"command": argument, "description": "A demo command"},
+                "Do you want to proceed?",
+                (
+                    "Yes",
+                    "Yes, and always allow access to demo/ from this project",
+                    "Yes, and switch to auto mode",
+                    "No",
+                ),
+            )
+        )
 
     def do_write(self, argument: str) -> Script:
         """Play [[write PATH TEXT]]."""
@@ -5885,8 +6462,14 @@ class DemoAgent:
 
     def do_fetch(self, argument: str) -> Script:
         """Play [[fetch URL]]."""
-        return (yield from self.use_tool("WebFetch", {"url": argument, "prompt": "what is it"}, "Do you want to allow Claude to fetch this content?",
-                                         ("Yes", "Yes, and don't ask again for this host", "No, and tell Claude what to do differently (esc)")))
+        return (
+            yield from self.use_tool(
+                "WebFetch",
+                {"url": argument, "prompt": "what is it"},
+                "Do you want to allow Claude to fetch this content?",
+                ("Yes", "Yes, and don't ask again for this host", "No, and tell Claude what to do differently (esc)"),
+            )
+        )
 
     def do_both(self, argument: str) -> Script:
         """Play [[both A ;; B]]: two requests, one after the other."""
@@ -5900,8 +6483,16 @@ class DemoAgent:
     def do_ask(self, argument: str) -> Script:
         """Play [[ask]]."""
         options = [{"label": name, "description": f"Choose {name.lower()}"} for name in ("Red", "Green", "Blue")]
-        given = {"questions": [{"question": "Which colour do you want?", "header": "Colour", "multiSelect": argument == "multi",
-                                "options": options}]}
+        given = {
+            "questions": [
+                {
+                    "question": "Which colour do you want?",
+                    "header": "Colour",
+                    "multiSelect": argument == "multi",
+                    "options": options,
+                }
+            ]
+        }
         rows: List[Tuple[str, Any]] = [(option["label"], "allow") for option in options]
         self.dialog = DemoDialog([" ☐ Colour", "", "Which colour do you want?"], [*rows, ("Type something.", "deny")],
                                  "Enter to select · ↑/↓ to navigate · Esc to cancel", "deny")
@@ -5912,9 +6503,16 @@ class DemoAgent:
     def do_plan(self, argument: str) -> Script:
         """Play [[plan TEXT]]."""
         given = {"plan": argument or "# Plan"}
-        self.dialog = DemoDialog([" Ready to code?", "", f"   {clip(given['plan'], 60)}", "", " Would you like to proceed?"],
-                                 [("Yes, and use auto mode", "allow"), ("Yes, manually approve edits", "allow"),
-                                  ("Tell Claude what to change", "deny")], " ctrl+g to edit in Vim", "deny")
+        self.dialog = DemoDialog(
+            [" Ready to code?", "", f"   {clip(given['plan'], 60)}", "", " Would you like to proceed?"],
+            [
+                ("Yes, and use auto mode", "allow"),
+                ("Yes, manually approve edits", "allow"),
+                ("Tell Claude what to change", "deny"),
+            ],
+            " ctrl+g to edit in Vim",
+            "deny",
+        )
         use_id = self.write_tool_use("ExitPlanMode", given)
         verdict = yield from self.await_decision("ExitPlanMode", given)
         return self.end_tool(use_id, self.outcome("ExitPlanMode", given, verdict))
@@ -5922,10 +6520,25 @@ class DemoAgent:
     def do_error(self, argument: str) -> Script:
         """Play [[error CODE]]."""
         yield 0.02
-        kinds = {"401": "authentication_failed", "403": "authentication_failed", "429": "rate_limit", "500": "server_error", "529": "server_error"}
+        kinds = {
+            "401": "authentication_failed",
+            "403": "authentication_failed",
+            "429": "rate_limit",
+            "500": "server_error",
+            "529": "server_error",
+        }
         said = f"API Error: {argument} demo error"
-        self.write("assistant", isApiErrorMessage=True, message={"id": "x", "model": "<synthetic>", "role": "assistant", "usage": {},
-                                                               "content": [{"type": "text", "text": said}]})
+        self.write(
+            "assistant",
+            isApiErrorMessage=True,
+            message={
+                "id": "x",
+                "model": "<synthetic>",
+                "role": "assistant",
+                "usage": {},
+                "content": [{"type": "text", "text": said}],
+            },
+        )
         self.report("StopFailure", error=kinds.get(argument.split()[0], "unknown"), last_assistant_message=said)
         self.say_lines([f"● {said}"])
         return None
@@ -5959,7 +6572,9 @@ class DemoAgent:
     def do_background(self, argument: str) -> Script:
         """Play [[background SECONDS]]: ends with a task that still runs, and comes back when that is done."""
         yield from self.stop("started a background task", [{"id": "task-1", "status": "running"}])
-        self.timers.append((time.monotonic() + float(argument or 1), lambda: self.submit("[[say background done]]", "task")))
+        self.timers.append(
+            (time.monotonic() + float(argument or 1), lambda: self.submit("[[say background done]]", "task"))
+        )
         return None
 
     # -- the loop
@@ -6042,18 +6657,46 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
         print(f"demo agent: told to crash with {argument}", file=sys.stderr)
         return int(argument or 1)
     screens = {
-        "trust": DemoDialog([" Accessing workspace:", "", f" {agent.cwd}", "",
-                             " Quick safety check: Is this a project you created or one you trust?"],
-                            [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
-        "apikey": DemoDialog([" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
-                             [("Yes", None), ("No (recommended)", None)], " Enter to confirm · Esc to cancel", None, 1, False),
-        "login": DemoDialog([" Select login method:"], [("Claude account with subscription", None), ("Console account", None)],
-                            " Esc to cancel", None),
-        "onboarding": DemoDialog([" Welcome to Claude Code (demo)", "", " Choose the text style that looks best with your terminal"],
-                                 [("Dark mode", None), ("Light mode", None)], " Enter to confirm", None),
-        "summary": DemoDialog([" This session is long and old. Resume from summary?"],
-                              [("Resume from summary", None), ("Resume full session", None)],
-                              " Enter to confirm · Esc to cancel", None),
+        "trust": DemoDialog(
+            [
+                " Accessing workspace:",
+                "",
+                f" {agent.cwd}",
+                "",
+                " Quick safety check: Is this a project you created or one you trust?",
+            ],
+            [("No, exit", 1), ("Yes, I trust this folder", None)],
+            " Enter to confirm · Esc to cancel",
+            1,
+            0,
+            False,
+        ),
+        "apikey": DemoDialog(
+            [" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
+            [("Yes", None), ("No (recommended)", None)],
+            " Enter to confirm · Esc to cancel",
+            None,
+            1,
+            False,
+        ),
+        "login": DemoDialog(
+            [" Select login method:"],
+            [("Claude account with subscription", None), ("Console account", None)],
+            " Esc to cancel",
+            None,
+        ),
+        "onboarding": DemoDialog(
+            [" Welcome to Claude Code (demo)", "", " Choose the text style that looks best with your terminal"],
+            [("Dark mode", None), ("Light mode", None)],
+            " Enter to confirm",
+            None,
+        ),
+        "summary": DemoDialog(
+            [" This session is long and old. Resume from summary?"],
+            [("Resume from summary", None), ("Resume full session", None)],
+            " Enter to confirm · Esc to cancel",
+            None,
+        ),
     }
     agent.dialog = screens[name]
     agent.draw()
@@ -6099,7 +6742,9 @@ def demo_agent_main(argv: Sequence[str]) -> int:
     """Be the demo agent."""
     import termios
     import tty
-    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.environ.get("AEGIS_DEMO_HOME") or os.path.expanduser("~/.aegis/demo")
+    home = (
+        os.environ.get("CLAUDE_CONFIG_DIR") or os.environ.get("AEGIS_DEMO_HOME") or os.path.expanduser("~/.aegis/demo")
+    )
     agent = DemoAgent(demo_parser().parse_args(argv), Path(home))
     wrong = demo_start(agent)
     if wrong:
@@ -6181,8 +6826,15 @@ MEASURES: Dict[str, Measure] = {
     "forks.idle":   Measure("processes started in {count} idle seconds",            "", 0),
 }
 NODE_IDLE = (20, 9.4)   # sessions and % of a core of the Node server: held only against as many sessions or more
-UNITS = {"ms": "{:,.2f} ms", "/s": "{:,.0f} /s", "us": "{:,.1f} µs", "%": "{:.2f} %", "MB": "{:,.1f} MB", "kB": "{:,.1f} kB",
-         "": "{:,.0f}"}
+UNITS = {
+    "ms": "{:,.2f} ms",
+    "/s": "{:,.0f} /s",
+    "us": "{:,.1f} µs",
+    "%": "{:.2f} %",
+    "MB": "{:,.1f} MB",
+    "kB": "{:,.1f} kB",
+    "": "{:,.0f}",
+}
 
 
 class Unmeasured(Exception):
@@ -6260,7 +6912,9 @@ class Tap:
     def wait(self, kind: str, session: str, start: int, seconds: float = 60.0) -> float:
         """Give the moment at which an event arrived, looking from place `start` of seen on."""
         def found() -> Optional[float]:
-            return next((at for at, event in self.seen[start:] if event["type"] == kind and event["sessionId"] == session), None)
+            return next(
+                (at for at, event in self.seen[start:] if event["type"] == kind and event["sessionId"] == session), None
+            )
         with self.more:
             at = self.more.wait_for(found, seconds)
         if at is None:
@@ -6273,7 +6927,9 @@ class BenchServer:
 
     def __init__(self) -> None:
         import tempfile
-        self.state = os.path.realpath(tempfile.mkdtemp(prefix="ab-", dir="/tmp"))   # short: a socket's path has 107 bytes
+        self.state = os.path.realpath(
+            tempfile.mkdtemp(prefix="ab-", dir="/tmp")
+        )  # short: a socket's path has 107 bytes
         self.process: Optional[subprocess.Popen] = None
         self.port, self.names = 0, itertools.count(1)
         self.crowd: List[str] = []       # ids of the sessions that stay
@@ -6293,8 +6949,15 @@ class BenchServer:
         log = f"{self.state}/stderr"
         with open(log, "wb") as stderr:   # a file: a pipe would have to be emptied by us, and take our time
             began = time.perf_counter()
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, cwd="/",
-                                            env={**kept, "AEGIS_CLAUDE_CMD": "/nonexistent"}, start_new_session=True)
+            self.process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                cwd="/",
+                env={**kept, "AEGIS_CLAUDE_CMD": "/nonexistent"},
+                start_new_session=True,
+            )
         while time.perf_counter() - began < 60.0:
             told = Path(log).read_text(errors="replace")
             match = re.search(r"listening on http://127\.0\.0\.1:(\d+)\b", told)
@@ -6309,7 +6972,9 @@ class BenchServer:
     def connect(self) -> None:
         """Open the connections that every figure uses."""
         self.wire, self.tap = Wire(self.port), Tap(self.port)
-        shown = subprocess.run(self.tmux_argv("display-message", "-p", "#{pid}"), capture_output=True, text=True, check=False)
+        shown = subprocess.run(
+            self.tmux_argv("display-message", "-p", "#{pid}"), capture_output=True, text=True, check=False
+        )
         self.tmux_pid = int(shown.stdout or 0)
 
     @property
@@ -6337,7 +7002,13 @@ class BenchServer:
         self.halt()
         agents = descendants(self.tmux_pid) if getattr(self, "tmux_pid", 0) else []
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(self.tmux_argv("kill-server"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20, check=False)
+            subprocess.run(
+                self.tmux_argv("kill-server"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=20,
+                check=False,
+            )
         until = time.monotonic() + 10.0
         while time.monotonic() < until and any(alive(pid) and not is_zombie(pid) for pid in agents):
             time.sleep(0.01)
@@ -6377,7 +7048,7 @@ class BenchServer:
             time.sleep(0.1)
 
     def turn(self, session: str, text_: str) -> Tuple[float, float, float, bool]:
-        """Have one turn; gives the moments of sending, of the answer, of the idle event, and whether it was delivered."""
+        """Have one turn; gives the moments of sending, answer and idle event, and whether it was delivered."""
         start, sent_at = len(self.tap.seen), time.time()
         answer = self.wire.call("POST", f"/v1/sessions/{session}/send", {"text": text_})
         answered_at = time.time()
@@ -6387,7 +7058,7 @@ class BenchServer:
         return sent_at, answered_at, idle_at, answer["delivered"]
 
     def reader(self) -> str:
-        """Give a session that has something to read, and whose last turn is so long ago that no read waits for its lines."""
+        """Give a session with something to read, whose last turn is so long ago that no read waits for it."""
         session = self.crowd[0]
         if session not in self.turned_at:
             self.turn(session, "[[say something to be read]]")
@@ -6427,10 +7098,14 @@ class Stage:
 def cpu_seconds(pid: int) -> float:
     """Tell how long a process has computed: from the kernel's clock of it, or from ps, which is coarse."""
     try:
-        return time.clock_gettime((~pid << 3) | 2)   # Linux: CPUCLOCK_SCHED of a process, in nanoseconds, ended threads included
+        return time.clock_gettime(
+            (~pid << 3) | 2
+        )  # Linux: CPUCLOCK_SCHED of a process, in nanoseconds, ended threads included
     except (OSError, OverflowError, AttributeError):
         told = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-        return sum(float(part) * 60 ** place for place, part in enumerate(reversed(re.split("[-:]", told.strip() or "0"))))
+        return sum(
+            float(part) * 60**place for place, part in enumerate(reversed(re.split("[-:]", told.strip() or "0")))
+        )
 
 
 def rss_mb(pid: int) -> float:
@@ -6552,7 +7227,7 @@ def bench_event(stage: Stage) -> Iterator[Figure]:
 
 
 def hammer(server: BenchServer, path: str, slices: int) -> Tuple[List[float], List[float], List[float]]:
-    """Ask on 8 connections, each again as soon as it is answered; gives rates of quarter seconds, latencies, CPU cost."""
+    """Ask on 8 connections, each again as soon as it is answered; gives rates, latencies, CPU cost."""
     wires = [Wire(server.port) for _ in range(8)]
     request, clock, rates, latencies, costs = wires[0].head("GET", path), time.perf_counter, [], [], []
     under_way = []
@@ -6598,16 +7273,41 @@ def transcript_lines(size: int) -> bytes:
     lines, made, length = [], 0, 0
     while length < size:
         made += 1
-        shared = {"uuid": str(uuid.uuid4()), "timestamp": iso(time.time()), "sessionId": "bench", "cwd": "/", "isSidechain": False}
+        shared = {
+            "uuid": str(uuid.uuid4()),
+            "timestamp": iso(time.time()),
+            "sessionId": "bench",
+            "cwd": "/",
+            "isSidechain": False,
+        }
         answer = {"id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "model": DEMO_MODEL, "stop_reason": "end_turn",
                   "usage": {"input_tokens": 10, "output_tokens": 300, "cache_read_input_tokens": 20_000}}
         for line in (
-                {"type": "user", "message": {"role": "user", "content": f"Prompt {made}: " + "look into it. " * 10}},
-                {"type": "assistant", "message": {**answer, "content": [
-                    {"type": "tool_use", "id": f"toolu_{made}", "name": "Bash", "input": {"command": "ls -l"}}]}},
-                {"type": "user", "message": {"role": "user", "content": [
-                    {"type": "tool_result", "tool_use_id": f"toolu_{made}", "content": "-rw-r--r-- 1 root root 4096 a\n" * 270}]}},
-                {"type": "assistant", "message": {**answer, "content": [{"type": "text", "text": "It is so. " * 120}]}}):
+            {"type": "user", "message": {"role": "user", "content": f"Prompt {made}: " + "look into it. " * 10}},
+            {
+                "type": "assistant",
+                "message": {
+                    **answer,
+                    "content": [
+                        {"type": "tool_use", "id": f"toolu_{made}", "name": "Bash", "input": {"command": "ls -l"}}
+                    ],
+                },
+            },
+            {
+                "type": "user",
+                "message": {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": f"toolu_{made}",
+                            "content": "-rw-r--r-- 1 root root 4096 a\n" * 270,
+                        }
+                    ],
+                },
+            },
+            {"type": "assistant", "message": {**answer, "content": [{"type": "text", "text": "It is so. " * 120}]}},
+        ):
             lines.append(dump({**shared, **line}).encode() + b"\n")
             length += len(lines[-1])
     return b"".join(lines)
@@ -6708,7 +7408,9 @@ def bench_forks(stage: Stage) -> Iterator[Figure]:
         faults, children = offspring(pids)
         work()
         faults_then, children_then = offspring(pids)
-        return [max(len(children_then - children), int(faults_then > faults))]   # one at least, where they ended meanwhile
+        return [
+            max(len(children_then - children), int(faults_then > faults))
+        ]  # one at least, where they ended meanwhile
 
     def read_all() -> None:
         for _ in range(reads):
@@ -6728,9 +7430,17 @@ def box_line() -> Json:
     system = os.uname()
     tmux = "none"
     with contextlib.suppress(OSError):
-        tmux = subprocess.run([os.environ.get("AEGIS_TMUX") or "tmux", "-V"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"aegis": __version__, "cpus": os.cpu_count(), "python": sys.version.split()[0], "tmux": tmux.replace("tmux ", ""),
-            "os": f"{system.sysname} {system.release} {system.machine}", "load": [round(one, 2) for one in os.getloadavg()]}
+        tmux = subprocess.run(
+            [os.environ.get("AEGIS_TMUX") or "tmux", "-V"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    return {
+        "aegis": __version__,
+        "cpus": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "tmux": tmux.replace("tmux ", ""),
+        "os": f"{system.sysname} {system.release} {system.machine}",
+        "load": [round(one, 2) for one in os.getloadavg()],
+    }
 
 
 def summary(key: str, samples: Sequence[float], words: Json) -> Json:
@@ -6750,7 +7460,14 @@ def summary(key: str, samples: Sequence[float], words: Json) -> Json:
     met = all((value > goal if rate else value <= goal) for value, goal in held if goal is not None)
     against = sum(node) / 2 if node else None
     ratio = None if against is None or min(middle, against) <= 0 else middle / against if rate else against / middle
-    return {**told, "median": middle, "p99": bad, "met": met if measure.median is not None else None, "node": node, "ratio": ratio}
+    return {
+        **told,
+        "median": middle,
+        "p99": bad,
+        "met": met if measure.median is not None else None,
+        "node": node,
+        "ratio": ratio,
+    }
 
 
 def table_line(told: Json) -> str:
@@ -6767,16 +7484,25 @@ def table_line(told: Json) -> str:
     theirs = "" if not node else f"{node[0]:,g}" + (f"-{node[1]:,g}" if node[1] != node[0] else "")
     ratio = f"{told['ratio']:.1f}x" if told["ratio"] else ""
     bad = shape.format(told["p99"]) if told["n"] > 1 else ""
-    return f"{told['figure']:58}{shape.format(told['median']):>13}{bad:>13}  {goal:26}{theirs:>10}{ratio:>9}{told['n']:>8,}".rstrip()
+    median = shape.format(told["median"])
+    return f"{told['figure']:58}{median:>13}{bad:>13}  {goal:26}{theirs:>10}{ratio:>9}{told['n']:>8,}".rstrip()
 
 
 def bench_parser() -> argparse.ArgumentParser:
     """Describe the command line of bench."""
-    parser = argparse.ArgumentParser(prog="aegis.py bench", description="Measures Aegis on this box, with a server and agents of its own.")
+    parser = argparse.ArgumentParser(
+        prog="aegis.py bench", description="Measures Aegis on this box, with a server and agents of its own."
+    )
     parser.add_argument("--quick", action="store_true", help="small counts, some 15 s")
-    parser.add_argument("--only", metavar="NAME", action="append", choices=tuple(BENCHES), help="only this: " + ", ".join(BENCHES))
-    parser.add_argument("--sessions", metavar="N,N", help="how many sessions to watch the CPU with (1,10,50,100; --quick: 5)",
-                        type=lambda raw: sorted({max(1, read_int(word)) for word in read_list(raw)}) or None)
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", choices=tuple(BENCHES), help="only this: " + ", ".join(BENCHES)
+    )
+    parser.add_argument(
+        "--sessions",
+        metavar="N,N",
+        help="how many sessions to watch the CPU with (1,10,50,100; --quick: 5)",
+        type=lambda raw: sorted({max(1, read_int(word)) for word in read_list(raw)}) or None,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     return parser
 
@@ -6789,8 +7515,10 @@ def bench(argv: Sequence[str]) -> int:
     show = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
     box, figures, troubles = box_line(), [], []
     show("Aegis {aegis} on {cpus} CPUs, Python {python}, tmux {tmux}, {os}; load before: {load}".format(**box))
-    show("Node: a comparable Node server on a box of this size; ratio: how many times better Aegis is.  CPU is % of one core: mean,\n"
-         "busiest second.  p99 of a rate is its slowest end.\n")
+    show(
+        "Node: a comparable Node server on a box of this size; ratio: how many times better Aegis is.\n"
+        "CPU is % of one core: mean, busiest second.  p99 of a rate is its slowest end.\n"
+    )
     show(f"{'figure':58}{'median':>13}{'p99':>13}  {'target':26}{'Node':>10}{'ratio':>9}{'n':>8}")
     try:
         for name in options.only or BENCHES:
@@ -6823,23 +7551,33 @@ EXIT_SETTINGS, EXIT_BUSY, EXIT_START = 2, 3, 4
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line, from the table of settings."""
     parser = argparse.ArgumentParser(
-        prog="aegis.py", description="Serves the coding agents of this box over HTTP.",
-        epilog="Further commands: `aegis.py bench` measures this box, `aegis.py selftest --screens DIR` replays captured screens, "
-               "`aegis.py docs` prints the README's tables.  Only from the environment: "
-               + "; ".join(f"AEGIS_{one.name.upper()}: {one.about}" for one in SETTINGS if not one.flag))
+        prog="aegis.py",
+        description="Serves the coding agents of this box over HTTP.",
+        epilog="Further commands: `aegis.py bench` measures this box, "
+        "`aegis.py selftest --screens DIR` replays captured screens, "
+        "`aegis.py docs` prints the README's tables.  Only from the environment: "
+        + "; ".join(f"AEGIS_{one.name.upper()}: {one.about}" for one in SETTINGS if not one.flag),
+    )
     parser.add_argument("--version", action="version", version=f"aegis {__version__}")
     parser.add_argument("--demo", action="store_true", help="serve with the built-in demo agent: no account needed")
     for one in SETTINGS:
         if one.flag:
-            parser.add_argument("--" + one.name.replace("_", "-"), metavar="VALUE", default=None, dest=one.name,
-                                help=f"{one.about.replace('%', '%%')} (AEGIS_{one.name.upper()}; default: {one.default or 'empty'})")
+            parser.add_argument(
+                "--" + one.name.replace("_", "-"),
+                metavar="VALUE",
+                default=None,
+                dest=one.name,
+                help=f"{one.about.replace('%', '%%')} (AEGIS_{one.name.upper()}; default: {one.default or 'empty'})",
+            )
     return parser
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Gather settings: flags before environment before defaults.  Raises ValueError, SystemExit."""
     options = build_parser().parse_args(argv)
-    given = {one.name: environ[f"AEGIS_{one.name.upper()}"] for one in SETTINGS if environ.get(f"AEGIS_{one.name.upper()}")}
+    given = {
+        one.name: environ[f"AEGIS_{one.name.upper()}"] for one in SETTINGS if environ.get(f"AEGIS_{one.name.upper()}")
+    }
     given.update({one.name: value for one in SETTINGS if (value := getattr(options, one.name, None)) is not None})
     if options.demo:
         given["agent"] = "demo"
@@ -6878,7 +7616,11 @@ def serve(argv: Sequence[str]) -> int:
         server = Server(app)
     except (ApiError, OSError, sqlite3.Error) as error:
         busy = isinstance(error, ApiError) and error.code == "ALREADY_RUNNING"
-        where = f" (port {settings.port}: choose another with --port)" if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
+        where = (
+            f" (port {settings.port}: choose another with --port)"
+            if getattr(error, "errno", 0) == errno.EADDRINUSE
+            else ""
+        )
         print(f"aegis: {error}{where}", file=sys.stderr)
         return EXIT_BUSY if busy else EXIT_START
     stopper = Stopper(server)
@@ -6938,7 +7680,12 @@ SCREEN_WORDS = {   # words that captures are named by -> kind of reading
 def selftest(argv: Sequence[str]) -> int:
     """Replay captured screens through the rules and print what was expected against what was read."""
     parser = argparse.ArgumentParser(prog="aegis.py selftest", description=selftest.__doc__)
-    parser.add_argument("--screens", metavar="DIR", required=True, help="captures named NAME.EXPECTED.txt (capture-pane -p, with -e or without)")
+    parser.add_argument(
+        "--screens",
+        metavar="DIR",
+        required=True,
+        help="captures named NAME.EXPECTED.txt (capture-pane -p, with -e or without)",
+    )
     folder = Path(parser.parse_args(argv).screens)
     matrix: "collections.Counter[Tuple[str, str]]" = collections.Counter()
     wrong = []
