@@ -48,8 +48,9 @@ import os
 import sys
 
 RUN_AS_MODULE = (
-    "import sys; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); "
-    "import importlib; sys.modules['ssl'] = None; m = importlib.import_module(f[2][:-3]); del sys.modules['ssl']; sys.exit(m.main(sys.argv[1:]))"
+    "import sys, importlib; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); "
+    "sys.modules['ssl'] = None; m = importlib.import_module(f[2][:-3]); del sys.modules['ssl']; "
+    "sys.exit(m.main(sys.argv[1:]))"
 )
 if __name__ == "__main__" and __file__.endswith(".py"):
     # The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  So the script
@@ -2814,7 +2815,8 @@ def clear_box(context: Context, session: Session, reading: Reading, tries: int) 
     if tries == 1 and session.agent.stash and not put_back:
         context.tmux.keys(session.row.pane or "", session.agent.stash)
     else:
-        context.tmux.keys(session.row.pane or "", *["Down"] * 4, "C-e", *["C-u"] * 8)   # more at once looks like a paste
+        # More presses at once would look like a paste.
+        context.tmux.keys(session.row.pane or "", *["Down"] * 4, "C-e", *["C-u"] * 8)
     context.stopping.wait(0.05)
 
 
