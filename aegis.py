@@ -2270,6 +2270,8 @@ class Context:
         self.kick: Callable[["Session"], None] = lambda session: None       # delivery may go on
         self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
         self.serial = itertools.count(1)
+        self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
+        self.lists: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}   # answers of list, by query, with the store's version
         self.stopping = threading.Event()
 
     def file(self, session_id: str, kind: str) -> Path:
@@ -4367,19 +4369,16 @@ def get_health(ask: Ask) -> Json:
     error = context.tmux.error
     return {"status": "ok" if error is None else "degraded", "version": __version__, "platform": sys.platform,
             "uptime": int(time.time() - context.started_at),
-            "sessions": {"active": len(context.sessions), "total": total_sessions(context.store)},
+            "sessions": {"active": len(context.sessions), "total": total_sessions(context)},
             "tmux": {"healthy": error is None, "error": error}, "timestamp": iso(time.time())}
 
 
-_totals: Dict[int, Tuple[int, int]] = {}  # by store: (version, count), so that health costs no query
-
-
-def total_sessions(store: Store) -> int:
-    """Count all sessions ever made."""
-    version, count = _totals.get(id(store), (-1, 0))
-    if version != store.version:
-        version, count = store.version, store.value("SELECT count(*) FROM sessions")
-        _totals[id(store)] = (version, count)
+def total_sessions(context: Context) -> int:
+    """Count all sessions ever made; health asks often, so it costs a query only after a change."""
+    version, count = context.total
+    if version != context.store.version:
+        version, count = context.store.version, context.store.value("SELECT count(*) FROM sessions")
+        context.total = (version, count)
     return count
 
 
@@ -4428,14 +4427,11 @@ def live_view(context: Context, session: Session) -> Json:
         return view(context, session.row, session.facts, session.active_at)
 
 
-_lists: Dict[Tuple[Any, ...], Tuple[int, Encoded]] = {}  # answers of list, by query, valid for one version of the store
-
-
 def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_dir: Optional[str]) -> Any:
     """List sessions, newest first, page by page."""
     context, store = ask.context, ask.context.store
-    query = (id(store), page, limit, status, work_dir)
-    version, answer = _lists.get(query, (-1, Encoded("")))
+    query = (page, limit, status, work_dir)
+    version, answer = context.lists.get(query, (-1, Encoded("")))
     if version == store.version:
         return answer
     version = store.version
@@ -4447,9 +4443,9 @@ def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_d
                       (page - 1) * limit)
     pagination = dump({"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)})
     answer = Encoded(f'{{"sessions":[{",".join(listed(context, row) for row in rows)}],"pagination":{pagination}}}')
-    while len(_lists) > 50:
-        _lists.pop(next(iter(_lists)), None)
-    _lists[query] = (version, answer)
+    while len(context.lists) > 50:
+        context.lists.pop(next(iter(context.lists)), None)
+    context.lists[query] = (version, answer)
     return answer
 
 
@@ -5687,8 +5683,9 @@ class Server(ThreadingHTTPServer):
     def _note(self, connection: Connection, status: int, size: int, began: float) -> None:
         head = connection.head
         what = f"{head.method} {clip(head.path, 200)}" if head else "unreadable request"
-        self.log.note("info", what, status=status, ms=round((time.perf_counter() - began) * 1e3, 1), bytes=size,
-                      id=connection.request_id)
+        level = "debug" if what.startswith("POST /hooks/") and status == 200 else "info"   # agents report all the time
+        spent = round((time.perf_counter() - began) * 1e3, 1)
+        self.log.note(level, what, status=status, ms=spent, bytes=size, id=connection.request_id)
 
     # -- in a thread
 
@@ -7611,7 +7608,6 @@ def serve(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    os.umask(0o077)
     log = Log(settings.log_level, settings.log_format)
     try:
         app = App(settings, log)
