@@ -6646,6 +6646,23 @@ def read_hook_answer(sock: socket.socket) -> Json:
     return json.loads(body) if b" 200 " in head.split(b"\r\n")[0] and body.strip() else {}
 
 
+DEMO_SCREENS: Dict[str, Tuple[List[str], List[Tuple[str, Any]], str, Any, int, bool]] = {
+    # boot word: lines, rows with the exit code that they mean (None goes on), hint, Escape, first row, numbered
+    "trust": ([" Accessing workspace:", "", " {cwd}", "",
+               " Quick safety check: Is this a project you created or one you trust?"],
+              [("No, exit", 1), ("Yes, I trust this folder", None)], " Enter to confirm · Esc to cancel", 1, 0, False),
+    "apikey": ([" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
+               [("Yes", None), ("No (recommended)", None)], " Enter to confirm · Esc to cancel", None, 1, False),
+    "login": ([" Select login method:"], [("Claude account with subscription", None), ("Console account", None)],
+              " Esc to cancel", None, 0, True),
+    "onboarding": ([" Welcome to Claude Code (demo)", "", " Choose the text style that looks best with your terminal"],
+                   [("Dark mode", None), ("Light mode", None)], " Enter to confirm", None, 0, True),
+    "summary": ([" This session is long and old. Resume from summary?"],
+                [("Resume from summary", None), ("Resume full session", None)],
+                " Enter to confirm · Esc to cancel", None, 0, True),
+}
+
+
 def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
     """Show a start-up screen until it is passed; gives an exit code when that is its end."""
     name, _, argument = what.partition(":")
@@ -6655,53 +6672,11 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
     if name == "crash":
         print(f"demo agent: told to crash with {argument}", file=sys.stderr)
         return int(argument or 1)
-    screens = {
-        "trust": DemoDialog(
-            [
-                " Accessing workspace:",
-                "",
-                f" {agent.cwd}",
-                "",
-                " Quick safety check: Is this a project you created or one you trust?",
-            ],
-            [("No, exit", 1), ("Yes, I trust this folder", None)],
-            " Enter to confirm · Esc to cancel",
-            1,
-            0,
-            False,
-        ),
-        "apikey": DemoDialog(
-            [" Detected a custom API key in your environment", "", " Do you want to use this API key?"],
-            [("Yes", None), ("No (recommended)", None)],
-            " Enter to confirm · Esc to cancel",
-            None,
-            1,
-            False,
-        ),
-        "login": DemoDialog(
-            [" Select login method:"],
-            [("Claude account with subscription", None), ("Console account", None)],
-            " Esc to cancel",
-            None,
-        ),
-        "onboarding": DemoDialog(
-            [" Welcome to Claude Code (demo)", "", " Choose the text style that looks best with your terminal"],
-            [("Dark mode", None), ("Light mode", None)],
-            " Enter to confirm",
-            None,
-        ),
-        "summary": DemoDialog(
-            [" This session is long and old. Resume from summary?"],
-            [("Resume from summary", None), ("Resume full session", None)],
-            " Enter to confirm · Esc to cancel",
-            None,
-        ),
-    }
-    agent.dialog = screens[name]
+    lines, *rest = DEMO_SCREENS[name]
+    agent.dialog = DemoDialog([line.replace("{cwd}", agent.cwd) for line in lines], *rest)
     agent.draw()
     while True:
-        data = os.read(0, 1000)
-        for match in DEMO_KEYS.finditer(data):
+        for match in DEMO_KEYS.finditer(os.read(0, 1000)):
             done, verdict = agent.dialog.key(match.group())
             if done:
                 agent.dialog = None
