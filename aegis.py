@@ -171,6 +171,7 @@ MAX_CONNECTIONS = 2_000        # open sockets; beyond it the longest idle one is
 MAX_THREADS = 400              # requests that wait at once, streams included
 IDLE_SECONDS = 75.0            # a connection without a request is closed after this
 SLOW_SECONDS = 20.0            # a request must arrive, and an answer be taken, within this
+REPLAY_PAGE = 500              # stored events read at once for a listener that comes back
 BUS_QUEUE = 1_000              # events a slow listener may lag behind before it is cut off
 QUIET_SECONDS = 0.25           # a pane without output for this long is looked at
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
@@ -898,25 +899,30 @@ class Bus:
                     listener.offer(event)
         return events
 
-    def listen(self, listener: Listener, after: Optional[int]) -> List[Event]:
-        """Subscribe; gives the stored events behind `after` that it missed, live ones follow without a gap."""
+    def listen(self, listener: Listener) -> None:
+        """Subscribe to what comes from now on."""
         with self.store.lock:
-            missed = [] if after is None else self.missed(listener, after)
             self.listeners.append(listener)
-        return missed
 
-    def missed(self, listener: Listener, after: int) -> List[Event]:
-        """Read what a listener missed; begins with `reset` when some of it is gone."""
+    def replay(self, listener: Listener, after: int) -> Iterator[List[Event]]:
+        """Give what a listener missed, page by page, and subscribe with the last page, so that nothing falls between.
+
+        Begins with `reset` when some of it is no longer stored, or the id is none of ours.
+        """
         first = self.store.value("SELECT min(id) FROM events") or self.last + 1
         if after > self.last or after < first - 1:
-            note = Event(self.last, None, "reset", time.time(), {"oldest": first, "asked": after})
-            return [note] if after > self.last else [note._replace(id=first - 1), *self._after(listener, first - 1)]
-        return self._after(listener, after)
-
-    def _after(self, listener: Listener, after: int) -> List[Event]:
-        found = self.store.rows(Event, "events", "id > ? AND (? IS NULL OR session = ?) ORDER BY id",
-                                after, listener.session, listener.session)
-        return [event for event in found if listener.wants(event)]
+            after, asked = (self.last if after > self.last else first - 1), after
+            yield [Event(after, None, "reset", time.time(), {"oldest": first, "asked": asked})]
+        where = "id > ? AND (? IS NULL OR session = ?) ORDER BY id LIMIT ?"
+        while True:
+            with self.store.lock:
+                page = self.store.rows(Event, "events", where, after, listener.session, listener.session, REPLAY_PAGE)
+                if len(page) < REPLAY_PAGE:
+                    self.listeners.append(listener)
+            yield [event for event in page if listener.wants(event)]
+            if len(page) < REPLAY_PAGE:
+                return
+            after = page[-1].id
 
     def leave(self, listener: Listener) -> None:
         """Unsubscribe."""
@@ -4360,7 +4366,7 @@ class Stream(NamedTuple):
     """An event stream: what was missed, then what comes."""
 
     listener: Listener
-    missed: List[Event]
+    missed: Iterator[List[Event]]
 
 
 def get_health(ask: Ask) -> Json:
@@ -4782,7 +4788,10 @@ def stream_events(ask: Ask, types: Optional[str], session: Optional[str], after:
     if last is not None and re.fullmatch(r"\d{1,15}", last):
         after = int(last)   # a reconnecting client knows better than its first address
     listener = Listener(kinds, session)
-    return Stream(listener, ask.context.bus.listen(listener, after))
+    if after is not None:
+        return Stream(listener, ask.context.bus.replay(listener, after))
+    ask.context.bus.listen(listener)
+    return Stream(listener, iter(()))
 
 
 def stream_session_events(ask: Ask, id: str, types: Optional[str], after: Optional[int]) -> Stream:
@@ -5754,8 +5763,8 @@ class Server(ThreadingHTTPServer):
                 sock.sendall(top.partition("retry")[0].encode())
                 return
             sock.sendall(top.encode())
-            for start in range(0, len(stream.missed), 200):
-                sock.sendall(b"".join(map(frame, stream.missed[start:start + 200])))
+            for page in stream.missed:
+                sock.sendall(b"".join(map(frame, page)))
             self._follow(sock, stream.listener)
         except OSError:
             pass
