@@ -969,7 +969,9 @@ AWKWARD_WORDS = ["it's", '"', "a;b", ";", "\\;", "\\", "\\\\", "#{pane_id}", "#(
 def test_a_word_passes_tmux_unchanged(tmux, word):
     for run in (tmux.run, lambda *commands: tmux._run_once(commands, 5.0)):
         run(("set-option", "-g", "@word", "x"), ("set-option", "-g", "@word", word))
-        assert "\n".join(run(("show-options", "-gv", "@word"))) in (word, word + "\n")
+        shown = "\n".join(run(("show-options", "-gv", "@word")))
+        escaped = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda char: f"\\{ord(char.group()):03o}", word).replace("\\015", "\\r")
+        assert shown in (word, word + "\n", escaped)    # newer tmux shows control characters escaped
 
 
 def test_a_word_with_nul_is_refused_before_tmux_sees_it(tmux):
@@ -2180,7 +2182,7 @@ def test_a_flood_of_output_harms_nobody(make, talk):
     assert loud.read()["output"] == "done"
 
 
-@pytest.mark.parametrize("how, code, word", [("[[exit]]", 0, ""), ("[[crash 7]]", 7, "7")])
+@pytest.mark.parametrize("how, code, word", [("[[wait 0.3]] [[exit]]", 0, ""), ("[[wait 0.3]] [[crash 7]]", 7, "7")])
 def test_an_agent_that_ends_by_itself_has_exited(make, how, code, word):
     talk = make()
     sent = talk.send(how)
@@ -2475,8 +2477,7 @@ def meddle(own: Server, before: Dict[str, Json]) -> None:
     dead = {f"{window[name]} 1" for name in ("crashed", "killed")}
     eventually(lambda: dead <= set(own.tmux("list-panes", "-a", "-F", "#{window_id} #{pane_dead}").splitlines()))
     eventually(lambda: all(ended_turn(before[name]["transcriptPath"]) for name in ("heard", "meanwhile")))
-    eventually(lambda: ("interrupt", "[Request interrupted by user]")
-               in transcript(before["interrupted"]["transcriptPath"]))
+    eventually(lambda: "interrupt" in dict(transcript(before["interrupted"]["transcriptPath"])))
 
 
 def test_a_turn_under_way_survives_a_crash_of_aegis(reborn):
@@ -3200,7 +3201,7 @@ def test_the_readme_names_every_endpoint(readme):
 def test_every_curl_of_the_readme_works(readme, house):
     own = house(AEGIS_AGENT="demo")
     script = "\n".join(block for block in shell_blocks(readme) if "curl" in block and "apt" not in block)
-    script = script.replace(":9100", f":{own.port}")
+    script = re.sub(r"\b(localhost|127\.0\.0\.1):9100", f"127.0.0.1:{own.port}", script)   # not every box knows localhost
     script = re.sub(r"curl (?=.*-N|.*--no-buffer)", "curl --max-time 1 ", script)
     assert script.count("curl") >= 5
     commands = [one for one in re.sub(r"\\\n\s*", " ", script).splitlines() if one.strip()
