@@ -966,6 +966,10 @@ TMUX_OPTIONS = (      # of the private server; a person who attaches gets the sa
 Command = Sequence[str]
 
 
+REPEATABLE = ("list-panes", "capture-pane", "display-message")   # may be asked again when the client died meanwhile
+NO_SERVER = re.compile(r"no server running|error connecting|can't find session|no current session")
+
+
 class TmuxError(Exception):
     """tmux would not, or is not there."""
 
@@ -1045,12 +1049,16 @@ class Tmux:
         """Give a tmux command line for this server."""
         return [self.program, "-u", "-L", self.socket_name, "-f", "/dev/null", *words]
 
-    def _connect(self) -> None:
+    @staticmethod
+    def _first_words(how: str) -> List[str]:
+        """Write the commands that bring the server up as we need it: -A attaches to it, -d leaves it alone."""
         options = [word for command in TMUX_OPTIONS for word in (*command, ";")]
-        first = ["start-server", ";", *options, "new-session", "-A", "-s", TMUX_SESSION, "-n", "home",
-                 "printf 'Aegis keeps this window so that tmux stays up.'"]
+        keeper = "printf 'Aegis keeps this window so that tmux stays up.'"
+        return ["start-server", ";", *options, "new-session", how, "-s", TMUX_SESSION, "-n", "home", keeper]
+
+    def _connect(self) -> None:
         try:
-            client = subprocess.Popen(self.argv("-C", *first), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            client = subprocess.Popen(self.argv("-C", *self._first_words("-A")), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                       stderr=subprocess.DEVNULL, env=tmux_environment(), cwd="/",
                                       start_new_session=True, bufsize=0)
         except OSError as error:
@@ -1163,24 +1171,34 @@ class Tmux:
         if client is None:
             return self._run_once(commands, timeout)
         try:
-            waiter.done.get(timeout=timeout)
+            answered = waiter.done.get(timeout=timeout)
         except queue.Empty:
             reap(client)
             raise TmuxError(commands[0][0], f"no answer within {timeout:g} s") from None
+        if not answered and all(command[0] in REPEATABLE for command in commands):
+            return self._run_once(commands, timeout)
         if waiter.errors:
             raise TmuxError(commands[0][0], "; ".join(waiter.errors))
         return waiter.lines
+
+    def _process(self, words: Sequence[str], timeout: float) -> "subprocess.CompletedProcess[bytes]":
+        """Run tmux as a process of its own."""
+        try:
+            return subprocess.run(
+                self.argv(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=tmux_environment(), timeout=timeout, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise TmuxError(words[0], str(error)) from error
 
     def _run_once(self, commands: Sequence[Command], timeout: float) -> List[str]:
         """Run commands as a process of its own: the way while the control client is away."""
         words: List[str] = []
         for command in commands:
             words += [";"] * bool(words) + [word[:-1] + "\\;" if word.endswith(";") else word for word in command]
-        try:
-            done = subprocess.run(self.argv(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, env=tmux_environment(), timeout=timeout, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise TmuxError(commands[0][0], str(error)) from error
+        done = self._process(words, timeout)
+        if done.returncode and NO_SERVER.search(done.stderr.decode("utf-8", "replace")):
+            self._process(self._first_words("-d"), timeout)
+            done = self._process(words, timeout)
         if done.returncode:
             raise TmuxError(commands[0][0], done.stderr.decode("utf-8", "replace").strip())
         lines = done.stdout.decode("utf-8", "replace").split("\n")
@@ -5766,7 +5784,7 @@ class Server(ThreadingHTTPServer):
         self._note(connection, 200, 0, began)
         extra = self._cors(head) if self.access.origins else ""
         top = (f"HTTP/1.1 200 OK\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}{extra}"
-               "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\nretry: 2000\n\n")
+               "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\nretry: 2000\n")
         try:
             sock.settimeout(SLOW_SECONDS)
             sock.sendall(connection.out)
@@ -5784,12 +5802,13 @@ class Server(ThreadingHTTPServer):
             sock.close()
 
     def _follow(self, sock: socket.socket, listener: Listener) -> None:
+        """Write what comes; a comment has no blank line behind it, for some clients take any block for an event."""
         pause = self.app.settings.heartbeat_seconds
         while True:
             try:
                 batch = [listener.queue.get(timeout=pause)]
             except queue.Empty:
-                sock.sendall(b": ping\n\n")
+                sock.sendall(b": ping\n")
                 continue
             with contextlib.suppress(queue.Empty):
                 while len(batch) < 200:
