@@ -47,28 +47,65 @@ from __future__ import annotations
 import os
 import sys
 
-RUN_AS_MODULE = (
-    "import sys, importlib; sys.argv.pop(0); f = sys.argv[0].rpartition('/'); sys.path.insert(0, f[0]); "
-    "sys.modules['ssl'] = None; m = importlib.import_module(f[2][:-3]); del sys.modules['ssl']; "
-    "sys.exit(m.main(sys.argv[1:]))"
+RUN_AS_MODULE = (   # arguments: the kept code or "", the function to call, this file, and the function's own
+    "import sys, marshal, types; kept, name, file = sys.argv[1:4]; m = types.ModuleType('aegis'); m.__file__ = file; "
+    "sys.modules.update(aegis=m, ssl=None); "
+    "exec(marshal.loads(open(kept, 'rb').read()[16:]) if kept else compile(open(file, 'rb').read(), file, 'exec'), "
+    "m.__dict__); del sys.modules['ssl']; sys.exit(getattr(m, name)(sys.argv[4:]))"
 )
-if __name__ == "__main__" and __file__.endswith(".py"):
-    # The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  So the script
-    # hands over, in the same process, to itself as an imported module.  Isolated mode also keeps PYTHONPATH out.
-    # The compiled form is kept only in a state directory that is there already and is ours alone.  ssl is kept from
-    # http.client, which would load it at once: it is a fifth of the start, and nothing here speaks TLS yet.
-    _file = os.path.abspath(__file__)
-    _state = os.path.expanduser(os.environ.get("AEGIS_STATE_DIR") or "~/.aegis")
-    for _flag, _value in zip(sys.argv, sys.argv[1:] + [""]):
-        _state = _value if _flag == "--state-dir" else _flag[12:] if _flag.startswith("--state-dir=") else _state
+
+
+def hand_over(file: str, argv: "list[str]") -> None:
+    """Become the same program as an imported module, in the same process.
+
+    The interpreter keeps the syntax tree of the script it runs as long as that runs: 12 MB here.  Isolated mode also
+    keeps PYTHONPATH out.  ssl is kept from http.client, which would load it at once: it is a fifth of the start, and
+    nothing here speaks TLS yet.
+    """
+    state = os.path.expanduser(os.environ.get("AEGIS_STATE_DIR") or "~/.aegis")
+    for word, following in zip(argv, argv[1:] + [""]):
+        state = following if word == "--state-dir" else word[12:] if word.startswith("--state-dir=") else state
+    kept = ""
     try:
-        _stat = os.stat(_state)
-        _private = _stat.st_uid == os.getuid() and not _stat.st_mode & 0o077
+        if not argv or (argv[0][:1] == "-" and not {"-h", "--help", "--version"} & set(argv)):
+            os.makedirs(state, 0o700, exist_ok=True)   # serving makes it anyway
+        about = os.stat(state)
+        if about.st_uid == os.getuid() and not about.st_mode & 0o077:   # nobody else can plant code there
+            kept = keep_compiled(file, kept_code(os.path.abspath(state)))
     except OSError:
-        _private = False
-    _cache = ["-X", f"pycache_prefix={os.path.abspath(_state)}/cache"] if _private else ["-B"]
-    _isolated = [sys.executable, "-I", "-S", *_cache, "-c", RUN_AS_MODULE, _file, *sys.argv[1:]]
-    os.execv(sys.executable, _isolated)
+        pass
+    os.execv(sys.executable, [*python_words(kept, "main"), file, *argv])
+
+
+def kept_code(state: str) -> str:
+    """Name the file that keeps this program's compiled code."""
+    return f"{state}/aegis.{sys.implementation.cache_tag}.code"
+
+
+def python_words(kept: str, function: str) -> "list[str]":
+    """Write the command line that calls a function of this file as a module; the file's path follows."""
+    return [sys.executable, "-I", "-S", "-B", "-c", RUN_AS_MODULE, kept, function]
+
+
+def keep_compiled(file: str, target: str) -> str:
+    """Keep this script's own compiled code, to save compiling it again; gives the target."""
+    import marshal
+    about = os.stat(file)
+    stamp = f"{about.st_mtime_ns & 0xFFFFFFFF:08x}{about.st_size & 0xFFFFFFFF:08x}".encode()
+    try:
+        with open(target, "rb") as known:
+            if known.read(16) == stamp:
+                return target
+    except OSError:
+        pass
+    with open(os.open(f"{target}.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as made:
+        made.write(stamp + marshal.dumps(sys._getframe(2).f_code))   # the module's own frame, two calls up
+    os.replace(f"{target}.{os.getpid()}", target)
+    return target
+
+
+if __name__ == "__main__" and not sys.flags.optimize:
+    hand_over(os.path.abspath(__file__), sys.argv[1:])
 
 import argparse
 import collections
@@ -1058,7 +1095,8 @@ class Tmux:
 
     def _connect(self) -> None:
         try:
-            client = subprocess.Popen(self.argv("-C", *self._first_words("-A")), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            words = self.argv("-C", *self._first_words("-A"))
+            client = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                       stderr=subprocess.DEVNULL, env=tmux_environment(), cwd="/",
                                       start_new_session=True, bufsize=0)
         except OSError as error:
@@ -2057,21 +2095,9 @@ def demo_arguments(plan: LaunchPlan) -> List[str]:
 
 
 def demo_program(settings: Settings, launch: Json) -> Sequence[str]:
-    """Run this very file; ssl is switched off because the demo agent talks to loopback only, and starts faster."""
-    script = ("import sys; sys.modules['ssl'] = None; sys.path.insert(0, sys.argv.pop(1)); "
-              "import importlib; sys.exit(importlib.import_module(sys.argv.pop(1)).demo_agent_main(sys.argv[1:]))")
-    here = Path(__file__).resolve()
-    return [
-        sys.executable,
-        "-I",
-        "-S",
-        "-X",
-        f"pycache_prefix={settings.state_dir}/cache",
-        "-c",
-        script,
-        str(here.parent),
-        here.stem,
-    ]
+    """Run this very file."""
+    kept = kept_code(settings.state_dir)
+    return [*python_words(kept if os.path.exists(kept) else "", "demo_agent_main"), os.path.abspath(__file__)]
 
 
 def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
