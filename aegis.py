@@ -1768,6 +1768,7 @@ PRICES: Tuple[Tuple[str, float, float], ...] = (
 USAGE_KEYS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 READ_BLOCK = 1_000_000   # bytes read forwards at once: more would only cost memory
 TAIL_BLOCK = 65_536      # bytes read at once from a transcript's end
+TAIL_KEPT = 100_000      # characters of a session's last messages that are remembered for the next reader
 TAIL_MOST = 32_000_000   # bytes of transcript that one read may go through
 
 
@@ -4619,7 +4620,7 @@ def messages_now(session: Session, row: SessionRow, limit: int, mark: Optional[T
     if known == key:
         return messages
     messages = read_messages(row.parts, limit, mark)
-    if sum(len(message["text"]) for message in messages) < 20_000:
+    if sum(len(message["text"]) for message in messages) < TAIL_KEPT:
         session.tail = (key, messages)
     return messages
 
