@@ -2414,6 +2414,7 @@ class Change:
         self.session, self.why = session, why
         self.facts = session.facts
         self.columns: Json = {}
+        self.closed: List[str] = []       # the agent's ids of turns that this change ends
         self.statements: List[Statement] = []
         self.drafts: List[Draft] = []
 
@@ -2457,7 +2458,7 @@ class Change:
         self.columns["turns"] = self.columns.get("turns", self.session.row.turns) + 1
         self.tell("turn.ended", promptId=prompt.id, outcome=outcome, **({"reason": reason} if reason else {}))
         if prompt.agent_id:
-            self.session.closed_ids.append(prompt.agent_id)
+            self.closed.append(prompt.agent_id)
 
     def commit(self) -> None:
         """Make it durable, then true, then known."""
@@ -2475,6 +2476,7 @@ class Change:
             session.context.bus.commit(self.statements, self.drafts)
         session.row, session.facts = row._replace(**self.columns), self.facts
         session.unsaved = session.unsaved and "ledger" not in self.columns
+        session.closed_ids.extend(self.closed)
         session.active_at = now
         session.evidence.append(self.why)
         session.changed.notify_all()
@@ -2971,8 +2973,8 @@ def catch_up(session: Session) -> None:
                 ledger["prompt"] = next(
                     (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
                 )
+                digest(session, entries)   # first: what a store refuses now is read again
                 session.row, session.unsaved = session.row._replace(ledger=ledger), True
-                digest(session, entries)
                 session.changed.notify_all()
     if session.unsaved:
         session.context.look_later(session, 0.5)
@@ -3102,8 +3104,8 @@ def on_stop(session: Session, body: Json) -> Answer:
                 change.end_prompt(prompt, "done", answer=said)
             change.set(busy=None, dialog=None)
             session.stopped_at = time.time()
-            if prompt_id and prompt_id not in session.closed_ids:
-                session.closed_ids.append(prompt_id)
+            if prompt_id and prompt_id not in change.closed:
+                change.closed.append(prompt_id)
     session.context.look_later(session, 0.3)
     return {}
 
@@ -3633,15 +3635,15 @@ class Monitor:
 
     def _run(self) -> None:
         while not self.closed:
-            try:
-                for session in self.due(time.monotonic()):
+            for session in self.due(time.monotonic()):
+                try:
                     inspect(self.context, session)
-            except ApiError as error:
-                self.context.log.note("warning", "look failed", error=error)
-                self.context.stopping.wait(0.5)
-            except Exception:
-                self.context.log.note("error", "look failed", trace=traceback.format_exc())
-                self.context.stopping.wait(0.5)
+                except ApiError as error:
+                    self.context.log.note("warning", "look failed", session=session.row.id, error=error)
+                    self.look_later(session, 1.0)
+                except Exception:
+                    self.context.log.note("error", "look failed", session=session.row.id, trace=traceback.format_exc())
+                    self.look_later(session, 5.0)
 
     def due(self, now: float) -> List[Session]:
         """Wait for the next sessions to look at."""
@@ -4585,7 +4587,8 @@ def new_bytes(session: Session) -> int:
 
 def unsettled(session: Session) -> bool:
     """Tell whether a turn ended so recently that its last lines do not stand in the transcript yet."""
-    last = session.closed_ids[-1] if session.closed_ids else None
+    with session.lock:   # a turn's end that is just being told is waited for
+        last = session.closed_ids[-1] if session.closed_ids else None
     return session.live and last != session.settled_prompt and time.time() - session.stopped_at < SETTLE_SECONDS
 
 
