@@ -1603,7 +1603,7 @@ def read_box(lines: Sequence[str], upper: int, lower: int) -> Reading:
 def lines_above(lines: Sequence[str], upper: int) -> List[str]:
     """Give the chrome between conversation and box, lowest first: what stands at the margin or far to the right."""
     found = []
-    for line in reversed(lines[max(0, upper - 24):upper]):
+    for line in reversed(lines[:upper]):
         if not line.strip():
             continue
         chrome = line.startswith(

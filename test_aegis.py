@@ -1385,17 +1385,15 @@ def test_get_session_of_nobody_is_404(server):
 
 
 def test_the_attach_command_shows_the_sessions_own_window(server, talk):
-    attach = talk.get()["attach"]
-    assert server.socket in attach and talk.get()["window"] in attach
-    assert "no server" not in server.tmux("display-message", "-p", "-t", talk.get()["window"], "#{window_id}")
-    client = subprocess.Popen(["sh", "-c", attach.replace("tmux ", "tmux -C ", 1)], env=server.env,
-                              stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        eventually(lambda: talk.get()["window"] in server.tmux("list-clients", "-F", "#{window_id}").split())
-    finally:
-        client.stdin.close()
-        client.wait(10)
+    found = talk.get()
+    assert server.socket in found["attach"]
+    client = subprocess.Popen(["sh", "-c", found["attach"].replace("tmux ", "tmux -C ", 1)], env=server.env,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    client.stdin.write(b"display-message -p 'here #{window_id}'\n")
+    client.stdin.flush()
+    assert f"here {found['window']}\n".encode() in iter(client.stdout.readline, b"")
+    client.stdin.close()
+    client.wait(WITHIN)
     assert talk.say("[[say nobody was harmed]]")["output"] == "nobody was harmed"
 
 
