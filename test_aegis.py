@@ -1388,10 +1388,8 @@ def test_the_attach_command_shows_the_sessions_own_window(server, talk):
     found = talk.get()
     assert server.socket in found["attach"]
     client = subprocess.Popen(["sh", "-c", found["attach"].replace("tmux ", "tmux -C ", 1)], env=server.env,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    client.stdin.write(b"display-message -p 'here #{window_id}'\n")
-    client.stdin.flush()
-    assert f"here {found['window']}\n".encode() in iter(client.stdout.readline, b"")
+                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    eventually(lambda: f"{found['window']}:" in str(server.tmux("list-clients", "-F", "#{window_id}:")))
     client.stdin.close()
     client.wait(WITHIN)
     assert talk.say("[[say nobody was harmed]]")["output"] == "nobody was harmed"
