@@ -1384,17 +1384,6 @@ def test_get_session_of_nobody_is_404(server):
     assert server.refusal("POST /v1/sessions/nobody/send", {"text": "x"}) == (404, "SESSION_NOT_FOUND")
 
 
-def test_the_attach_command_shows_the_sessions_own_window(server, talk):
-    found = talk.get()
-    assert server.socket in found["attach"]
-    client = subprocess.Popen(["sh", "-c", found["attach"].replace("tmux ", "tmux -C ", 1)], env=server.env,
-                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    eventually(lambda: f"{found['window']}:" in str(server.tmux("list-clients", "-F", "#{window_id}:")))
-    client.stdin.close()
-    client.wait(WITHIN)
-    assert talk.say("[[say nobody was harmed]]")["output"] == "nobody was harmed"
-
-
 @pytest.mark.parametrize("body, field", [
     ({}, "workDir"), ({"workDir": "relative"}, "workDir"), ({"workDir": "/no/such/dir"}, "workDir"),
     ({"workDir": str(AEGIS)}, "workDir"),
