@@ -4066,22 +4066,22 @@ def recheck(session: Session) -> None:
 
 def audit(context: Context) -> None:
     """Compare live sessions with the panes that tmux has, after a window closed or tmux came back."""
+    known = [(session, session.row.pane) for session in list(context.sessions.values())]   # first: newer ones are no loss
     try:
         panes = {pane.pane: pane for pane in context.tmux.panes()}
     except TmuxError as error:
         context.log.note("warning", str(error))
         return
-    for session in list(context.sessions.values()):
-        if not session.row.pane or session.ending:
+    for session, pane_id in known:
+        pane = panes.get(pane_id or "")
+        if not pane_id or session.ending or (pane and pane_tag(pane) == session.row.id):
             continue
-        pane = panes.get(session.row.pane)
-        if pane is None or pane_tag(pane) != session.row.id:
-            if session.row.pid and alive(session.row.pid):
-                terminate(session.row.pid)
-            with session.lock:
-                session.row = session.row._replace(pane=None, window=None)
-            with contextlib.suppress(ApiError):
-                finish(context, session, "exited", "its window was closed, or tmux ended")
+        if session.row.pid and alive(session.row.pid):
+            terminate(session.row.pid)
+        with session.lock:
+            session.row = session.row._replace(pane=None, window=None)
+        with contextlib.suppress(ApiError):
+            finish(context, session, "exited", "its window was closed, or tmux ended")
 
 
 # -- what callers do to a live session

@@ -2689,6 +2689,21 @@ def test_a_window_closed_by_hand_is_an_exit(make):
 
 
 @alone
+def test_a_session_made_while_windows_close_is_not_taken_for_one_of_them(house):
+    own = house()
+    old = [own.open() for _ in range(6)]
+    fresh = []
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for talk in old:
+            window = talk.get()["window"]
+            fresh += [pool.submit(own.open) for _ in range(2)]
+            pool.submit(own.tmux, "kill-window", "-t", window)
+    for talk in fresh:
+        assert talk.result().say("[[say here]]")["output"] == "here"
+    assert [talk.wait("session.exited")["status"] for talk in old] == ["exited"] * 6
+
+
+@alone
 def test_the_death_of_tmux_is_an_exit_of_all_and_then_goes_on(house):
     own = house()
     talks = [own.open() for _ in range(3)]
