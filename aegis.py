@@ -4066,7 +4066,7 @@ def recheck(session: Session) -> None:
 
 def audit(context: Context) -> None:
     """Compare live sessions with the panes that tmux has, after a window closed or tmux came back."""
-    known = [(session, session.row.pane) for session in list(context.sessions.values())]   # first: newer ones are no loss
+    known = [(session, session.row.pane) for session in list(context.sessions.values())]   # first: newer are no loss
     try:
         panes = {pane.pane: pane for pane in context.tmux.panes()}
     except TmuxError as error:
