@@ -20,11 +20,17 @@ Rooms, top to bottom; a room uses only rooms above it:
     EXITS         tells at once when a process ends
     SCREENS       text of a terminal -> what the agent is doing
     TRANSCRIPTS   an agent's JSONL -> answers, messages, tokens, cost
+    POLICY        what an agent may do without being asked
     AGENTS        what is special about claude, demo and shell
     SESSIONS      the state machine, and the live session
     DELIVERY      prompts: typed once, proved taken
+    DECISIONS     permission requests and questions: opened once, decided once
     REPORTS       what hooks, screens and exits change
-    LIFE          create, adopt after a restart, kill; the App that owns all of it
+    WORKTREES     a branch and a directory of a session's own
+    LIFE          create, kill, interrupt
+    FAMILY        children, forks, resumed sessions
+    WATCH         stalls, time limits, budgets, usage limits
+    APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
     ROUTES        the one table, and what follows from it
@@ -35,7 +41,8 @@ Rooms, top to bottom; a room uses only rooms above it:
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
-aegis-monitor (screens that fell quiet, timers) - aegis-deliver (one per session, while it types) -
+aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
+session, while it types) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
@@ -113,10 +120,13 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import fnmatch
+import functools
 import hashlib
 import hmac
 import itertools
 import json
+import math
 import queue
 import re
 import secrets
@@ -127,6 +137,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import threading
 import time
@@ -156,7 +167,7 @@ class Setting(NamedTuple):
     """One thing an operator may choose."""
 
     name: str      # attribute of Settings; the variable is AEGIS_NAME, the flag --name
-    kind: str      # text, int, seconds, onoff, list, words, choice:a|b
+    kind: str      # text, int, seconds, onoff, list, words, json, choice:a|b
     default: str   # as it would stand in the environment
     about: str
     flag: bool = True      # False: environment only, so that it never shows in `ps`
@@ -191,6 +202,15 @@ SETTINGS = (
     Setting("create_seconds", "seconds", "30", "How long create waits for the agent to report its first prompt."),
     Setting("send_seconds", "seconds", "10", "How long send waits for the agent to report a prompt."),
     Setting("hold_seconds", "seconds", "86400", "How long a permission request is held open for an answer."),
+    Setting("profiles", "json", "{}", "Permission profiles of your own: a JSON object of policies by name, or @FILE."),
+    Setting(
+        "permission_profile", "text", "", "Profile of a session whose creator names none; empty leaves it to the agent."
+    ),
+    Setting(
+        "stall_seconds", "seconds", "300", "A session that shows no life for so long while it works, or waits so long "
+        "for a decision, is stalled."
+    ),
+    Setting("resume_all", "onoff", "off", "At start, bring back the sessions that were alive when the box went down."),
     Setting("heartbeat_seconds", "seconds", "15", "Pause between the comments that keep event streams alive."),
     Setting("keep_events", "int", "100000", "How many events stay stored for replay."),
     Setting(
@@ -267,8 +287,20 @@ def read_words(raw: str) -> Tuple[str, ...]:
     return tuple(shlex.split(raw))
 
 
+def read_object(raw: str) -> Json:
+    """Read a JSON object, or with a leading @ the file that holds one."""
+    try:
+        found = json.loads(Path(os.path.expanduser(raw[1:])).read_text("utf-8") if raw.startswith("@") else raw)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"must be a JSON object, or @FILE with one ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError("must be a JSON object, or @FILE with one")
+    return found
+
+
 KINDS: Dict[str, Callable[[str], Any]] = {
     "text": str, "int": read_int, "seconds": read_seconds, "onoff": read_onoff, "list": read_list, "words": read_words,
+    "json": read_object,
 }
 
 
@@ -436,6 +468,11 @@ def write_private(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             made.unlink()
         raise
+
+
+def is_below(path: str, root: str) -> bool:
+    """Tell whether a resolved path is a directory or lies in it."""
+    return path == root or path.startswith(root.rstrip("/") + "/")
 
 
 def read_tail(path: Path, size: int = 4_000) -> str:
@@ -616,10 +653,15 @@ MIGRATIONS = (
         created_at REAL NOT NULL, updated_at REAL NOT NULL, ended_at REAL, exit_code INTEGER,
         model TEXT, permission_mode TEXT, launch TEXT NOT NULL, secret TEXT, idempotency TEXT,
         conversation TEXT, parts TEXT NOT NULL, ledger TEXT NOT NULL,
-        output TEXT, turns INTEGER NOT NULL, window TEXT, pane TEXT, pid INTEGER, screen TEXT);
+        output TEXT, turns INTEGER NOT NULL, window TEXT, pane TEXT, pid INTEGER, screen TEXT,
+        parent TEXT, forked_from TEXT, policy TEXT NOT NULL, labels TEXT NOT NULL, limits TEXT NOT NULL,
+        worktree TEXT NOT NULL, resets_at REAL);
     CREATE UNIQUE INDEX sessions_live_name ON sessions(name) WHERE ended_at IS NULL;
     CREATE UNIQUE INDEX sessions_idempotency ON sessions(idempotency) WHERE idempotency IS NOT NULL;
     CREATE INDEX sessions_newest ON sessions(created_at DESC);
+    CREATE INDEX sessions_children ON sessions(parent) WHERE parent IS NOT NULL;
+    CREATE TABLE labels (session TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (session, name));
+    CREATE INDEX labels_of ON labels(name, value);
     CREATE TABLE prompts (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, kind TEXT NOT NULL,
         text TEXT NOT NULL, state TEXT NOT NULL, reason TEXT, attempts INTEGER NOT NULL, agent_id TEXT,
@@ -629,7 +671,8 @@ MIGRATIONS = (
     CREATE UNIQUE INDEX prompts_idempotency ON prompts(session, idempotency) WHERE idempotency IS NOT NULL;
     CREATE TABLE permissions (
         id TEXT PRIMARY KEY, session TEXT NOT NULL, tool TEXT NOT NULL, input TEXT NOT NULL, summary TEXT NOT NULL,
-        state TEXT NOT NULL, decided_by TEXT, message TEXT, asked_at REAL NOT NULL, decided_at REAL);
+        detail TEXT, suggestions TEXT NOT NULL, subagent TEXT, state TEXT NOT NULL, claim TEXT, decided_by TEXT,
+        rule TEXT, message TEXT, asked_at REAL NOT NULL, decided_at REAL);
     CREATE INDEX permissions_of ON permissions(session, asked_at);
     CREATE TABLE events (
         id INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL);
@@ -667,6 +710,13 @@ class SessionRow(NamedTuple):
     pane: Optional[str]
     pid: Optional[int]
     screen: Optional[str]          # the last screen, kept at the end
+    parent: Optional[str]          # the session that spawned it
+    forked_from: Optional[str]     # the session whose conversation it carries on
+    policy: Json                   # what it may do unasked, as policy_json writes it
+    labels: Dict[str, str]
+    limits: Json                   # idleTimeout, maxSeconds, maxCostUsd, maxTokens, resumeOnReset
+    worktree: Optional[Json]       # path, branch, root and base of a git worktree of its own
+    resets_at: Optional[float]     # when the account's usage limit ends, if the agent said so
 
 
 class PromptRow(NamedTuple):
@@ -698,10 +748,15 @@ class PermissionRow(NamedTuple):
     session: str
     tool: str
     input: Json
-    summary: str
+    summary: str                   # one line: the command, the file, the URL
+    detail: Optional[str]          # the change of a Write or Edit, as a diff
+    suggestions: List[Json]        # what the agent offers for "always"
+    subagent: Optional[str]        # the agent's own id of the subagent that asks
     state: str                     # pending, approved, rejected, answered_in_terminal, expired
-    decided_by: Optional[str]
-    message: Optional[str]
+    claim: Optional[str]           # what we answered, until the agent is seen to have taken it
+    decided_by: Optional[str]      # api, policy, terminal, clock, restart
+    rule: Optional[str]            # of the policy
+    message: Optional[str]         # what the agent was told
     asked_at: float
     decided_at: Optional[float]
 
@@ -716,7 +771,8 @@ class Event(NamedTuple):
     data: Json
 
 
-JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data"))
+JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
+                          "worktree"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -848,8 +904,14 @@ EVENT_TYPES = {
     "session.error": "the last turn failed, or the agent cannot work; `reason` says why",
     "session.exited": "the agent ended by itself; `exitCode` and `reason` say how",
     "session.killed": "the session was ended by the API",
+    "session.resumed": "an ended session was brought back with its conversation",
+    "session.updated": "its labels or limits were changed",
+    "session.budget": "it passed its budget, or cannot be held to it; `reason` says which",
     "permission.requested": "a tool needs a decision; carries the request",
-    "permission.resolved": "it was decided; carries state and by whom",
+    "permission.resolved": "it was decided; carries the request, with state and by whom",
+    "permission.policy": "the session's policy was changed; carries it",
+    "question.asked": "the agent asks a question or shows a plan; carries it",
+    "question.answered": "it was answered; carries state and by whom",
     "prompt.queued": "a prompt was accepted",
     "prompt.submitted": "the agent reported that it took the prompt",
     "prompt.started": "its turn began",
@@ -882,14 +944,17 @@ def frame(event: Event) -> bytes:
 class Listener:
     """One subscriber's bounded queue.  Filled by any thread, emptied by its own."""
 
-    def __init__(self, types: Sequence[str] = (), session: Optional[str] = None) -> None:
-        self.types, self.session = tuple(types), session
+    def __init__(self, types: Sequence[str] = (), session: Optional[str] = None,
+                 member: Optional[Callable[[str], bool]] = None) -> None:
+        self.types, self.session, self.member = tuple(types), session, member
         self.queue: "queue.SimpleQueue[Optional[Event]]" = queue.SimpleQueue()
         self.cut = False
 
     def wants(self, event: Event) -> bool:
         """Tell whether the filters let an event through; `session.*` takes a family."""
         if self.session and event.session != self.session:
+            return False
+        if self.member and not (event.session and self.member(event.session)):
             return False
         return not self.types or any(
             event.type == kind or (kind.endswith("*") and event.type.startswith(kind[:-1])) for kind in self.types)
@@ -1040,13 +1105,21 @@ def quote(word: str) -> str:
         raise TmuxError(clip(word, 20), "a word must not hold NUL")
     if not re.search(r"[\x01-\x1f\x7f]", word):
         return "'" + word.replace("'", "'\\''") + "'"
-    return '"' + re.sub(r'[\x01-\x1f\x7f"$\\]', lambda match: f"\\{ord(match.group()):03o}", word) + '"'
+    return '"' + re.sub(r'[\x01-\x1f\x7f"$\\~]', lambda match: f"\\{ord(match.group()):03o}", word) + '"'
 
 
 def tmux_environment() -> Dict[str, str]:
     """Give the tmux server's own environment: what a pane would inherit, so next to nothing."""
     kept = {name: os.environ[name] for name in ("HOME", "PATH", "USER", "LOGNAME", "TMUX_TMPDIR") if name in os.environ}
     return {"TERM": "xterm-256color", "LANG": os.environ.get("LANG", "C.UTF-8"), "SHELL": "/bin/sh", **kept}
+
+
+NEW_PANE = "#{window_id}:#{pane_id}:#{pane_pid}"   # what is asked of a pane that was just opened
+
+
+def window_name(name: str) -> str:
+    """Reduce a session's name to what tmux neither expands nor takes for a target."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "agent"
 
 
 class Waiter:
@@ -1246,12 +1319,48 @@ class Tmux:
 
     def open_window(self, name: str, tag: str, program: Sequence[str]) -> Pane:
         """Start a program in a window of its own, tagged with the session's id."""
-        clean = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "agent"
-        shape = "#{window_id}:#{pane_id}:#{pane_pid}"
-        out = self.run(("new-window", "-d", "-P", "-F", shape, "-t", f"={TMUX_SESSION}:", "-n", clean, "--", *program))
-        window, pane, pid = out[-1].split(":")
+        out = self.run(("new-window", "-d", "-P", "-F", NEW_PANE, "-t", f"={TMUX_SESSION}:", "-n", window_name(name),
+                        "--", *program))
+        return self._tagged(out[-1], tag)
+
+    def open_pane(self, window: str, tag: str, program: Sequence[str]) -> Pane:
+        """Start a program in a new pane of a window, which grows, so that every pane keeps its size."""
+        count = len(self.run(("list-panes", "-t", window, "-F", "#{pane_id}")))
+        out = self.run(*self._layout(window, count + 1),
+                       ("split-window", "-d", "-P", "-F", NEW_PANE, "-t", window, "--", *program),
+                       ("select-layout", "-t", window, "tiled"))
+        return self._tagged(out[-1], tag)
+
+    def _tagged(self, told: str, tag: str) -> Pane:
+        window, pane, pid = told.split(":")
         self.run(("set-option", "-p", "-t", pane, "@aegis_id", tag))
         return Pane(window, pane, int(pid), False, None, tag, "")
+
+    @staticmethod
+    def _layout(window: str, count: int) -> List[Command]:
+        """Write the commands that give each of `count` tiled panes its full size; a lone one follows its viewer."""
+        if count < 2:
+            return [("set-option", "-w", "-u", "-t", window, "window-size")]
+        rows = columns = 1
+        while rows * columns < count:   # as tmux itself lays tiles out
+            rows += 1
+            columns += rows * columns < count
+        width, height = (side * (size + 1) - 1 for side, size in zip((columns, rows), PANE_SIZE))
+        return [("resize-window", "-t", window, "-x", str(width), "-y", str(height)),
+                ("select-layout", "-t", window, "tiled")]
+
+    def break_pane(self, pane: str, name: str) -> str:
+        """Give a pane a window of its own; tells which."""
+        window = self.run(("display-message", "-p", "-t", pane, "#{window_id}"))[-1]
+        shape = ("display-message", "-p", "-t", pane, "#{window_id}")
+        out = self.run(("break-pane", "-d", "-s", pane, "-n", window_name(name), "-t", f"={TMUX_SESSION}:"), shape)
+        self.tidy(window)
+        return out[-1]
+
+    def tidy(self, window: str) -> None:
+        """Lay a window's panes out again after one left; the window may be gone."""
+        with contextlib.suppress(TmuxError):
+            self.run(*self._layout(window, len(self.run(("list-panes", "-t", window, "-F", "#{pane_id}")))))
 
     def panes(self) -> List[Pane]:
         """List every pane of the server; the free text stands last."""
@@ -1314,6 +1423,11 @@ class Tmux:
     def keys(self, pane: str, *names: str) -> None:
         """Press keys by tmux's names for them."""
         self.run(("send-keys", "-t", pane, *names))
+
+    def close_pane(self, pane: str, tag: str) -> None:
+        """Close a session's pane; it may be gone, and its id be another's since tmux was started anew."""
+        with contextlib.suppress(TmuxError):
+            self.run(("if-shell", "-F", "-t", pane, f"#{{==:#{{@aegis_id}},{tag}}}", f"kill-pane -t {pane}"))
 
     def close_window(self, window: str) -> None:
         """Close a window; it may be gone already."""
@@ -1744,6 +1858,38 @@ def after_sgr(sequence: str, dim: bool, reverse: bool) -> Tuple[bool, bool]:
     return dim, reverse
 
 
+RESET = re.compile(   # resets 3am (UTC), resets 3:16am, limit resets Nov 30 at 3pm (Europe/Berlin)
+    r"\bresets?(?: on)?(?: (?P<month>[A-Z][a-z]{2})[a-z]* (?P<day>\d{1,2})(?:,|,? at)?)? (?P<hour>\d{1,2})"
+    r"(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))? ?(?P<half>[ap]m)(?: \((?P<zone>[\w/+-]+)\))?"
+)
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def parse_reset(told: str, now: float) -> Optional[float]:
+    """Read when a usage limit ends, as Unix time; None when the agent did not say it.
+
+    Without a date the next such time of day is meant, or one that passed within the last ten minutes.
+    """
+    match = RESET.search(told)
+    if match is None or not 1 <= int(match["hour"]) <= 12 or (match["month"] or "Jan") not in MONTHS:
+        return None
+    zone: Optional[datetime.tzinfo] = None
+    if match["zone"]:
+        with contextlib.suppress(Exception):   # a zone that this box does not know: its own is meant in all likelihood
+            from zoneinfo import ZoneInfo
+            zone = ZoneInfo(match["zone"])
+    hour = int(match["hour"]) % 12 + 12 * (match["half"] == "pm")
+    today = datetime.datetime.fromtimestamp(now, zone)
+    try:
+        at = today.replace(hour=hour, minute=int(match["minute"] or 0), second=int(match["second"] or 0), microsecond=0)
+        if match["month"]:
+            at = at.replace(month=MONTHS.index(match["month"]) + 1, day=int(match["day"]))
+            return at.replace(year=at.year + (at.timestamp() < now - 86_400)).timestamp()
+    except ValueError:
+        return None
+    return (at if at.timestamp() > now - 600 else at + datetime.timedelta(days=1)).timestamp()
+
+
 def read_plain_screen(text: str) -> Reading:
     """Read a screen of an agent whose screens mean nothing to us."""
     return Reading("unknown", "no rules for this agent", excerpt=clip(text.strip()[-200:], 200))
@@ -1778,7 +1924,7 @@ LOCAL_TEXT = re.compile(r"<(?:command-(?:name|message|args)|local-command-\w+|ba
 class Entry(NamedTuple):
     """One meaning of one transcript line."""
 
-    kind: str                    # prompt, local, text, tool, result, interrupt, error, end, usage
+    kind: str                    # prompt, local, text, tool, result, interrupt, error, end, usage, decision
     at: Optional[str] = None     # the agent's own timestamp
     text: str = ""
     tool: Optional[str] = None
@@ -1789,6 +1935,7 @@ class Entry(NamedTuple):
     model: str = ""
     usage: Optional[Json] = None
     final: bool = False          # an assistant text that ended its turn
+    decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
 
 
 def parse_line(raw: bytes) -> List[Entry]:
@@ -1800,6 +1947,8 @@ def parse_line(raw: bytes) -> List[Entry]:
     if not isinstance(line, dict) or line.get("isSidechain"):
         return []
     kind = line.get("type")
+    if kind == "attachment":
+        return _decision_entries(line)
     if kind == "system":
         return [Entry("end", line.get("timestamp"))] if line.get("subtype") == "turn_duration" else []
     if kind not in ("user", "assistant") or not isinstance(line.get("message"), dict):
@@ -1811,6 +1960,22 @@ def parse_line(raw: bytes) -> List[Entry]:
     return _user_entries(line, blocks) if kind == "user" else _assistant_entries(line, blocks)
 
 
+def _decision_entries(line: Json) -> List[Entry]:
+    told = line.get("attachment")
+    if not isinstance(told, dict) or told.get("type") != "hook_permission_decision":
+        return []
+    return [Entry("decision", line.get("timestamp"), str(told.get("decision")), tool_use_id=told.get("toolUseID"),
+                  decided_by="hook")]
+
+
+def _decider(line: Json) -> Optional[str]:
+    """Tell who allowed or refused the tool whose result a line holds."""
+    decision = line.get("permissionDecision")
+    if isinstance(decision, dict):
+        return str(decision.get("source"))
+    return "user-rejected" if line.get("toolDenialKind") == "user-rejected" else None
+
+
 def _user_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     at, prompt_id, entries = line.get("timestamp"), line.get("promptId"), []
     if line.get("isMeta") or line.get("isCompactSummary"):
@@ -1818,7 +1983,7 @@ def _user_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     for block in blocks:
         if block.get("type") == "tool_result":
             entries.append(Entry("result", at, _flat(block.get("content")), tool_use_id=block.get("tool_use_id"),
-                                 prompt_id=prompt_id))
+                                 prompt_id=prompt_id, decided_by=_decider(line)))
         elif block.get("type") == "text":
             told = str(block.get("text") or "")
             kind = (
@@ -2032,6 +2197,1150 @@ def whole_lines(path: str) -> int:
 
 
 # ============================================================================
+# POLICY. What an agent may do without being asked.
+# ============================================================================
+# A policy is a flag for each kind of tool and rules in Claude Code's own
+# syntax; deny wins over ask, ask over allow, a rule over a flag that allows.
+# What cannot be read is never allowed by a pattern: every shortcut here errs
+# towards asking.  Knows nothing of sessions; reads the file system for links
+# only.  To add a kind of tool: a row in TOOL_KINDS, a field in Policy.  Pure.
+
+ACTIONS = ("allow", "ask", "deny")
+MAX_RULES = 500         # a person reads them; a decision tries them all
+MAX_RULE_TEXT = 2_000   # the longest path is 4,096 bytes, and nobody writes that one out
+MAX_PATH = 4_096        # PATH_MAX of Linux: the system opens nothing longer
+MAX_PARTS = 200         # simple commands in one command line; more is a program, and is not read
+MAX_NESTED = 40         # substitutions, wrappers and scripts inside one another
+MAX_WRAPPED = 20        # commands that one simple command may run in turn
+MAX_FILES = 100         # files named by one simple command
+
+# kind -> its flag on the wire, and its tools as Claude Code's deny list names them
+TOOL_KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+    "read": ("allowRead", ("Read", "Grep", "Glob", "LS", "NotebookRead")),
+    "write": ("allowWrite", ("Write", "Edit", "MultiEdit", "NotebookEdit")),
+    "bash": ("allowBash", ("Bash",)),
+    "network": ("allowNetwork", ("WebFetch", "WebSearch")),
+    "mcp": ("allowMcp", ("mcp__*",)),
+    "other": ("allowOther", ()),
+}
+KIND_OF = {tool: kind for kind, (_, tools) in TOOL_KINDS.items() for tool in tools}
+QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")   # questions to a person: no flag answers them
+SAME_AS = {"Monitor": "Bash", "Task": "Agent"}         # tools that Claude Code judges by another's rules
+COVERS = {"Read": TOOL_KINDS["read"][1], "Edit": TOOL_KINDS["write"][1], "Write": TOOL_KINDS["write"][1]}
+CLIENT_NAMES = {tool.lower(): tool for tool in (*KIND_OF, "Agent", "Skill")}
+
+# tool -> the fields of its input that a pattern is compared with, the first one given
+SUBJECTS = {
+    "Bash": ("command",), "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
+    "MultiEdit": ("file_path",), "NotebookEdit": ("notebook_path",), "NotebookRead": ("notebook_path",),
+    "Grep": ("path",), "Glob": ("path",), "LS": ("path",), "WebFetch": ("url",),
+    "Agent": ("subagent_type",), "Skill": ("skill", "command"),
+}
+SEARCHES = ("Grep", "Glob", "LS")   # look below the working directory when no path is given
+
+PROFILES: Dict[str, Json] = {
+    "restricted": {"allowRead": True, "allowWrite": False, "allowBash": False, "allowNetwork": False,
+                   "allowMcp": False},
+    "standard": {"allowRead": True, "allowWrite": "ask", "allowBash": "ask", "allowNetwork": "ask", "allowMcp": "ask"},
+    "trusted": {"allowRead": True, "allowWrite": "ask", "allowBash": "ask", "allowNetwork": "ask", "allowMcp": "ask",
+                "allow": ["Edit(./**)"]},
+    "autonomous": {flag: True for flag, _ in TOOL_KINDS.values()},
+    "plan": {"allowRead": True, "allowWrite": False, "allowBash": "ask", "allowNetwork": "ask", "allowMcp": "ask"},
+}
+
+
+class Rule(NamedTuple):
+    """One line of a policy."""
+
+    action: str               # allow, ask, deny
+    tool: str                 # as written: case counts when it allows
+    pattern: Optional[str]    # None covers every use of the tool
+    text: str                 # as given
+
+
+class Policy(NamedTuple):
+    """What an agent may do unasked: each flag is True, False, "ask" or None."""
+
+    allow_read: Any = None
+    allow_write: Any = None
+    allow_bash: Any = None
+    allow_network: Any = None
+    allow_mcp: Any = None
+    allow_other: Any = None        # tools of no other kind: Agent, Skill, TodoWrite...
+    rules: Tuple[Rule, ...] = ()
+    profile: Optional[str] = None
+
+
+class Decision(NamedTuple):
+    """An answer: allow, deny, ask, or none when the policy has no opinion."""
+
+    behavior: str
+    rule: str         # what decided: "deny Bash(rm *)", "allowBash: false"
+    part: str = ""    # of a compound shell command
+
+
+FIELD_OF = {flag: f"allow_{kind}" for kind, (flag, _) in TOOL_KINDS.items()}   # allowRead -> allow_read
+
+
+def category(tool: str) -> Optional[str]:
+    """Name the kind of a tool; None for a question to a person, which no flag answers."""
+    tool = SAME_AS.get(tool, tool)
+    if tool in QUESTION_TOOLS:
+        return None
+    return "mcp" if tool.startswith("mcp__") else KIND_OF.get(tool, "other")
+
+
+# -- reading and writing policies
+
+RULE = re.compile(r"([A-Za-z_*][\w.*-]*)\s*(?:\((.*)\))?", re.DOTALL)
+
+
+def rule_complaint(tool: str, pattern: Optional[str]) -> Optional[str]:
+    """Say what is wrong with the two halves of a rule, or None."""
+    if pattern is None:
+        return None
+    known = CLIENT_NAMES.get(SAME_AS.get(tool, tool).lower(), tool)
+    if not pattern.strip():
+        return f"has an empty pattern; write {tool} alone to cover every use"
+    if known not in SUBJECTS:
+        return f"gives {tool} a pattern, and that takes none; write {tool} alone"
+    if known == "WebFetch" and not re.fullmatch(r"domain:[^\s/]+", pattern):
+        return "must name a host as in WebFetch(domain:example.com)"
+    if KIND_OF.get(known) in ("read", "write") and ".." in pattern.split("/"):
+        return "may not hold '..'; write the path that is meant"
+    return None
+
+
+def parse_rule(action: str, text: str) -> Rule:
+    """Read a rule as Claude Code writes it: Tool, Tool(pattern), mcp__server.  Raises ValueError, saying why."""
+    found = RULE.fullmatch(text.strip())
+    if len(text) > MAX_RULE_TEXT:
+        raise ValueError(f"has more than {MAX_RULE_TEXT:,} characters")
+    if any(ord(char) < 32 for char in text):
+        raise ValueError("holds a control character")
+    if not found:
+        open_ended = "(" in text and not text.rstrip().endswith(")")
+        says = "has no ) at its end" if open_ended else "is not Tool or Tool(pattern)"
+        raise ValueError(f'{says if text.strip() else "is empty"}; write a rule such as "Bash(git *)"')
+    tool, pattern = found[1], found[2]
+    if pattern in ("*", ":*"):   # Claude Code: the same as the tool alone
+        pattern = None
+    wrong = rule_complaint(tool, pattern)
+    if wrong:
+        raise ValueError(wrong)
+    return Rule(action, tool, pattern, text.strip())
+
+
+def rule_from_json(given: Any) -> Rule:
+    """Read one entry of "rules".  Raises ValueError, saying what is wrong."""
+    if not isinstance(given, dict):
+        raise ValueError('must be an object such as {"rule": "Bash(git *)", "action": "allow"}')
+    unknown = set(given) - {"rule", "tool", "pattern", "action", "decision", "behavior"}
+    action = next((given[key] for key in ("action", "decision", "behavior") if key in given), None)
+    rule, pattern = given.get("rule"), given.get("pattern")
+    if rule is None and isinstance(given.get("tool"), str):
+        rule = given["tool"] if pattern is None else f"{given['tool']}({pattern})"
+    elif "tool" in given or "pattern" in given:
+        raise ValueError('needs either "rule", or "tool" and perhaps "pattern"')
+    if unknown:
+        name = clip(min(map(str, unknown)), 60)
+        raise ValueError(f"has no key {name}; it takes rule (or tool and pattern) and action")
+    if action not in ACTIONS:
+        raise ValueError('needs "action": "allow", "ask" or "deny"')
+    if not isinstance(rule, str) or not isinstance(pattern, (str, type(None))):
+        raise ValueError('needs "rule" as a string such as "Bash(git *)"')
+    return parse_rule(action, rule)
+
+
+def rules_from_json(given: Json, faults: Dict[str, str]) -> List[Rule]:
+    """Read every rule of a policy, in order; what is wrong goes into faults under the name of its field."""
+    listed: List[Tuple[str, Callable[[Any], Rule], Any]] = []
+    for name in ("rules", *ACTIONS):
+        entries = given.get(name)
+        if entries is not None and not isinstance(entries, list):
+            faults[name] = "must be an array" + ("" if name == "rules" else ' such as ["Bash(git *)"]')
+            continue
+        read = rule_from_json if name == "rules" else functools.partial(_listed_rule, name)
+        listed += [(f"{name}[{index}]", read, entry) for index, entry in enumerate(entries or ())]
+    if len(listed) > MAX_RULES:
+        faults["rules"] = f"are {len(listed):,}; a policy has at most {MAX_RULES}"
+        return []
+    found = []
+    for name, read, entry in listed:
+        try:
+            found.append(read(entry))
+        except ValueError as wrong:
+            faults[name] = str(wrong)
+    return found
+
+
+def _listed_rule(action: str, entry: Any) -> Rule:
+    if not isinstance(entry, str):
+        raise ValueError('must be a string such as "Bash(git *)"')
+    return parse_rule(action, entry)
+
+
+def base_policy(given: Json, profiles: Mapping[str, Json], faults: Dict[str, str]) -> Policy:
+    """Give the policy that a profile's name stands for; an own profile may build on a built-in one."""
+    name = given.get("profile")
+    if name is None:
+        return Policy()
+    if not isinstance(name, str) or not (name in profiles or name in PROFILES):
+        faults["profile"] = f"must be one of {', '.join(sorted({*PROFILES, *profiles}))}"
+        return Policy()
+    return policy_from_json(profiles[name] if name in profiles else PROFILES[name], {})._replace(profile=name)
+
+
+def policy_from_json(given: Json, profiles: Mapping[str, Json]) -> Policy:
+    """Read a policy.  Raises ApiError 400 that names each fault at once."""
+    known = {*FIELD_OF, "rules", *ACTIONS, "profile"}
+    if not isinstance(given, dict):
+        raise ApiError(400, "INVALID_REQUEST", "a policy must be an object", fields={})
+    faults = {str(name): f"is not a field of a policy; those are {', '.join(sorted(known))}"
+              for name in given if name not in known}
+    base = base_policy(given, profiles, faults)
+    flags = {field: given[name] for name, field in FIELD_OF.items() if given.get(name) is not None}
+    faults.update({name: 'must be true, false or "ask"' for name, field in FIELD_OF.items()
+                   if field in flags and not (isinstance(flags[field], bool) or flags[field] == "ask")})
+    rules = rules_from_json(given, faults)
+    # a flag given with a profile also takes back what the profile's rules allow of that kind
+    inherited = [rule for rule in base.rules
+            if rule.action != "allow" or flags.get(f"allow_{category(rule.tool)}", True) is True]
+    rules = list(dict.fromkeys(rules + inherited))
+    if len(rules) > MAX_RULES:
+        faults["rules"] = f"are {len(rules):,} with the profile's; a policy has at most {MAX_RULES}"
+    if faults:
+        told = "; ".join(f"{clip(name, 60)} {wrong}" for name, wrong in faults.items())
+        raise ApiError(400, "INVALID_REQUEST", clip(told, 2_000), fields=faults)
+    return base._replace(rules=tuple(rules), **flags)
+
+
+def read_profiles(given: Mapping[str, Json]) -> Dict[str, Json]:
+    """Check an operator's own profiles.  Raises ApiError 400 that names the first bad one."""
+    for name, policy in given.items():
+        try:
+            policy_from_json(policy, {})
+        except ApiError as wrong:
+            raise ApiError(400, "INVALID_REQUEST", f"profile {clip(name, 60)}: {wrong.message}", **wrong.more) from None
+    return dict(given)
+
+
+def policy_json(policy: Policy) -> Json:
+    """Write a policy as the API does: what is unset is absent, a profile's share is written out."""
+    told: Json = {"profile": policy.profile} if policy.profile else {}
+    flags = {name: getattr(policy, field) for name, field in FIELD_OF.items()}
+    told.update({name: value for name, value in flags.items() if value is not None})
+    if policy.rules:
+        told["rules"] = [{"rule": rule.text, "action": rule.action} for rule in policy.rules]
+    return told
+
+
+def client_rules(policy: Policy) -> List[str]:
+    """Write the denials for Claude Code's own permissions.deny, which holds while this server is down."""
+    denied = [tools for kind, (_, tools) in TOOL_KINDS.items() if getattr(policy, f"allow_{kind}") is False]
+    told = [tool for tools in denied for tool in tools]
+    for rule in policy.rules:
+        if rule.action == "deny":
+            name = CLIENT_NAMES.get(rule.tool.lower(), rule.tool)
+            told.append(name + rule.text[len(rule.tool):])
+            if name == "Write" and rule.pattern is not None:   # Claude Code takes paths to write from Edit rules only
+                told.append(f"Edit({rule.pattern})")
+    return list(dict.fromkeys(told))
+
+
+# -- which rules speak of a tool
+
+
+@functools.lru_cache(maxsize=1024)
+def rules_for(rules: Tuple[Rule, ...], tool: str) -> Dict[str, List[Rule]]:
+    """Sort the rules that speak of a tool by their action."""
+    return {action: [rule for rule in rules if rule.action == action and names(rule, tool)] for action in ACTIONS}
+
+
+def names(rule: Rule, tool: str) -> bool:
+    """Tell whether a rule's first half means a tool; case does not save one from being denied or asked about."""
+    strict = rule.action == "allow"
+    ours = rule.tool if strict else CLIENT_NAMES.get(rule.tool.lower(), rule.tool.lower())
+    theirs = tool if strict or tool in KIND_OF or tool in CLIENT_NAMES.values() else tool.lower()
+    ours = SAME_AS.get(ours, ours)
+    if ours == "*":
+        return not (strict and tool in QUESTION_TOOLS)
+    if ours.startswith("mcp__") and not ours.endswith("*"):
+        return theirs == ours or (theirs.startswith(ours + "__") and "__" not in ours[5:])
+    return theirs in COVERS.get(ours, ()) or fits(ours, theirs)
+
+
+# -- texts with wildcards
+
+
+def fits(pattern: str, text: str) -> bool:
+    """Compare a whole text with a pattern whose * stands for anything; a last " *" also for nothing.
+
+    Takes the first place for each piece, which is enough, and never steps back.
+    """
+    if pattern.endswith(" *") and fits(pattern[:-2], text):
+        return True
+    first, *rest = pattern.split("*")
+    if not rest:
+        return pattern == text
+    if not text.startswith(first) or not text.endswith(rest[-1]) or len(text) < len(first) + len(rest[-1]):
+        return False
+    at, end = len(first), len(text) - len(rest[-1])
+    for piece in rest[:-1]:
+        at = text.find(piece, at, end)
+        if at < 0:
+            return False
+        at += len(piece)
+    return True
+
+
+def command_pattern(pattern: str) -> str:
+    """Write the old form Bash(git:*) as the new one, Bash(git *)."""
+    return pattern[:-2] + " *" if pattern.endswith(":*") else pattern
+
+
+@functools.lru_cache(maxsize=2048)
+def mention_of(pattern: str) -> "re.Pattern[str]":
+    """Compile what finds the first words of a Bash pattern anywhere in a text."""
+    first = pattern.split("*")[0]
+    words = r"\s+".join(map(re.escape, first.split()))
+    end = "" if first != pattern and first[-1:] not in ("", " ") else r"(?![^\s;&|(){}<>`])"
+    return re.compile(rf"(?<![^\s;&|(){{}}<>$=/!,`]){words}{end}")
+
+
+def mentions(pattern: str, text: str) -> bool:
+    """Tell whether a text that could not be read as commands holds the words of a Bash pattern, in order."""
+    first, *rest = pattern.split("*")
+    found = mention_of(pattern).search(text) if first.strip() else re.match("", text)
+    at = found.end() if found else -1
+    for piece in rest:
+        at = text.find(piece.strip(), at) if at >= 0 else -1
+    return at >= 0
+
+
+# -- paths
+
+
+class Target(NamedTuple):
+    """A file that is meant: where it really is, and where it seems to be."""
+
+    real: str
+    lexical: str
+
+
+def same_text(path: str, fold: bool) -> str:
+    """Bring a path into the form that is compared: composed, and without case when `fold`."""
+    path = path if path.isascii() else unicodedata.normalize("NFC", path)
+    return path.casefold() if fold else path
+
+
+def locate(path: Any, base: str) -> Optional[Target]:
+    """Find the file that a path means, seen from a directory; None for what cannot be a path."""
+    if not isinstance(path, str) or not path or "\0" in path or len(path) > MAX_PATH:
+        return None
+    whole = os.path.join(base, path)
+    try:
+        return Target(os.path.realpath(whole), os.path.normpath(whole))
+    except (OSError, ValueError):   # a surrogate that no file name holds
+        return None
+
+
+@functools.lru_cache(maxsize=2048)
+def path_pattern(pattern: str, fold: bool) -> Tuple[str, str, Tuple[Any, ...], bool]:
+    """Split a path pattern into its anchor ("/", "~" or ""), the plain names after it, and the segments after those.
+
+    A segment is None for ** or matches one name.  A name alone may stand at any depth, as in gitignore.  Last comes
+    whether a directory that fits is meant with its content: not when * ends the pattern.
+    """
+    anchor = "/" if pattern.startswith("//") else "~" if pattern.split("/")[0] == "~" else ""
+    segments = [name for name in pattern[len(anchor):].split("/") if name not in ("", ".")]
+    if not anchor and "/" not in pattern.rstrip("/"):
+        segments.insert(0, "**")
+    deep = not segments or segments[-1] == "**" or not re.search(r"[*?\[]", segments[-1])
+    while segments and segments[-1] == "**":
+        segments.pop()
+    plain = next((index for index, name in enumerate(segments) if re.search(r"[*?\[]", name)), len(segments))
+    matchers = [None if name == "**" else re.compile(fnmatch.translate(same_text(name, fold))).match
+                for name in segments[plain:]]
+    return anchor, "/".join(segments[:plain]), tuple(matchers), deep
+
+
+def path_fits(rule: Rule, target: Target, work_dir: str) -> bool:
+    """Tell whether a rule's pattern covers a file.
+
+    To allow, the real file must match.  To deny or ask, the seeming one suffices, also by another case, or
+    through a link in the pattern itself.
+    """
+    strict = rule.action == "allow"
+    anchor, plain, segments, deep = path_pattern(rule.pattern or "", not strict)
+    top = {"/": "/", "~": os.path.expanduser("~"), "": work_dir}[anchor]
+    tops = [os.path.join(os.path.realpath(top), plain)]
+    if not strict:
+        tops += [os.path.normpath(os.path.join(top, plain)), os.path.realpath(os.path.join(top, plain))]
+    for start in {same_text(top.rstrip("/") or "/", not strict) for top in tops}:
+        for path in {same_text(path, not strict) for path in (target[:1] if strict else target)}:
+            if is_below(path, start) and segments_fit(segments, path[len(start):].strip("/"), deep or not strict):
+                return True
+    return False
+
+
+def segments_fit(segments: Sequence[Any], path: str, open_end: bool) -> bool:
+    """Compare the names of a path with the segments of a pattern; only the last ** is ever gone back to."""
+    found = path.split("/") if path else []
+    at = index = 0
+    again: Optional[Tuple[int, int]] = None
+    while index < len(found):
+        if at == len(segments) and open_end:
+            return True
+        if at < len(segments) and segments[at] is None:
+            again = (at + 1, index)
+            at += 1
+        elif at < len(segments) and segments[at](found[index]):
+            at, index = at + 1, index + 1
+        elif again:
+            again = (again[0], again[1] + 1)
+            at, index = again
+        else:
+            return False
+    return at == len(segments)
+
+
+# -- shell commands, taken apart
+
+
+class ShellError(Exception):
+    """A command line that is not read: unbalanced, too deep, or in a corner of the grammar where shells differ."""
+
+
+class Word(NamedTuple):
+    """One word of a simple command."""
+
+    text: str    # without its quotes; expansions as written
+    raw: str     # as written
+    sure: int    # characters at the start of text that no expansion can change
+
+    @property
+    def literal(self) -> bool:
+        """Tell whether the program gets exactly this text."""
+        return self.sure == len(self.text)
+
+
+class Part(NamedTuple):
+    """A simple command, with every way to read it."""
+
+    text: str                            # as written
+    words: Tuple[Word, ...] = ()
+    wraps: Tuple[Tuple[Word, ...], ...] = ()   # the commands that it runs in turn: sudo, FOO=x, find -exec...
+    forms: Tuple[str, ...] = ()          # what a rule that denies or asks is compared with
+    known: Tuple[str, ...] = ("",)       # of each reading, the text before the first expansion
+    opaque: bool = False                 # what it runs cannot be told
+    writes: Tuple[Word, ...] = ()        # targets of output redirections
+    touches: Tuple[Tuple[str, Word], ...] = ()   # (Read or Write, a file), for rules that deny or ask
+
+
+UNKNOWN = Word("", '"$@"', -1)   # a word that nobody can tell
+RESERVED = frozenset("if then elif else fi while until do done esac ! time -p coproc function".split())
+HEADERS = frozenset(("for", "select", "foreach"))   # a list of words follows, not a command
+PLAIN = re.compile(r"""[^ \t\n;&|()<>\\'"$`*?\[{]+""")
+PLAIN_QUOTED = re.compile(r'[^"\\$`]+')
+BLANKS = re.compile(r"(?:[ \t]|\\\n)*")
+REDIRECTION = re.compile(r"\d*(&>>?|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
+# numbers and names with an operator between any two: no quote, no subscript, nothing nested, no command
+ARITHMETIC = re.compile(r"\(\([ \t]*(?:[\w$.]+[ \t]*)?(?:[+*/%=<>!&|^?:,;-][ \t]*(?:[\w$.]+[ \t]*)?)*\)\)")
+EMPTY_PARENTHESES = re.compile(r"\([ \t]*\)")
+PARAMETER = re.compile(r"\$(?:\{[^'\"\\`${}()]*(?:\$\w[^'\"\\`${}()]*)*\}|\w+|[@*#?$!-])")
+ANSI_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|([0-7]{1,3})|c(.)|(.))",
+                         re.DOTALL)
+ANSI_CHARS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b", "E": "\x1b"}
+
+
+def ansi_char(found: "re.Match[str]") -> str:
+    """Decode one escape of $'...'."""
+    for digits, base in zip(found.groups()[:4], (16, 16, 16, 8)):
+        if digits:
+            number = int(digits, base)
+            return chr(number) if number < 0x110000 else "\ufffd"
+    return chr(ord(found[5]) & 31) if found[5] else ANSI_CHARS.get(found[6], found[6])
+
+
+class Shell:
+    """Takes a command line apart.  Every piece of text is passed once for each level it is nested."""
+
+    def __init__(self, text: str, depth: int = 0, budget: Optional[List[int]] = None) -> None:
+        self.text, self.depth, self.at = text, depth, 0
+        self.budget = [2 * len(text) + 20_000] if budget is None else budget   # characters to read in inner scripts
+        self.parts: List[Part] = []
+        self.waiting: List[Tuple[str, bool, bool]] = []   # here-documents: their end, whether quoted, whether tabs go
+        if depth > MAX_NESTED or "\0" in text:
+            raise ShellError("nested too deeply, or with a NUL")
+
+    def script(self, closer: str = "") -> List[Part]:
+        """Read commands up to the closing parenthesis or the end."""
+        while True:
+            self.at = BLANKS.match(self.text, self.at).end()
+            char = self.text[self.at:self.at + 1]
+            if char in ("", ")"):
+                if char != closer or self.waiting:
+                    raise ShellError("unbalanced")
+                self.at += 1
+                return self.parts
+            if char == "#":
+                self.at = self.line_end()
+            elif char == "\n":
+                self.at += 1
+                self.here_documents()
+            elif char in ";|" or (char == "&" and not REDIRECTION.match(self.text, self.at)):
+                self.at += 1
+            elif char == "(" and not ARITHMETIC.match(self.text, self.at):
+                self.nest()
+            else:
+                self.command()
+
+    def line_end(self) -> int:
+        """Give the place of the next newline, or the end."""
+        end = self.text.find("\n", self.at)
+        return len(self.text) if end < 0 else end
+
+    def nest(self) -> None:
+        """Read the commands behind an opening parenthesis."""
+        if self.waiting or self.text.startswith("((", self.at):
+            raise ShellError("arithmetic, or a here-document around a nested command")
+        self.at += 1
+        self.depth += 1
+        if self.depth > MAX_NESTED:
+            raise ShellError("nested too deeply")
+        self.script(")")
+        self.depth -= 1
+
+    def inner(self, script: str) -> None:
+        """Read a text that the shell reads as commands of its own."""
+        self.parts += self.within(script).script()
+        if len(self.parts) > MAX_PARTS:
+            raise ShellError("too many commands")
+
+    def within(self, text: str) -> Shell:
+        """Make what reads a text inside this one."""
+        self.budget[0] -= len(text)
+        if self.budget[0] < 0:
+            raise ShellError("scripts within scripts without end")
+        return Shell(text, self.depth + 1, self.budget)
+
+    def command(self) -> None:
+        """Read one simple command."""
+        start, words, files = self.at, [], []
+        while True:
+            self.at = BLANKS.match(self.text, self.at).end()
+            redirection = REDIRECTION.match(self.text, self.at)
+            char = self.text[self.at:self.at + 1]
+            if redirection:
+                self.redirection(redirection, files)
+            elif char in ("", *"\n;&|)") or (char == "#"):
+                break
+            elif char == "(":
+                harmless = ARITHMETIC.match(self.text, self.at) or EMPTY_PARENTHESES.match(self.text, self.at)
+                if not harmless:   # an array, a glob of zsh, a pattern of [[
+                    raise ShellError("a parenthesis within a command")
+                self.at = harmless.end()
+                break
+            else:
+                word = self.word()
+                header = bool(words) and words[0].raw in HEADERS
+                if word.raw in ("{", "}") or (header and word.raw == "do"):   # coproc NAME {, for x do, zsh's loops
+                    break
+                if word.raw == "case" and not words:
+                    raise ShellError("case, whose patterns end in unbalanced parentheses")
+                if words or files or word.raw not in RESERVED:
+                    words.append(word)
+                else:
+                    start = self.at
+        if words and words[0].raw in HEADERS:
+            words = []
+        if words or files:
+            self.add(self.text[start:self.at].strip(), tuple(words), files)
+
+    def redirection(self, found: "re.Match[str]", files: List[Tuple[str, Word]]) -> None:
+        """Read a redirection; a file goes into files."""
+        self.at = BLANKS.match(self.text, found.end()).end()
+        sign, word = found[1], self.word()
+        if not word.raw:
+            raise ShellError("a redirection to nothing")
+        if sign in ("<<", "<<-"):
+            if not word.literal or re.search(r"[$`\n]", word.raw):
+                raise ShellError("a here-document whose end cannot be told")
+            self.waiting.append((word.text, word.raw != word.text, sign == "<<-"))
+        elif sign != "<<<" and not (sign in ("<&", ">&") and re.fullmatch(r"\d+-?|-", word.text)):
+            files += [("Read", word)] if sign[0] == "<" else []
+            files += [("Write", word)] if ">" in sign else []
+
+    def here_documents(self) -> None:
+        """Pass the here-documents that begin at this line; one with expansions may hold commands."""
+        for mark, quoted, tabs in self.waiting:
+            start, joined = self.at, False
+            while True:
+                if self.at >= len(self.text):
+                    raise ShellError("a here-document without its end")
+                end = self.line_end()
+                line = self.text[self.at:end].lstrip("\t") if tabs else self.text[self.at:end]
+                body, self.at = self.at, end + 1
+                if line == mark and not joined:
+                    break
+                joined = not quoted and (len(line) - len(line.rstrip("\\"))) % 2 == 1
+                # shells differ on an end that is glued to a parenthesis, or to a line that goes on
+                if line == mark or line.startswith((mark + ")", mark + "`")) or (joined and mark.startswith(line[:-1])):
+                    raise ShellError("a here-document whose end cannot be told")
+            if not quoted:
+                inside = self.within(self.text[start:body])
+                inside.expansions("")
+                self.parts += inside.parts
+        self.waiting = []
+
+    def word(self) -> Word:
+        """Read one word; quotes go, expansions stay as written."""
+        start, pieces, length, sure = self.at, [], 0, -1
+        while self.at < len(self.text):
+            char = self.text[self.at]
+            found = PLAIN.match(self.text, self.at)
+            if found:
+                piece, known, self.at = found[0], len(found[0]), found.end()
+            elif char in " \t\n;&|()" or (char in "<>" and not self.text.startswith("(", self.at + 1)):
+                break
+            else:
+                piece, known = SPECIAL[char](self)
+            if sure < 0 and known < len(piece):
+                sure = length + known
+            pieces.append(piece)
+            length += len(piece)
+        text, raw = "".join(pieces), self.text[start:self.at]
+        if self.waiting and "\n" in raw:
+            raise ShellError("a here-document behind a word of several lines")
+        sure = 0 if raw[:1] == "=" and raw != "=" else sure   # zsh: =rm is the path of rm
+        return Word(text, raw, len(text) if sure < 0 else sure)
+
+    # Each of the following reads one special piece of a word; gives its text, and how much of that is certain.
+
+    def escape(self) -> Tuple[str, int]:
+        """Read a backslash and what it saves from the shell."""
+        char = self.text[self.at + 1:self.at + 2] or "\\"
+        self.at += 2
+        return ("", 0) if char == "\n" else (char, 1)
+
+    def single(self) -> Tuple[str, int]:
+        """Read a text in single quotes."""
+        end = self.text.find("'", self.at + 1)
+        if end < 0:
+            raise ShellError("a quote that is not closed")
+        text, self.at = self.text[self.at + 1:end], end + 1
+        return text, len(text)
+
+    def double(self) -> Tuple[str, int]:
+        """Read a text in double quotes."""
+        self.at += 1
+        return self.expansions('"')
+
+    def expansions(self, closer: str) -> Tuple[str, int]:
+        """Read a text in which only expansions and some escapes are special, up to the closing quote or the end."""
+        pieces, length, sure = [], 0, -1
+        while self.text[self.at:self.at + 1] != closer:
+            char = self.text[self.at:self.at + 1]
+            found = PLAIN_QUOTED.match(self.text, self.at)
+            if found:
+                piece, known, self.at = found[0], len(found[0]), found.end()
+            elif char == "\\":
+                saved = self.text[self.at + 1:self.at + 2]
+                piece = "" if saved == "\n" else saved if saved in ("$", "`", '"', "\\") else "\\" + saved
+                known, self.at = len(piece), self.at + 2
+            elif char == "$":
+                piece, known = self.dollar(quoted=True)
+            elif char == "`":
+                piece, known = self.backquote(quoted=True)
+            elif char == '"':   # in a here-document it means itself
+                piece, known, self.at = char, 1, self.at + 1
+            else:
+                raise ShellError("a quote that is not closed")
+            if sure < 0 and known < len(piece):
+                sure = length + known
+            pieces.append(piece)
+            length += len(piece)
+        self.at += 1
+        return "".join(pieces), length if sure < 0 else sure
+
+    def dollar(self, quoted: bool = False) -> Tuple[str, int]:
+        """Read what begins with a dollar sign."""
+        start, following = self.at, self.text[self.at + 1:self.at + 2]
+        arithmetic = ARITHMETIC.match(self.text, self.at + 1)
+        found = PARAMETER.match(self.text, self.at)
+        if arithmetic or found:
+            self.at = (arithmetic or found).end()
+        elif following == "(":
+            self.at += 1
+            self.nest()
+        elif following in ("{", "["):
+            raise ShellError("an expansion with quotes or expansions in it")
+        elif following == "'" and not quoted:
+            return self.ansi()
+        else:
+            self.at += 1   # before a quote it asks for a translation, elsewhere it means itself
+            return ("", 0) if following == '"' and not quoted else ("$", int(following not in (*"=~^+:",)))
+        return self.text[start:self.at], 0
+
+    def ansi(self) -> Tuple[str, int]:
+        """Read $'...'; like bash, up to a NUL."""
+        found = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL).match(self.text, self.at)
+        if not found:
+            raise ShellError("a quote that is not closed")
+        self.at = found.end()
+        text = ANSI_ESCAPE.sub(ansi_char, found[1]).split("\0")[0]
+        return text, len(text)
+
+    def backquote(self, quoted: bool = False) -> Tuple[str, int]:
+        """Read a command in backquotes."""
+        found = re.compile(r"`((?:[^`\\]|\\.)*)`", re.DOTALL).match(self.text, self.at)
+        if not found or self.waiting:
+            raise ShellError("a backquote that is not closed")
+        self.at = found.end()
+        self.inner(re.sub(r'\\([$`\\"])' if quoted else r"\\([$`\\])", r"\1", found[1]))
+        return found[0], 0
+
+    def process(self) -> Tuple[str, int]:
+        """Read <( ) or >( )."""
+        start = self.at
+        self.at += 1
+        self.nest()
+        return self.text[start:self.at], 0
+
+    def wildcard(self) -> Tuple[str, int]:
+        """Read a character that may stand for others; a bracket or brace alone is a word like any."""
+        char, following = self.text[self.at], self.text[self.at + 1:self.at + 2]
+        self.at += 1
+        plain = (char == "[" and following in ("", " ", "\t", "\n", "[")) or (char == "{" and following in "} \t\n;")
+        return char, int(plain)
+
+    def add(self, text: str, words: Tuple[Word, ...], files: List[Tuple[str, Word]]) -> None:
+        """Note a simple command, and the commands in the scripts that it runs."""
+        found = readings(words) if words else []
+        for reading in found:
+            for script in scripts(reading):
+                self.inner(script)
+        self.parts.append(part_of(text, words, found, files))
+        if len(self.parts) > MAX_PARTS:
+            raise ShellError("too many commands")
+
+
+SPECIAL: Dict[str, Callable[[Shell], Tuple[str, int]]] = {
+    "\\": Shell.escape, "'": Shell.single, '"': Shell.double, "$": Shell.dollar, "`": Shell.backquote,
+    "<": Shell.process, ">": Shell.process, "*": Shell.wildcard, "?": Shell.wildcard, "[": Shell.wildcard,
+    "{": Shell.wildcard,
+}
+
+
+# -- what a simple command runs
+
+# program -> operands that stand before the command it runs
+WRAPPERS = {name: 0 for name in (
+    "sudo doas env nice nohup stdbuf xargs command builtin exec time watch setsid ionice chronic strace ltrace "
+    "unbuffer caffeinate busybox toybox noglob nocorrect parallel pkexec unshare nsenter -").split()}
+WRAPPERS.update(timeout=1, repeat=1, taskset=1, chrt=1, flock=1, chroot=1)
+FIND_RUNS = ("-exec", "-execdir", "-ok", "-okdir")
+SHELLS = frozenset("sh bash zsh dash ksh mksh ash fish su runuser flock script".split())
+INTERPRETERS = frozenset("python pypy perl ruby node nodejs deno bun php lua osascript tclsh".split())
+RUNS_TEXT = re.compile(r"-[A-Za-z]*[ceEprBR]|--(?:eval|print|command|run)|eval$")   # of an interpreter
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?:\[[^\]]*\])?\+?=")
+TEXT_OF_ENV = re.compile(r"^.*?(?:^|\s)(?:-\w*S|--split-string=?)\s*", re.DOTALL)
+HARMLESS_FILE = re.compile(r"/dev/(?:null|zero|stdin|stdout|stderr|tty|fd/\d+)")
+# program -> what it does to the files that it names, for rules that deny or ask
+FILE_PROGRAMS = {
+    **dict.fromkeys("cat head tail less more nl tac od xxd hexdump strings base64 grep egrep fgrep rg awk sort uniq wc "
+                    "cut diff cmp source .".split(), ("Read",)),
+    **dict.fromkeys("tee touch rm rmdir mkdir truncate chmod chown shred unlink".split(), ("Write",)),
+    **dict.fromkeys("cp mv ln sed install rsync".split(), ("Read", "Write")),
+}
+
+
+def program_of(words: Sequence[Word]) -> str:
+    """Name the program that a simple command starts, without its directory and version."""
+    name = words[0].text.rpartition("/")[2].lower()
+    return name.rstrip("0123456789.") or name
+
+
+def readings(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
+    """Give a simple command as written, and every command that it runs in turn."""
+    found = [words]
+    for reading in found:   # grows meanwhile
+        found += wrapped(reading)
+        if len(found) > MAX_WRAPPED:
+            raise ShellError("too many commands within a command")
+    return found
+
+
+def wrapped(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
+    """Give the commands that a simple command may run, more of them when options make that uncertain."""
+    assigned = next((index for index, word in enumerate(words) if not ASSIGNMENT.match(word.raw)), len(words))
+    if assigned:
+        return [words[assigned:]] if assigned < len(words) else []
+    name = program_of(words)
+    if name == "find":
+        places = [index for index, word in enumerate(words, 1) if word.text in FIND_RUNS and index < len(words)]
+    else:
+        places = list(wrapped_places(words, WRAPPERS[name])) if name in WRAPPERS else []
+    if len(places) > MAX_WRAPPED:
+        raise ShellError("too many commands within a command")
+    found = [words[index:] for index in places]
+    if name == "find" and any(word.text == "-delete" for word in words):
+        found.append((Word("rm", "-delete", 2),))
+    if name in ("xargs", "parallel"):   # with more words from its input, or in any place
+        replaces = any(re.match(r"-\w*[IiJ]|--replace", word.text) for word in words) or name == "parallel"
+        found = [(*(word._replace(sure=0) if replaces else word for word in run), UNKNOWN) for run in found]
+    return found
+
+
+def wrapped_places(words: Sequence[Word], operands: int) -> Iterator[int]:
+    """Give the places where the command behind a wrapper may begin: any option might take a word."""
+    unsure = 0
+    for index, word in enumerate(words[1:], 1):
+        if word.text.startswith("-"):
+            unsure += word.text != "--"
+        elif ASSIGNMENT.match(word.text):
+            continue
+        elif operands:
+            operands -= 1
+        else:
+            yield index
+            if not unsure:
+                return
+            unsure -= 1
+
+
+def scripts(words: Tuple[Word, ...]) -> List[str]:
+    """Give the texts among a command's words that a shell will read as commands."""
+    name, texts = program_of(words), [word.text for word in words[1:]]
+    if name in ("eval", "watch", "parallel"):
+        return [" ".join(text for text in texts if not text.startswith("-"))]
+    if name == "env":
+        joined = " ".join(texts)
+        return [TEXT_OF_ENV.sub("", joined, 1)] if TEXT_OF_ENV.match(joined) else []
+    first = next((index for index, text in enumerate(texts) if takes_script(text)), None) if name in SHELLS else None
+    return [] if first is None else [text for text in texts[first + 1:] if not text.startswith("-")]
+
+
+def takes_script(option: str) -> bool:
+    """Tell whether a shell's option says that a script follows."""
+    return re.match(r"-[A-Za-z]*c|--command|--session-command", option) is not None
+
+
+def is_opaque(words: Tuple[Word, ...]) -> bool:
+    """Tell whether nobody can say what a simple command runs."""
+    name, rest = program_of(words), words[1:]
+    if not words[0].literal or re.search(r"[ \t\n]", words[0].text) or name in ("source", "."):
+        return True
+    if name == "eval" or (name in SHELLS and any(takes_script(word.text) for word in rest)):
+        return not all(word.literal for word in rest)
+    if name in INTERPRETERS and any(RUNS_TEXT.match(word.text) for word in rest):
+        return True
+    operands = [word for word in rest if not word.text.startswith("-")]   # without one it reads its input
+    told = [word.text for word in rest] in (["--version"], ["--help"])
+    return name in SHELLS | INTERPRETERS and not operands and not told
+
+
+def known_text(words: Tuple[Word, ...]) -> str:
+    """Give the start of a simple command that no expansion can change."""
+    unsure = next((index for index, word in enumerate(words) if not word.literal), len(words))
+    texts = [word.text for word in words[:unsure]]
+    if unsure < len(words) and texts:
+        texts.append(words[unsure].text[:max(0, words[unsure].sure)])
+    return " ".join(texts)
+
+
+def forms_of(words: Tuple[Word, ...]) -> Iterator[str]:
+    """Give the texts of one reading: without quotes, with them, and with the program's bare name in small letters."""
+    texts = [word.text for word in words]
+    yield " ".join(texts)
+    yield " ".join(word.raw for word in words)
+    yield " ".join([texts[0].rpartition("/")[2].lower(), *texts[1:]])
+
+
+def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], files: List[Tuple[str, Word]]) -> Part:
+    """Put together what is known of a simple command."""
+    opaque = any(map(is_opaque, found))
+    files = [(tool, word) for tool, word in files if not HARMLESS_FILE.fullmatch(word.text)]
+    named = [(tool, word) for reading in found for tool in FILE_PROGRAMS.get(program_of(reading), ())
+             for word in reading[1:] if word.literal and not word.text.startswith("-")]
+    if len(named) + len(files) > MAX_FILES:
+        named, files = [], [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in named + files)]
+    forms = tuple(dict.fromkeys(form for reading in found for form in forms_of(reading)))
+    unsure = [reading for reading in found if not all(word.literal for word in reading)]
+    known = ("",) if opaque else tuple(map(known_text, unsure))
+    writes = tuple(word for tool, word in files if tool == "Write")
+    return Part(text, words, tuple(found[1:]), forms, known, opaque, writes, tuple(dict.fromkeys(files + named)))
+
+
+@functools.lru_cache(maxsize=64)
+def split_command(command: str) -> Tuple[Part, ...]:
+    """Take a command line apart; what cannot be read is one opaque part."""
+    try:
+        return tuple(Shell(command).script())
+    except ShellError:
+        return (Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN))),)
+
+
+# -- decisions on shell commands
+
+
+class Line(NamedTuple):
+    """A command line to decide on."""
+
+    command: str
+    parts: Tuple[Part, ...]
+    places: Tuple[Optional[Tuple[str, ...]], ...]   # for each part, the directories it may run in; None: any
+    work_dir: str
+
+
+def places_of(parts: Sequence[Part], work_dir: str) -> Iterator[Optional[Tuple[str, ...]]]:
+    """Follow the cd commands: each may fail or be in a subshell, so that the old directory stays possible."""
+    places: Optional[Tuple[str, ...]] = (work_dir,)
+    for part in parts:
+        yield places
+        target = move_of(part)
+        if target is not None and places is not None:
+            more = [os.path.join(place, expanded(target)) for place in places] if target.literal else []
+            places = tuple(dict.fromkeys((*places, *more))) if more and len(places) < 8 else None
+
+
+def move_of(part: Part) -> Optional[Word]:
+    """Give the directory that a part changes to, UNKNOWN when that cannot be told, None when it stays."""
+    for words in (part.words, *part.wraps) if part.words else ():
+        if words[0].text in ("cd", "chdir", "pushd", "popd"):
+            operands = [word for word in words[1:] if word.text[:1] not in ("-", "+") or not word.literal]
+            return operands[0] if len(operands) == 1 and len(words) == 2 else UNKNOWN
+    return UNKNOWN if part.opaque else None
+
+
+def expanded(word: Word) -> str:
+    """Put the home directory in the place of an unquoted tilde."""
+    return os.path.expanduser(word.text) if word.raw.startswith("~") else word.text
+
+
+def targets_of(word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[Target]]:
+    """Find the files that a word may mean; none when that cannot be told."""
+    path = expanded(word)
+    if not word.literal or path.startswith(("/dev/tcp/", "/dev/udp/", "~", "!")):
+        return []
+    if os.path.isabs(path):
+        return [locate(path, "/")]
+    return [locate(path, place) for place in places or ()]
+
+
+def certain_rule(policy: Policy, action: str, line: Line) -> Optional[Decision]:
+    """Find a rule that denies, or asks about, a command line or a file that it touches."""
+    rules = rules_for(policy.rules, "Bash")[action]
+    whole = line.command.strip()
+    bare = re.sub(r"\\\n|[\\'\"\0]", "", whole) if any(part.opaque for part in line.parts) else None
+    for rule in rules:
+        pattern = rule.pattern and command_pattern(rule.pattern)
+        if pattern is None or fits(pattern, whole):
+            return decision(rule)
+        if bare is not None and (mentions(pattern, whole) or mentions(pattern, bare)):
+            return decision(rule)
+    for part, places in zip(line.parts, line.places):
+        shown = part.text if len(line.parts) > 1 else ""
+        for rule in rules:
+            if any(fits(command_pattern(rule.pattern), form) for form in part.forms):
+                return decision(rule, shown)
+        for tool, word in part.touches:
+            for rule in rules_for(policy.rules, tool)[action]:
+                if rule.pattern is None or any(target is None or path_fits(rule, target, line.work_dir)
+                                               for target in targets_of(word, places)):
+                    return decision(rule, shown)
+    return None
+
+
+def possible_rule(policy: Policy, line: Line) -> Optional[Decision]:
+    """Find a rule that would deny or ask if an expansion gave the fitting text; that is a reason to ask."""
+    by_action = rules_for(policy.rules, "Bash")
+    for part, places in zip(line.parts, line.places):
+        for rule in by_action["deny"] + by_action["ask"]:
+            literal = command_pattern(rule.pattern or "").split("*")[0].rstrip() + " "
+            if any(literal.startswith(known) for known in part.known):
+                return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+        for tool, word in part.touches:
+            rules = rules_for(policy.rules, tool)
+            for rule in rules["deny"] + rules["ask"]:
+                if not targets_of(word, places):
+                    return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+    return None
+
+
+def allowing_rule(rules: Sequence[Rule], part: Part) -> Optional[Rule]:
+    """Find the rule that allows a simple command as it is written.
+
+    A rule with a wildcard covers what the command runs in turn only if it names that, or if that is allowed too.
+    """
+    if part.opaque or not part.words:
+        return None
+    for rule in rules:
+        pattern = command_pattern(rule.pattern)
+        named = pattern.split("*")[0].split()[1:]
+        if allows(pattern, part.words) and ("*" not in pattern or all(
+                run[0].raw in named or any(allows(command_pattern(other.pattern), run) for other in rules)
+                for run in part.wraps)):
+            return rule
+    return None
+
+
+def allows(pattern: str, words: Tuple[Word, ...]) -> bool:
+    """Compare a pattern with words as written, except that quotes which change nothing are left out."""
+    return fits(pattern, " ".join(
+        word.text if word.literal and re.fullmatch(r"[^ \t\n]+", word.text) else word.raw for word in words))
+
+
+def decide_part(policy: Policy, line: Line, index: int) -> Decision:
+    """Decide on one part of a command line that no rule denies or asks about."""
+    part, places = line.parts[index], line.places[index]
+    shown = part.text if len(line.parts) > 1 else ""
+    rule = allowing_rule(rules_for(policy.rules, "Bash")["allow"], part)
+    if rule:
+        said = decision(rule, shown)
+    elif (not part.words and not part.opaque and len(line.parts) > 1) or stays_inside(part, places, line.work_dir):
+        said = Decision("allow", "harmless by itself", clip(shown, 200))
+    else:
+        said = by_flag(policy, "bash")._replace(part=clip(shown, 200))
+    for word in part.writes:
+        for target in targets_of(word, places) or [None]:
+            write = decide_path(policy, "Write", target, line.work_dir)
+            said = worst(said, write._replace(part=clip(part.text, 200)))
+    return said
+
+
+def stays_inside(part: Part, places: Optional[Tuple[str, ...]], work_dir: str) -> bool:
+    """Tell whether a part is a cd that stays in the working directory."""
+    if not part.words or part.words[0].raw != "cd" or places is None:
+        return False
+    target = move_of(part)
+    found = targets_of(target, places) if target else []
+    return bool(found) and all(one and is_below(one.real, os.path.realpath(work_dir)) for one in found)
+
+
+def decide_shell(policy: Policy, command: Any, work_dir: str) -> Decision:
+    """Decide on a shell command: every part must be allowed, and one that is denied denies the whole."""
+    readable = isinstance(command, str)
+    parts = split_command(command) if readable else (Part("", opaque=True),)
+    line = Line(command if readable else "", parts, tuple(places_of(parts, work_dir)), work_dir)
+    denied = certain_rule(policy, "deny", line) or (by_flag(policy, "bash") if policy.allow_bash is False else None)
+    asked = denied or certain_rule(policy, "ask", line) or possible_rule(policy, line)
+    if asked:
+        return asked
+    exact = None if any(part.opaque for part in parts) else line.command.strip()
+    allowed = rules_for(policy.rules, "Bash")["allow"]
+    blanket = next((decision(rule) for rule in allowed if rule.pattern in (None, exact)), None)
+    if not readable:
+        return unreadable(blanket or by_flag(policy, "bash"), "the command")
+    if blanket or policy.allow_bash is True or not parts:
+        return blanket or by_flag(policy, "bash")
+    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(parts))))
+
+
+# -- decisions
+
+
+def decision(rule: Rule, part: str = "") -> Decision:
+    """Write down that a rule decided."""
+    return Decision(rule.action, f"{rule.action} {rule.text}", clip(part, 200))
+
+
+def worst(one: Decision, other: Decision) -> Decision:
+    """Give the stricter of two decisions, the first if they agree."""
+    strictness = ("allow", "none", "ask", "deny")
+    return other if strictness.index(other.behavior) > strictness.index(one.behavior) else one
+
+
+def by_flag(policy: Policy, kind: Optional[str]) -> Decision:
+    """Decide by the flag of a kind of tool."""
+    said = getattr(policy, f"allow_{kind}", None)
+    if said is None:
+        return Decision("none", "")
+    behavior = {True: "allow", False: "deny"}.get(said, "ask")
+    return Decision(behavior, f"{TOOL_KINDS[str(kind)][0]}: {str(said).lower()}")
+
+
+def decide_plain(policy: Policy, tool: str, covers: Callable[[Rule], bool]) -> Decision:
+    """Decide on a tool, given what tells whether a rule with a pattern covers this use of it."""
+    rules = rules_for(policy.rules, tool)
+    flag = by_flag(policy, category(tool))
+    for action in ("deny", "ask", "allow"):
+        for rule in rules[action]:
+            if rule.pattern is None or covers(rule):
+                return decision(rule)
+        if action == "deny" and flag.behavior == "deny":
+            return flag
+    return flag
+
+
+def unreadable(said: Decision, what: str) -> Decision:
+    """Ask instead of allowing something whose subject cannot be told."""
+    return Decision("ask", f"{what} cannot be told, and {said.rule} allows") if said.behavior == "allow" else said
+
+
+def decide_path(policy: Policy, tool: str, target: Optional[Target], work_dir: str) -> Decision:
+    """Decide on a tool that takes a file; one that cannot be told is never allowed."""
+    if target is None:
+        return unreadable(decide_plain(policy, tool, lambda rule: rule.action != "allow"), "the file")
+    return decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+
+
+def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
+    """Find the file that a tool's input names; a search without one is in the working directory."""
+    path = next((given[key] for key in SUBJECTS[tool] if given.get(key) is not None), None)
+    path = work_dir if path is None and tool in SEARCHES else path
+    if not isinstance(path, str):
+        return None
+    pattern = given.get("pattern")
+    if tool == "Glob" and isinstance(pattern, str):   # it may lead elsewhere by itself
+        plain = re.match(r"[^*?\[{]*", pattern)[0].rpartition("/")
+        if ".." in pattern[len(plain[0]):].split("/"):
+            return None
+        path = os.path.join(os.path.expanduser(path), os.path.expanduser(plain[0] + plain[1]))
+    return locate(os.path.expanduser(path), work_dir) if path else None
+
+
+def host_of(url: str, strict: bool) -> str:
+    """Read the host of an address: plainly written to allow, as generously as any client to deny."""
+    if strict:
+        found = re.fullmatch(r"https?://([a-z0-9.-]+)(?::\d+)?(?:[/?#].*)?", url, re.IGNORECASE | re.DOTALL)
+        return found[1].lower().rstrip(".") if found else ""
+    text = unicodedata.normalize("NFKC", urllib.parse.unquote(re.sub(r"[\t\r\n]", "", url))).strip().lower()
+    text = "".join("." if char == "\u3002" else char for char in text if unicodedata.category(char) != "Cf")
+    host = re.match(r"(?:[a-z][a-z0-9+.-]*:)?[/\\]*([^/\\?#]*)", text)[1].rpartition("@")[2]
+    return re.sub(r":\d*$", "", host).rstrip(".")
+
+
+def decide_url(policy: Policy, url: Any) -> Decision:
+    """Decide on fetching an address."""
+    if not isinstance(url, str):
+        return unreadable(decide_plain(policy, "WebFetch", lambda rule: rule.action != "allow"), "the address")
+    hosts = {action: host_of(url, action == "allow") for action in ACTIONS}
+
+    def covers(rule: Rule) -> bool:
+        named = str(rule.pattern)[len("domain:"):].lower().rstrip(".")
+        return bool(hosts[rule.action]) and fits(named, hosts[rule.action])
+    return decide_plain(policy, "WebFetch", covers)
+
+
+def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str) -> Decision:
+    """Decide whether an agent may use a tool in this way."""
+    tool = SAME_AS.get(tool, tool)
+    given = given if isinstance(given, dict) else {}
+    kind = KIND_OF.get(tool)
+    if kind == "bash":
+        return decide_shell(policy, given.get("command"), work_dir)
+    if kind in ("read", "write"):
+        return decide_path(policy, tool, path_of(tool, given, work_dir), work_dir)
+    if tool == "WebFetch":
+        return decide_url(policy, given.get("url"))
+    value = next((given[key] for key in SUBJECTS.get(tool, ()) if isinstance(given.get(key), str)), "")
+    return decide_plain(policy, tool, lambda rule: fits(command_pattern(str(rule.pattern)), value) or (
+        rule.action != "allow" and fits(command_pattern(str(rule.pattern)).lower(), value.lower())))
+
+
+# ============================================================================
 # AGENTS. What is special about claude, demo and shell.
 # ============================================================================
 # An agent is a record of functions: how it is launched, how its screen reads,
@@ -2041,7 +3350,8 @@ def whole_lines(path: str) -> int:
 # none of them meets a tmux command line or `ps`.
 
 HOOK_EVENTS: Tuple[Tuple[str, Optional[str]], ...] = (   # the reports we ask for, and their matcher
-    ("UserPromptSubmit", None), ("PermissionRequest", "*"), ("PostToolUse", "*"), ("PostToolUseFailure", "*"),
+    ("UserPromptSubmit", None), ("PreToolUse", "*"), ("PermissionRequest", "*"), ("PostToolUse", "*"),
+    ("PostToolUseFailure", "*"), ("PostToolBatch", None),
     ("Stop", None), ("StopFailure", None), ("SessionEnd", None), ("PreCompact", None), ("PostCompact", None),
     ("SubagentStart", None), ("SubagentStop", None),
 )
@@ -2077,22 +3387,28 @@ class LaunchPlan(NamedTuple):
     resume: bool = False
 
 
-def claude_arguments(plan: LaunchPlan) -> List[str]:
-    """Write Claude Code's command line."""
+def conversation_arguments(plan: LaunchPlan) -> List[str]:
+    """Write the flags that choose the conversation: a new one, the old one, or a new one that begins as another."""
     row = plan.row
-    words = ["--resume" if plan.resume else "--session-id", row.conversation or "",
-             "--permission-mode", row.permission_mode or "default", "--settings", plan.hooks]
-    if row.model:
-        words += ["--model", row.model]
-    return [*words, *plan.settings.claude_args, *row.launch.get("args", [])]
+    if plan.resume:
+        return ["--resume", row.conversation or ""]
+    if row.launch.get("fork"):
+        return ["--resume", row.launch["fork"], "--fork-session", "--session-id", row.conversation or ""]
+    return ["--session-id", row.conversation or ""]
 
 
 def demo_arguments(plan: LaunchPlan) -> List[str]:
     """Write the demo agent's command line; it takes Claude Code's flags."""
     row = plan.row
-    words = ["--resume" if plan.resume else "--session-id", row.conversation or "",
-             "--permission-mode", row.permission_mode or "default", "--settings", plan.hooks]
+    words = [*conversation_arguments(plan), "--permission-mode", row.permission_mode or "default",
+             "--settings", plan.hooks]
     return words + (["--model", row.model] if row.model else []) + list(row.launch.get("args", []))
+
+
+def claude_arguments(plan: LaunchPlan) -> List[str]:
+    """Write Claude Code's command line."""
+    words, own = demo_arguments(plan), list(plan.row.launch.get("args", []))
+    return [*words[: len(words) - len(own)], *plan.settings.claude_args, *own]
 
 
 def demo_program(settings: Settings, launch: Json) -> Sequence[str]:
@@ -2143,14 +3459,18 @@ AGENTS: Dict[str, Agent] = {
 }
 
 
-def hook_settings(url: str, secret: str, hold: float, bypass: bool) -> Json:
-    """Write the settings that make the agent report to us; they add to the user's own."""
+def hook_settings(url: str, secret: str, hold: float, bypass: bool, denied: Sequence[str] = ()) -> Json:
+    """Write the settings that make the agent report to us, and refuse what is denied even when we are away.
+
+    They add to the user's own.
+    """
     hooks: Json = {}
     for event, matcher in HOOK_EVENTS:
         hook = {"type": "http", "url": url, "headers": {"X-Aegis-Secret": secret},
                 "timeout": int(hold) if event == "PermissionRequest" else 30}
         hooks[event] = [{**({"matcher": matcher} if matcher else {}), "hooks": [hook]}]
-    return {"hooks": hooks, **({"skipDangerousModePermissionPrompt": True} if bypass else {})}
+    return {"hooks": hooks, **({"skipDangerousModePermissionPrompt": True} if bypass else {}),
+            **({"permissions": {"deny": list(denied)}} if denied else {})}
 
 
 def agent_environment(inherited: Mapping[str, str], extra: Mapping[str, str]) -> Dict[str, str]:
@@ -2202,7 +3522,6 @@ def canonical(sent: str) -> str:
 STATES = ("starting", "working", "idle", "permission_prompt", "asking", "rate_limited", "stalled", "error",
           "exited", "killed")
 BUSY_STATES = ("starting", "working")          # in all others the session needs its caller
-QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 OPEN_STATES = ("submitted", "started")         # of a prompt whose turn is under way
 
 # kind of screen -> status, and what the caller should do.  An empty sentence: the dialog's own title.
@@ -2244,6 +3563,7 @@ class Facts(NamedTuple):
     dialog: Optional[Reading] = None                     # a dialog on the screen that no hook told of
     busy: Optional[str] = None                           # evidence of work that no prompt of ours explains
     failure: Optional[Tuple[str, str]] = None            # status and reason, until the next prompt
+    stalled: Optional[str] = None                        # what it has waited for too long, until it shows life
 
     @property
     def current(self) -> Optional[PromptRow]:
@@ -2264,8 +3584,20 @@ class Verdict(NamedTuple):
     rule: str
 
 
+LIFE_SIGNS = ("hook", "terminal", "policy")   # evidence of these ends a stall; a transcript's is old already
+STALLABLE = ("working", "permission_prompt", "asking")   # states that too long a silence turns into `stalled`
+
+
 def judge(facts: Facts) -> Verdict:
     """Turn facts into a status: the strongest evidence wins."""
+    verdict = judge_life(facts)
+    if facts.stalled and verdict.status in STALLABLE:
+        return Verdict("stalled", facts.stalled, f"clock: {facts.stalled}; {verdict.rule}")
+    return verdict
+
+
+def judge_life(facts: Facts) -> Verdict:
+    """Turn facts into a status, however long it has lasted."""
     if facts.ended:
         return Verdict(facts.ended, None, "the process is gone")
     if facts.pending:
@@ -2320,11 +3652,15 @@ class Context:
         self.started_at = time.time()
         self.sessions: Dict[str, "Session"] = {}       # live ones by id; single dict operations only, so no lock
         self.panes: Dict[str, "Session"] = {}          # live ones by tmux pane
+        self.profiles = read_profiles(settings.profiles)
         self.kick: Callable[["Session"], None] = lambda session: None       # delivery may go on
         self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
+        self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
         self.lists: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}   # answers of list, by query, with the store's version
+        self.layout_lock = threading.Lock()            # one pane is opened or moved at a time
+        self.life_lock = threading.Lock()              # one session is resumed at a time
         self.stopping = threading.Event()
 
     def file(self, session_id: str, kind: str) -> Path:
@@ -2366,14 +3702,24 @@ class Session:
         self.closed_ids: "collections.deque[str]" = collections.deque(maxlen=64)  # agent's ids of turns that ended
         self.active_at = row.updated_at
         self.output_at = 0.0               # monotonic time of the pane's last output
+        self.alive_at = time.monotonic()   # and of the agent's last report
         self.looked_at = 0.0               # monotonic time of our last look
         self.stopped_at = 0.0              # when the last turn ended
         self.decided_at = 0.0  # when the last held request was decided: its dialog may still stand for a moment
+        self.last_outcome = ""             # of the last turn that ended
+        self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
+        self.uses: Dict[str, str] = {}       # pending requests -> the agent's own id of the tool call
+        self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
+        self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
         )  # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
-        self.delivering = self.ending = self.dialog_seen = False
+        self.delivering = self.ending = self.dialog_seen = self.continuing = False
+        self.policy = policy_from_json(row.policy, context.profiles)
+        self.budget_told: Optional[str] = None          # what was last said about the budget
+        self.rested_since = time.monotonic()            # when it last was anything but idle
+        self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
         self.unsaved = False                            # the ledger in memory is newer than the stored one
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
@@ -2450,7 +3796,7 @@ class Change:
         self, prompt: PromptRow, outcome: str, reason: Optional[str] = None, answer: Optional[str] = None
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
-        now = time.time()
+        now, self.session.last_outcome = time.time(), outcome
         if prompt.state == "submitted" and outcome == "done":
             prompt = self.prompt(prompt, state="started", started_at=now)
         self.prompt(prompt, state="done" if outcome == "done" else "failed", ended_at=now, answer=answer,
@@ -2463,6 +3809,10 @@ class Change:
     def commit(self) -> None:
         """Make it durable, then true, then known."""
         session, row, now = self.session, self.session.row, time.time()
+        if self.why.source == "hook":
+            session.alive_at = time.monotonic()
+        if self.facts.stalled and self.why.source in LIFE_SIGNS:
+            self.set(stalled=None)
         if row.ended_at is None and not self.facts.ended:
             verdict = judge(self.facts)
             if (verdict.status, verdict.reason) != (row.status, row.reason):
@@ -2490,9 +3840,13 @@ class Change:
             return
         rule = f"{self.why.source}: {self.why.rule}; {verdict.rule}"
         self.columns.update(status=verdict.status, rule=rule, since=now)
+        if row.status == "rate_limited":
+            self.columns.setdefault("resets_at", None)
         told: Json = {"name": row.name, "status": verdict.status, "previous": row.status}
         if verdict.reason:
             told["reason"] = verdict.reason
+        if verdict.status == "rate_limited":
+            told["resetsAt"] = iso(self.columns.get("resets_at", row.resets_at))
         if verdict.status == "idle":
             told["output"] = clip(self.columns.get("output", row.output) or "", 2_000)
         self.tell(f"session.{verdict.status}", **told)
@@ -2500,35 +3854,61 @@ class Change:
 
 def wire_permission(request: PermissionRow) -> Json:
     """Give a permission request its shape on the wire."""
-    return {"id": request.id, "tool": request.tool, "input": request.input, "summary": request.summary,
-            "state": request.state, "requestedAt": iso(request.asked_at)}
+    spent = None if request.decided_at is None else max(0, int((request.decided_at - request.asked_at) * 1000))
+    return {
+        "id": request.id, "sessionId": request.session, "tool": request.tool, "input": request.input,
+        "summary": request.summary, "detail": request.detail, "suggestions": request.suggestions,
+        "subagentId": request.subagent, "state": request.state, "decidedBy": request.decided_by, "rule": request.rule,
+        "message": request.message, "requestedAt": iso(request.asked_at), "decidedAt": iso(request.decided_at),
+        "tookMs": spent,
+    }
+
+
+def wire_question(request: PermissionRow) -> Json:
+    """Give a question or a plan its shape on the wire, with the labels that answer it."""
+    questions = questions_of(request)
+    return {"id": request.id, "tool": request.tool, "title": request.summary, "questions": questions,
+            "plan": request.input.get("plan"), "options": [one["label"] for one in questions[0]["options"]],
+            "kind": "plan" if request.tool == "ExitPlanMode" else "question", "requestedAt": iso(request.asked_at)}
+
+
+PLAN_ANSWERS: Dict[str, Optional[str]] = {   # label -> the permission mode that follows; None: the plan is refused
+    "Yes, and accept edits": "acceptEdits", "Yes, manually approve edits": "default", "No, keep planning": None,
+}
+
+
+def questions_of(request: PermissionRow) -> List[Json]:
+    """List what a request asks, in one shape for questions and plans; an agent may leave anything out."""
+    if request.tool == "ExitPlanMode":
+        options = [{"label": label, "description": ""} for label in PLAN_ANSWERS]
+        return [{"question": "Would you like to proceed?", "header": "Plan", "multiSelect": False, "options": options}]
+    given = request.input.get("questions")
+    found = []
+    for one in given if isinstance(given, list) else []:
+        if not isinstance(one, dict):
+            continue
+        rows = one.get("options")
+        options = [{"label": str(row.get("label") or ""), "description": str(row.get("description") or "")}
+                   for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)]
+        found.append({"question": str(one.get("question") or ""), "header": str(one.get("header") or ""),
+                      "multiSelect": one.get("multiSelect") is True, "options": options})
+    return found or [{"question": request.summary, "header": "", "multiSelect": False, "options": []}]
 
 
 def pending_permission(facts: Facts) -> Optional[Json]:
-    """Give what waits for approve or reject, if anything does."""
-    asked = next((one for one in facts.pending if one.tool not in QUESTION_TOOLS), None)
-    if asked:
-        return wire_permission(asked)
-    if facts.dialog and facts.dialog.kind == "permission_prompt":
-        return {"id": None, "tool": None, "input": None, "summary": facts.dialog.title, "state": "pending",
-                "options": [option.label for option in facts.dialog.options]}
-    return None
+    """Give what waits for approve or reject, the oldest first, if anything does."""
+    return next((wire_permission(one) for one in facts.pending if one.tool not in QUESTION_TOOLS), None)
 
 
 def pending_question(facts: Facts) -> Optional[Json]:
     """Give the question or dialog that waits for an answer, if any does."""
     asked = next((one for one in facts.pending if one.tool in QUESTION_TOOLS), None)
     if asked:
-        return {
-            "id": asked.id,
-            "title": asked.summary,
-            "tool": asked.tool,
-            "questions": asked.input.get("questions") or [],
-            "plan": asked.input.get("plan"),
-        }
-    if facts.dialog and facts.dialog.kind not in ("permission_prompt", "login", "onboarding"):
-        return {"id": None, "title": facts.dialog.title, "kind": facts.dialog.kind,
-                "options": [option.label for option in facts.dialog.options], "text": facts.dialog.excerpt}
+        return wire_question(asked)
+    dialog = facts.dialog
+    if dialog and dialog.kind not in ("permission_prompt", "login", "onboarding"):
+        return {"id": None, "title": dialog.title, "kind": dialog.kind,
+                "options": [option.label for option in dialog.options], "text": dialog.excerpt}
     return None
 
 
@@ -2537,7 +3917,8 @@ def attach_command(context: Context, row: SessionRow) -> Optional[str]:
     if row.ended_at is not None or not row.window:
         return None
     return (f"{context.settings.tmux} -L {context.settings.tmux_socket} new-session -t {TMUX_SESSION} "
-            f"'\\;' set destroy-unattached on '\\;' select-window -t {row.window}").replace("'\\;'", "\\;")
+            f"'\\;' set destroy-unattached on '\\;' select-window -t {row.window}"
+            f" '\\;' select-pane -t {row.pane}").replace("'\\;'", "\\;")
 
 
 def view(context: Context, row: SessionRow, facts: Facts, active_at: Optional[float] = None) -> Json:
@@ -2547,10 +3928,14 @@ def view(context: Context, row: SessionRow, facts: Facts, active_at: Optional[fl
         "statusReason": row.reason, "createdAt": iso(row.created_at), "updatedAt": iso(row.updated_at),
         "lastActivityAt": iso(max(active_at or 0, row.updated_at)), "endedAt": iso(row.ended_at),
         "exitCode": row.exit_code, "model": row.model, "permissionMode": row.permission_mode,
+        "permissionProfile": row.policy.get("profile"), "labels": row.labels, "limits": row.limits,
+        "parentId": row.parent, "forkedFrom": row.forked_from, "worktree": row.worktree,
+        "resetsAt": iso(row.resets_at),
         "conversationId": row.conversation, "transcriptPath": row.parts[-1] if row.parts else None,
         "window": row.window, "pid": row.pid, "attach": attach_command(context, row),
         "queueLength": len(facts.waiting), "turns": row.turns, "tokenUsage": token_usage(row.ledger),
         "costUsd": cost_usd(row.ledger), "pendingPermission": pending_permission(facts),
+        "pendingPermissions": [wire_permission(one) for one in facts.pending if one.tool not in QUESTION_TOOLS],
         "pendingQuestion": pending_question(facts),
     }
 
@@ -2561,6 +3946,17 @@ def wire_prompt(prompt: PromptRow, position: Optional[int] = None) -> Json:
             "reason": prompt.reason, "position": position, "attempts": prompt.attempts,
             "createdAt": iso(prompt.created_at), "submittedAt": iso(prompt.submitted_at),
             "startedAt": iso(prompt.started_at), "endedAt": iso(prompt.ended_at)}
+
+
+def budget_spent(row: SessionRow) -> Optional[str]:
+    """Tell which budget a session has passed, or None."""
+    usage, cost = token_usage(row.ledger), cost_usd(row.ledger)
+    tokens = usage["input"] + usage["output"] + usage["cacheWrite"]
+    if tokens > row.limits.get("maxTokens", math.inf):
+        return f"its budget is spent: {tokens:,} tokens of {row.limits['maxTokens']:,} (maxTokens)"
+    if cost is not None and cost > row.limits.get("maxCostUsd", math.inf):
+        return f"its budget is spent: ${cost:.4f} of ${row.limits['maxCostUsd']:g} (maxCostUsd)"
+    return None
 
 
 def find_live(context: Context, session_id: str) -> Session:
@@ -2665,6 +4061,9 @@ def enqueue(session: Session, kind: str, text_: str, key: Optional[str]) -> Prom
                 return known
         if not session.live or session.ending:
             raise ApiError(409, "SESSION_ENDED", f"session {session.row.id} is {session.row.status}")
+        spent = budget_spent(session.row)
+        if spent:
+            raise ApiError(409, "BUDGET_SPENT", f"{spent}: raise it with PATCH /v1/sessions/{session.row.id}")
         prompt = new_prompt(context, session.row.id, kind, text_, key)
         with session.changing("api", f"{kind} accepted", clip(text_, 100)) as change:
             add_prompt(change, prompt)
@@ -2974,6 +4373,7 @@ def catch_up(session: Session) -> None:
                     (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
                 )
                 digest(session, entries)   # first: what a store refuses now is read again
+                session.context.witness(session, entries)
                 session.row, session.unsaved = session.row._replace(ledger=ledger), True
                 session.changed.notify_all()
     if session.unsaved:
@@ -3028,6 +4428,706 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
 
 
 # ============================================================================
+# DECISIONS. Permission requests and questions: opened once, decided once.
+# ============================================================================
+# An agent's hook opens a request and is held until somebody decides; a dialog
+# that no hook told of (Aegis was away) opens one too, and is answered by keys.
+# The policy speaks first.  A decision is a claim until the agent is seen to
+# have obeyed it: a person may press a key at the same moment, and only the
+# agent knows who was first.  So the claim is stored, then the hook answered,
+# then proof awaited (the agent writes into its transcript whom it obeyed, and
+# tells the model our very words), and only then is anybody told who decided.
+# Thread: the caller's own; keys are pressed under Session.key_lock.
+
+CLAIM_SECONDS = 2.0      # without any evidence for so long, the agent took our answer
+LIKELY_SECONDS = 0.6     # a sign that fits our answer is believed after so long without proof to the contrary
+DIFF_CHARACTERS, DIFF_LINES = 60_000, 1_500   # of each side: difflib's cost grows with their product
+
+OURS, LIKELY, TERMINAL = "ours", "likely", "terminal"   # whose answer the agent took
+
+
+def request_of(session: Session, body: Json) -> PermissionRow:
+    """Make the row of a request from the agent's report."""
+    tool, given, offered = str(body.get("tool_name") or "?"), body.get("tool_input"), body.get("permission_suggestions")
+    given = given if isinstance(given, dict) else {}
+    suggestions = [one for one in offered if isinstance(one, dict)][:20] if isinstance(offered, list) else []
+    return PermissionRow(
+        new_id("perm-"), session.row.id, tool, given, summarise(tool, given), None, suggestions,
+        str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None)
+
+
+def summarise(tool: str, given: Json) -> str:
+    """Say in one line what a tool is about to do."""
+    questions = given.get("questions")
+    first = questions[0] if isinstance(questions, list) and questions and isinstance(questions[0], dict) else {}
+    keys = {"AskUserQuestion": first.get("question"), "ExitPlanMode": given.get("plan")}
+    what = keys.get(tool) or next((given[key] for key in ("command", "file_path", "notebook_path", "url", "query",
+                                                          "pattern", "description") if given.get(key)), None)
+    return clip(f"{tool}: {what}" if what else f"{tool} {dump(given)}", 300)
+
+
+def change_of(tool: str, given: Json, work_dir: str) -> Optional[str]:
+    """Write the change that a Write or Edit would make as a diff; None for other tools and for what is too large."""
+    path = given.get("file_path") or given.get("notebook_path")
+    if not isinstance(path, str):
+        return None
+    if tool == "Write":
+        pairs = [(read_for_diff(path, work_dir), given.get("content"))]
+    else:
+        edits = given.get("edits") if tool == "MultiEdit" else [given]
+        pairs = [(one.get("old_string", ""), one.get("new_string", one.get("new_source")))
+                 for one in (edits if isinstance(edits, list) else []) if isinstance(one, dict)]
+    if not pairs or not all(isinstance(side, str) and len(side) <= DIFF_CHARACTERS and side.count("\n") <= DIFF_LINES
+                            for pair in pairs for side in pair):
+        return None
+    from difflib import unified_diff   # seldom needed
+    lines = [line.rstrip("\n") for old, new in pairs
+             for line in unified_diff(old.splitlines(), new.splitlines(), path, path, lineterm="")]   # type: ignore
+    return clip("\n".join(lines), DIFF_CHARACTERS)
+
+
+def read_for_diff(path: str, work_dir: str) -> Optional[str]:
+    """Read a file that is about to be overwritten: a plain one below the working directory, and not a large one."""
+    real = os.path.realpath(os.path.join(work_dir, os.path.expanduser(path)))
+    if not os.path.lexists(real):
+        return ""
+    if not is_below(real, work_dir):
+        return None
+    try:
+        with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:   # a FIFO would block
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            return file.read(4 * DIFF_CHARACTERS + 1).decode("utf-8", "replace")
+    except OSError:
+        return None
+
+
+# -- opening
+
+
+def decide_by_policy(session: Session, body: Json) -> Optional[Json]:
+    """Answer a permission request by the session's policy; None when that leaves it to a person."""
+    request = request_of(session, body)
+    said = decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+    if said.behavior not in ("allow", "deny") or request.tool in QUESTION_TOOLS:
+        return None
+    record_by_policy(session, request, said)
+    return permission_answer(policy_decision(said))
+
+
+def policy_decision(said: Decision) -> Json:
+    """Write what the agent is told when the policy decides."""
+    if said.behavior == "allow":
+        return {"behavior": "allow"}
+    return {"behavior": "deny", "message": f"This session's permission policy forbids it ({said.rule})."}
+
+
+def record_by_policy(session: Session, request: PermissionRow, said: Decision) -> None:
+    """Store and tell a decision of the policy like a person's."""
+    state = "approved" if said.behavior == "allow" else "rejected"
+    decided = request._replace(state=state, decided_by="policy", rule=said.rule, decided_at=time.time())
+    with session.changing("hook", f"{state} by policy: {said.rule}", request.summary) as change:
+        if not session.live or session.ending:
+            raise ApiError(409, "SESSION_ENDED", "the session has ended")
+        change.statements.append(insert("permissions", decided._asdict()))
+        begin_turn(change, request.asked_at)
+        change.tell("permission.resolved", **resolved_event(decided))
+
+
+def resolved_event(request: PermissionRow) -> Json:
+    """Give the data of a decision's event."""
+    return {"permissionId": request.id, "tool": request.tool, "state": request.state,
+            "decidedBy": request.decided_by, "permission": wire_permission(request)}
+
+
+def check_tool(session: Session, body: Json) -> Json:
+    """Answer PreToolUse: the policy may forbid what the agent would not even ask about, or make it ask."""
+    request = request_of(session, body)
+    said = decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+    if request.tool in QUESTION_TOOLS or said.behavior not in ("deny", "ask"):
+        return {}
+    if said.behavior == "ask":
+        return tool_answer("ask", f"this session's permission policy asks about it ({said.rule})")
+    record_by_policy(session, request, said)
+    return tool_answer("deny", policy_decision(said)["message"])
+
+
+def tool_answer(decision: str, reason: str) -> Json:
+    """Write the answer to a PreToolUse report."""
+    return {"hookSpecificOutput": {"hookEventName": "PreToolUse", "permissionDecision": decision,
+                                   "permissionDecisionReason": reason}}
+
+
+def permission_answer(decision: Json) -> Json:
+    """Write the answer to a held permission request."""
+    return {"hookSpecificOutput": {"hookEventName": "PermissionRequest", "decision": decision}}
+
+
+def begin_turn(change: Change, at: float) -> None:
+    """Start the turn that a request proves to be under way."""
+    current = change.facts.current
+    if current and current.state == "submitted":
+        change.prompt(current, state="started", started_at=at)
+
+
+def open_request(session: Session, body: Json) -> Tuple[PermissionRow, Optional[Json]]:
+    """Open a request; gives it, or the policy's answer, when that was changed meanwhile."""
+    request = request_of(session, body)
+    request = request._replace(detail=change_of(request.tool, request.input, session.row.work_dir))
+    with session.lock:
+        answer = decide_by_policy(session, body)
+        if answer is None:
+            add_request(session, request, "hook", "PermissionRequest")
+            session.holds[request.id] = Hold()
+            use = next((one[2] for one in reversed(session.calls) if one[:2] == (request.tool, request.input)), None)
+            if use:
+                session.uses[request.id] = use
+    return request, answer
+
+
+def add_request(session: Session, request: PermissionRow, source: str, rule: str) -> None:
+    """Store a new pending request, and tell of it."""
+    with session.changing(source, rule, request.summary) as change:
+        if not session.live or session.ending:
+            raise ApiError(409, "SESSION_ENDED", "the session has ended")
+        change.statements.append(insert("permissions", request._asdict()))
+        change.set(pending=(*change.facts.pending, request), dialog=None)
+        begin_turn(change, request.asked_at)
+        if request.tool in QUESTION_TOOLS:
+            change.tell("question.asked", question=wire_question(request))
+        else:
+            change.tell("permission.requested", permission=wire_permission(request))
+        session.dialog_seen = False
+
+
+# -- deciding
+
+
+def find_request(session: Session, request_id: Optional[str], questions: bool) -> PermissionRow:
+    """Find the pending request that a caller means.  Raises ApiError 404, or 409 when none, or several, or decided."""
+    pending = [one for one in session.facts.pending if questions == (one.tool in QUESTION_TOOLS)]
+    if request_id is None:
+        other = [one for one in session.facts.pending if one not in pending]
+        if len(pending) == 1 or (not pending and len(other) == 1 and not questions):   # approve also takes a plan
+            return (pending or other)[0]
+        if pending:
+            raise ApiError(409, "PERMISSION_AMBIGUOUS", "several requests wait: name one by permissionId",
+                           pending=[one.id for one in pending])
+        raise ApiError(409, "NO_PENDING_QUESTION" if questions else "NO_PENDING_PERMISSION",
+                       "nothing waits for an answer" if questions else "nothing waits for a decision"
+                       + (": the dialog on the screen takes POST …/answer" if session.facts.dialog else ""))
+    found = next((one for one in session.facts.pending if one.id == request_id), None)
+    if found is None:
+        raise decided_refusal(session, request_id)
+    return found
+
+
+def decided_refusal(session: Session, request_id: str) -> ApiError:
+    """Say that a request was decided, and by whom; or that there is none."""
+    known = session.context.store.row(
+        PermissionRow, "permissions", "id = ? AND session = ?", request_id, session.row.id
+    )
+    if known is None:
+        return ApiError(404, "PERMISSION_NOT_FOUND",
+                        f"session {session.row.id} has no permission request {clip(request_id, 60)}")
+    return ApiError(409, "PERMISSION_DECIDED", f"it was already {known.state.replace('_', ' ')} by {known.decided_by}",
+                    state=known.state, decidedBy=known.decided_by, decidedAt=iso(known.decided_at))
+
+
+def claim(session: Session, request_id: str, state: str, by: str, decision: Json, message: Optional[str] = None,
+          rule: Optional[str] = None) -> bool:
+    """Answer a held request, once; False when somebody else did.  What comes of it is confirm_claim()'s to say.
+
+    state: approved, rejected, or interrupted (rejected, and the turn ends).
+    """
+    with session.lock:
+        request = next((one for one in session.facts.pending if one.id == request_id and one.claim is None), None)
+        if request is None:
+            return False
+        claimed = request._replace(claim=state, decided_by=by, message=message, rule=rule)
+        with session.changing(by, f"permission {state}", request.summary) as change:
+            change.statements.append(update("permissions", request_id, {
+                "claim": state, "decided_by": by, "message": message, "rule": rule}))
+            change.set(pending=tuple(claimed if one.id == request_id else one for one in change.facts.pending))
+        session.outcomes.pop(request_id, None)
+        hold = session.holds.get(request_id)
+        session.decided_at = time.time()
+    if hold:
+        hold.release(permission_answer(decision))
+    return True
+
+
+def confirm_claim(session: Session, request_id: str) -> PermissionRow:
+    """Wait until the agent is seen to have taken a claimed answer, and settle it truly; gives the settled row."""
+    began, pause = time.monotonic(), 0.005
+    while session.live and not session.context.stopping.is_set():
+        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        seen, spent = session.outcomes.get(request_id), time.monotonic() - began
+        if request is None or request.subagent or seen in (OURS, TERMINAL):   # no terminal shows a subagent's request
+            break
+        if spent > (LIKELY_SECONDS if seen else CLAIM_SECONDS):
+            break
+        session.wait(lambda: session.outcomes.get(request_id) in (OURS, TERMINAL), pause)
+        pause = min(pause * 1.5, 0.03)
+        catch_up(session)
+        watch_status(session, request)
+    settle_claim(session, request_id)
+    return session.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
+
+
+def watch_status(session: Session, request: PermissionRow) -> None:
+    """Look into the agent's own status file for what became of a claimed request."""
+    status = read_status_file(session)
+    if status is None or status.at <= request.asked_at or status.status == "waiting":
+        return
+    interrupted = session.facts.current is not None or session.last_outcome == "interrupted"
+    if status.status == "busy":
+        if request.claim == "approved":
+            see_outcome(session, request, LIKELY)
+    elif not interrupted:   # a Stop was reported: the turn went on to its end
+        see_outcome(session, request, LIKELY)
+    elif session.outcomes.get(request.id) is None:   # else it worked in between: the transcript will tell
+        see_outcome(session, request, OURS if request.claim == "interrupted" else TERMINAL)
+
+
+def see_outcome(session: Session, request: PermissionRow, outcome: str) -> None:
+    """Note whose answer the agent took; what is proved stays."""
+    with session.changed:
+        if session.outcomes.get(request.id) not in (OURS, TERMINAL):
+            session.outcomes[request.id] = outcome
+            session.changed.notify_all()
+
+
+def settle_claim(session: Session, request_id: str) -> None:
+    """Settle a claimed request by what the agent was seen to do."""
+    with session.lock:
+        request = next((one for one in session.facts.pending if one.id == request_id and one.claim), None)
+        if request is None:
+            return
+        seen = session.outcomes.pop(request_id, None)
+        if seen == TERMINAL:
+            settle(session, request_id, "answered_in_terminal", "terminal", "the agent took the terminal's answer")
+            return
+        state = "rejected" if request.claim == "interrupted" else request.claim or "expired"
+        settle(
+            session, request_id, state, request.decided_by or "api", f"the agent took it ({seen or 'no contrary sign'})"
+        )
+
+
+def settle(session: Session, request_id: str, state: str, by: str, why: str) -> bool:
+    """Close a request for good; False when it was closed before.  Whoever still holds it lets go."""
+    with session.lock:
+        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        if request is None:
+            return False
+        closed = request._replace(state=state, claim=None, decided_by=by, decided_at=time.time())
+        if by != request.decided_by:
+            closed = closed._replace(message=None, rule=None)
+        with session.changing(by, f"permission {state}", why) as change:
+            change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
+            record_closed(change, closed)
+        hold = session.holds.pop(request_id, None)
+        for kept in (session.dialogs, session.uses, session.outcomes):
+            kept.pop(request_id, None)   # type: ignore[attr-defined]
+        session.decided_at = time.time()
+    if hold:
+        hold.release(None)
+    return True
+
+
+def record_closed(change: Change, closed: PermissionRow) -> None:
+    """Store how a request ended, and tell of it."""
+    kept = {"state": closed.state, "claim": None, "decided_by": closed.decided_by, "rule": closed.rule,
+            "message": closed.message, "decided_at": closed.decided_at}
+    change.statements.append(update("permissions", closed.id, kept))
+    if closed.tool in QUESTION_TOOLS:
+        change.tell("question.answered", questionId=closed.id, state=closed.state, decidedBy=closed.decided_by,
+                    message=closed.message)
+    else:
+        change.tell("permission.resolved", **resolved_event(closed))
+
+
+def tool_ran(session: Session, body: Json) -> None:
+    """Let the report of a tool that ran prove that it was allowed."""
+    request = request_for(session, body, body)
+    if request is None:
+        return
+    if request.claim is None:
+        settle(session, request.id, "answered_in_terminal", "terminal", "the tool ran")
+    else:
+        see_outcome(session, request, LIKELY if request.claim == "approved" else TERMINAL)
+
+
+def batch_ended(session: Session, body: Json) -> None:
+    """Let the report of a batch prove which tools did not run; for the others it comes behind their own."""
+    calls = body.get("tool_calls")
+    for call_ in calls if isinstance(calls, list) else []:
+        request = request_for(session, body, call_) if isinstance(call_, dict) else None
+        if request is None or session.outcomes.get(request.id) == LIKELY:
+            continue
+        if request.claim is None:
+            settle(session, request.id, "answered_in_terminal", "terminal", "it was refused")
+        elif request.claim == "rejected":
+            ours = not call_.get("tool_response") or str(request.message or "") in str(call_["tool_response"])
+            see_outcome(session, request, OURS if ours else TERMINAL)
+        else:
+            see_outcome(session, request, TERMINAL)
+
+
+def request_for(session: Session, body: Json, call_: Json) -> Optional[PermissionRow]:
+    """Find the pending request that a tool's report is about: by the agent's id of the call, or by what it wanted."""
+    use, tool, given = call_.get("tool_use_id"), call_.get("tool_name"), call_.get("tool_input")
+    known = next((one for one in session.facts.pending if use and session.uses.get(one.id) == use), None)
+    return known or next((
+        one for one in session.facts.pending if one.id not in session.uses and one.tool == tool
+        and one.subagent == (body.get("agent_id") or None) and (one.claim == "approved" or one.input == given)), None)
+
+
+def digest_decisions(session: Session, entries: Sequence[Entry]) -> None:
+    """Let the transcript prove whom the agent obeyed: of all witnesses it alone always knows."""
+    for entry in entries:
+        if entry.kind not in ("decision", "result") or entry.decided_by is None:
+            continue
+        request = next(
+            (one for one in session.facts.pending if entry.tool_use_id == session.uses.get(one.id, "")), None
+        )
+        if request is None:
+            continue
+        ours = (entry.decided_by == "hook" and request.claim != "interrupted") or (
+            entry.decided_by == "user-rejected" and request.claim == "interrupted")
+        if request.claim:
+            see_outcome(session, request, OURS if ours else TERMINAL)
+        elif entry.kind == "result":
+            settle(session, request.id, "answered_in_terminal", "terminal", f"the transcript says {entry.decided_by}")
+
+
+# -- by keys, when nobody holds the request open
+
+
+def same_dialog(one: Optional[Reading], other: Reading) -> bool:
+    """Tell whether two looks show one dialog, wherever its cursor is."""
+    return one is not None and (one.title, [row.label for row in one.options], uncursored(one.excerpt)) == (
+        other.title, [row.label for row in other.options], uncursored(other.excerpt))
+
+
+def uncursored(excerpt: str) -> str:
+    """Take the cursor out of a dialog's text."""
+    return re.sub(r"[❯›]", " ", excerpt)
+
+
+def speaks_of(reading: Reading, request: PermissionRow) -> bool:
+    """Tell whether a dialog can be a request's: the first words of what it wants stand in it."""
+    if request.tool in QUESTION_TOOLS:
+        return reading.kind == "asking"
+    what = canonical(request.summary.partition(": ")[2])[:24]
+    return reading.kind == "permission_prompt" and (not what or what in canonical(reading.excerpt) or any(
+        canonical(os.path.basename(word))[:24] in canonical(reading.excerpt)
+        for word in [str(request.input.get("file_path") or "")] if word))
+
+
+def open_screen_request(session: Session, reading: Reading) -> None:
+    """Open a request for a permission dialog that no hook told of; the transcript knows the tool's whole input."""
+    call_ = last_open_call(session.row.parts)
+    tool, given = (call_["tool"], call_["input"]) if call_ else ("?", {})
+    request = request_of(session, {"tool_name": tool, "tool_input": given})
+    if not speaks_of(reading, request):
+        request = request_of(session, {"tool_name": "?", "tool_input": {}})
+        request = request._replace(summary=clip(reading.title or "a permission dialog", 300))
+    request = request._replace(detail=reading.excerpt)
+    session.dialogs[request.id] = reading
+    add_request(session, request, "screen", reading.rule)
+
+
+def last_open_call(parts: Sequence[str]) -> Optional[Json]:
+    """Find the last tool call in a transcript that has no result yet."""
+    messages = read_messages(parts, 20, None)
+    done = {one.get("toolUseId") for one in messages if one["role"] == "tool"}
+    return next((one for one in reversed(messages) if one.get("tool") and one.get("toolUseId") not in done), None)
+
+
+def choose_row(context: Context, session: Session, bound: Reading, wanted: Callable[[Option], bool],
+               seconds: float = 10.0) -> Optional[Reading]:
+    """Choose a dialog's row by its text: move, look, and press Enter only when the cursor has rested on it.
+
+    Gives the screen that followed, or None when the dialog was another one or has no such row.  Keys within 150 ms
+    of a dialog's appearance are lost, and a key that is late must not meet the next one: each key waits until its
+    effect was seen.
+    """
+    pane, rested, seen, pressed_at = session.row.pane or "", 0, -1, 0.0
+    entered, status_then = False, read_status_file(session)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
+        reading = look(context, session)
+        if not same_dialog(bound, reading):
+            return reading if entered else None
+        row = next((index for index, option in enumerate(reading.options) if wanted(option)), None)
+        now = next((index for index, option in enumerate(reading.options) if option.selected), None)
+        if row is None or now is None:
+            return None
+        if entered and status_then != read_status_file(session):
+            return reading   # the agent has moved on: the same words are another dialog's
+        rested, seen = (rested + 1 if now == seen else 0), now
+        if rested < 3 or time.monotonic() - pressed_at < (0.5 if row == now else 1.0):
+            continue
+        session.note("screen", "choosing" if row == now else "moving", reading.options[row].label)
+        context.tmux.keys(pane, "Enter" if row == now else "Down" if row > now else "Up")
+        entered, pressed_at, rested = row == now, time.monotonic(), 0
+    return None
+
+
+ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that means it; never a digit, for they vary
+    "approved": lambda row: re.fullmatch(r"(?i)yes\.?", row.label) is not None,
+    "always": lambda row: re.match(r"(?i)yes,? and (always|don.t ask)", row.label) is not None,
+    "rejected": lambda row: re.match(r"(?i)no\b", row.label) is not None,
+}
+
+
+def decide_on_screen(context: Context, session: Session, request_id: str, row: str, message: Optional[str]) -> None:
+    """Answer a claimed request's dialog by keys; what the screen then shows says what became of it."""
+    with session.key_lock:
+        bound = session.dialogs.get(request_id)
+        with contextlib.suppress(TmuxError):
+            if bound is None:
+                obeyed = False
+            elif row == "rejected" and message:
+                obeyed = reject_with_words(context, session, bound, message)
+            else:
+                obeyed = choose_row(context, session, bound, ROWS[row]) is not None
+                if row == "always" and not obeyed:
+                    obeyed = choose_row(context, session, bound, ROWS["approved"]) is not None
+            request = next((one for one in session.facts.pending if one.id == request_id), None)
+            if request:
+                see_outcome(session, request, OURS if obeyed else TERMINAL)
+
+
+def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
+    """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
+    pane, until = session.row.pane or "", time.monotonic() + 10.0
+    tabbed, typed, seen_at = False, False, time.monotonic()
+    while time.monotonic() < until and not session.ending and not context.stopping.wait(0.06):
+        reading = look(context, session)
+        if reading.kind not in ("permission_prompt", "asking") or (not tabbed and not same_dialog(bound, reading)):
+            return typed
+        row = next((index for index, option in enumerate(reading.options) if ROWS["rejected"](option)), None)
+        now = next((index for index, option in enumerate(reading.options) if option.selected), None)
+        if row is None or now is None or time.monotonic() - seen_at < 0.3:
+            continue
+        seen_at = time.monotonic()
+        if now != row:
+            context.tmux.keys(pane, "Down" if row > now else "Up")
+        elif not tabbed:
+            context.tmux.keys(pane, "Tab")
+            tabbed = True
+        elif not typed:
+            context.tmux.type(pane, [Stroke(" ".join(message.split()))], context.file(session.row.id, "spool"))
+            typed = True
+        else:
+            context.tmux.keys(pane, "Enter")
+    return False
+
+
+def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
+           message: Optional[str] = None, always: bool = False) -> PermissionRow:
+    """Decide a request for a caller, through its held hook or else by keys.
+
+    Gives the settled row.  Raises ApiError 409 when somebody else, or the terminal, was first.
+    """
+    held = request.id in session.holds
+    if not claim(session, request.id, state, "api", decision, message):
+        session.wait(lambda: all(one.id != request.id for one in session.facts.pending), CLAIM_SECONDS + 0.5)
+        raise decided_refusal(session, request.id)
+    if not held:
+        decide_on_screen(context, session, request.id, "always" if always else state, message)
+    settled = confirm_claim(session, request.id)
+    if settled.decided_by != "api":
+        raise decided_refusal(session, request.id)
+    return settled
+
+
+def approval(request: PermissionRow, updated_input: Optional[Json], always: bool) -> Json:
+    """Write the decision that allows a request.  Raises ApiError 409 for a question, which needs its answers."""
+    if request.tool == "AskUserQuestion" and updated_input is None:
+        raise ApiError(409, "ANSWER_NEEDED", "this is a question: answer it with POST …/answer")
+    if request.tool == "ExitPlanMode" and updated_input is None:
+        updated_input = {}   # allow alone leaves the plan dialog standing
+    decision: Json = {"behavior": "allow"}
+    if updated_input is not None:
+        decision["updatedInput"] = updated_input
+    if always:
+        decision["updatedPermissions"] = always_rules(request)
+    return decision
+
+
+def always_rules(request: PermissionRow) -> List[Json]:
+    """Write the rules that allow the same again: what the agent itself offered, but for this session only."""
+    rule = {"type": "addRules", "rules": [{"toolName": request.tool}], "behavior": "allow", "destination": "session"}
+    return [{**one, "destination": "session"} for one in request.suggestions] or [rule]
+
+
+def apply_policy(context: Context, session: Session) -> List[str]:
+    """Let a new policy decide what is already pending; gives the ids of the requests that it decided."""
+    decided = []
+    for request in session.facts.pending:
+        said = decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+        if request.claim or request.tool in QUESTION_TOOLS or said.behavior not in ("allow", "deny"):
+            continue
+        state = "approved" if said.behavior == "allow" else "rejected"
+        held = request.id in session.holds
+        decision = policy_decision(said)
+        if claim(session, request.id, state, "policy", decision, decision.get("message"), said.rule):
+            if not held:
+                decide_on_screen(context, session, request.id, state, decision.get("message"))
+            if confirm_claim(session, request.id).decided_by == "policy":
+                decided.append(request.id)
+    return decided
+
+
+# -- questions
+
+
+def read_answers(questions: Sequence[Json], answer: Any, answers: Any, words: Optional[str]) -> List[List[str]]:
+    """Read what a caller answers, question by question, as labels or free text.  Raises ApiError 400 naming them."""
+    if sum(one is not None for one in (answer, answers, words)) != 1:
+        raise wrong_answer("answer", "give one of answer, answers or text")
+    if words is not None or answer is not None:
+        if len(questions) != 1:
+            raise wrong_answer("answers", f"{len(questions)} questions wait: give answers, one for each")
+        return [[words] if words is not None else read_labels(questions[0], answer, "answer")]
+    given = answers
+    if isinstance(answers, dict):
+        known = {
+            name: index for index, one in enumerate(questions) for name in (one["header"], one["question"]) if name
+        }
+        unknown = next((name for name in answers if name not in known), None)
+        if unknown is not None:
+            asked = "; ".join(one["question"] for one in questions)
+            raise wrong_answer("answers", f"{clip(unknown, 80)!r} is none of the questions: {asked}")
+        by_index = {known[name]: value for name, value in answers.items()}
+        given = [by_index.get(index) for index in range(len(questions))]
+    if len(given) != len(questions) or None in given:
+        raise wrong_answer("answers", f"must answer each of the {len(questions)} questions")
+    return [read_labels(question, one, f"answers[{index}]")
+            for index, (question, one) in enumerate(zip(questions, given))]
+
+
+def read_labels(question: Json, given: Any, field: str) -> List[str]:
+    """Read the answer to one question: a label, its number, several of them, or {"text": words}."""
+    if isinstance(given, dict):
+        if set(given) != {"text"} or not isinstance(given["text"], str) or not given["text"].strip():
+            raise wrong_answer(field, 'free text is given as {"text": "..."}')
+        return [given["text"]]
+    several = given if isinstance(given, list) else [given]
+    if not several or (len(several) > 1 and not question["multiSelect"]):
+        raise wrong_answer(field, "takes exactly one of: " + labels_of(question))
+    return [read_label(question, one, field) for one in several]
+
+
+def read_label(question: Json, given: Any, field: str) -> str:
+    """Find the label that a caller means, by its words or its number from 1."""
+    labels = [row["label"] for row in question["options"]]
+    if isinstance(given, str) and given in labels:
+        return given
+    alike = [label for label in labels if isinstance(given, str) and label.casefold() == given.strip().casefold()]
+    if len(alike) == 1:
+        return alike[0]
+    if isinstance(given, str) and re.fullmatch(r"\d{1,2}", given):
+        given = int(given)
+    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= len(labels):
+        return labels[given - 1]
+    raise wrong_answer(field, f"{clip(str(given), 80)!r} is none of the options: {labels_of(question)}")
+
+
+def labels_of(question: Json) -> str:
+    """List a question's labels with their numbers."""
+    return ", ".join(f"{number_} {row['label']!r}" for number_, row in enumerate(question["options"], 1))
+
+
+def wrong_answer(field: str, what: str) -> ApiError:
+    """Refuse an answer."""
+    return ApiError(400, "INVALID_REQUEST", f"{field} {what}", fields={field.partition("[")[0]: what})
+
+
+def answer_question(context: Context, session: Session, request: PermissionRow, given: List[List[str]],
+                    free: bool) -> PermissionRow:
+    """Answer a question or a plan, through its held hook or else by keys."""
+    questions = questions_of(request)
+    told = "; ".join(", ".join(labels) for labels in given)
+    if request.tool == "ExitPlanMode":
+        mode = None if free else PLAN_ANSWERS[given[0][0]]
+        if mode is None:
+            words = given[0][0] if free else "Keep planning."
+            return decide(context, session, request, "rejected", {"behavior": "deny", "message": words}, words)
+        modes = [{"type": "setMode", "mode": mode, "destination": "session"}]
+        decision = {"behavior": "allow", "updatedInput": {}, "updatedPermissions": modes}
+        return decide(context, session, request, "approved", decision, told)
+    answers = {one["question"]: ", ".join(labels) for one, labels in zip(questions, given)}
+    if request.id not in session.holds:
+        return answer_by_keys(context, session, request, given)
+    decision = {"behavior": "allow", "updatedInput": {**request.input, "answers": answers}}
+    return decide(context, session, request, "approved", decision, told)
+
+
+def answer_page(context: Context, session: Session, question: Json, labels: Sequence[str]) -> bool:
+    """Answer one page of a question on the screen: each label's row, then on to the next page."""
+    known = [row["label"] for row in question["options"]]
+    for label in labels:
+        reading = look(context, session)
+        if label not in known:
+            return write_answer(context, session, reading, label, question["multiSelect"])
+        if choose_row(context, session, reading, lambda row: row.label == label) is None:
+            return False
+    if question["multiSelect"]:
+        press_and_see(context, session, "Right")
+    return True
+
+
+def write_answer(context: Context, session: Session, page: Reading, words: str, ticked: bool) -> bool:
+    """Write free text into a question's own row for it; a row with a tick needs one key more to leave it."""
+    pane, at = session.row.pane or "", None
+    for _ in range(len(page.options) + 1):
+        reading = look(context, session)
+        at = next((one for one in reading.options if one.selected), None)
+        if at and at.label.startswith("Type something"):
+            break
+        press_and_see(context, session, "Down")
+    if at is None or not at.label.startswith("Type something"):
+        return False
+    context.tmux.type(pane, [Stroke(" ".join(words.split()))], context.file(session.row.id, "spool"))
+    context.stopping.wait(0.2)
+    if ticked:
+        press_and_see(context, session, "Down")
+    return press_and_see(context, session, "Enter")
+
+
+def press_and_see(context: Context, session: Session, key: str, seconds: float = 2.0) -> bool:
+    """Press a key, once, and wait until the screen has changed and rests."""
+    before = look(context, session)
+    context.tmux.keys(session.row.pane or "", key)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not context.stopping.wait(0.05):
+        if look(context, session) != before:
+            return not context.stopping.wait(0.1)
+    return False
+
+
+def answer_by_keys(context: Context, session: Session, request: PermissionRow, given: List[List[str]]) -> PermissionRow:
+    """Answer a question's pages on the screen, each row by its text."""
+    if not claim(session, request.id, "approved", "api", {}, "; ".join(map(", ".join, given))):
+        raise decided_refusal(session, request.id)
+    with session.key_lock:
+        well = all(answer_page(context, session, question, labels)
+                   for question, labels in zip(questions_of(request), given))
+        reading = look(context, session)
+        if well and any(re.match("Submit answers", row.label) for row in reading.options):
+            choose_row(context, session, reading, lambda row: row.label.startswith("Submit answers"))
+        see_outcome(session, request, OURS if well else TERMINAL)
+    settled = confirm_claim(session, request.id)
+    if settled.decided_by != "api":
+        raise decided_refusal(session, request.id)
+    return settled
+
+
+# ============================================================================
 # REPORTS. What hooks, screens and exits change.
 # ============================================================================
 # Three witnesses.  A hook is the agent's own word and changes facts at once.
@@ -3070,21 +5170,36 @@ def typed_in_terminal(change: Change, said: str, prompt_id: Optional[str]) -> No
 
 
 def on_activity(session: Session, body: Json) -> Answer:
-    """PostToolUse and the like: the turn is alive; a tool that ran was allowed."""
+    """Take any sign of life; a tool that ran was allowed."""
+    event = str(body.get("hook_event_name"))
     with session.lock:
-        tool = body.get("tool_name")
-        allowed = next(
-            (one for one in session.facts.pending if one.tool == tool and one.input == body.get("tool_input")), None
-        )
         current = session.facts.current
-        if allowed and body.get("hook_event_name", "").startswith("PostToolUse"):
-            settle_permission(session, allowed.id, "answered_in_terminal", "terminal", "the tool ran")
+        if event.startswith("PostToolUse"):
+            tool_ran(session, body)
+        elif event == "PostToolBatch":
+            batch_ended(session, body)
         if current and current.state == "submitted" and current.agent_id in (None, body.get("prompt_id")):
-            with session.changing("hook", str(body.get("hook_event_name"))) as change:
+            with session.changing("hook", event) as change:
                 change.prompt(current, state="started", started_at=time.time())
         else:
-            session.note("hook", str(body.get("hook_event_name")), str(tool or ""))
+            show_life(session, event, str(body.get("tool_name") or ""))
     return {}
+
+
+def show_life(session: Session, rule: str, detail: str) -> None:
+    """Note a report that changes nothing but the end of a stall."""
+    session.alive_at = time.monotonic()
+    if session.facts.stalled:
+        with session.changing("hook", rule, detail):
+            return
+    session.note("hook", rule, detail)
+
+
+def on_tool(session: Session, body: Json) -> Answer:
+    """PreToolUse: the policy may forbid the tool."""
+    on_activity(session, body)
+    session.calls.append((str(body.get("tool_name")), body.get("tool_input"), str(body.get("tool_use_id") or "")))
+    return check_tool(session, body)
 
 
 def on_stop(session: Session, body: Json) -> Answer:
@@ -3123,6 +5238,8 @@ def on_failure(session: Session, body: Json) -> Answer:
             for prompt in ending_with(change.facts, prompt_id):
                 change.end_prompt(prompt, "error", reason, said)
             change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
+            if kind == "rate_limit":
+                change.columns["resets_at"] = parse_reset(said, time.time()) or session.row.resets_at
             session.stopped_at = time.time()
     session.context.look_later(session, 0.3)
     return {}
@@ -3189,14 +5306,17 @@ HOOKS: Dict[str, Callable[[Session, Json], Answer]] = {
     "SessionEnd": on_session_end,
     "PreCompact": on_compacted,
     "PostCompact": on_compacted,
-    "PreToolUse": on_activity,
+    "PreToolUse": on_tool,
     "PostToolUse": on_activity,
+    "PostToolBatch": on_activity,
     "PostToolUseFailure": on_activity,
     "SubagentStart": on_activity,
     "SubagentStop": on_activity,
     "Notification": on_activity,
 }
-SUBAGENT_HOOKS = ("PermissionRequest", "PostToolUse", "PostToolUseFailure")   # what a subagent's report may change
+SUBAGENT_HOOKS = (   # what a subagent's report may change
+    "PermissionRequest", "PreToolUse", "PostToolUse", "PostToolUseFailure", "PostToolBatch",
+)
 
 
 def receive_hook(session: Session, body: Json) -> Answer:
@@ -3226,62 +5346,6 @@ def learn_paths(session: Session, body: Json) -> None:
         return
     catch_up(session)
     follow_conversation(session, conversation, path)
-
-
-# -- permission requests
-
-
-def ask_permission(session: Session, body: Json) -> Tuple[str, Hold]:
-    """Open a permission request; the agent waits for its Hold beside its own dialog."""
-    tool, given = str(body.get("tool_name") or "?"), body.get("tool_input")
-    given = given if isinstance(given, dict) else {}
-    request = PermissionRow(new_id("perm-"), session.row.id, tool, given, summarise(tool, given), "pending", None, None,
-                            time.time(), None)
-    hold = Hold()
-    with session.changing("hook", "PermissionRequest", request.summary) as change:
-        if not session.live or session.ending:
-            raise ApiError(409, "SESSION_ENDED", "the session has ended")
-        change.statements.append(insert("permissions", request._asdict()))
-        change.set(pending=(*change.facts.pending, request), dialog=None)
-        current = change.facts.current
-        if current and current.state == "submitted":
-            change.prompt(current, state="started", started_at=request.asked_at)
-        change.tell("permission.requested", permission=wire_permission(request))
-        session.holds[request.id] = hold
-        session.dialog_seen = False
-    return request.id, hold
-
-
-def summarise(tool: str, given: Json) -> str:
-    """Say in one line what a tool is about to do."""
-    first = (given.get("questions") or [{}])[0] if isinstance(given.get("questions"), list) else {}
-    keys = {
-        "AskUserQuestion": first.get("question") if isinstance(first, dict) else None,
-        "ExitPlanMode": given.get("plan"),
-    }
-    what = (
-        keys.get(tool) or given.get("command") or given.get("file_path") or given.get("url") or given.get("description")
-    )
-    return clip(f"{tool}: {what}" if what else f"{tool} {dump(given)}", 300)
-
-
-def settle_permission(session: Session, request_id: str, state: str, by: str, why: str, message: Optional[str] = None,
-                      answer: Optional[Json] = None) -> bool:
-    """Decide a request once; False when it was decided before.  The winner releases the Hold."""
-    with session.lock:
-        request = next((one for one in session.facts.pending if one.id == request_id), None)
-        if request is None:
-            return False
-        with session.changing(by, f"permission {state}", why) as change:
-            change.statements.append(update("permissions", request_id, {
-                "state": state, "decided_by": by, "message": message, "decided_at": time.time()}))
-            change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
-            change.tell("permission.resolved", permissionId=request_id, tool=request.tool, state=state, decidedBy=by)
-        hold = session.holds.pop(request_id, None)
-        session.decided_at = time.time()
-    if hold:
-        hold.release(answer)
-    return True
 
 
 # -- screens
@@ -3329,7 +5393,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
 
 def watch_clock(context: Context, session: Session) -> None:
     """Tell that an agent shows no input box within the time it is given."""
-    left = session.row.created_at + context.settings.ready_seconds - time.time()
+    left = session.born_at + context.settings.ready_seconds - time.monotonic()
     if left > 0:
         context.look_later(session, left + 0.05)
     elif not session.facts.failure and not session.facts.dialog:
@@ -3349,8 +5413,13 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         return
     if dialog or (reading.kind == "login" and not facts.current):
         if facts.dialog is None or facts.dialog._replace(excerpt="") != reading._replace(excerpt=""):
+            if reading.kind == "permission_prompt" and reading.options:
+                open_screen_request(session, reading)
+                return
             with session.changing("screen", reading.rule, told) as change:
                 change.set(dialog=reading)
+                if reading.kind == "rate_limited":
+                    change.columns["resets_at"] = parse_reset(reading.excerpt, seen_at) or session.row.resets_at
         return
     if facts.dialog and reading.kind in ("idle", "working"):
         with session.changing("screen", "the dialog is gone", told) as change:
@@ -3367,13 +5436,30 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
 
 
 def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
-    """See whether a person answered the dialog of a held request: it stood there, and is gone."""
-    if dialog:
-        session.dialog_seen = True
-        return
-    if session.dialog_seen and reading.kind in ("working", "idle"):
-        for request in session.facts.pending:
-            settle_permission(session, request.id, "answered_in_terminal", "terminal", "the dialog is gone")
+    """See whether a person answered the dialog of a request: it stood there, and is gone or another.
+
+    A subagent's request shows no dialog while it is held; the others come strictly one after another.
+    """
+    for request in [one for one in session.facts.pending if not one.subagent or one.id not in session.holds]:
+        bound = session.dialogs.get(request.id)
+        if dialog and request.id in session.holds:
+            session.dialog_seen = True
+        elif dialog and bound is None and speaks_of(reading, request):
+            session.dialogs[request.id] = reading
+        elif dialog and bound is not None and same_dialog(bound, reading):
+            continue
+        elif dialog or (
+            reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
+        ):
+            dialog_left(session, request, reading)
+
+
+def dialog_left(session: Session, request: PermissionRow, reading: Reading) -> None:
+    """Draw the conclusion from a request's dialog that is gone: who answered it, unless we just did."""
+    if request.claim is None:
+        settle(session, request.id, "answered_in_terminal", "terminal", "the dialog is gone")
+    elif reading.kind == "working" and request.claim == "approved":
+        see_outcome(session, request, LIKELY)
 
 
 def weigh_turn(
@@ -3457,31 +5543,11 @@ def new_text(context: Context, session: Session, prompt: PromptRow) -> str:
 
 
 def accept_trust(context: Context, session: Session) -> None:
-    """Answer the trust question for the caller's own directory: find the row by its text, look, then Enter.
-
-    Keys within 150 ms of a dialog's appearance are lost, and a key that is late must not meet the next one: each key
-    waits until its effect was seen, and Enter until the cursor has rested on the right row.
-    """
-    pane, rested, seen = session.row.pane or "", 0, -1
-    pressed_at, until = 0.0, time.monotonic() + 10.0
-    while time.monotonic() < until and not session.ending and not context.stopping.wait(0.1):
+    """Answer the trust question for the caller's own directory."""
+    with contextlib.suppress(TmuxError):
         reading = look(context, session)
-        if reading.kind != "trust":
-            break
-        yes = next(
-            (index for index, option in enumerate(reading.options) if re.match(r"(?i)yes\b", option.label)), None
-        )
-        now = next((index for index, option in enumerate(reading.options) if option.selected), None)
-        if yes is None or now is None:
-            break
-        rested, seen = (rested + 1 if now == seen else 0), now
-        if rested < 2 or time.monotonic() - pressed_at < (0.3 if yes == now else 1.0):
-            continue
-        session.note(
-            "screen", "trust accepted" if yes == now else "moving to the trust row", reading.options[yes].label
-        )
-        context.tmux.keys(pane, "Enter" if yes == now else "Down" if yes > now else "Up")
-        pressed_at, rested = time.monotonic(), 0
+        if reading.kind == "trust":
+            choose_row(context, session, reading, lambda row: re.match(r"(?i)yes\b", row.label) is not None)
     session.trusting = False
     context.look_later(session, 0.02)
 
@@ -3544,9 +5610,11 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         hold.release(None)
     context.sessions.pop(session.row.id, None)
     if pane:
-        context.panes.pop(pane, None)
+        if context.panes.get(pane) is session:   # since tmux was started anew, the id may be another's
+            context.panes.pop(pane, None)
+        context.tmux.close_pane(pane, session.row.id)
     if window:
-        context.tmux.close_window(window)
+        context.tmux.tidy(window)
     for kind in ("launch", "hooks", "stderr"):
         with contextlib.suppress(OSError):
             context.file(session.row.id, kind).unlink()
@@ -3556,12 +5624,9 @@ def end_everything(change: Change, status: str, reason: str, exit_code: Optional
     """Close what a session has open, prompts and requests included."""
     now, row = time.time(), change.session.row
     for request in change.facts.pending:
-        change.statements.append(
-            update("permissions", request.id, {"state": "expired", "decided_by": status, "decided_at": now})
-        )
-        change.tell(
-            "permission.resolved", permissionId=request.id, tool=request.tool, state="expired", decidedBy=status
-        )
+        state = request.claim if request.claim in ("approved", "rejected") else "expired"
+        record_closed(change, request._replace(
+            state=state, decided_by=request.decided_by if request.claim else status, decided_at=now))
     for prompt in change.facts.prompts:
         wanted_exit = prompt.kind == "command" and prompt.text.split()[0] in ("/exit", "/quit") and prompt.typed_at
         if prompt.state in OPEN_STATES:
@@ -3574,7 +5639,7 @@ def end_everything(change: Change, status: str, reason: str, exit_code: Optional
             change.prompt(
                 prompt, state="failed", ended_at=now, reason=f"the session was {status} before it was delivered"
             )
-    change.set(ended=status, prompts=(), pending=(), dialog=None)
+    change.set(ended=status, prompts=(), pending=(), dialog=None, stalled=None)
     change.columns.update(
         status=status,
         reason=reason,
@@ -3699,12 +5764,101 @@ def look_gap(session: Session) -> float:
 
 
 # ============================================================================
-# LIFE. Create, adopt after a restart, kill; the App that owns all of it.
+# WORKTREES. A branch and a directory of a session's own.
 # ============================================================================
-# A session's row is stored before its window opens, and the window's start
-# command names the session, so that whatever moment Aegis dies at, the next
-# start finds both ends: live rows without a pane have exited, panes of ended
-# rows are closed, and everything else goes on.  Stopping Aegis stops no agent.
+# Made beside the database, never inside the repository, and removed only when
+# nothing is lost or when told to.  git runs without the repository's hooks and
+# monitors, for a repository is not ours to trust.
+
+GIT_SECONDS = 120.0   # a checkout of a large repository takes its time
+
+
+def run_git(directory: str, *words: str) -> str:
+    """Run git without the repository's own hooks and monitors.  Raises ApiError 409 with what it said."""
+    # What a hostile repository's configuration would run for us, it must not.
+    safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.pager=cat")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", *safe, "-C", directory, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, timeout=GIT_SECONDS, check=False,
+            env={**environment, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"})
+    except FileNotFoundError:
+        raise ApiError(503, "GIT_NOT_FOUND", "worktrees need git: install it") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ApiError(503, "GIT_FAILED", f"git {words[0]}: {error}") from error
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip()
+        raise ApiError(409, "GIT_FAILED", f"git {words[0]}: {clip(said, 500)}")
+    return done.stdout.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def add_worktree(context: Context, row: SessionRow) -> SessionRow:
+    """Make a worktree and branch for a session that is about to start.  Raises ApiError 400 outside a repository."""
+    def refuse(what: str) -> ApiError:
+        return ApiError(400, "NOT_A_REPOSITORY", f"worktree needs a git repository with a commit: {what}",
+                        fields={"worktree": what})
+    try:
+        root = run_git(row.work_dir, "rev-parse", "--show-toplevel")
+        base = run_git(row.work_dir, "rev-parse", "--verify", "HEAD^{commit}")
+    except ApiError as error:
+        raise error if error.status == 503 else refuse(f"{row.work_dir} has none ({error.message})") from error
+    folder = context.state_dir / "worktrees"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = str(folder / row.id)
+    clean = re.sub(r"[^A-Za-z0-9_-]+", "-", row.name).strip("-")[:40] or "session"
+    branch = f"aegis/{clean}" if clean.endswith(row.id[:6]) else f"aegis/{clean}-{row.id[:6]}"
+    run_git(root, "worktree", "add", "-q", "-b", branch, path, base)
+    inside = os.path.relpath(row.work_dir, os.path.realpath(root))
+    work_dir = os.path.normpath(os.path.join(path, inside))
+    if not os.path.isdir(work_dir):   # the subdirectory is not in the commit
+        work_dir = path
+    return row._replace(work_dir=work_dir, worktree={"path": path, "branch": branch, "root": root, "base": base})
+
+
+def worktree_state(worktree: Json) -> Json:
+    """Tell what removing a worktree would lose: changed files; commits stay on its branch."""
+    path = worktree["path"]
+    if not os.path.isdir(path):
+        return {"exists": False, "clean": True, "changes": 0, "commits": 0}
+    changes = run_git(path, "status", "--porcelain", "--untracked-files=all").splitlines()
+    commits = run_git(path, "rev-list", "--count", f"{worktree['base']}..HEAD")
+    return {"exists": True, "clean": not changes, "changes": len(changes), "commits": int(commits or 0)}
+
+
+def remove_worktree(worktree: Optional[Json], force: bool) -> None:
+    """Remove a worktree, and its branch when that holds nothing new.  Raises ApiError 409 when work would be lost."""
+    if not worktree:
+        return
+    state = worktree_state(worktree)
+    if not state["clean"] and not force:
+        raise ApiError(409, "WORKTREE_NOT_CLEAN", f"{worktree['path']} has {state['changes']} changed files: commit "
+                       "them, or remove it by force", changes=state["changes"])
+    if state["exists"]:
+        run_git(worktree["root"], "worktree", "remove", *["--force"] * force, worktree["path"])
+    else:
+        run_git(worktree["root"], "worktree", "prune")
+    if not state["commits"]:
+        with contextlib.suppress(ApiError):
+            run_git(worktree["root"], "branch", "-q", "-D", worktree["branch"])
+
+
+def settle_worktree(context: Context, session: Session, wish: str) -> None:
+    """Remove an ended session's worktree as told: keep, clean (only when nothing is lost), remove."""
+    worktree = session.row.worktree
+    if worktree is None or wish == "keep" or not os.path.isdir(worktree["path"]):
+        return
+    try:
+        remove_worktree(worktree, wish == "remove")
+    except ApiError as error:
+        context.log.note("info", "worktree kept", session=session.row.id, why=error.message)
+
+
+# ============================================================================
+# LIFE. Create, kill, interrupt.
+# ============================================================================
+# What callers do to a session's life.  A session is stored before its agent
+# starts, and everything that may be refused is refused before that.
 
 
 class Wanted(NamedTuple):
@@ -3719,7 +5873,13 @@ class Wanted(NamedTuple):
     args: List[str]
     env: Dict[str, str]
     command: Optional[List[str]]
+    policy: Json = {}
+    labels: Dict[str, str] = {}
+    limits: Json = {}
+    worktree: bool = False
     idempotency: Optional[str] = None
+    parent: Optional[Session] = None          # the child opens in its window
+    origin: Optional[SessionRow] = None       # whose conversation it carries on
 
 
 def check_work_dir(settings: Settings, path: str) -> str:
@@ -3740,9 +5900,7 @@ def check_work_dir(settings: Settings, path: str) -> str:
             raise refuse("cannot be entered by the user that runs Aegis")
     except (OSError, ValueError) as error:
         raise refuse(f"cannot be used: {error}") from error
-    if settings.work_dirs and not any(
-        real == root or real.startswith(root.rstrip("/") + "/") for root in settings.work_dirs
-    ):
+    if settings.work_dirs and not any(is_below(real, root) for root in settings.work_dirs):
         raise ApiError(
             403, "WORKDIR_NOT_ALLOWED", f"workDir must be at or below one of: {', '.join(settings.work_dirs)}"
         )
@@ -3773,74 +5931,94 @@ def create_session(context: Context, wanted: Wanted) -> Session:
     agent = AGENTS[wanted.agent or settings.agent]
     check_arguments(wanted.args)
     work_dir = check_work_dir(settings, wanted.work_dir)
-    environment = agent_environment(os.environ, wanted.env)
-    if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in wanted.env:   # never the operator's own
-        environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
-    launch = {"args": wanted.args, "env": wanted.env, "command": wanted.command,
-              "home": environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")}
-    words = agent.program(settings, launch)
-    program = find_program(words, environment.get("PATH"))
-    if program is None:
-        raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {agent.missing}")
-    row = new_row(context, wanted, agent, work_dir, launch)
+    row = new_row(context, wanted, agent, work_dir)
+    words, environment = agent_words(context, row)
+    if wanted.worktree:
+        row = add_worktree(context, row)
     session = Session(context, row, Facts())
-    known = store_new(context, session, wanted)
+    try:
+        known = store_new(context, session, wanted)
+    except ApiError:
+        remove_worktree(row.worktree, force=True)
+        raise
     if known:
+        remove_worktree(row.worktree, force=True)
         return find_session(context, known.id)
     context.sessions[row.id] = session
-    try:
-        start_agent(context, session, [program, *words[1:]], environment)
-    except (TmuxError, OSError) as error:
-        session.ending = True
-        finish(context, session, "exited", f"could not be started: {error}")
-        raise ApiError(503, "TMUX_UNAVAILABLE", f"the agent could not be started: {error}", sessionId=row.id) from error
+    launch_agent(context, session, words, environment)
     return session
 
 
-def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str, launch: Json) -> SessionRow:
+def launch_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str],
+                 resume: bool = False) -> None:
+    """Start a stored session's agent.  Raises ApiError 503, and ends the session, when it cannot be started."""
+    try:
+        start_agent(context, session, words, environment, resume)
+    except (TmuxError, OSError) as error:
+        session.ending = True
+        finish(context, session, "exited", f"could not be started: {error}")
+        raise ApiError(
+            503, "TMUX_UNAVAILABLE", f"the agent could not be started: {error}", sessionId=session.row.id
+        ) from error
+
+
+def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str, str]]:
+    """Give an agent's program with its first words, and its environment.  Raises ApiError 503 when it is not there."""
+    agent = AGENTS[row.agent]
+    environment = agent_environment(os.environ, row.launch["env"])
+    if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in row.launch["env"]:   # never the operator's own
+        environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
+    row.launch["home"] = environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")
+    words = agent.program(context.settings, row.launch)
+    program = find_program(words, environment.get("PATH"))
+    if program is None:
+        raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {agent.missing}")
+    return [program, *words[1:]], environment
+
+
+def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> SessionRow:
     """Make the row of a session that is about to start."""
     now, session_id, settings = time.time(), new_id(), context.settings
-    name = wanted.name or f"{agent.name}-{session_id[:6]}"
+    policy = wanted.policy or ({"profile": settings.permission_profile} if settings.permission_profile else {})
+    policy = policy_json(policy_from_json(policy, context.profiles))
+    mode = wanted.permission_mode or ("plan" if policy.get("profile") == "plan" else settings.permission_mode)
+    launch: Json = {"args": wanted.args, "env": wanted.env, "command": wanted.command, "started": now}
+    origin = wanted.origin
+    if origin and has_conversation(origin):
+        launch["fork"] = origin.conversation
     return SessionRow(
-        session_id,
-        name,
-        agent.name,
-        work_dir,
-        "starting",
-        None,
-        "api: created",
-        now,
-        now,
-        now,
-        None,
-        None,
-        (wanted.model or settings.model or None) if agent.reports else None,
-        (wanted.permission_mode or settings.permission_mode) if agent.reports else None,
-        launch,
-        secrets.token_urlsafe(32),
-        wanted.idempotency,
-        str(uuid.uuid4()) if agent.reports else None,
-        [],
-        new_ledger(),
-        None,
-        0,
-        None,
-        None,
-        None,
-        None,
-    )
+        id=session_id, name=wanted.name or f"{agent.name}-{session_id[:6]}", agent=agent.name, work_dir=work_dir,
+        status="starting", reason=None, rule="api: created", since=now, created_at=now, updated_at=now, ended_at=None,
+        exit_code=None, model=(wanted.model or settings.model or None) if agent.reports else None,
+        permission_mode=mode if agent.reports else None, launch=launch, secret=secrets.token_urlsafe(32),
+        idempotency=wanted.idempotency, conversation=str(uuid.uuid4()) if agent.reports else None, parts=[],
+        ledger=new_ledger(), output=None, turns=0, window=None, pane=None, pid=None, screen=None,
+        parent=wanted.parent.row.id if wanted.parent else None, forked_from=origin.id if origin else None,
+        policy=policy, labels=wanted.labels, limits=wanted.limits, worktree=None, resets_at=None)
+
+
+def has_conversation(row: SessionRow) -> bool:
+    """Tell whether an agent has written something that can be carried on; before the first prompt it has not."""
+    return bool(row.parts) and row.conversation is not None and os.path.exists(row.parts[-1])
 
 
 def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[SessionRow]:
     """Store a new session and its first prompt together; gives the one that the same idempotency key just made.
 
-    Raises ApiError 409 when the name is taken.
+    Raises ApiError 409 when the name is taken, or the parent has ended.
     """
-    row = session.row
-    with session.lock:
+    row, parent = session.row, wanted.parent
+    with contextlib.ExitStack() as locks:
+        if parent:   # no child is born while its parent is being killed
+            locks.enter_context(parent.lock)
+            if not parent.live or parent.ending:
+                raise ApiError(409, "SESSION_ENDED", f"session {parent.row.id} has ended")
+        locks.enter_context(session.lock)
         change = Change(session, Evidence("api", "created", time.time(), ""))
         change.statements.append(insert("sessions", row._asdict()))
-        change.tell("session.created", name=row.name, agent=row.agent, workDir=row.work_dir, status=row.status)
+        change.statements += label_statements(row.id, row.labels)
+        change.tell("session.created", name=row.name, agent=row.agent, workDir=row.work_dir, status=row.status,
+                    parentId=row.parent, forkedFrom=row.forked_from, labels=row.labels)
         if wanted.prompt is not None:
             add_prompt(change, new_prompt(context, row.id, "prompt", wanted.prompt))
         try:
@@ -3849,40 +6027,57 @@ def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[Se
             known = context.store.row(SessionRow, "sessions", "idempotency = ?", wanted.idempotency)
             if known:
                 return known
-            raise ApiError(
-                409,
-                "NAME_IN_USE",
-                f"a live session is already named {row.name!r}: choose another name, or none",
-                fields={"name": "is in use"},
-            ) from error
+            raise name_in_use(row.name) from error
     return None
 
 
-def start_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str]) -> None:
-    """Write the launch files, open the window, watch the process."""
+def name_in_use(name: str) -> ApiError:
+    """Refuse a name that a live session has."""
+    return ApiError(409, "NAME_IN_USE", f"a live session is already named {name!r}: choose another name, or none",
+                    fields={"name": "is in use"})
+
+
+def label_statements(session_id: str, labels: Mapping[str, str]) -> List[Statement]:
+    """Write the statements that make a session findable by its labels."""
+    cleared: List[Statement] = [("DELETE FROM labels WHERE session = ?", (session_id,))]
+    return cleared + [insert("labels", {"session": session_id, "name": name, "value": value})
+                      for name, value in labels.items()]
+
+
+def start_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str],
+                resume: bool) -> None:
+    """Write the launch files, open the window (or a pane of the parent's), watch the process."""
     row, agent = session.row, session.agent
     hooks, launch, stderr = (context.file(row.id, kind) for kind in ("hooks", "launch", "stderr"))
     if agent.reports:
-        write_private(
-            hooks,
-            dump(
-                hook_settings(
-                    f"{context.base_url}/hooks/{row.id}",
-                    row.secret or "",
-                    context.settings.hold_seconds,
-                    row.permission_mode == "bypassPermissions",
-                )
-            ),
-        )
-    argv = words + agent.arguments(LaunchPlan(context.settings, row, str(hooks)))
+        write_hooks(context, session)
+    argv = words + agent.arguments(LaunchPlan(context.settings, row, str(hooks), resume))
     write_private(launch, launch_script(row.work_dir, environment, argv, str(stderr) if agent.keep_stderr else None))
     session.output_at = session.looked_at = time.monotonic()
-    pane = context.tmux.open_window(row.name, row.id, ["/bin/sh", str(launch)])
+    pane = open_place(context, row, ["/bin/sh", str(launch)])
     context.panes[pane.pane] = session
     with session.changing("tmux", "window opened", pane.window) as change:
         change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
     watch(context, session)
     context.look_later(session, 0.05)
+
+
+def open_place(context: Context, row: SessionRow, program: Sequence[str]) -> Pane:
+    """Open a pane beside the parent's, or else a window."""
+    parent = context.sessions.get(row.parent or "")
+    if parent and parent.row.window:
+        with context.layout_lock, contextlib.suppress(TmuxError):
+            return context.tmux.open_pane(parent.row.window, row.id, program)
+    return context.tmux.open_window(row.name, row.id, program)
+
+
+def write_hooks(context: Context, session: Session) -> None:
+    """Write the settings file of an agent: whom it reports to, and what its policy forbids it anyway."""
+    row = session.row
+    bypass = row.permission_mode == "bypassPermissions"
+    told = hook_settings(f"{context.base_url}/hooks/{row.id}", row.secret or "", context.settings.hold_seconds, bypass,
+                         client_rules(session.policy))
+    write_private(context.file(row.id, "hooks"), dump(told))
 
 
 def watch(context: Context, session: Session) -> None:
@@ -3902,22 +6097,47 @@ def guarded_exit(context: Context, session: Session) -> None:
             context.stopping.wait(1.0)
 
 
-def kill_session(context: Context, session_id: str) -> Tuple[SessionRow, bool]:
-    """End a session: process group, window, files and secret go; tells whether it was live."""
+def kill_session(context: Context, session_id: str, reason: str = "killed by the API", children: str = "kill",
+                 worktree: str = "clean") -> Tuple[SessionRow, bool]:
+    """End a session: process group, window, files and secret go; tells whether it was live.
+
+    children: kill, or keep, which gives each a window of its own.  worktree: clean (removed when nothing is lost),
+    keep or remove.
+    """
     session = find_session(context, session_id)
     with session.lock:
-        if not session.live or session.ending:
-            already = True
-        else:
-            already, session.ending = False, True
+        already = not session.live or session.ending
+        if not already:
+            session.ending = True
             session.changed.notify_all()
     if already:
         session.wait(lambda: not session.live, 10.0)
+        settle_worktree(context, session, worktree)
         return session.row, False
+    part_from_children(context, session, children)
     if session.row.pid:
         terminate(session.row.pid)
-    finish(context, session, "killed", "killed by the API")
+    finish(context, session, "killed", reason)
+    settle_worktree(context, session, worktree)
     return session.row, True
+
+
+def live_children(context: Context, session_id: str) -> List[Session]:
+    """List a session's live children."""
+    return [one for one in list(context.sessions.values()) if one.row.parent == session_id and one.live]
+
+
+def part_from_children(context: Context, session: Session, children: str) -> None:
+    """End a session's children, or give them windows of their own."""
+    for child in live_children(context, session.row.id):
+        if children == "kill":
+            with contextlib.suppress(ApiError):
+                kill_session(context, child.row.id, f"its parent {session.row.id} was killed")
+        elif child.row.pane:
+            with context.layout_lock, contextlib.suppress(TmuxError):
+                window = context.tmux.break_pane(child.row.pane, child.row.name)
+                with child.changing("tmux", "a window of its own", window) as change:
+                    change.columns["window"] = window
 
 
 def terminate(pid: int, grace: float = 2.0) -> None:
@@ -3973,26 +6193,367 @@ def process_parents() -> Iterator[Tuple[int, int]]:
         yield int(child), int(parent)
 
 
-# -- after a restart
+# -- what callers do to a live session
+
+
+def interrupt(context: Context, session: Session) -> Tuple[bool, str]:
+    """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened."""
+    with session.key_lock:
+        return interrupt_alone(context, session)
+
+
+def interrupt_alone(context: Context, session: Session) -> Tuple[bool, str]:
+    """End the turn; called with the session's key lock held."""
+    with session.lock:
+        pending = list(session.facts.pending)
+        current, busy = session.facts.current, session.facts.busy
+    if pending:
+        for request in pending:
+            interrupt_request(context, session, request)
+    elif current or busy:
+        press_interrupt(context, session, current.id if current else None)
+    else:
+        return False, "no turn is running"
+    ended = end_of_turn(context, session, current.id if current else None, 5.0)
+    return ended, "the turn ended" if ended else "the turn has not ended yet"
+
+
+def interrupt_request(context: Context, session: Session, request: PermissionRow) -> None:
+    """Reject a pending request so that its turn ends, through its held hook or else with Escape."""
+    bound = None if request.id in session.holds else session.dialogs.get(request.id)
+    decision = {"behavior": "deny", "message": "Interrupted.", "interrupt": True}
+    if not claim(session, request.id, "interrupted", "api", decision, "interrupted"):
+        return
+    if bound and same_dialog(bound, look(context, session)):
+        press_once(context, session, "Escape")
+    confirm_claim(session, request.id)
+
+
+def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
+    """Press Ctrl-C while the screen says that the agent works; a second one waits until it cannot mean "exit"."""
+    for _ in range(3):
+        wait = session.escape_at + ESCAPE_GAP - time.monotonic()
+        if wait > 0 and end_of_turn(context, session, prompt_id, wait):
+            return
+        kind = look(context, session).kind if session.agent.reports else "working"
+        if kind in ("working", "permission_prompt", "asking"):   # a dialog takes no Ctrl-C
+            press_once(context, session, "C-c" if kind == "working" else "Escape")
+            return
+        if end_of_turn(context, session, prompt_id, 0.3):
+            return
+
+
+def press_once(context: Context, session: Session, key: str) -> None:
+    """Press Ctrl-C or Escape, at an input box never twice within the time that gives the second another meaning."""
+    with session.lock:
+        wait = session.escape_at + ESCAPE_GAP - time.monotonic()
+    if wait > 0 and session.agent.reports and look(context, session).kind in ("idle", "working", "unknown"):
+        context.stopping.wait(wait)
+    session.escape_at = time.monotonic()
+    context.tmux.keys(session.row.pane or "", key)
+
+
+def end_of_turn(context: Context, session: Session, prompt_id: Optional[str], seconds: float) -> bool:
+    """Wait until a turn has ended, looking at the screen while waiting."""
+    def over() -> bool:
+        facts = session.facts
+        return not session.live or (not facts.busy and not any(
+            one.state in OPEN_STATES and prompt_id in (None, one.id) for one in facts.prompts))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if session.wait(over, 0.1):
+            return True
+        inspect(context, session)
+    return over()
+
+
+# ============================================================================
+# FAMILY. Children, forks, resumed sessions.
+# ============================================================================
+# A child opens in a pane of its parent's window and is a session in every
+# other respect.  A fork carries a conversation on under an id of its own; a
+# resumed session is the same row, brought back.  Two writers on one
+# conversation would spoil it, so each has one live owner, checked under
+# Context.life_lock.
+
+
+def spawn_child(context: Context, parent: Session, wanted: Wanted) -> Session:
+    """Start a child in a pane of its parent's window; what is not given it has from its parent."""
+    return create_session(context, inherit(parent.row, wanted)._replace(parent=parent))
+
+
+def fork_session(context: Context, origin: Session, wanted: Wanted) -> Session:
+    """Start a session that carries another's conversation on; neither sees the other's later turns."""
+    catch_up(origin)
+    locate_transcript(origin)
+    return create_session(context, inherit(origin.row, wanted)._replace(origin=origin.row))
+
+
+def inherit(row: SessionRow, wanted: Wanted) -> Wanted:
+    """Fill what a caller left open with what another session has."""
+    same = row.agent == (wanted.agent or row.agent)
+    return wanted._replace(
+        work_dir=wanted.work_dir or row.work_dir, agent=wanted.agent or row.agent,
+        model=wanted.model or (row.model if same else None),
+        permission_mode=wanted.permission_mode or (row.permission_mode if same else None),
+        args=wanted.args or (row.launch["args"] if same else []), env={**row.launch["env"], **wanted.env},
+        command=wanted.command or (row.launch["command"] if same else None), policy=wanted.policy or row.policy,
+        labels={**row.labels, **wanted.labels})
+
+
+def resume_session(context: Context, session_id: str, prompt: Optional[str]) -> Session:
+    """Bring an ended session back, with its conversation.  Raises ApiError 409 when it lives, or somebody has it."""
+    with context.life_lock:
+        row = find_session(context, session_id).row
+        if row.ended_at is None:
+            raise ApiError(409, "SESSION_LIVE", f"session {session_id} is {row.status}: there is nothing to resume")
+        owner = context.store.value("SELECT id FROM sessions WHERE conversation = ? AND ended_at IS NULL",
+                                    row.conversation or "")
+        if owner:
+            raise ApiError(409, "CONVERSATION_IN_USE", f"session {owner} has this conversation open: use that one")
+        if not os.path.isdir(row.work_dir):
+            raise ApiError(409, "WORKDIR_GONE", f"its working directory {row.work_dir} is gone: make it again first")
+        check_work_dir(context.settings, (row.worktree or {}).get("root") or row.work_dir)
+        session = Session(context, row._replace(ended_at=None, launch=dict(row.launch)), Facts())
+        return revive(context, session, prompt)
+
+
+def revive(context: Context, session: Session, prompt: Optional[str] = None) -> Session:
+    """Start the agent of a row anew, on its conversation; prompts that were not typed yet are still delivered."""
+    row, now = session.row, time.time()
+    carried_on = session.agent.reports and has_conversation(row)
+    kept = {key: value for key, value in row.launch.items() if key != "fork" or not carried_on}
+    fresh: Json = dict(
+        status="starting", reason=None, rule="api: resumed", since=now, ended_at=None, exit_code=None, screen=None,
+        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, resets_at=None,
+        launch={**kept, "started": now})
+    if session.agent.reports and not carried_on:
+        fresh["conversation"] = str(uuid.uuid4())
+    words, environment = agent_words(context, row._replace(**fresh))
+    with session.lock:
+        change = Change(session, Evidence("api", "resumed", now, ""))
+        session.row = row._replace(**fresh)
+        change.columns.update(fresh)
+        for typed in [one for one in change.facts.prompts if one.typed_at]:
+            change.prompt(typed, state="failed", reason="the agent ended during its turn", ended_at=now)
+        change.tell("session.resumed", name=row.name, status="starting", previous=row.status, turns=row.turns)
+        if prompt is not None:
+            add_prompt(change, new_prompt(context, row.id, "prompt", prompt))
+        try:
+            change.commit()
+        except sqlite3.IntegrityError as error:
+            raise name_in_use(row.name) from error
+    context.sessions[row.id] = session
+    launch_agent(context, session, words, environment, resume=carried_on)
+    return session
+
+
+# ============================================================================
+# WATCH. Stalls, time limits, budgets, usage limits.
+# ============================================================================
+# What happens because nothing else does.  One thread looks at every live
+# session once a second or so, sleeps while there is none, and never waits:
+# what takes longer gets a thread of its own.  Clocks are monotonic, so that a
+# clock set back ends nothing.  To add a check: a function in CHECKS.
+
+WATCH_SECONDS = 1.0       # pause between two looks; shorter when a limit is
+RESET_GRACE = 2.0         # seconds after a usage limit's end: the account's clock is not ours
+CONTINUE_PROMPT = "The usage limit has been reset. Continue where you left off."
+
+
+def check_stall(context: Context, session: Session, now: float) -> None:
+    """Mark a session that shows no life while it works, or waits too long for a decision; and take the mark off."""
+    facts, patience = session.facts, context.settings.stall_seconds
+    silent = now - max(session.output_at, session.alive_at)
+    waiting = next((one for one in facts.pending if time.time() - one.asked_at > patience), None)
+    why = None
+    if waiting:
+        why = f"{waiting.summary} has waited for a decision for more than {patience:g} s"
+    elif not facts.pending and silent > patience and judge_life(facts).status == "working":
+        why = f"it works, but showed no life for more than {patience:g} s"
+    if bool(why) == bool(facts.stalled):
+        return
+    with session.changing("clock", "stalled" if why else "it shows life again") as change:
+        change.set(stalled=why)
+
+
+def check_idle(context: Context, session: Session, now: float) -> None:
+    """End a session that rested for longer than its idleTimeout; never one that works or is asked something."""
+    limit = session.row.limits.get("idleTimeout")
+    if limit is None or session.row.status not in ("idle", "error", "rate_limited") or session.facts.prompts:
+        session.rested_since = now
+    elif now - max(session.rested_since, session.output_at, session.alive_at) > limit:
+        end_by_clock(context, session, f"it was idle for {limit:g} s (idleTimeout)")
+
+
+def check_age(context: Context, session: Session, now: float) -> None:
+    """End a session that lived for longer than its maxSeconds."""
+    limit = session.row.limits.get("maxSeconds")
+    if limit is not None and now - session.born_at > limit:
+        end_by_clock(context, session, f"it lived for {limit:g} s (maxSeconds)")
+
+
+def end_by_clock(context: Context, session: Session, reason: str) -> None:
+    """Kill a session in a thread of its own."""
+    if not session.ending:
+        spawn("aegis-ending", kill_session, context, session.row.id, reason)
+
+
+def check_budget(context: Context, session: Session, now: float) -> None:
+    """Interrupt the turn that passes its session's budget, and say so."""
+    limits = session.row.limits
+    if "maxTokens" not in limits and "maxCostUsd" not in limits:
+        return
+    catch_up(session)
+    spent = budget_spent(session.row)
+    if spent is None and "maxCostUsd" in limits and cost_usd(session.row.ledger) is None:
+        spent_, told = None, "a model that it uses has no known price: maxCostUsd cannot be held"
+    else:
+        spent_ = told = spent
+    if told == session.budget_told:
+        return
+    session.budget_told = told
+    if told is None:
+        return
+    with session.changing("clock", "budget", told) as change:
+        change.tell("session.budget", name=session.row.name, reason=told, spent=spent_ is not None)
+        if spent_:
+            for prompt in [one for one in change.facts.waiting if one.typed_at is None]:
+                change.prompt(prompt, state="failed", reason=told, ended_at=time.time())
+            change.set(failure=("error", told))
+        current = change.facts.current
+    if spent_ and (current or session.facts.pending):
+        spawn("aegis-budget", interrupt_quietly, context, session)
+
+
+def interrupt_quietly(context: Context, session: Session) -> None:
+    """Interrupt a turn for nobody in particular."""
+    with contextlib.suppress(ApiError, TmuxError):
+        interrupt(context, session)
+
+
+def check_reset(context: Context, session: Session, now: float) -> None:
+    """Continue a session whose usage limit has ended, if it was told to."""
+    row = session.row
+    if row.status != "rate_limited" or not row.limits.get("resumeOnReset") or row.resets_at is None:
+        return
+    if time.time() < row.resets_at + RESET_GRACE or session.continuing or session.facts.prompts:
+        return
+    session.continuing = True
+    spawn("aegis-reset", continue_session, context, session)
+
+
+def continue_session(context: Context, session: Session) -> None:
+    """Close what the limit left on the screen, and send the agent on; its own timer fails where nobody is attached."""
+    try:
+        with session.key_lock:
+            if look(context, session).kind == "rate_limited":
+                press_once(context, session, "Escape")
+        with session.changing("clock", "the usage limit has ended") as change:
+            change.set(failure=None, dialog=None)
+            change.columns["resets_at"] = None
+            add_prompt(change, new_prompt(context, session.row.id, "prompt", CONTINUE_PROMPT))
+    except (ApiError, TmuxError) as error:
+        context.log.note("warning", "not continued", session=session.row.id, error=error)
+    finally:
+        session.continuing = False
+
+
+CHECKS: Tuple[Callable[[Context, Session, float], None], ...] = (
+    check_stall, check_budget, check_idle, check_age, check_reset)
+
+
+class Watch:
+    """Runs the checks.  One thread."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.pause = min(WATCH_SECONDS, max(0.05, context.settings.stall_seconds / 4))
+
+    def start(self) -> None:
+        """Begin."""
+        spawn("aegis-watch", self._run)
+
+    def _run(self) -> None:
+        while not self.context.stopping.wait(self.pause if self.context.sessions else WATCH_SECONDS):
+            for session in list(self.context.sessions.values()):
+                if session.live and not session.ending:
+                    self.look(session, time.monotonic())
+
+    def look(self, session: Session, now: float) -> None:
+        """Do every check of one session; what fails is done again at the next look."""
+        try:
+            for check in CHECKS:
+                check(self.context, session, now)
+        except (ApiError, TmuxError) as error:
+            self.context.log.note("warning", "check failed", session=session.row.id, error=error)
+        except Exception:
+            self.context.log.note("error", "check failed", session=session.row.id, trace=traceback.format_exc())
+
+
+# ============================================================================
+# APP. After a restart, and what owns all of it.
+# ============================================================================
+# A session's row is stored before its window opens, and the window's start
+# command names the session, so that whatever moment Aegis dies at, the next
+# start finds both ends: live rows without a pane have exited (or, when the box
+# was down, are brought back), panes of ended rows are closed, and everything
+# else goes on.  Stopping Aegis stops no agent.
 
 
 def adopt_all(context: Context) -> None:
-    """Match rows and panes after a start: what lives goes on, what is gone is told."""
+    """Match rows and panes after a start: what lives goes on, what is gone is told or brought back."""
     panes = {pane_tag(pane): pane for pane in context.tmux.panes() if pane_tag(pane)}
     rows = context.store.rows(SessionRow, "sessions", "ended_at IS NULL")
     prompts = context.store.rows(PromptRow, "prompts", "ended_at IS NULL ORDER BY seq")
+    pending = context.store.rows(PermissionRow, "permissions", "state = 'pending' ORDER BY asked_at")
+    lost = []
     for row in rows:
-        mine = tuple(prompt for prompt in prompts if prompt.session == row.id)
-        adopt(context, row, mine, panes.pop(row.id, None))
+        facts = Facts(
+            ready=row.status != "starting", prompts=tuple(one for one in prompts if one.session == row.id),
+            pending=tuple(one._replace(claim=None) for one in pending if one.session == row.id))
+        session = Session(context, row, facts)
+        pane = panes.pop(row.id, None)
+        if pane is None and context.settings.resume_all:
+            lost.append(session)
+        else:
+            adopt(context, session, pane, [one for one in pending if one.session == row.id and one.claim])
+    if lost:
+        spawn("aegis-resume", resume_all, context, lost)
     for tag, pane in panes.items():
         if context.store.value("SELECT 1 FROM sessions WHERE id = ?", tag):
             context.log.note("warning", "closing the window of an ended session", session=tag)
             terminate(pane.pid)
-            context.tmux.close_window(pane.window)
+            context.tmux.close_pane(pane.pane, pane.session)
         else:
             context.log.note(
                 "warning", "a window is tagged with an unknown session: left alone", session=tag, window=pane.window
             )
+
+
+def resume_all(context: Context, sessions: Sequence[Session]) -> None:
+    """Bring back sessions that lost their agents with the box, a few at a time; parents before their children."""
+    def one(session: Session) -> None:
+        try:
+            with session.lock:
+                session.facts = session.facts._replace(pending=(), ready=False)
+            expire_requests(context, session.row.id)
+            revive(context, session)
+        except (ApiError, OSError) as error:
+            context.log.note("error", "could not be resumed", session=session.row.id, error=error)
+            with contextlib.suppress(ApiError):
+                finish(context, session, "exited", f"the box went down, and it could not be resumed: {error}")
+    from concurrent.futures import ThreadPoolExecutor
+    for group in ([one_ for one_ in sessions if not one_.row.parent], [one_ for one_ in sessions if one_.row.parent]):
+        with ThreadPoolExecutor(BATCH_STARTS) as pool:
+            list(pool.map(one, group))
+
+
+def expire_requests(context: Context, session_id: str) -> None:
+    """Close what a session's last agent asked for."""
+    context.bus.commit([(
+        "UPDATE permissions SET state = 'expired', decided_by = 'restart', decided_at = ? "
+        "WHERE session = ? AND state = 'pending'", (time.time(), session_id))])
 
 
 def pane_tag(pane: Pane) -> str:
@@ -4001,16 +6562,9 @@ def pane_tag(pane: Pane) -> str:
     return pane.session or (named.group(1) if named else "")
 
 
-def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pane: Optional[Pane]) -> None:
-    """Take one live row over from the Aegis before us."""
-    was_ready = row.status not in ("starting",) or any(prompt.typed_at for prompt in prompts)
-    session = Session(context, row, Facts(ready=was_ready, prompts=prompts))
-    expire = [
-        update("permissions", request.id, {"state": "expired", "decided_by": "restart", "decided_at": time.time()})
-        for request in context.store.rows(PermissionRow, "permissions", "session = ? AND state = 'pending'", row.id)
-    ]
-    if expire:
-        context.bus.commit(expire)
+def adopt(context: Context, session: Session, pane: Optional[Pane], claimed: Sequence[PermissionRow]) -> None:
+    """Take one live session over from the Aegis before us."""
+    row = session.row
     context.sessions[row.id] = session
     if pane is None or pane.dead:
         session.row = row._replace(pane=pane.pane if pane else None, window=pane.window if pane else None)
@@ -4025,12 +6579,13 @@ def adopt(context: Context, row: SessionRow, prompts: Tuple[PromptRow, ...], pan
     catch_up(session)
     session.output_at = time.monotonic()
     watch(context, session)
-    spawn("aegis-adopt", reconcile, context, session)
+    spawn("aegis-adopt", reconcile, context, session, claimed)
 
 
-def reconcile(context: Context, session: Session) -> None:
+def reconcile(context: Context, session: Session, claimed: Sequence[PermissionRow]) -> None:
     """Bring an adopted session to the present; a prompt typed in vain goes back into the queue."""
     with contextlib.suppress(ApiError):
+        settle_adopted(context, session, claimed)
         inspect(context, session)
         context.look_later(session, QUIET_SECONDS)
         unproved = next((one for one in session.facts.waiting if one.typed_at), None)
@@ -4039,6 +6594,21 @@ def reconcile(context: Context, session: Session) -> None:
             return
         confirm_adopted(context, session, unproved)
         recheck(session)
+
+
+def settle_adopted(context: Context, session: Session, claimed: Sequence[PermissionRow]) -> None:
+    """Settle the requests that were answered just before the last Aegis died, unless their dialog still stands."""
+    if not session.facts.pending:
+        return
+    reading = look(context, session)
+    for request in claimed:
+        if reading.kind in ("permission_prompt", "asking") and speaks_of(reading, request):
+            continue   # the answer never arrived: it is asked anew
+        state = "rejected" if request.claim == "interrupted" else request.claim or "expired"
+        with session.lock:
+            pending = tuple(request if one.id == request.id else one for one in session.facts.pending)
+            session.facts = session.facts._replace(pending=pending)
+            settle(session, request.id, state, request.decided_by or "api", "answered before the restart")
 
 
 def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> None:
@@ -4084,114 +6654,6 @@ def audit(context: Context) -> None:
             finish(context, session, "exited", "its window was closed, or tmux ended")
 
 
-# -- what callers do to a live session
-
-
-def interrupt(context: Context, session: Session) -> Tuple[bool, str]:
-    """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened."""
-    with session.key_lock:
-        return interrupt_alone(context, session)
-
-
-def interrupt_alone(context: Context, session: Session) -> Tuple[bool, str]:
-    """End the turn; called with the session's key lock held."""
-    with session.lock:
-        pending = list(session.facts.pending)
-        current, busy = session.facts.current, session.facts.busy
-    if pending:
-        for request in pending:
-            answer = permission_answer({"behavior": "deny", "message": "Interrupted.", "interrupt": True})
-            settle_permission(session, request.id, "rejected", "api", "interrupted", "interrupted", answer)
-    elif current or busy:
-        press_interrupt(context, session, current.id if current else None)
-    else:
-        return False, "no turn is running"
-    ended = end_of_turn(context, session, current.id if current else None, 5.0)
-    return ended, "the turn ended" if ended else "the turn has not ended yet"
-
-
-def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
-    """Press Ctrl-C while the screen says that the agent works; a second one waits until it cannot mean "exit"."""
-    for _ in range(3):
-        wait = session.escape_at + ESCAPE_GAP - time.monotonic()
-        if wait > 0 and end_of_turn(context, session, prompt_id, wait):
-            return
-        kind = look(context, session).kind if session.agent.reports else "working"
-        if kind in ("working", "permission_prompt", "asking"):   # a dialog takes no Ctrl-C
-            press_once(context, session, "C-c" if kind == "working" else "Escape")
-            return
-        if end_of_turn(context, session, prompt_id, 0.3):
-            return
-
-
-def press_once(context: Context, session: Session, key: str) -> None:
-    """Press Ctrl-C or Escape, at an input box never twice within the time that gives the second another meaning."""
-    with session.lock:
-        wait = session.escape_at + ESCAPE_GAP - time.monotonic()
-    if wait > 0 and session.agent.reports and look(context, session).kind in ("idle", "working", "unknown"):
-        context.stopping.wait(wait)
-    session.escape_at = time.monotonic()
-    context.tmux.keys(session.row.pane or "", key)
-
-
-def end_of_turn(context: Context, session: Session, prompt_id: Optional[str], seconds: float) -> bool:
-    """Wait until a turn has ended, looking at the screen while waiting."""
-    def over() -> bool:
-        facts = session.facts
-        return not session.live or (not facts.busy and not any(
-            one.state in OPEN_STATES and prompt_id in (None, one.id) for one in facts.prompts))
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if session.wait(over, 0.1):
-            return True
-        inspect(context, session)
-    return over()
-
-
-def permission_answer(decision: Json) -> Json:
-    """Write the answer to a held permission request."""
-    return {"hookSpecificOutput": {"hookEventName": "PermissionRequest", "decision": decision}}
-
-
-def decide(session: Session, request_id: Optional[str], state: str, decision: Json, message: Optional[str]) -> str:
-    """Answer a pending request.  Raises ApiError 404 or 409 when there is none, several, or it was decided."""
-    with session.lock:
-        pending = list(session.facts.pending)
-        if request_id is None and len(pending) != 1:
-            if not pending:
-                raise ApiError(
-                    409,
-                    "NO_PENDING_PERMISSION",
-                    "nothing waits for a decision"
-                    + (
-                        ": the dialog on the screen can only be answered in the terminal"
-                        if session.facts.dialog
-                        else ""
-                    ),
-                )
-            raise ApiError(409, "PERMISSION_AMBIGUOUS", "several requests wait: name one by permissionId",
-                           pending=[request.id for request in pending])
-        wanted = request_id or pending[0].id
-        request = next((one for one in pending if one.id == wanted), None)
-        if request and request.tool == "AskUserQuestion" and state == "approved" and "updatedInput" not in decision:
-            raise ApiError(
-                409,
-                "ANSWER_NEEDED",
-                "this is a question: give updatedInput with its answers, or answer in the terminal",
-            )
-        if request and request.tool == "ExitPlanMode" and state == "approved":
-            decision = {"updatedInput": {}, **decision}   # allow alone leaves the plan dialog standing
-        if settle_permission(session, wanted, state, "api", state, message, permission_answer(decision)):
-            return wanted
-    known = session.context.store.row(PermissionRow, "permissions", "id = ? AND session = ?", wanted, session.row.id)
-    if known is None:
-        raise ApiError(
-            404, "PERMISSION_NOT_FOUND", f"session {session.row.id} has no permission request {clip(wanted, 60)}"
-        )
-    raise ApiError(409, "PERMISSION_DECIDED", f"it was already {known.state} by {known.decided_by}", state=known.state,
-                   decidedBy=known.decided_by)
-
-
 class App:
     """Owns the services: builds them from the settings, starts them in order, stops them in reverse."""
 
@@ -4204,9 +6666,9 @@ class App:
         context.bus = Bus(context.store, settings.keep_events)
         context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
-        self.monitor = Monitor(context)
+        self.monitor, self.watch = Monitor(context), Watch(context)
         context.kick = lambda session: start_delivery(context, session)
-        context.look_later = self.monitor.look_later
+        context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
         context.tmux.on_change = lambda: audit(context)
 
@@ -4217,6 +6679,7 @@ class App:
         self.context.exits.start()
         adopt_all(self.context)
         self.monitor.start()
+        self.watch.start()
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -4343,6 +6806,28 @@ class Access:
 ID = text("The session's id.", 64)
 PROMPT_ID = text("The prompt's id.", 64)
 PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
+LABEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}"
+LABELS = texts_by_name(
+    "Labels, to find, follow and kill sessions by.",
+    LABEL_NAME,
+    text("A value.", 200, pattern=r"^[^\x00-\x1f\x7f]*$"),
+    20,
+    default=None,
+)
+LABEL = text("Only sessions with these labels: name=value or name, comma-separated.", 2_000, default=None, minLength=1)
+LIMITS: Dict[str, Field] = dict(
+    idleTimeout=number("End the session after so many idle seconds.", 0.1, 1e9, default=None),
+    maxSeconds=number("End the session after so many seconds.", 0.1, 1e9, default=None),
+    maxCostUsd=number("Interrupt the turn that makes the session cost more.", 0, 1e9, default=None),
+    maxTokens=whole("Interrupt the turn that uses more tokens (cache reads not counted).", 1, 10 ** 15, default=None),
+    resumeOnReset=flag("Continue by itself when the account's usage limit has been reset.", default=None),
+)
+POLICY: Dict[str, Field] = dict(
+    permissions=anything("Permission policy, as PUT …/permissions takes it.", default=None),
+    permissionProfile=text(
+        "Permission profile: restricted, standard, trusted, autonomous, plan, or one of your own.", 100, default=None
+    ),
+)
 NEW_SESSION: Dict[str, Field] = dict(
     name=text(
         "Name, unique among live sessions; made up when missing.",
@@ -4377,11 +6862,18 @@ NEW_SESSION: Dict[str, Field] = dict(
         "maxLength": 10_000,
         "default": None,
     },
+    labels=LABELS,
+    worktree=flag("Work in a git worktree and branch of the session's own.", default=False),
+    **POLICY,
+    **LIMITS,
 )
+# What a child or a fork may be given; the rest it has from the session that it comes from.
+OFFSPRING: Dict[str, Field] = {**NEW_SESSION, "workDir": {**NEW_SESSION["workDir"], "default": None}}
 STREAM: Dict[str, Field] = dict(
     types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
     after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
 )
+LABELLED: Dict[str, Field] = dict(label=LABEL)
 
 
 def snake(name: str) -> str:
@@ -4444,17 +6936,46 @@ def create_session_handler(ask: Ask, **fields: Any) -> Any:
 
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
     """Create a session, and wait for its first prompt's delivery if told."""
-    context, command = ask.context, fields.pop("command")
+    session = create_session(ask.context, wanted_from(ask, fields, wait))
+    return new_view(ask.context, session, fields["prompt"], wait)
+
+
+def wanted_from(ask: Ask, fields: Json, keyed: bool = True) -> Wanted:
+    """Read the fields of a create.  Raises ApiError 400."""
+    given = dict(fields)
+    command, labels = given.pop("command"), given.pop("labels") or {}
     if isinstance(command, str):
         try:
             command = shlex.split(command)
         except ValueError as error:
             raise ApiError(400, "INVALID_REQUEST", f"command cannot be split into words: {error}",
                            fields={"command": str(error)}) from None
-    wanted = Wanted(command=command or None, idempotency=ask.idempotency_key if wait else None, **fields)
-    session = create_session(context, wanted)
-    prompt = context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session.row.id)
-    if wanted.prompt is None or prompt is None:
+    policy = wanted_policy(ask.context, given.pop("permissions"), given.pop("permission_profile"))
+    limits = {name: given.pop(snake(name)) for name in LIMITS}
+    return Wanted(
+        command=command or None,
+        policy=policy,
+        labels=labels,
+        idempotency=ask.idempotency_key if keyed else None,
+        limits={name: value for name, value in limits.items() if value is not None},
+        **given,
+    )
+
+
+def wanted_policy(context: Context, given: Optional[Json], profile: Optional[str]) -> Json:
+    """Read the policy of a create: a profile, a policy, or a policy on top of a profile.  Raises ApiError 400."""
+    if profile is None and given is None:
+        return {}
+    named = {"profile": profile} if profile is not None else {}
+    return policy_json(policy_from_json({**named, **(given or {})}, context.profiles))
+
+
+def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
+    """Give a session that was just started, and how its first prompt fared."""
+    prompt = context.store.row(
+        PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq DESC", session.row.id
+    )
+    if text_ is None or prompt is None:
         return {**live_view(context, session), "promptDelivery": None}
     if wait:
         prompt = await_delivery(session, prompt.id, context.settings.create_seconds)
@@ -4482,17 +7003,20 @@ def live_view(context: Context, session: Session) -> Json:
         return view(context, session.row, session.facts, session.active_at)
 
 
-def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_dir: Optional[str]) -> Any:
+def list_sessions(
+    ask: Ask, page: int, limit: int, status: Optional[str], work_dir: Optional[str], label: Optional[str]
+) -> Any:
     """List sessions, newest first, page by page."""
     context, store = ask.context, ask.context.store
-    query = (page, limit, status, work_dir)
+    query = (page, limit, status, work_dir, label)
     version, answer = context.lists.get(query, (-1, Encoded("")))
     if version == store.version:
         return answer
     version = store.version
     real = os.path.realpath(work_dir) if work_dir else None
-    where = "(? IS NULL OR status = ?) AND (? IS NULL OR work_dir = ?)"
-    args = (status, status, real, real)
+    labelled, names = label_condition(label)
+    where = f"(? IS NULL OR status = ?) AND (? IS NULL OR work_dir = ?) AND {labelled}"
+    args = (status, status, real, real, *names)
     total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     rows = store.rows(SessionRow, "sessions", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit,
                       (page - 1) * limit)
@@ -4502,6 +7026,20 @@ def list_sessions(ask: Ask, page: int, limit: int, status: Optional[str], work_d
         context.lists.pop(next(iter(context.lists)), None)
     context.lists[query] = (version, answer)
     return answer
+
+
+def label_condition(label: Optional[str]) -> Tuple[str, List[Optional[str]]]:
+    """Write the condition of sessions that have all the labels of a query.  Raises ApiError 400."""
+    words = read_list(label or "")
+    conditions, args = ["1"], []  # type: List[str], List[Optional[str]]
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(LABEL_NAME, name):
+            raise ApiError(400, "INVALID_REQUEST", f"label {clip(word, 60)!r} is not name=value or name",
+                           fields={"label": "must be name=value or name, comma-separated"})
+        conditions.append("id IN (SELECT session FROM labels WHERE name = ? AND (? IS NULL OR value = ?))")
+        args += [name, value if equals else None, value]
+    return " AND ".join(conditions), args
 
 
 def listed(context: Context, row: SessionRow) -> str:
@@ -4551,11 +7089,12 @@ def live_text(context: Context, session: Session) -> str:
         return known
 
 
-def kill_session_handler(ask: Ask, id: str) -> Any:
+def kill_session_handler(ask: Ask, id: str, children: str, worktree: str) -> Any:
     """Kill a session: its processes and window go, its row and transcript stay."""
     def work() -> Json:
-        row, was_live = kill_session(ask.context, id)
-        return {"id": row.id, "status": row.status, "killed": was_live}
+        row, was_live = kill_session(ask.context, id, children=children, worktree=worktree)
+        told = {"id": row.id, "status": row.status, "killed": was_live}
+        return told if row.worktree is None else {**told, "worktree": worktree_view(row)}
     find_session(ask.context, id)
     return Later(work)
 
@@ -4727,25 +7266,190 @@ def escape_session(ask: Ask, id: str) -> Any:
     return Later(work)
 
 
-def approve_permission(ask: Ask, id: str, permission_id: Optional[str], updated_input: Optional[Json]) -> Json:
+def approve_permission(
+    ask: Ask, id: str, permission_id: Optional[str], updated_input: Optional[Json], message: Optional[str], always: bool
+) -> Any:
     """Allow what the agent asks for; permissionId may be left out when one request waits."""
-    decision: Json = {"behavior": "allow", **({"updatedInput": updated_input} if updated_input is not None else {})}
-    return decided(ask, id, permission_id, "approved", decision, None)
+    session = find_live(ask.context, id)
+    request = find_request(session, permission_id, False)
+    decision = approval(request, updated_input, always)
+    return Later(lambda: decided(session, decide(ask.context, session, request, "approved", decision, message, always)))
 
 
-def reject_permission(ask: Ask, id: str, permission_id: Optional[str], message: Optional[str]) -> Json:
+def reject_permission(ask: Ask, id: str, permission_id: Optional[str], message: Optional[str]) -> Any:
     """Refuse what the agent asks for; the message goes to the agent, and its turn goes on."""
+    session = find_live(ask.context, id)
+    request = find_request(session, permission_id, False)
     decision = {"behavior": "deny", "message": message or "Rejected by the user."}
-    return decided(ask, id, permission_id, "rejected", decision, message)
+    return Later(lambda: decided(session, decide(ask.context, session, request, "rejected", decision, message)))
 
 
-def decided(
-    ask: Ask, session_id: str, request_id: Optional[str], state: str, decision: Json, message: Optional[str]
-) -> Json:
-    """Decide a request, and say what came of it."""
-    session = find_live(ask.context, session_id)
-    request_id = decide(session, request_id, state, decision, message)
-    return {"id": session_id, "permissionId": request_id, "decision": state, "status": session.row.status}
+def decided(session: Session, request: PermissionRow) -> Json:
+    """Say what came of a decision."""
+    return {
+        "id": session.row.id,
+        "permissionId": request.id,
+        "decision": request.state,
+        "decidedBy": request.decided_by,
+        "status": session.row.status,
+        "permission": wire_permission(request),
+    }
+
+
+def answer_session(
+    ask: Ask, id: str, question_id: Optional[str], answer: Any, answers: Any, text: Optional[str]
+) -> Any:
+    """Answer a question, a plan or a dialog: by label, by number, by several labels, or by free text."""
+    session = find_live(ask.context, id)
+    dialog = session.facts.dialog
+    if question_id is None and dialog and not any(one.tool in QUESTION_TOOLS for one in session.facts.pending):
+        return answer_dialog(ask.context, session, dialog, answer)
+    request = find_request(session, question_id, True)
+    given = read_answers(questions_of(request), answer, answers, text)
+    free = text is not None or isinstance(answer, dict)
+
+    def work() -> Json:
+        settled = answer_question(ask.context, session, request, given, free)
+        return {"id": id, "questionId": settled.id, "state": settled.state, "answers": given,
+                "status": session.row.status}
+    return Later(work)
+
+
+def answer_dialog(context: Context, session: Session, dialog: Reading, answer: Any) -> Later:
+    """Choose a row of a dialog that no hook told of."""
+    if not dialog.options:
+        raise ApiError(
+            409, "NO_OPTIONS", "this dialog has no rows to choose from: attach and answer it, or press Escape"
+        )
+    rows = [{"label": row.label} for row in dialog.options]
+    label = read_labels({"options": rows, "multiSelect": False}, answer, "answer")[0]
+
+    def work() -> Json:
+        with session.key_lock:
+            after = choose_row(context, session, dialog, lambda row: row.label == label)
+        if after is None:
+            raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+        inspect(context, session)
+        return {"id": session.row.id, "questionId": None, "state": "approved", "answers": [[label]],
+                "status": session.row.status}
+    return Later(work)
+
+
+def get_permissions(ask: Ask, id: str, page: int, limit: int) -> Json:
+    """Show a session's policy, what waits for a decision, and what was decided, newest first."""
+    session, store = find_session(ask.context, id), ask.context.store
+    where = "session = ? AND state <> 'pending'"
+    total = store.value(f"SELECT count(*) FROM permissions WHERE {where}", id)
+    rows = store.rows(PermissionRow, "permissions", f"{where} ORDER BY asked_at DESC, id LIMIT ? OFFSET ?", id, limit,
+                      (page - 1) * limit)
+    return {"id": id, "policy": session.row.policy, "profile": session.row.policy.get("profile"),
+            "pending": [wire_permission(one) for one in session.facts.pending],
+            "history": [wire_permission(one) for one in rows],
+            "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)}}
+
+
+def put_permissions(ask: Ask, id: str, policy: Json) -> Any:
+    """Replace a session's policy; it holds at once, for what is pending too."""
+    return set_policy(ask.context, id, policy)
+
+
+def put_profile(ask: Ask, id: str, profile: str) -> Any:
+    """Give a session a permission profile; it holds at once, for what is pending too."""
+    return set_policy(ask.context, id, {"profile": profile})
+
+
+def set_policy(context: Context, session_id: str, given: Json) -> Later:
+    """Store a policy, write it into the agent's own settings, and let it decide what is pending."""
+    policy = policy_from_json(given, context.profiles)
+    session = find_live(context, session_id)
+
+    def work() -> Json:
+        told = policy_json(policy)
+        with session.changing("api", "policy", dump(told)) as change:
+            change.columns["policy"] = told
+            change.tell("permission.policy", policy=told)
+            session.policy = policy
+        if session.agent.reports:
+            write_hooks(context, session)
+        done = apply_policy(context, session)
+        return {"id": session_id, "policy": told, "profile": told.get("profile"), "decided": done,
+                "status": session.row.status}
+    return Later(work)
+
+
+def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
+    """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
+    parent = find_live(ask.context, id)
+    wanted = wanted_from(ask, fields)
+    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
+
+
+def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
+    """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
+    origin = find_session(ask.context, id)
+    wanted = wanted_from(ask, fields)
+    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
+
+
+def resume_session_handler(ask: Ask, id: str, prompt: Optional[str]) -> Any:
+    """Resume an ended session: the same one, with its conversation."""
+    find_session(ask.context, id)
+    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True))
+
+
+def list_children(ask: Ask, id: str) -> Json:
+    """List the sessions that a session spawned, oldest first."""
+    find_session(ask.context, id)
+    rows = ask.context.store.rows(SessionRow, "sessions", "parent = ? ORDER BY created_at", id)
+    return {"children": [json.loads(listed(ask.context, row)) for row in rows]}
+
+
+def update_session(ask: Ask, id: str, labels: Optional[Json], **limits: Any) -> Json:
+    """Change a live session's labels and limits; a limit of 0 is taken off."""
+    session = find_live(ask.context, id)
+    with session.changing("api", "updated") as change:
+        kept = {**session.row.limits, **{name: limits[snake(name)] for name in LIMITS}}
+        before = session.row.limits
+        kept = {name: before.get(name) if value is None else value for name, value in kept.items()}
+        change.columns["limits"] = {name: value for name, value in kept.items() if value}
+        if labels is not None:
+            change.columns["labels"] = labels
+            change.statements += label_statements(id, labels)
+        if session.budget_told and not budget_spent(session.row._replace(limits=change.columns["limits"])):
+            change.set(failure=None)
+            session.budget_told = None
+        change.tell("session.updated", name=session.row.name, labels=change.columns.get("labels", session.row.labels),
+                    limits=change.columns["limits"])
+    return live_view(ask.context, session)
+
+
+def worktree_view(row: SessionRow) -> Json:
+    """Give a worktree its shape on the wire."""
+    assert row.worktree
+    return {**row.worktree, "sessionId": row.id, "sessionStatus": row.status, **worktree_state(row.worktree)}
+
+
+def list_worktrees(ask: Ask) -> Any:
+    """List the worktrees that sessions have, or left behind."""
+    def work() -> Json:
+        rows = ask.context.store.rows(SessionRow, "sessions", "worktree <> 'null' ORDER BY created_at DESC")
+        return {"worktrees": [worktree_view(row) for row in rows if os.path.isdir((row.worktree or {})["path"])]}
+    return Later(work)
+
+
+def delete_worktree(ask: Ask, id: str, force: bool) -> Any:
+    """Remove an ended session's worktree: when nothing is lost, or by force."""
+    session = find_session(ask.context, id)
+    worktree = session.row.worktree
+    if worktree is None or not os.path.isdir(worktree["path"]):
+        raise ApiError(404, "WORKTREE_NOT_FOUND", f"session {id} has no worktree")
+    if session.live:
+        raise ApiError(409, "SESSION_LIVE", f"session {id} works in it: kill the session first")
+
+    def work() -> Json:
+        remove_worktree(worktree, force)
+        return {"id": id, "removed": worktree["path"]}
+    return Later(work)
 
 
 def get_pane(ask: Ask, id: str, ansi: bool, lines: int) -> Any:
@@ -4800,8 +7504,15 @@ def create_batch(ask: Ask, sessions: List[Json]) -> Any:
     return Later(lambda: in_batch(sessions, one, "created", "sessions", lambda item: {"name": item.get("name")}))
 
 
-def kill_batch(ask: Ask, ids: List[str]) -> Any:
-    """Kill up to 50 sessions."""
+def kill_batch(ask: Ask, ids: List[str], label: Optional[str]) -> Any:
+    """Kill sessions: up to 50 by id, or all live ones that have a label."""
+    if bool(ids) == bool(label):
+        raise ApiError(400, "INVALID_REQUEST", "give either ids or label", fields={"ids": "or label, one of them"})
+    condition, names = label_condition(label)
+    if label:
+        ids = [row[0] for row in ask.context.store.pairs(
+            f"SELECT id FROM sessions WHERE ended_at IS NULL AND {condition}", *names)]
+
     def one(session_id: str) -> str:
         return kill_session(ask.context, session_id)[0].id
     return Later(lambda: in_batch(ids, one, "killed", "ids", lambda item: {"id": item}))
@@ -4825,7 +7536,9 @@ def in_batch(
     return {verb: len(done), "failed": len(errors), noun: done, "errors": errors}
 
 
-def stream_events(ask: Ask, types: Optional[str], session: Optional[str], after: Optional[int]) -> Stream:
+def stream_events(
+    ask: Ask, types: Optional[str], session: Optional[str], after: Optional[int], label: Optional[str]
+) -> Stream:
     """Follow all events as a stream (Server-Sent Events)."""
     kinds = read_list(types or "")
     unknown = [kind for kind in kinds if not any(known == kind or (kind.endswith("*") and known.startswith(kind[:-1]))
@@ -4838,7 +7551,7 @@ def stream_events(ask: Ask, types: Optional[str], session: Optional[str], after:
     last = ask.last_event_id
     if last is not None and re.fullmatch(r"\d{1,15}", last):
         after = int(last)   # a reconnecting client knows better than its first address
-    listener = Listener(kinds, session)
+    listener = Listener(kinds, session, labelled(ask.context, label) if label else None)
     if after is not None:
         return Stream(listener, ask.context.bus.replay(listener, after))
     ask.context.bus.listen(listener)
@@ -4847,7 +7560,16 @@ def stream_events(ask: Ask, types: Optional[str], session: Optional[str], after:
 
 def stream_session_events(ask: Ask, id: str, types: Optional[str], after: Optional[int]) -> Stream:
     """Follow one session's events as a stream."""
-    return stream_events(ask, types, id, after)
+    return stream_events(ask, types, id, after, None)
+
+
+def labelled(context: Context, label: str) -> Callable[[str], bool]:
+    """Make the test whether a session has the labels of a query."""
+    condition, names = label_condition(label)
+
+    def has(session_id: str) -> bool:
+        return bool(context.store.value(f"SELECT 1 FROM sessions WHERE id = ? AND {condition}", session_id, *names))
+    return has
 
 
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
@@ -4857,13 +7579,17 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
     if report.get("hook_event_name") != "PermissionRequest":
         return receive_hook(session, report)
-    return Later(lambda: held(ask, session, report))
+    answer = decide_by_policy(session, report)
+    return answer if answer is not None else Later(lambda: held(ask, session, report))
 
 
 def held(ask: Ask, session: Session, report: Json) -> Json:
     """Hold a permission request until it is decided, its caller leaves, or the time is over."""
     learn_paths(session, report)
-    request_id, hold = ask_permission(session, report)
+    request, answer = open_request(session, report)
+    hold = session.holds.get(request.id)
+    if answer is not None or hold is None:
+        return answer or {}
     poller = select.poll()
     poller.register(hold.reader, select.POLLIN)
     caller = ask.hung_up() if ask.hung_up else -1
@@ -4871,15 +7597,24 @@ def held(ask: Ask, session: Session, report: Json) -> Json:
         poller.register(caller, select.POLLIN)
     try:
         ready = [handle for handle, _ in poller.poll(ask.context.settings.hold_seconds * 1000)]
-        if hold.reader.fileno() not in ready and not ask.context.stopping.is_set():
-            state, why = (
-                ("answered_in_terminal", "the agent hung up") if ready else ("expired", "nobody decided in time")
-            )
-            settle_permission(session, request_id, state, "terminal" if ready else "clock", why)
-            ask.context.look_later(session, 0.1)
+        if caller in ready:
+            hung_up(session, request.id)
+        elif not ready:
+            settle(session, request.id, "expired", "clock", "nobody decided in time")
+        ask.context.look_later(session, 0.1)
         return hold.answer or {}
     finally:
         hold.close()
+
+
+def hung_up(session: Session, request_id: str) -> None:
+    """Note that the agent gave a request up before it had our answer: its dialog was answered with no."""
+    with session.lock:
+        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        if request and request.claim:
+            see_outcome(session, request, OURS if request.claim == "interrupted" else TERMINAL)
+        elif request:
+            settle(session, request_id, "answered_in_terminal", "terminal", "the agent hung up")
 
 
 # ============================================================================
@@ -4918,6 +7653,7 @@ ROUTES = (
             limit=whole("Sessions on a page.", 1, 200, default=20),
             status=choice("Only sessions in this state.", *STATES, default=None),
             workDir=text("Only sessions that work in this directory.", 4096, default=None),
+            label=LABEL,
         ),
         tool="list_sessions",
         alias=True,
@@ -4935,13 +7671,80 @@ ROUTES = (
         "DELETE /v1/sessions/batch",
         kill_batch,
         "sessions:write",
-        dict(ids=many("Ids of sessions.", ID, BATCH_MAX, minItems=1)),
+        dict(ids=many("Ids of sessions.", ID, BATCH_MAX, default=[]), label=LABEL),
         tool="kill_sessions",
         alias=True,
     ),
     Route("GET /v1/sessions/:id", get_session, "sessions:read", dict(id=ID), tool="get_session", alias=True),
     Route(
-        "DELETE /v1/sessions/:id", kill_session_handler, "sessions:write", dict(id=ID), tool="kill_session", alias=True
+        "PATCH /v1/sessions/:id",
+        update_session,
+        "sessions:write",
+        dict(
+            id=ID,
+            labels=LABELS,
+            **{name: {**field, "minimum": 0} if "minimum" in field else field for name, field in LIMITS.items()},
+        ),
+        tool="update_session",
+        alias=True,
+    ),
+    Route(
+        "DELETE /v1/sessions/:id",
+        kill_session_handler,
+        "sessions:write",
+        dict(
+            id=ID,
+            children=choice(
+                "What becomes of its children: keep gives each a window of its own.", "kill", "keep", default="kill"
+            ),
+            worktree=choice(
+                "What becomes of its worktree: clean removes it when nothing is lost.",
+                "clean",
+                "keep",
+                "remove",
+                default="clean",
+            ),
+        ),
+        tool="kill_session",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/spawn",
+        spawn_session,
+        "sessions:write",
+        dict(id=ID, **OFFSPRING),
+        201,
+        "spawn_session",
+        True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/fork",
+        fork_session_handler,
+        "sessions:write",
+        dict(id=ID, **OFFSPRING),
+        201,
+        "fork_session",
+        True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/resume",
+        resume_session_handler,
+        "sessions:write",
+        dict(id=ID, prompt=NEW_SESSION["prompt"]),
+        200,
+        "resume_session",
+        True,
+    ),
+    Route(
+        "GET /v1/sessions/:id/children", list_children, "sessions:read", dict(id=ID), tool="list_children", alias=True
+    ),
+    Route("GET /v1/worktrees", list_worktrees, "sessions:read", tool="list_worktrees"),
+    Route(
+        "DELETE /v1/worktrees/:id",
+        delete_worktree,
+        "sessions:write",
+        dict(id=ID, force=flag("Remove it with the changes in it.", default=False)),
+        tool="delete_worktree",
     ),
     Route(
         "GET /v1/sessions/:id/read",
@@ -5022,6 +7825,8 @@ ROUTES = (
             id=ID,
             permissionId=PERMISSION_ID,
             updatedInput=anything("Run the tool with this input instead.", default=None),
+            message=text("A note for the record.", 10_000, default=None),
+            always=flag("Allow the same for the rest of the session, too.", default=False),
         ),
         tool="approve_permission",
         alias=True,
@@ -5032,6 +7837,61 @@ ROUTES = (
         "permissions:decide",
         dict(id=ID, permissionId=PERMISSION_ID, message=text("What the agent is told.", 10_000, default=None)),
         tool="reject_permission",
+        alias=True,
+    ),
+    Route(
+        "POST /v1/sessions/:id/answer",
+        answer_session,
+        "permissions:decide",
+        dict(
+            id=ID,
+            questionId=text("The question's id; may be left out when exactly one waits.", 64, default=None),
+            answer={
+                "type": ["string", "integer", "array"],
+                "maxItems": 50,
+                "maxLength": 10_000,
+                "default": None,
+                "description": "A label, its number from 1, or several of them.",
+            },
+            answers={
+                "type": ["array", "object"],
+                "maxItems": 50,
+                "maxProperties": 50,
+                "default": None,
+                "description": "An answer for each question: in order, or by its header or words.",
+            },
+            text=text("Free text in place of a label.", 10_000, default=None, pattern=r"\S"),
+        ),
+        tool="answer_question",
+        alias=True,
+    ),
+    Route(
+        "GET /v1/sessions/:id/permissions",
+        get_permissions,
+        "sessions:read",
+        dict(
+            id=ID,
+            page=whole("Page, from 1.", 1, 1_000_000, default=1),
+            limit=whole("Decisions on a page.", 1, 200, default=50),
+        ),
+        tool="get_permissions",
+        alias=True,
+    ),
+    Route(
+        "PUT /v1/sessions/:id/permissions",
+        put_permissions,
+        "permissions:decide",
+        dict(id=ID, policy=anything("Flags and rules, or a profile.")),
+        whole_body="policy",
+        tool="set_permissions",
+        alias=True,
+    ),
+    Route(
+        "PUT /v1/sessions/:id/permission-profile",
+        put_profile,
+        "permissions:decide",
+        dict(id=ID, profile=text("restricted, standard, trusted, autonomous, plan, or one of your own.", 100)),
+        tool="set_permission_profile",
         alias=True,
     ),
     Route(
@@ -5059,7 +7919,7 @@ ROUTES = (
         "GET /v1/events",
         stream_events,
         "sessions:read",
-        dict(session=text("Only this session's events.", 64, default=None), **STREAM),
+        dict(session=text("Only this session's events.", 64, default=None), **STREAM, **LABELLED),
     ),
     Route(
         "POST /hooks/:id",
@@ -5585,7 +8445,7 @@ class Server(ThreadingHTTPServer):
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
         methods = []
-        for method in ("GET", "POST", "PUT", "DELETE"):
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
             with contextlib.suppress(ApiError):
                 find_route(method, head.path)
                 methods.append(method)
@@ -5881,6 +8741,7 @@ DEMO_FOOTERS = {
 }
 DEBOUNCE = 0.15     # keys this soon after a dialog's appearance are lost, as in the real client
 FRAME = 0.1         # seconds between two pictures of the spinner
+PAGE_DEBOUNCE = 0.05    # the same for the next page of a question
 FLUSH = 0.03        # the last lines of a turn reach the transcript this much after the Stop report
 DEMO_KEYS = re.compile(
     rb"\x1b\[200~|\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Z]|\x1b|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+", re.DOTALL
@@ -5888,33 +8749,363 @@ DEMO_KEYS = re.compile(
 Script = Iterator[Any]
 
 
+ALLOW: Json = {"behavior": "allow"}
+REFUSE: Json = {"behavior": "deny", "interrupt": True}
+REJECTED = ("The user doesn't want to proceed with this tool use. The tool use was rejected (eg. if it was a file "
+            "edit, the new_string was NOT written to the file). ")
+AMENDMENTS = {"Yes": "and tell Claude what to do next", "No": "and tell Claude what to do differently"}
+DEMO_ROWS: Dict[str, Tuple[str, Tuple[str, ...]]] = {   # tool: what its dialog asks, and the rows
+    "Bash": ("Do you want to proceed?", ("Yes", "Yes, and always allow access to demo/ from this project",
+                                         "Yes, and switch to auto mode", "No")),
+    "Write": ("Do you want to create {file}?", ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")),
+    "Edit": ("Do you want to make this edit to {file}?", ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")),
+    "WebFetch": ("Do you want to allow Claude to fetch this content?", (
+        "Yes", "Yes, and don't ask again for this host", "No, and tell Claude what to do differently (esc)")),
+    "WebSearch": ("Do you want to proceed?", ("Yes", "Yes, and don't ask again for Web Search commands", "No")),
+    "mcp": ("Do you want to proceed?", ("Yes", "Yes, and don't ask again for {server} — Tool commands", "No")),
+}
+
+
+class DemoCall:
+    """A tool call: what it wants, whose it is, and what was decided about it."""
+
+    def __init__(self, tool: str, given: Json, agent: Optional[Json] = None) -> None:
+        self.tool, self.given = tool, given
+        self.agent = agent or {}                            # agent_id and agent_type of a subagent's call
+        self.use_id = f"toolu_{uuid.uuid4().hex[:12]}"
+        self.verdict: Optional[Tuple[str, Json]] = None     # who decided, and what
+        self.result = ""
+        self.forced = False                                 # a hook or a rule of the settings wants it asked
+        self.reason = ""                                    # why the hook wants so
+        self.held: Optional[socket.socket] = None
+        self.unheard = False                                # the hook of a subagent's request left it to a person
+        self.launch: Optional[DemoCall] = None              # the call that started its subagent
+
+    @property
+    def what(self) -> str:
+        """Name what it is about: the first of its inputs."""
+        return str(next(iter(self.given.values()), ""))
+
+    def told(self) -> Json:
+        """Give what the reports say of it."""
+        return {"tool_name": self.tool, "tool_input": self.given, "tool_use_id": self.use_id}
+
+    def accepts(self, decision: Json) -> bool:
+        """Tell whether a hook's decision counts: to allow a question or a plan takes an input."""
+        return decision.get("behavior") == "deny" or self.tool not in QUESTION_TOOLS or isinstance(
+            decision.get("updatedInput"), dict)
+
+    def suggestions(self) -> Json:
+        """Offer rules that would allow the same again, as a field of the PermissionRequest report."""
+        if self.forced or self.tool in QUESTION_TOOLS:
+            return {}
+        rule: Json = {"toolName": self.tool}
+        if self.tool in ("Write", "Edit"):
+            return {"permission_suggestions": [{"type": "setMode", "mode": "acceptEdits", "destination": "session"}]}
+        if self.tool == "Bash":
+            rule["ruleContent"] = (self.what.split() or [""])[0] + ":*"
+        elif self.tool == "WebFetch":
+            rule["ruleContent"] = f"domain:{urllib.parse.urlsplit(self.what).hostname}"
+        return {"permission_suggestions": [
+            {"type": "addRules", "rules": [rule], "behavior": "allow", "destination": "localSettings"}]}
+
+    def dialog(self) -> "DemoDialog":
+        """Draw its question."""
+        if self.tool == "AskUserQuestion":
+            return DemoQuestions(self.given["questions"])
+        if self.tool == "ExitPlanMode":
+            return DemoDialog([" Ready to code?", "", f"   {clip(self.what, 60)}", "", " Would you like to proceed?"],
+                              [("Yes, and use auto mode", self.choice("switch to auto")),
+                               ("Yes, manually approve edits", {**ALLOW, "updatedInput": {}}),
+                               ("Tell Claude what to change", REFUSE)], " ctrl+g to edit in Vim", REFUSE, field=2)
+        question, labels = DEMO_ROWS.get(self.tool.split("__")[0], ("Do you want to proceed?", ("Yes", "No")))
+        names = {"file": os.path.basename(self.what), "server": "".join(self.tool.split("__")[1:2])}
+        title = f" {self.tool} (demo)" if not self.agent else (
+            f" {self.tool} command · from the {self.agent['agent_type']} agent")
+        why = [f" │ Hook PreToolUse:{self.tool} requires confirmation:", f" │ {self.reason}", ""] if self.reason else []
+        rows = [(label.format(**names), self.choice(label)) for label in (("Yes", "No") if self.forced else labels)]
+        return DemoDialog([title, "", f"   {clip(self.what, 70)}", "", *why, " " + question.format(**names)], rows,
+                          " Esc to cancel · Tab to amend" if self.tool != "WebFetch" else "", REFUSE)
+
+    def choice(self, label: str) -> Json:
+        """Say what a row of its dialog means."""
+        if label.startswith("No"):
+            return REFUSE
+        mode = "acceptEdits" if "accept edits" in label else "auto" if "switch to auto" in label else None
+        updates = [{"type": "setMode", "mode": mode}] if mode else self.suggestions().get("permission_suggestions", [])
+        return {**ALLOW, "updatedPermissions": updates} if label != "Yes" else ALLOW
+
+
 class DemoDialog:
     """A question in place of the box: rows to choose from, and what a choice means."""
 
     def __init__(self, lines: List[str], rows: List[Tuple[str, Any]], hint: str, escape: Any, start: int = 0,
-                 numbered: bool = True) -> None:
+                 numbered: bool = True, field: Optional[int] = None) -> None:
         self.lines, self.rows, self.hint, self.escape = lines, rows, hint, escape
         self.cursor, self.numbered, self.shown_at = start, numbered, time.monotonic()
+        self.field = field                      # the row that is there to be written into
+        self.words: Optional[str] = None        # what is written into the cursor's row
 
     def picture(self, width: int) -> List[str]:
         """Draw it."""
-        rows = [f" {'❯' if index == self.cursor else ' '} " + (f"{index + 1}. " if self.numbered else "") + label
-                for index, (label, _) in enumerate(self.rows)]
+        rows = [f" {'❯' if index == self.cursor else ' '} " + (f"{index + 1}. " if self.numbered else "")
+                + self.label(index) for index in range(len(self.rows))]
         return ["─" * width, *self.lines, "", *rows, *(["", self.hint] if self.hint else [])]
+
+    def label(self, index: int) -> str:
+        """Draw a row's label, with what is written behind it."""
+        label = self.rows[index][0]
+        if self.words is None or index != self.cursor:
+            return label
+        return self.words or label if index == self.field else f"{label}, {self.words or AMENDMENTS[label]}"
 
     def key(self, key: bytes) -> Tuple[bool, Any]:
         """Take a key; tells whether it decided, and what."""
         if time.monotonic() - self.shown_at < DEBOUNCE:
             return False, None
-        if key in (b"\x1b", b"\x03"):
+        if key == b"\x1b" or (key == b"\x03" and not isinstance(self.escape, dict)):   # a permission has no Ctrl-C
             return True, self.escape
+        return self.press(key)
+
+    def press(self, key: bytes) -> Tuple[bool, Any]:
+        """Move, write, or choose."""
         if key in (b"\r", b"\n"):
-            return True, self.rows[self.cursor][1]
+            return self.enter()
+        if key in (b"\x1b[A", b"\x1b[B"):
+            self.go_to((self.cursor + (1 if key.endswith(b"B") else -1)) % len(self.rows))
+        elif self.words is not None:
+            self.words = written(self.words, key)
+        elif key == b"\t" and self.rows[self.cursor][0] in AMENDMENTS:
+            self.words = ""
+        elif self.numbered and key[:1].isdigit() and 0 < int(key[:1]) <= len(self.rows):
+            self.go_to(int(key[:1]) - 1)
+            return self.words is None, self.rows[self.cursor][1]
+        return False, None
+
+    def go_to(self, row: int) -> None:
+        """Put the cursor on a row."""
+        self.cursor, self.words = row, "" if row == self.field else None
+
+    def enter(self) -> Tuple[bool, Any]:
+        """Choose the cursor's row."""
+        value = self.rows[self.cursor][1]
+        if self.cursor == self.field and not self.words:
+            return False, None
+        return True, {**value, "message": self.words, "interrupt": False} if self.words else value
+
+    def paste(self, text_: str) -> None:
+        """Write a paste into the row that is open for it; otherwise it is lost."""
+        if self.words is not None:
+            self.words += " ".join(text_.split())
+
+
+def written(text_: str, key: bytes) -> str:
+    """Write a key behind a text."""
+    if key in (b"\x7f", b"\x08"):
+        return text_[:-1]
+    return text_ + (key.decode("utf-8", "replace") if key[:1] >= b" " else "")
+
+
+class DemoQuestions(DemoDialog):
+    """AskUserQuestion's pages: one for each question, and a last one that submits."""
+
+    def __init__(self, questions: List[Json]) -> None:
+        super().__init__([], [], "", REFUSE)
+        self.questions, self.page = questions, 0
+        self.ticks: List[List[str]] = [[] for _ in questions]
+        self.own = [""] * len(questions)        # the answers in words of one's own
+        self.reviewed = len(questions) > 1 or bool(questions[0].get("multiSelect"))
+        self.turn_to(0)
+
+    @property
+    def many(self) -> bool:
+        """Tell whether the page's question takes several answers."""
+        return bool(self.questions[self.page].get("multiSelect"))
+
+    @property
+    def options(self) -> List[str]:
+        """List the page's labels."""
+        return [option["label"] for option in self.questions[self.page]["options"]]
+
+    def turn_to(self, page: int) -> None:
+        """Show a page."""
+        if page:
+            self.shown_at = time.monotonic() - DEBOUNCE + PAGE_DEBOUNCE
+        self.page, self.cursor = max(0, min(page, len(self.questions))), 0
+        if self.page == len(self.questions):
+            self.rows, self.field = [("Submit answers", None), ("Cancel", REFUSE)], None
+            return
+        self.field = len(self.options)
+        self.rows = [(one, None) for one in (*self.options, "Type something", *(["Submit"] if self.many else []),
+                                             "Chat about this")]
+
+    def picture(self, width: int) -> List[str]:
+        """Draw the page."""
+        last = self.page == len(self.questions)
+        heads = [f"{'☒' if self.answered(index) else '☐'} {question['header']}"
+                 for index, question in enumerate(self.questions)]
+        top = ["─" * width, "←  " + "  ".join(heads) + "  ✔ Submit  →" if self.reviewed else f" {heads[0]}", ""]
+        if last:
+            told = [line for pair in self.answers().items() for line in (f" ● {pair[0]}", f"   → {pair[1]}")]
+            return [*top, "Review your answers", "", *told, "", *self.drawn_rows()]
+        rows, how = self.drawn_rows(), "Tab/Arrow keys" if len(self.questions) > 1 else "↑/↓"
+        vim = " · ctrl+g to edit in Vim" if self.cursor == self.field else ""
+        return [*top, self.questions[self.page]["question"], "", *rows[:-1], "─" * width, rows[-1], "",
+                f"Enter to select · {how} to navigate{vim} · Esc to cancel"]
+
+    def drawn_rows(self) -> List[str]:
+        """Draw the rows, options with what they mean."""
+        drawn, number = [], 0
+        for index, (label, _) in enumerate(self.rows):
+            mark = "❯ " if index == self.cursor else "  "
+            number += label != "Submit"
+            drawn.append(mark + ("   Submit" if label == "Submit" else f"{number}. {self.label(index)}"))
+            if self.field is not None and index < self.field:
+                meaning = self.questions[self.page]["options"][index].get("description", "")
+                drawn.append(" " * (9 if self.many else 5) + meaning)
+        return drawn
+
+    def label(self, index: int) -> str:
+        """Draw a row's label, with its tick."""
+        label = self.rows[index][0]
+        if self.field is None or index > self.field:
+            return label
+        if index == self.field:
+            label = self.own[self.page] or label + ("" if self.many else ".")
+        ticked = "✔" if self.rows[index][0] in self.ticks[self.page] else " "
+        return f"[{ticked}] {label}" if self.many else label
+
+    def press(self, key: bytes) -> Tuple[bool, Any]:
+        """Move, turn the page, write, tick or choose."""
+        writing = self.field is not None and self.cursor == self.field
+        if key in (b"\r", b"\n"):
+            return self.choose(self.cursor)
         if key in (b"\x1b[A", b"\x1b[B"):
             self.cursor = (self.cursor + (1 if key.endswith(b"B") else -1)) % len(self.rows)
-        if self.numbered and key[:1].isdigit() and 0 < int(key[:1]) <= len(self.rows):
-            return True, self.rows[int(key[:1]) - 1][1]
+        elif key in (b"\t", b"\x1b[C", b"\x1b[D") and self.reviewed and not (writing and self.own[self.page]):
+            self.turn_to(self.page + (-1 if key.endswith(b"D") else 1))
+        elif writing:
+            self.own[self.page] = written(self.own[self.page], key)
+            self.tick_own()
+        elif key[:1].isdigit():
+            number = [index for index, (label, _) in enumerate(self.rows) if label != "Submit"]
+            if 0 < int(key[:1]) <= len(number):
+                return self.take_digit(number[int(key[:1]) - 1])
         return False, None
+
+    def take_digit(self, row: int) -> Tuple[bool, Any]:
+        """Choose a row by its number; the one to write into is only gone to, or ticked."""
+        if row != self.field or self.many:
+            return self.choose(row)
+        self.cursor = row
+        return False, None
+
+    def choose(self, row: int) -> Tuple[bool, Any]:
+        """Act on a row."""
+        label = self.rows[row][0]
+        if self.field is None:
+            return True, self.allowed() if row == 0 else REFUSE
+        if label == "Chat about this":
+            return True, {"behavior": "deny", "message": "The user wants to clarify these questions."}
+        if self.many and label != "Submit":
+            ticks = self.ticks[self.page]
+            self.ticks[self.page] = [one for one in ticks if one != label] if label in ticks else [*ticks, label]
+            return False, None
+        if not self.many:
+            if row == self.field and not self.own[self.page]:
+                return False, None
+            self.ticks[self.page] = [label]
+        if not self.reviewed:
+            return True, self.allowed()
+        self.turn_to(self.page + 1)
+        return False, None
+
+    def paste(self, text_: str) -> None:
+        """Write a paste into the row for it, when the cursor or a tick is there."""
+        ticked = self.page < len(self.questions) and "Type something" in self.ticks[self.page]
+        if self.field is not None and (ticked or self.cursor == self.field):
+            self.cursor = self.field
+            self.own[self.page] += " ".join(text_.split())
+            self.tick_own()
+
+    def tick_own(self) -> None:
+        """Tick the row that was written into."""
+        if self.many and "Type something" not in self.ticks[self.page]:
+            self.ticks[self.page].append("Type something")
+
+    def answered(self, index: int) -> List[str]:
+        """List a question's answers: in the order of its rows, one's own words last."""
+        labels = [option["label"] for option in self.questions[index]["options"]]
+        own = [self.own[index]] if "Type something" in self.ticks[index] and self.own[index] else []
+        return [label for label in labels if label in self.ticks[index]] + own
+
+    def answers(self) -> Json:
+        """Give the answers as the agent gets them; what was not answered is left out."""
+        return {question["question"]: ", ".join(self.answered(index))
+                for index, question in enumerate(self.questions) if self.answered(index)}
+
+    def allowed(self) -> Json:
+        """Give the decision that carries the answers."""
+        return {**ALLOW, "updatedInput": {"questions": self.questions, "answers": self.answers()}}
+
+
+def star(pattern: str) -> str:
+    """Make a regular expression of a pattern with stars."""
+    return re.escape(pattern).replace(r"\*", ".*")
+
+
+class DemoRules:
+    """The permissions of a settings file, and those that were added since."""
+
+    def __init__(self, told: Json, cwd: str) -> None:
+        self.rules = {kind: list(told.get(kind, [])) for kind in ("deny", "ask", "allow")}
+        self.cwd = cwd
+
+    def speak(self, kind: str, tool: str, given: Json) -> bool:
+        """Tell whether a rule speaks of a tool's use; a command in several parts is allowed when each part is."""
+        parts = [given]
+        if tool == "Bash":
+            pieces = re.split(r"&&|\|\||[;|&\n]", str(given.get("command", "")))
+            parts = [{"command": piece} for piece in pieces if piece.strip()]
+        spoken = [any(self.matches(rule, tool, part) for rule in self.rules[kind]) for part in parts or [given]]
+        return all(spoken) if kind == "allow" else any(spoken)
+
+    def matches(self, rule: str, tool: str, given: Json) -> bool:
+        """Hold one rule against one use."""
+        name, _, pattern = rule.partition("(")
+        pattern = pattern[:-1]
+        if pattern in ("", "*"):
+            return bool(re.fullmatch(star(name), tool)) or (name.startswith("mcp__") and tool.startswith(name + "__"))
+        if "file_path" in given:   # Edit speaks of all that writes files; Write(path) has no effect
+            named = tool == name == "Read" or (name == "Edit" and tool in ("Write", "Edit"))
+            return named and self.covers(pattern, given["file_path"])
+        if tool == "WebFetch":
+            return name == tool and pattern == f"domain:{urllib.parse.urlsplit(given['url']).hostname}"
+        return name == tool and self.calls(pattern, str(next(iter(given.values()), "")).strip())
+
+    @staticmethod
+    def calls(pattern: str, command: str) -> bool:
+        """Tell whether a pattern, `prefix *` or `prefix:*` or exact, names a command; its directory does not matter."""
+        pattern = re.sub(r":\*$", " *", pattern)
+        shape = star(pattern[:-2]) + r"(\s.*)?" if pattern.endswith(" *") else star(pattern)
+        return any(re.fullmatch(shape, one, re.DOTALL) for one in (command, re.sub(r"^\S*/", "", command)))
+
+    def covers(self, pattern: str, path: str) -> bool:
+        """Tell whether a path pattern, relative to the directory or //absolute, covers a file."""
+        if pattern.startswith(("//", "~")):
+            whole = os.path.expanduser(pattern[pattern.startswith("//"):])
+        else:
+            whole = os.path.join(self.cwd, ("" if "/" in pattern else "**/") + pattern.lstrip("/"))
+        shapes = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*"}
+        shape = "".join(shapes.get(piece, re.escape(piece))
+                        for piece in re.split(r"(\*\*/|\*\*|\*)", os.path.normpath(whole)))
+        return re.fullmatch(shape + "(/.*)?", os.path.normpath(os.path.join(self.cwd, path))) is not None
+
+    def add(self, update: Json) -> None:
+        """Take an addRules; wherever it should be kept, it is kept here."""
+        for rule in update.get("rules", []):
+            content = rule.get("ruleContent")
+            self.rules[update.get("behavior", "allow")].append(rule["toolName"] + (f"({content})" if content else ""))
 
 
 class DemoAgent:
@@ -5928,7 +9119,9 @@ class DemoAgent:
         self.bash = self.front = False              # shell mode; the cursor stands before the text
         self.notice = ""
         self.dialog: Optional[DemoDialog] = None
-        self.decided: Any = None                    # what the dialog or its held hook said
+        self.asks: List[DemoCall] = []              # calls that wait for a decision
+        self.shown: Optional[DemoCall] = None       # the one that the dialog is about
+        self.asked = 0                              # dialogs of subagents in this turn
         self.turn: Optional[Script] = None
         self.turn_until: Optional[float] = 0.0      # when the turn goes on; None: when it is woken
         self.turn_began = 0.0
@@ -5938,8 +9131,13 @@ class DemoAgent:
         self.silent = False
         self.ctrl_c_at = self.ctrl_d_at = 0.0
         self.stash: List[Tuple[str, str]] = []
-        self.hooks = json.loads(Path(options.settings).read_text())["hooks"] if options.settings else {}
-        self.held: Optional[socket.socket] = None
+        settings = json.loads(Path(options.settings).read_text()) if options.settings else {}
+        self.hooks: Json = settings.get("hooks", {})
+        self.rules = DemoRules(settings.get("permissions", {}), self.cwd)
+        self.resumed: Optional[Path] = None         # the transcript that a resumed conversation goes on in
+        self.history = b""                          # what a fork's transcript begins with
+        self.limit: List[str] = []                  # what the footer says of a usage limit
+        self.more_tokens = 0                        # output of the next answer, for budgets
         self.wake_r, self.wake_w = os.pipe()
         self.inbox: "collections.deque[Callable[[], None]]" = collections.deque()
         self.pasting: Optional[bytes] = None
@@ -5953,19 +9151,27 @@ class DemoAgent:
     @property
     def transcript(self) -> Path:
         """Name the conversation's file as the real client does."""
+        if self.resumed and self.resumed.stem == self.conversation:
+            return self.resumed
         return self.home / "projects" / re.sub(r"[^A-Za-z0-9]", "-", self.cwd)[:200] / f"{self.conversation}.jsonl"
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Append a line to the transcript."""
+    def write(self, kind: str, agent: str = "", **fields: Any) -> None:
+        """Append a line to the transcript, or to a subagent's."""
         self.flush()
-        made = str(uuid.uuid4())
+        made, path = str(uuid.uuid4()), self.subagent_file(agent) if agent else self.transcript
         line = {"type": kind, "uuid": made, "parentUuid": self.last_uuid, "timestamp": iso(time.time()),
-                "sessionId": self.conversation, "cwd": self.cwd, "version": __version__, "isSidechain": False, **fields}
-        self.last_uuid = made
-        self.transcript.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.transcript, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8",
+                "sessionId": self.conversation, "cwd": self.cwd, "version": __version__, "isSidechain": bool(agent),
+                **fields}
+        self.last_uuid = self.last_uuid if agent else made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begin, self.history = ("", self.history) if agent else (self.history.decode(), b"")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8",
                   errors="replace") as file:
-            file.write(dump(line) + "\n")
+            file.write(begin + dump(line) + "\n")
+
+    def subagent_file(self, agent: str) -> Path:
+        """Name a subagent's transcript."""
+        return self.transcript.with_suffix("") / "subagents" / f"agent-{agent}.jsonl"
 
     def flush(self) -> None:
         """Write the lines that a turn's end left for a moment later; in order, whatever comes first."""
@@ -5973,16 +9179,16 @@ class DemoAgent:
         if pending:
             pending()
 
-    def write_answer(self, blocks: List[Json], stop: Optional[str]) -> None:
+    def write_answer(self, blocks: List[Json], stop: Optional[str], agent: str = "") -> None:
         """Write an API message: a line for each block, with the same id and usage."""
         self.messages += 1
-        size = len(dump(blocks))
+        size, self.more_tokens = len(dump(blocks)) // 4 + self.more_tokens, 0
         message = {"id": f"msg_{self.conversation[:8]}_{self.messages}", "model": self.options.model or DEMO_MODEL,
                    "role": "assistant", "stop_reason": stop,
-                   "usage": {"input_tokens": 10, "output_tokens": size // 4, "cache_read_input_tokens": 100,
+                   "usage": {"input_tokens": 10, "output_tokens": size, "cache_read_input_tokens": 100,
                              "cache_creation_input_tokens": 5}}
         for block in blocks:
-            self.write("assistant", message={**message, "content": [block]}, requestId=f"req_{self.messages}")
+            self.write("assistant", agent, message={**message, "content": [block]}, requestId=f"req_{self.messages}")
 
     def status(self, status: str, waiting: str = "") -> None:
         """Write the status file."""
@@ -6029,26 +9235,23 @@ class DemoAgent:
         sock.sendall(head.encode() + payload)
         return sock
 
-    def hold(self, tool: str, given: Json) -> None:
+    def hold(self, call_: DemoCall) -> None:
         """Ask the PermissionRequest hook beside the dialog; whoever answers first wins."""
-        hooks = self._hooks_for("PermissionRequest")
-        if not hooks:
-            return
-        dialog = self.dialog
-
         def wait(sock: socket.socket) -> None:
             answer: Json = {}
             with contextlib.suppress(OSError, ValueError):
                 answer = read_hook_answer(sock)
             sock.close()
-            decision = (answer.get("hookSpecificOutput") or {}).get("decision")
-            if decision:
-                self.inbox.append(lambda: self.decide(("hook", decision)) if self.dialog is dialog else None)
-                os.write(self.wake_w, b"x")
-        with contextlib.suppress(OSError):
-            self.held = self._post(hooks[0], self._body("PermissionRequest", {
-                "tool_name": tool, "tool_input": given, "permission_suggestions": []}))
-            spawn("demo-hold", wait, self.held)
+            decision = (answer.get("hookSpecificOutput") or {}).get("decision") or {}
+            self.inbox.append(lambda: self.hear(call_, decision))
+            os.write(self.wake_w, b"x")
+        for hook in self._hooks_for("PermissionRequest")[:1]:
+            with contextlib.suppress(OSError):
+                call_.held = self._post(hook, self._body("PermissionRequest", {
+                    "tool_name": call_.tool, "tool_input": call_.given, **call_.suggestions(), **call_.agent}))
+                spawn("demo-hold", wait, call_.held)
+                return
+        self.hear(call_, {})
 
     # -- the screen
 
@@ -6071,7 +9274,7 @@ class DemoAgent:
     def region(self, width: int) -> List[str]:
         """Draw what stands at the bottom: a dialog, or spinner, box and footer."""
         if self.dialog:
-            return self.dialog.picture(width)
+            return self.numbered(self.dialog.picture(width))
         busy = self.turn is not None
         spent = int(time.monotonic() - self.turn_began)
         glyph = "✶✻✽✢·"[int(time.monotonic() * 10) % 5]
@@ -6081,7 +9284,15 @@ class DemoAgent:
         box = self.box(busy)
         hidden = max(0, len(box) - 12)
         top = f"─── ↑ {hidden} more ".ljust(width, "─") if hidden else "─" * width
-        return ["", *spinner, top, *box[hidden:], "─" * width, f"  {self.notice}" if self.notice else footer]
+        return ["", *spinner, top, *box[hidden:], "─" * width, *self.limit,
+                f"  {self.notice}" if self.notice else footer]
+
+    def numbered(self, picture: List[str]) -> List[str]:
+        """Say in a subagent's dialog which of several it is."""
+        total = self.asked + sum(call_.unheard for call_ in self.asks)
+        if self.shown and self.shown.agent and total > 1:
+            picture[1] += f"   {self.asked + 1} of {total}"
+        return picture
 
     def box(self, busy: bool) -> List[str]:
         """Draw the input box's inside."""
@@ -6118,8 +9329,10 @@ class DemoAgent:
         """Act on one key."""
         if self.dialog:
             done, choice_ = self.dialog.key(key)
-            if done:
-                self.decide(("key", choice_))
+            if done and self.shown:
+                self.decide(self.shown, "key", choice_)
+            elif done:
+                self.dialog = None
             self.draw()
             return
         act = DEMO_ACTIONS.get(key)
@@ -6131,9 +9344,11 @@ class DemoAgent:
 
     def paste(self, text_: str) -> None:
         """Take a bracketed paste; a long one is shown collapsed."""
-        if self.dialog:
-            return
         text_ = demo_normal(text_.replace("\r\n", "\n").replace("\r", "\n"))
+        if self.dialog:
+            self.dialog.paste(text_)
+            self.draw()
+            return
         if text_.count("\n") > 2 or len(text_) > 800:
             self.pastes += 1
             self.draft.append((f"[Pasted text #{self.pastes} +{text_.count(chr(10))} lines]", text_))
@@ -6179,9 +9394,12 @@ class DemoAgent:
         self.front = False
 
     def escape(self) -> None:
-        """Escape: interrupt."""
+        """Escape: interrupt, or do not go on after a usage limit."""
         if self.turn:
             self.interrupt()
+        elif self.limit:
+            self.limit = []
+            self.say_lines(["● Automatic continue cancelled · /rate-limit-options to wait again"])
 
     def ctrl_c(self) -> None:
         """Ctrl-C: interrupt, clear, or leave on the second."""
@@ -6252,6 +9470,7 @@ class DemoAgent:
 
     def begin(self, turn: Script, shown: str, status: Optional[str]) -> None:
         """Start a turn."""
+        self.limit, self.asked = [], 0
         self.say_lines([f"❯ {shown}"])
         self.turn, self.turn_until, self.turn_began = turn, time.monotonic(), time.monotonic()
         self.status(status or "busy")
@@ -6289,7 +9508,9 @@ class DemoAgent:
         """End the turn without any report, as the real client does."""
         if self.turn:
             self.turn.close()
-        self.turn, self.silent, self.dialog = None, False, None
+        for call_ in self.asks:
+            self.let_go(call_)
+        self.turn, self.silent, self.dialog, self.shown, self.asks = None, False, None, None, []
         self.write("user", message={"role": "user", "content": [{"type": "text", "text": "[Request interrupted by user"
                                     + (" for tool use]" if for_tool else "]")}]}, promptId=self.prompt_id)
         self.say_lines(["  ⎿  Interrupted · What should Claude do instead?"])
@@ -6306,7 +9527,7 @@ class DemoAgent:
             )
             if ending is None:
                 return
-            said = ending
+            said = ending or said
         if said is None:
             said = yield from self.answer_later("Echo: " + prompt[:2000])
         elif said.startswith("(result) "):
@@ -6338,88 +9559,185 @@ class DemoAgent:
         yield 0
         return text_
 
-    def use_tool(self, tool: str, given: Json, question: str, rows: Sequence[str]) -> Script:
-        """Ask for permission, then pretend to run a tool."""
-        use_id = self.write_tool_use(tool, given)
-        self.say_lines([f"● {tool}({clip(str(next(iter(given.values()), '')), 60)})"])
-        verdict: Any = ("key", "allow")
-        if self.mode not in ("bypassPermissions", "auto") and not (
-            self.mode == "acceptEdits" and tool in ("Write", "Edit")
-        ):
-            verdict = yield from self.ask(tool, given, question, rows)
-        return self.end_tool(use_id, self.outcome(tool, given, verdict))
+    # -- tools
 
-    def write_tool_use(self, tool: str, given: Json) -> str:
-        """Write the call of a tool into the transcript; gives its id."""
-        use_id = f"toolu_{uuid.uuid4().hex[:12]}"
-        self.write_answer(
-            [
-                {"type": "text", "text": "Using a tool."},
-                {"type": "tool_use", "id": use_id, "name": tool, "input": given},
-            ],
-            "tool_use",
-        )
-        return use_id
+    def use_tool(self, tool: str, given: Json) -> Script:
+        """Use one tool, with a batch of its own; gives its result."""
+        call_ = yield from self.use(DemoCall(tool, given))
+        self.report_batch([call_])
+        return self.end_tool(call_)
 
-    def end_tool(self, use_id: str, result: Optional[str]) -> Optional[str]:
-        """Write and show a tool's result, if the turn did not end with the decision."""
-        if result is None:
-            return None
-        self.write(
-            "user",
-            message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": use_id, "content": result}]},
-            promptId=self.prompt_id,
-        )
-        self.say_lines([f"  ⎿  {result}"])
-        return "(result) " + result
-
-    def ask(self, tool: str, given: Json, question: str, rows: Sequence[str]) -> Script:
-        """Show a permission dialog and hold its hook; gives who decided and what."""
-        what = clip(str(next(iter(given.values()), "")), 70)
-        choices: List[Tuple[str, Any]] = [(label, "deny" if label.startswith("No") else "allow") for label in rows]
-        self.dialog = DemoDialog([f" {tool} (demo)", "", f"   {what}", "", f" {question}"], choices,
-                                 " Esc to cancel · Tab to amend" if tool != "WebFetch" else "", "deny")
-        return (yield from self.await_decision(tool, given))
-
-    def await_decision(self, tool: str, given: Json) -> Script:
-        """Wait for the dialog or the held hook."""
-        self.status("waiting", "permission prompt")
-        self.decided, self.held = None, None
-        self.hold(tool, given)
-        while self.decided is None:
+    def use(self, call_: DemoCall) -> Script:
+        """Ask for permission as hooks, settings and mode want it, then pretend to run a tool."""
+        self.begin_tool(call_)
+        while call_.verdict is None:
             yield None
-        self.status("busy")
-        return self.decided
+        self.run_tool(call_)
+        return call_
 
-    def decide(self, verdict: Tuple[str, Any]) -> None:
-        """Take a decision, from a key or the hook: the first one counts."""
-        self.dialog, self.decided = None, verdict
-        by, what = verdict
-        if by == "key" and what in ("deny", None) and self.held:
-            with contextlib.suppress(OSError):
-                self.held.shutdown(socket.SHUT_RDWR)
-        if self.turn:
-            self.go_on()
+    def begin_tool(self, call_: DemoCall) -> None:
+        """Write and report a call; decide about it, or open its request."""
+        self.write_answer([{"type": "text", "text": "Using a tool."}, {
+            "type": "tool_use", "id": call_.use_id, "name": call_.tool, "input": call_.given}], "tool_use",
+            call_.agent.get("agent_id", ""))
+        if not call_.agent and call_.tool not in QUESTION_TOOLS:
+            self.say_lines([f"● {call_.tool}({clip(call_.what, 60)})"])
+        call_.verdict = self.gate(call_)
+        if call_.verdict is None:
+            self.asks.append(call_)
+            if not call_.agent:
+                self.show(call_)
+            self.hold(call_)
 
-    def outcome(self, tool: str, given: Json, verdict: Tuple[str, Any]) -> Optional[str]:
-        """Act on a decision: the tool's result, or None when the turn ended with it."""
-        by, what = verdict
-        decision = what if by == "hook" else {"behavior": what or "deny", "interrupt": True}
-        if decision["behavior"] == "allow":
-            given = decision.get("updatedInput") or given
-            result = f"(demo) pretended: {clip(str(next(iter(given.values()), '')), 200)}"
-            if tool == "AskUserQuestion":
-                result = f"User answered: {dump(given.get('answers') or what)}"
-            self.report(
-                "PostToolUse", tool_name=tool, tool_input=given, tool_response={"stdout": result}, duration_ms=1
-            )
-            return result
-        if decision.get("interrupt"):
-            self.turn_until = time.monotonic()
-            self.inbox.append(lambda: self.interrupt(True))
-            os.write(self.wake_w, b"x")
+    def gate(self, call_: DemoCall) -> Optional[Tuple[str, Json]]:
+        """Decide what needs no asking: by the PreToolUse hook, the settings' rules, and the mode."""
+        answer = self.report("PreToolUse", **call_.told(), **call_.agent).get("hookSpecificOutput") or {}
+        wish, why = answer.get("permissionDecision"), str(answer.get("permissionDecisionReason") or "")
+        if isinstance(answer.get("updatedInput"), dict):
+            call_.given = answer["updatedInput"]
+        if wish == "deny":
+            return "rule", {"behavior": "deny", "message": f"PreToolUse:{call_.tool} hook error: {why}"}
+        if self.rules.speak("deny", call_.tool, call_.given):
+            return self.refuse(call_, "has been denied.")
+        call_.forced, call_.reason = wish == "ask", why if wish == "ask" and call_.tool == "Bash" else ""
+        call_.forced = call_.forced or self.rules.speak("ask", call_.tool, call_.given)
+        if call_.forced:
             return None
-        return f"The user doesn't want to proceed: {decision.get('message', '')}"
+        if (wish == "allow" and call_.accepts({**ALLOW, **answer})) or self.passes(call_):
+            return "mode", ALLOW
+        if self.mode == "dontAsk" and call_.tool not in QUESTION_TOOLS:
+            return self.refuse(call_, "has been denied because Claude Code is running in don't ask mode.")
+        return None
+
+    def refuse(self, call_: DemoCall, why: str) -> Tuple[str, Json]:
+        """Refuse a call without asking anybody."""
+        what = f" with command {call_.what}" if call_.tool == "Bash" else ""
+        return "rule", {"behavior": "deny", "message": f"Permission to use {call_.tool}{what} {why}"}
+
+    def passes(self, call_: DemoCall) -> bool:
+        """Tell whether a call needs no permission."""
+        if call_.tool in QUESTION_TOOLS:
+            return False
+        return (call_.tool in ("Read", "Agent") or self.mode in ("bypassPermissions", "auto")
+                or (self.mode == "acceptEdits" and call_.tool in ("Write", "Edit"))
+                or self.rules.speak("allow", call_.tool, call_.given))
+
+    def show(self, call_: DemoCall) -> None:
+        """Put a call's dialog on the screen."""
+        self.shown, self.dialog = call_, call_.dialog()
+        self.status("waiting", "input needed" if call_.tool == "AskUserQuestion" else "permission prompt")
+
+    def hear(self, call_: DemoCall, decision: Json) -> None:
+        """Take a hook's answer: a decision, or nothing, after which a subagent's request needs a dialog, too."""
+        if call_ not in self.asks:
+            return
+        if decision and call_.accepts(decision):
+            self.decide(call_, "hook", decision)
+        elif call_.agent:
+            call_.unheard = True
+            self.show_next()
+
+    def show_next(self) -> None:
+        """Show the dialog of the next subagent that needs one."""
+        waiting = [call_ for call_ in self.asks if call_.unheard]
+        if waiting and not self.dialog:
+            self.show(waiting[0])
+        self.draw()
+
+    def decide(self, call_: DemoCall, by: str, decision: Json) -> None:
+        """Take a decision, from a key or the hook: the first one counts."""
+        if by == "key" and decision["behavior"] != "allow":
+            self.let_go(call_)
+        self.asks.remove(call_)
+        seen = self.shown is call_
+        if seen:
+            self.shown = self.dialog = None
+            self.asked += bool(call_.agent)
+        if decision.get("interrupt") and not call_.agent:
+            self.reject(call_)
+            return
+        call_.verdict = by, decision
+        if seen:
+            self.status("busy")
+        self.show_next()
+        self.go_on()
+
+    def let_go(self, call_: DemoCall) -> None:
+        """Close the connection that holds a request."""
+        if call_.held:
+            with contextlib.suppress(OSError):
+                call_.held.shutdown(socket.SHUT_RDWR)
+
+    def reject(self, call_: DemoCall) -> None:
+        """End the turn with a call that was refused without a word."""
+        call_.result = REJECTED + "STOP what you are doing and wait for the user to tell you how to proceed."
+        self.write_result(call_, toolDenialKind="user-rejected")
+        self.interrupt(True)
+
+    def run_tool(self, call_: DemoCall) -> None:
+        """Act on a decision: pretend to run the tool, or say why not."""
+        by, decision = call_.verdict or ("mode", ALLOW)
+        if by == "hook":
+            self.write("attachment", call_.agent.get("agent_id", ""), attachment={
+                "type": "hook_permission_decision", "decision": decision["behavior"], "toolUseID": call_.use_id,
+                "hookEvent": "PermissionRequest"})
+        if decision["behavior"] != "allow":
+            words = str(decision.get("message") or "")
+            start = {"hook": "The user doesn't want to proceed: ",
+                     "key": REJECTED + "To tell you how to proceed, the user said:\n"}
+            call_.result = start.get(by, "") + words
+            return
+        if call_.tool == "ExitPlanMode" and self.mode == "plan":
+            self.mode = "default"
+        for update in decision.get("updatedPermissions") or []:
+            self.learn(update)
+        call_.given = decision.get("updatedInput") or call_.given
+        call_.result = self.pretend(call_) + (f"\n{decision.get('message') or ''}" if by == "key" else "").rstrip()
+        self.report("PostToolUse", **call_.told(), **call_.agent, tool_response={"stdout": call_.result}, duration_ms=1)
+
+    def learn(self, update: Json) -> None:
+        """Take an update of the permissions, for this process only."""
+        if update.get("type") == "setMode":
+            self.mode = update["mode"]
+        elif update.get("type") == "addRules":
+            self.rules.add(update)
+
+    def pretend(self, call_: DemoCall) -> str:
+        """Make up a tool's result."""
+        if call_.tool != "AskUserQuestion":
+            return f"(demo) pretended: {clip(call_.what, 200)}"
+        if "questions" not in call_.given:
+            return "<tool_use_error>InputValidationError: `questions` is missing</tool_use_error>"
+        return f"User answered: {dump(call_.given.get('answers') or {})}"
+
+    def report_batch(self, calls: Sequence[DemoCall]) -> None:
+        """Report that calls which were made together have ended."""
+        self.report("PostToolBatch", **calls[0].agent,
+                    tool_calls=[{**call_.told(), "tool_response": call_.result} for call_ in calls])
+
+    def end_tool(self, call_: DemoCall) -> str:
+        """Write and show a tool's result, with who allowed or refused it."""
+        by, decision = call_.verdict or ("mode", ALLOW)
+        allowed = decision["behavior"] == "allow"
+        sources: Dict[str, Json] = {"hook": {"source": "hook", "reasonType": "hook"},
+                                    "key": {"source": "user_temporary", "grantScope": "once"}}
+        proof: Json = {}
+        if allowed or by == "hook":
+            proof["permissionDecision"] = {"decision": "accept" if allowed else "reject",
+                                           **sources.get(by, {"source": "config"})}
+        if not allowed:
+            proof["toolDenialKind"] = "user-rejected" if by == "key" else "permission-rule"
+        self.write_result(call_, **proof)
+        if not call_.agent:
+            self.say_lines([f"  ⎿  {call_.result}"])
+        return "(result) " + call_.result
+
+    def write_result(self, call_: DemoCall, **proof: Any) -> None:
+        """Write a tool's result into the transcript."""
+        block = {"type": "tool_result", "tool_use_id": call_.use_id, "content": call_.result,
+                 **({"is_error": True} if "toolDenialKind" in proof else {})}
+        self.write("user", call_.agent.get("agent_id", ""), message={"role": "user", "content": [block]},
+                   promptId=self.prompt_id, **proof)
 
     def shell(self, line: str) -> Script:
         """Pretend to run a `!` line, and answer, as the real client does."""
@@ -6445,7 +9763,7 @@ class DemoAgent:
             self.exit_code = 0
         elif word == "/clear":
             self.report("SessionEnd", reason="clear")
-            self.conversation, self.last_uuid = str(uuid.uuid4()), None
+            self.conversation, self.last_uuid, self.history = str(uuid.uuid4()), None, b""
             self.status("idle")
             self.say_lines(["❯ /clear", "  ⎿  (no content)"])
         elif word == "/compact":
@@ -6498,92 +9816,120 @@ class DemoAgent:
 
     def do_bash(self, argument: str) -> Script:
         """Play [[bash COMMAND]]."""
-        return (
-            yield from self.use_tool(
-                "Bash",
-                {"command": argument, "description": "A demo command"},
-                "Do you want to proceed?",
-                (
-                    "Yes",
-                    "Yes, and always allow access to demo/ from this project",
-                    "Yes, and switch to auto mode",
-                    "No",
-                ),
-            )
-        )
+        return (yield from self.use_tool("Bash", {"command": argument, "description": "A demo command"}))
+
+    def do_read(self, argument: str) -> Script:
+        """Play [[read PATH]]: reading is never asked about by itself."""
+        return (yield from self.use_tool("Read", {"file_path": os.path.join(self.cwd, argument)}))
 
     def do_write(self, argument: str) -> Script:
         """Play [[write PATH TEXT]]."""
         path, _, content = argument.partition(" ")
-        path = os.path.join(self.cwd, path)
-        return (yield from self.use_tool("Write", {"file_path": path, "content": content or "hello\n"},
-                                         f"Do you want to create {os.path.basename(path)}?",
-                                         ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")))
+        given = {"file_path": os.path.join(self.cwd, path), "content": content or "hello\n"}
+        return (yield from self.use_tool("Write", given))
 
     def do_edit(self, argument: str) -> Script:
         """Play [[edit PATH OLD=>NEW]]."""
         path, _, change = argument.partition(" ")
         old, _, new = change.partition("=>")
         given = {"file_path": os.path.join(self.cwd, path), "old_string": old, "new_string": new}
-        return (yield from self.use_tool("Edit", given, f"Do you want to make this edit to {os.path.basename(path)}?",
-                                         ("Yes", "Yes, and switch to accept edits (shift+tab)", "No")))
+        return (yield from self.use_tool("Edit", given))
 
     def do_fetch(self, argument: str) -> Script:
         """Play [[fetch URL]]."""
-        return (
-            yield from self.use_tool(
-                "WebFetch",
-                {"url": argument, "prompt": "what is it"},
-                "Do you want to allow Claude to fetch this content?",
-                ("Yes", "Yes, and don't ask again for this host", "No, and tell Claude what to do differently (esc)"),
-            )
-        )
+        return (yield from self.use_tool("WebFetch", {"url": argument, "prompt": "what is it"}))
+
+    def do_search(self, argument: str) -> Script:
+        """Play [[search WORDS]]."""
+        return (yield from self.use_tool("WebSearch", {"query": argument}))
+
+    def do_mcp(self, argument: str) -> Script:
+        """Play [[mcp SERVER TOOL TEXT]]."""
+        server, tool, told = (argument + "  ").split(" ", 2)
+        return (yield from self.use_tool(f"mcp__{server}__{tool}", {"text": told.strip()}))
 
     def do_both(self, argument: str) -> Script:
-        """Play [[both A ;; B]]: two requests, one after the other."""
-        said: Optional[str] = None
+        """Play [[both A ;; B]]: two requests, one after the other, and one batch."""
+        calls, said = [], ""
         for part in argument.split(";;"):
-            said = yield from self.do_bash(part.strip())
-            if said is None:
-                return None
+            call_ = yield from self.use(DemoCall("Bash", {"command": part.strip(), "description": "A demo command"}))
+            said = self.end_tool(call_)
+            calls.append(call_)
+        self.report_batch(calls)
         return said
 
+    def do_agents(self, argument: str) -> Script:
+        """Play [[agents A ;; B]]: a subagent for each command, all at once."""
+        launches, calls = [], []
+        for part in argument.split(";;"):
+            launch = yield from self.use(DemoCall("Agent", {"description": "A demo subagent", "prompt": part.strip(),
+                                                            "subagent_type": "general-purpose"}))
+            launches.append(launch)
+            if launch.verdict[1]["behavior"] == "allow":
+                calls.append(self.start_subagent(launch))
+        waiting = list(calls)
+        while waiting:
+            for call_ in [one for one in waiting if one.verdict]:
+                waiting.remove(call_)
+                self.end_subagent(call_)
+            if waiting:
+                yield None
+        self.report_batch(launches)
+        return "(result) " + " | ".join(self.end_tool(launch)[9:] for launch in launches)
+
+    def start_subagent(self, launch: DemoCall) -> DemoCall:
+        """Start a subagent; gives the one call that it makes."""
+        agent = {"agent_id": "a" + uuid.uuid4().hex[:16], "agent_type": "general-purpose"}
+        self.report("SubagentStart", **agent)
+        given = {"command": launch.given["prompt"], "description": "A demo command"}
+        call_ = DemoCall("Bash", given, agent)
+        call_.launch = launch
+        self.begin_tool(call_)
+        return call_
+
+    def end_subagent(self, call_: DemoCall) -> None:
+        """Let a subagent do what was decided, and end."""
+        self.run_tool(call_)
+        self.report_batch([call_])
+        said = self.end_tool(call_)[9:]
+        if call_.launch:
+            call_.launch.result = said
+        path = str(self.subagent_file(call_.agent["agent_id"]))
+        self.report("SubagentStop", **call_.agent, agent_transcript_path=path, stop_hook_active=False,
+                    last_assistant_message=said)
+
     def do_ask(self, argument: str) -> Script:
-        """Play [[ask]]."""
-        options = [{"label": name, "description": f"Choose {name.lower()}"} for name in ("Red", "Green", "Blue")]
-        given = {
-            "questions": [
-                {
-                    "question": "Which colour do you want?",
-                    "header": "Colour",
-                    "multiSelect": argument == "multi",
-                    "options": options,
-                }
-            ]
-        }
-        rows: List[Tuple[str, Any]] = [(option["label"], "allow") for option in options]
-        self.dialog = DemoDialog([" ☐ Colour", "", "Which colour do you want?"], [*rows, ("Type something.", "deny")],
-                                 "Enter to select · ↑/↓ to navigate · Esc to cancel", "deny")
-        use_id = self.write_tool_use("AskUserQuestion", given)
-        verdict = yield from self.await_decision("AskUserQuestion", given)
-        return self.end_tool(use_id, self.outcome("AskUserQuestion", given, verdict))
+        """Play [[ask]], or [[ask multi]]: two questions, the second of which takes several answers."""
+        asked = [("Which colour do you want?", "Colour", False, ("Red", "Green", "Blue")),
+                 ("Which others may it have?", "Others", True, ("Black", "White", "Grey"))]
+        questions = [
+            {"question": question, "header": header, "multiSelect": many,
+             "options": [{"label": label, "description": f"Choose {label.lower()}"} for label in labels]}
+            for question, header, many, labels in asked[:2 if argument == "multi" else 1]]
+        return (yield from self.use_tool("AskUserQuestion", {"questions": questions}))
 
     def do_plan(self, argument: str) -> Script:
         """Play [[plan TEXT]]."""
-        given = {"plan": argument or "# Plan"}
-        self.dialog = DemoDialog(
-            [" Ready to code?", "", f"   {clip(given['plan'], 60)}", "", " Would you like to proceed?"],
-            [
-                ("Yes, and use auto mode", "allow"),
-                ("Yes, manually approve edits", "allow"),
-                ("Tell Claude what to change", "deny"),
-            ],
-            " ctrl+g to edit in Vim",
-            "deny",
-        )
-        use_id = self.write_tool_use("ExitPlanMode", given)
-        verdict = yield from self.await_decision("ExitPlanMode", given)
-        return self.end_tool(use_id, self.outcome("ExitPlanMode", given, verdict))
+        return (yield from self.use_tool("ExitPlanMode", {"plan": argument or "# Plan"}))
+
+    def do_tokens(self, argument: str) -> Script:
+        """Play [[tokens N]]: the next answer is so much dearer."""
+        self.more_tokens += int(argument)
+        yield 0
+        return ""
+
+    def do_model(self, argument: str) -> Script:
+        """Play [[model NAME]]: what follows was answered by another model."""
+        self.options.model = argument
+        yield 0
+        return ""
+
+    def do_recall(self, argument: str) -> Script:
+        """Play [[recall]]: tell all prompts of the conversation, one a line."""
+        self.flush()
+        lines = [json.loads(line) for line in self.transcript.read_text(encoding="utf-8").splitlines()]
+        return (yield from self.answer_later("\n".join(
+            line["message"]["content"] for line in lines if line["type"] == "user" and line.get("promptSource"))))
 
     def do_error(self, argument: str) -> Script:
         """Play [[error CODE]]."""
@@ -6612,11 +9958,26 @@ class DemoAgent:
         return None
 
     def do_limit(self, argument: str) -> Script:
-        """Play [[limit]]: the account's usage limit is reached."""
+        """Play [[limit]]: the account's usage limit is reached; [[limit SECONDS]] says until when."""
         yield 0.02
-        said = "You've hit your 5-hour limit · resets 3am (UTC)"
-        self.say_lines([f"  ⎿  {said}"])
+        if not argument:
+            said = "You've hit your 5-hour limit · resets 3am (UTC)"
+            self.say_lines([f"  ⎿  {said}"])
+            self.report("StopFailure", error="rate_limit", last_assistant_message=said)
+            return None
+        seconds = float(argument)
+        resets = time.gmtime(time.time() + seconds)
+        at = demo_clock(resets, seconds, "%M")
+        said = f"You've hit your 5-hour limit · resets {demo_clock(resets, seconds, '%M:%S')} (UTC)"
+        content = [{"type": "text", "text": said}]
+        self.write("assistant", isApiErrorMessage=True, error="rate_limit", apiErrorStatus=429, message={
+            "id": "x", "model": "<synthetic>", "role": "assistant", "usage": {}, "content": content})
+        told = f"Usage limit reached · set to continue automatically at {at}"
+        self.write("system", subtype="informational", content=told, isMeta=False)
+        self.say_lines([f"  ⎿  {said}", f"● {told}"])
         self.report("StopFailure", error="rate_limit", last_assistant_message=said)
+        self.limit = [f"  ⚠ Usage limit reached · limit resets {at}",
+                      f"    Continuing automatically at {at} · Esc to cancel"]
         return None
 
     def do_flood(self, argument: str) -> Script:
@@ -6696,6 +10057,13 @@ DEMO_ACTIONS: Dict[bytes, Callable[[DemoAgent], None]] = {
 }
 
 
+def demo_clock(at: time.struct_time, seconds: float, rest: str) -> str:
+    """Write a time as the client does, with the date when it is a day ahead; the full hour without minutes."""
+    clock = time.strftime(f"%I:{rest}%p", at).lower().lstrip("0")
+    day = f"{time.strftime('%b', at)} {at.tm_mday}, " if seconds >= 86_400 else ""
+    return day + (clock.replace(":00", "") if rest == "%M" else clock)
+
+
 def demo_normal(text_: str) -> str:
     """Change a text as the client does: tabs to blanks, NFC, no escapes, no control or invisible characters."""
     bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text_).replace("\t", "    ")
@@ -6766,18 +10134,24 @@ def demo_parser() -> argparse.ArgumentParser:
 
 
 def demo_start(agent: DemoAgent) -> Optional[str]:
-    """Resume or fork as told; gives what is wrong."""
+    """Resume or fork as told, from whatever directory; gives what is wrong."""
     options = agent.options
-    if options.resume:
-        agent.conversation = options.resume
-        old = agent.transcript
-        if not old.exists():
-            return f"No conversation found with session ID: {options.resume}"
-        if options.fork_session:
-            agent.conversation = options.session_id or str(uuid.uuid4())
-            agent.transcript.write_bytes(old.read_bytes())
-    elif agent.transcript.exists():
-        return f"Error: Session ID {agent.conversation} is already in use."
+    if not options.resume:
+        used = agent.transcript.exists()
+        return f"Error: Session ID {agent.conversation} is already in use." if used else None
+    agent.conversation = options.resume
+    old = next(agent.home.glob(f"projects/*/{options.resume}.jsonl"), None)
+    if old is None:
+        return f"No conversation found with session ID: {options.resume}"
+    lines = [json.loads(line) for line in old.read_text(encoding="utf-8").splitlines()]
+    agent.messages = sum(line["type"] == "assistant" for line in lines)   # ids of messages go on, and never come twice
+    agent.last_uuid = lines[-1]["uuid"] if lines else None
+    if not options.fork_session:
+        agent.resumed = old
+        return None
+    agent.conversation = options.session_id or str(uuid.uuid4())
+    moved = [dump({**line, "sessionId": agent.conversation, "cwd": agent.cwd}) + "\n" for line in lines]
+    agent.history = "".join(moved).encode()   # its file appears with the first prompt
     return None
 
 
@@ -7610,6 +10984,8 @@ def build_parser() -> argparse.ArgumentParser:
                 "--" + one.name.replace("_", "-"),
                 metavar="VALUE",
                 default=None,
+                nargs="?" if one.kind == "onoff" else None,   # the flag alone means on
+                const="on" if one.kind == "onoff" else None,
                 dest=one.name,
                 help=f"{one.about.replace('%', '%%')} (AEGIS_{one.name.upper()}; default: {one.default or 'empty'})",
             )

@@ -14,12 +14,15 @@ marked @alone, and runs in a thread beside the others.
 from __future__ import annotations
 
 import ast
+import collections
 import concurrent.futures
 import contextlib
+import datetime
 import hashlib
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -215,7 +218,9 @@ class Server:
         self.env = {**clean_environment(self.root), "AEGIS_CLAUDE_CMD": "no-such-claude", **env}
         self.auth = {"Authorization": f"Bearer {env['AEGIS_AUTH_TOKEN']}"} if "AEGIS_AUTH_TOKEN" in env else {}
         self.log, self.port, self.process = self.root / "log", 0, None  # type: Path, int, Any
+        self.asking: Optional["Talk"] = None
         self.spare: Optional[Talk] = None
+        self.asking: Optional[Talk] = None
         self._events: Optional[Events] = None
         self._token: List[str] = []
 
@@ -430,6 +435,13 @@ class Talk:
     def kill(self) -> Json:
         """Kill it."""
         return self.ask("DELETE")
+
+
+def request(talk: Talk, prompt: str = "[[bash touch x]] [[say after]]") -> Json:
+    """Make a session ask for a permission; gives the request."""
+    talk.send(prompt)
+    told = talk.wait(("permission.requested", "question.asked"))
+    return told.get("permission") or told["question"]
 
 
 def transcript(path: str) -> List[Tuple[str, str]]:
@@ -1316,6 +1328,1050 @@ def test_messages_come_from_the_end_and_each_is_a_place_to_go_on_from(tmp_path):
 
 
 # ============================================================================
+# POLICY. What an agent may do without being asked.
+# ============================================================================
+
+
+HOME = os.path.expanduser("~")
+RM = {"allowBash": True, "deny": ["Bash(rm *)"]}
+GIT = {"allow": ["Bash(git *)", "Bash(ls *)", "Bash(echo *)"]}
+PUSH = {"allowBash": True, "deny": ["Bash(git push *)"]}
+
+
+def policy_says(policy, tool, given, work_dir="/tmp/w"):
+    return aegis.decide_tool(aegis.policy_from_json(policy, {}), tool, given, work_dir)
+
+
+def bash_says(policy, command, work_dir="/tmp/w"):
+    return policy_says(policy, "Bash", {"command": command}, work_dir).behavior
+
+
+# -- every way to slip a denied rm past the policy; nothing of it may be allowed
+
+DENIED = [
+    "rm",
+    "rm x",
+    "rm -rf /",
+    "  rm x",
+    "\trm x",
+    "rm\tx",
+    "rm x;",
+    "ls;rm x",
+    "ls ; rm x",
+    "ls&&rm x",
+    "ls||rm x",
+    "ls|rm x",
+    "ls|&rm x",
+    "ls & rm x",
+    "rm x &",
+    "ls\nrm x",
+    "ls\n\n\nrm x\n",
+    "ls # a comment\nrm x",
+    "ls;# c\nrm x",
+    "(rm x)",
+    "( rm x )",
+    "((ls); rm x)",
+    "(ls;(rm x))",
+    "{ rm x; }",
+    "{ ls; { rm x; }; }",
+    "r\\m x",
+    "\\rm x",
+    "'rm' x",
+    "'r'm x",
+    'r""m x',
+    'r"m" x',
+    '"rm" x',
+    "r''m x",
+    "$'rm' x",
+    "$'\\x72m' x",
+    "$'\\162\\155' x",
+    "$'\\u0072m' x",
+    "$'r'm x",
+    '$"rm" x',
+    "r\\\nm x",
+    "rm \\\n x",
+    "\\\nrm x",
+    "ls \\\n; rm x",
+    "/bin/rm x",
+    "/usr/bin/rm -rf x",
+    "./rm x",
+    "RM x",
+    "Rm x",
+    "/BIN/RM x",
+    "echo $(rm x)",
+    'echo "$(rm x)"',
+    'echo "a $(echo "b $(rm x)")"',
+    "echo `rm x`",
+    'echo "`rm x`"',
+    "echo `echo \\`rm x\\``",
+    "echo $(echo `rm x`)",
+    'echo "${x}$(rm x)"',
+    "x=$(rm x)",
+    "x=`rm x` ls",
+    "cat <(rm x)",
+    "tee >(rm x)",
+    "diff <(ls) <(rm x)",
+    "cat <<EOF\n$(rm x)\nEOF",
+    "cat <<EOF\n`rm x`\nEOF",
+    "cat <<-EOF\n\t$(rm x)\n\tEOF",
+    "cat <<'EOF'\nhi\nEOF\nrm x",
+    "cat <<EOF; rm x\nhi\nEOF",
+    "cat <<A <<B\n1\nA\n2\nB\nrm x",
+    'cat <<< "$(rm x)"',
+    "cat <<<$(rm x)",
+    "cat <<EOF\nfoo\\\nEOF\nrm x\nEOF",
+    "cat <<EOF\nEO\\\nF\nrm x",
+    "x=$(cat <<EOF\nEOF); rm x\nEOF\n)",
+    "bash <<EOF\nrm x\nEOF",
+    "echo 'rm x' | sh",
+    "echo rm x | bash -s",
+    "sh <<< 'rm x'",
+    "if true; then rm x; fi",
+    "if rm x; then ls; fi",
+    "if ls; then ls; else rm x; fi",
+    "if ls; then ls; elif rm x; then ls; fi",
+    "for f in a b; do rm $f; done",
+    "for f in a b\ndo\nrm $f\ndone",
+    "for f do rm $f; done",
+    "for ((i=0;i<3;i++)); do rm $i; done",
+    "for f in $(rm x); do ls; done",
+    "while true; do rm x; done",
+    "until rm x; do ls; done",
+    "while rm x; do :; done",
+    "case a in a) rm x;; esac",
+    "case a in (a) rm x;; esac",
+    "case a in\na) ls;;\nb) rm x;;\nesac",
+    "select x in a; do rm x; done",
+    "f() { rm x; }; f",
+    "f () (rm x)",
+    "function f { rm x; }",
+    "function f() { rm x; }",
+    "! rm x",
+    "time rm x",
+    "time -p rm x",
+    "coproc rm x",
+    "coproc N { rm x; }",
+    "FOO=x rm y",
+    "FOO= rm y",
+    "A=1 B=2 rm y",
+    "FOO='a b' rm y",
+    "FOO=$(ls) rm y",
+    "sudo rm x",
+    "sudo -u root rm x",
+    "sudo -E -u root rm x",
+    "sudo FOO=1 rm x",
+    "sudo -- rm x",
+    "doas rm x",
+    "env rm x",
+    "env A=1 rm x",
+    "env -i A=1 rm x",
+    "env -u A rm x",
+    "env -S 'rm x'",
+    "env --split-string='rm x'",
+    "nice rm x",
+    "nice -n 5 rm x",
+    "nice -5 rm x",
+    "nohup rm x",
+    "timeout 5 rm x",
+    "timeout -s KILL 5 rm x",
+    "timeout --signal=KILL 5 rm x",
+    "timeout -k 1 5 rm x",
+    "stdbuf -oL rm x",
+    "stdbuf -o L rm x",
+    "echo x | xargs rm",
+    "xargs -0 rm",
+    "xargs -n 1 rm -f",
+    "xargs -I{} rm {}",
+    "xargs sh -c 'rm x'",
+    "command rm x",
+    "command -p rm x",
+    "builtin rm x",
+    "exec rm x",
+    "exec -a n rm x",
+    "watch rm x",
+    "watch -n 1 'rm x'",
+    "setsid rm x",
+    "ionice -c 3 rm x",
+    "busybox rm x",
+    "noglob rm x",
+    "repeat 3 rm x",
+    "sudo nice env A=1 timeout 5 rm x",
+    "find . -exec rm {} \\;",
+    "find . -exec rm {} +",
+    "find . -execdir rm {} ';'",
+    "find . -ok rm {} \\;",
+    "find . -name '*.o' -delete",
+    "find . -exec sh -c 'rm x' \\;",
+    "find . -exec ls {} \\; -exec rm {} \\;",
+    "bash -c 'rm x'",
+    'sh -c "rm x"',
+    "zsh -c 'ls; rm x'",
+    "dash -c 'rm x'",
+    "bash -lc 'rm x'",
+    "bash -x -c 'rm x'",
+    "bash -o pipefail -c 'rm x'",
+    "bash -c -e 'rm x'",
+    "bash -co pipefail 'rm x'",
+    "/bin/bash -c 'rm x'",
+    "sudo bash -c 'rm x'",
+    "bash -c 'bash -c \"rm x\"'",
+    'bash -c "r\\\\m x"',
+    "su root -c 'rm x'",
+    "su -c 'rm x'",
+    "eval rm x",
+    "eval 'rm x'",
+    "eval 'r''m' x",
+    'eval "rm" "$x"',
+    'bash -c "rm $x"',
+    "cd /tmp && rm x",
+    "cd x; rm y",
+    "cd x || rm y",
+    "pushd x && rm y",
+    "rm>x",
+    "rm x>y",
+    ">x rm y",
+    "2>&1 rm x",
+    "<x rm y",
+    "rm x 2>/dev/null",
+    "ls 'unbalanced rm x",
+    'ls "unbalanced; rm x',
+    "ls $(rm x",
+    "ls `rm x",
+    "ls ) rm x",
+    "a=(1 2); rm x",
+    "[[ a =~ (b) ]]; rm x",
+    "(( x = 1 << 2 ))\nrm x\n2",
+    "while true { rm x }",
+    "if [[ a ]] { rm x }",
+    "ls\r\nrm x",
+    "ls;\\\nrm x",
+    "true&&\\\nrm x",
+    "ls <<< x; rm x",
+    "rm$IFS-rf x".replace("rm$IFS-rf x", "rm ${IFS}x"),
+    "git\x00 x; rm x",
+    "ls&rm x&",
+    "{ls,}; rm x",
+    "rm;",
+    "`rm x`",
+    "$(rm x)",
+    '"$(rm x)"',
+    "ls $((1+1)); rm x",
+    "echo ${x:-$(rm x)}",
+    "echo $[ $(rm x) ]",
+    'echo "${x:-`rm x`}"',
+    "ls <&0; rm x",
+    "ls &>x; rm x",
+    "python3 -c \"import os; os.system('rm x')\"",
+    "a[$(rm x)]=1",
+    "alias l=ls; rm x",
+    "sleep 1 &\nrm x",
+    "ls |\nrm x",
+    "ls &&\n rm x",
+    "echo a#b; rm x",
+    "echo '#' ; rm x",
+    "echo \\# ; rm x",
+    'echo "#"; rm x',
+    "ls ''#; rm x",
+    "cat <<\\EOF\nx\nEOF\nrm x",
+]
+
+
+@pytest.mark.parametrize("command", DENIED)
+def test_a_denied_command_is_denied_in_every_disguise(command):
+    assert bash_says(RM, command) == "deny"
+    assert bash_says({"allow": ["Bash(*)"], "deny": ["Bash(rm:*)"]}, command) == "deny"
+    assert bash_says({"allow": ["Bash(ls *)", "Bash(echo *)", "Bash(cat *)", "Bash(git *)"]}, command) != "allow"
+
+
+ASKED = [  # what runs cannot be told, and there is something to protect
+    "$X x",
+    "${X} x",
+    "$X",
+    "r$X x",
+    "r${x}m x",
+    "$(echo rm) x",
+    "`echo rm` x",
+    '"$X" x',
+    "{rm,-rf,x}",
+    "/bin/r? x",
+    "/bin/r[m] x",
+    "r* x",
+    "=rm x",
+    "source x",
+    ". x",
+    'eval "$X"',
+    "eval $X",
+    'bash -c "$X"',
+    "sh",
+    "curl x | sh",
+    "curl x | bash -s --",
+    "python3 -c 'print(1)'",
+    "python -",
+    "node -e 1",
+    "perl -e 1",
+    "ruby -e 1",
+    "echo x | xargs -I{} {} x",
+    "ls 'unbalanced",
+    "sudo $X",
+    "$X=1 x",
+    "r$()m x",
+    "a$'\\n'b",
+    "xargs -I% % x",
+    "parallel ::: x",
+    "rm${IFS}-rf${IFS}x",
+    "rm$IFS-rf x",
+]
+
+
+@pytest.mark.parametrize("command", ASKED)
+def test_what_cannot_be_told_is_asked_about_when_something_is_denied(command):
+    assert (
+        bash_says(RM, command) in ("ask", "deny")
+        and bash_says({"allowBash": True, "ask": ["Bash(rm *)"]}, command) == "ask"
+    )
+    assert bash_says({"allow": ["Bash(* x)", "Bash(sh *)", "Bash(ls *)"]}, command) == "none"
+    assert bash_says({"allowBash": True}, command) == "allow"
+
+
+FREE = [  # harmless beside a denied rm
+    "ls",
+    "rmdir x",
+    "lsrm x",
+    "echo rm x",
+    "echo 'rm x'",
+    'echo "; rm x"',
+    "git rm x",
+    "grep rm x",
+    "echo a;echo b",
+    "ls # ; rm x",
+    "ls # rm\nls",
+    "cat <<'EOF'\n$(rm x)\nrm x\nEOF",
+    "cat <<EOF\nrm x\nEOF",
+    "echo $HOME",
+    "echo '$(rm x)'",
+    'echo "\\$(rm x)"',
+    "echo '\nrm x\n'",
+    'echo "\nrm x\n"',
+    "for f in rm x; do echo $f; done",
+    "sudo echo rm",
+    "ls \u00a0rm",
+    "ls\u3000rm",
+    "ls\u200brm",
+    "\u200brm x",
+    "\uff52\uff4d x",
+    "rm\u00a0x",
+    "echo $((1+2))",
+    "ls > /dev/null 2>&1",
+    "npm run rm",
+    "echo \\; rm",
+    "ls -la | grep x",
+    "true && ls || ls",
+    "git commit -m \"$(cat <<'EOF'\nrm x; it's\nEOF\n)\"",
+    'echo ${x:-y} ${#x} $? $$ $1 "$@"',
+    "bash -c 'ls'",
+    "bash script.sh",
+    "python3 x.py",
+    "python3 --version",
+    "xargs grep foo",
+    "find . -name rm",
+    "VAR=rm",
+    "x=1",
+    "[ -f x ] && ls",
+    "[[ -f x && -d y ]]",
+    "",
+    "   ",
+    "# rm x",
+    "ls;",
+    "echo {} \\;",
+]
+
+
+@pytest.mark.parametrize("command", FREE)
+def test_what_only_looks_denied_is_allowed(command):
+    assert bash_says(RM, command) == "allow"
+
+
+# policy, command, expected
+SHELL = [
+    (GIT, "git status", "allow"),
+    (GIT, "git", "allow"),
+    (GIT, "gitx", "none"),
+    (GIT, "git status && ls", "allow"),
+    (GIT, "git status && make", "none"),
+    (GIT, "git status; ls -la | git x", "allow"),
+    (GIT, "lsof", "none"),
+    (GIT, "ls -la", "allow"),
+    (GIT, "'git' status", "allow"),
+    (GIT, '"git" status', "allow"),
+    (GIT, "'git status'", "none"),
+    (GIT, "g\\it status", "allow"),
+    (GIT, "FOO=1 git status", "none"),
+    (GIT, "sudo git status", "none"),
+    (GIT, "/usr/bin/git status", "none"),
+    (GIT, "GIT x", "none"),
+    (GIT, "git $X", "allow"),
+    (GIT, "git {a,b}", "allow"),
+    (GIT, "git *.py", "allow"),
+    (GIT, "git $(ls)", "allow"),
+    (GIT, "git $(make)", "none"),
+    (GIT, 'git "$(make)"', "none"),
+    (GIT, "git `make`", "none"),
+    (GIT, "git <(make)", "none"),
+    (GIT, "git commit -m 'a; make && b'", "allow"),
+    (GIT, "git commit -m 'a\nmake'", "allow"),
+    (GIT, "git status\nmake", "none"),
+    (GIT, "git status & make", "none"),
+    (GIT, "git status &", "allow"),
+    (GIT, "git \\\n status", "allow"),
+    (GIT, "git 'unbalanced", "none"),
+    (GIT, "git status # && make", "allow"),
+    (GIT, "(git status)", "allow"),
+    (GIT, "{ git status; }", "allow"),
+    (GIT, "! git x", "allow"),
+    (GIT, "if git x; then ls; fi", "allow"),
+    (GIT, "if git x; then make; fi", "none"),
+    (GIT, "for i in a b; do git $i; done", "allow"),
+    (GIT, "for i in $(make); do git $i; done", "none"),
+    (GIT, "case x in x) git y;; esac", "none"),
+    (GIT, "git() { make; }; git", "none"),
+    (GIT, "X=1", "none"),
+    (GIT, "", "none"),
+    (GIT, "# git", "none"),
+    (GIT, "cat <<EOF\nEOF", "none"),
+    (GIT, "echo <<EOF\n$(make)\nEOF", "none"),
+    (GIT, "echo <<EOF\n$(git x)\nEOF", "allow"),
+    (GIT, "echo <<'EOF'\n$(make)\nEOF", "allow"),
+    (GIT, "cd sub && git x", "allow"),
+    (GIT, "cd .. && git x", "none"),
+    (GIT, "cd / && git x", "none"),
+    (GIT, "cd && git x", "none"),
+    (GIT, "cd $X && git x", "none"),
+    (GIT, "cd - && git x", "none"),
+    (GIT, "cd sub/../.. && git x", "none"),
+    (GIT, "cd ./a/b; cd ../c; git x", "none"),
+    (GIT, "git x > out", "none"),
+    (GIT, "git x > /dev/null", "allow"),
+    (GIT, "git x 2>&1", "allow"),
+    (GIT, "git x 2>/dev/null", "allow"),
+    (GIT, "git x >&2", "allow"),
+    (GIT, "git x >>out", "none"),
+    (GIT, "git x >| out", "none"),
+    (GIT, "git x &> out", "none"),
+    (GIT, "git x <> out", "none"),
+    (GIT, "git x < in", "allow"),
+    (GIT, "git x >& out", "none"),
+    (GIT, "git x 2> err", "none"),
+    ({**GIT, "allowWrite": True}, "git x > out", "allow"),
+    ({**GIT, "allowWrite": False}, "git x > out", "deny"),
+    ({**GIT, "allowWrite": "ask"}, "git x > out", "ask"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "git x > out", "allow"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "git x > /etc/x", "none"),
+    ({"allow": ["Bash(git *)", "Write(./**)"]}, "git x > $X", "none"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "git x > ../out", "none"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "git x > a/../../o", "none"),
+    ({"allow": ["Bash(git *)", "Bash(cd *)", "Edit(./**)"]}, "cd /etc && git x > out", "none"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "cd sub && git x > out", "allow"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "(git x) > o", "allow"),
+    ({"allow": ["Bash(git *)", "Edit(./**)"]}, "> o", "none"),
+    ({"allow": ["Bash"], "allowWrite": False}, "git x > out", "allow"),
+    ({"allowBash": True, "allowWrite": False}, "echo x > out", "allow"),
+    ({"allowBash": True, "deny": ["Write(//etc/**)"]}, "ls > /etc/x", "deny"),
+    ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls >> /etc/x", "deny"),
+    ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls > x", "allow"),
+    ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "cd /etc && ls > x", "deny"),
+    ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls > $X", "ask"),
+    ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "cd $X && ls > y", "ask"),
+    ({"allowBash": True, "deny": ["Edit(.env)"]}, "ls > a/.env", "deny"),
+    ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls | tee /etc/x", "deny"),
+    ({"allowBash": True, "deny": ["Read(.env)"]}, "cat .env", "deny"),
+    ({"allowBash": True, "deny": ["Read(.env)"]}, "cat < .env", "deny"),
+    ({"allowBash": True, "deny": ["Read(.env)"]}, "sudo cat a/../.env", "deny"),
+    ({"allowBash": True, "deny": ["Read(.env)"]}, "cat x", "allow"),
+    ({"allowBash": True, "ask": ["Read(.env)"]}, "cat .env", "ask"),
+    ({"allowBash": True, "deny": ["Edit(~/.ssh/**)"]}, "echo x >> ~/.ssh/authorized_keys", "deny"),
+    ({"allowBash": True, "deny": ["Edit(~/.ssh/**)"]}, f"echo x >> {HOME}/.ssh/authorized_keys", "deny"),
+    (PUSH, "git push", "deny"),
+    (PUSH, "git push origin", "deny"),
+    (PUSH, "git  push", "deny"),
+    (PUSH, "git pu''sh", "deny"),
+    (PUSH, "git $X", "ask"),
+    (PUSH, "git pu$X", "ask"),
+    (PUSH, "git {push,x}", "ask"),
+    (PUSH, "git log $X", "allow"),
+    (PUSH, "git pushx", "allow"),
+    (PUSH, "echo $X", "allow"),
+    (PUSH, "echo push | xargs git", "ask"),
+    (PUSH, "git $(echo push)", "ask"),
+    (PUSH, "git pus?", "ask"),
+    (PUSH, "git stash push", "allow"),
+    (PUSH, "ls *.py", "allow"),
+    (PUSH, "ls | xargs grep x", "allow"),
+    ({"allowBash": True, "deny": ["Bash(git push)"]}, "git push", "deny"),
+    ({"allowBash": True, "deny": ["Bash(git push)"]}, "git push x", "allow"),
+    ({"allowBash": True, "deny": ["Bash(git push)"]}, "git push $X", "ask"),
+    ({"allowBash": True, "deny": ["Bash(* --force)"]}, "x -a --force", "deny"),
+    ({"allowBash": True, "deny": ["Bash(curl * | sh)"]}, "curl x | sh", "deny"),
+    ({"allow": ["Bash(git * main)"]}, "git push main", "allow"),
+    ({"allow": ["Bash(git * main)"]}, "git push dev", "none"),
+    ({"allow": ["Bash(git * main)"]}, "git main", "none"),
+    ({"allow": ["Bash(ls*)"]}, "lsof", "allow"),
+    ({"allow": ["Bash(npm run test:*)"]}, "npm run test", "allow"),
+    ({"allow": ["Bash(npm run test:*)"]}, "npm run test --x", "allow"),
+    ({"allow": ["Bash(npm run test:*)"]}, "npm run testx", "none"),
+    ({"allow": ["Bash(npm run test *)"]}, "npm run test a && make", "none"),
+    ({"allow": ["Bash(make && make test)"]}, "make && make test", "allow"),
+    ({"allow": ["Bash(git status)"]}, "git status", "allow"),
+    ({"allow": ["Bash(git status)"]}, "git status -s", "none"),
+    ({"allow": ["Bash(find *)"]}, "find . -name x", "allow"),
+    ({"allow": ["Bash(find *)"]}, "find . -delete", "none"),
+    ({"allow": ["Bash(find *)"]}, "find . -exec x {} \\;", "none"),
+    ({"allow": ["Bash(find *)", "Bash(x *)"]}, "find . -exec x {} \\;", "allow"),
+    ({"allow": ["Bash(find . -delete)"]}, "find . -delete", "allow"),
+    ({"allow": ["Bash(timeout *)"]}, "timeout 5 x", "none"),
+    ({"allow": ["Bash(timeout *)", "Bash(x *)"]}, "timeout 5 x", "allow"),
+    ({"allow": ["Bash(timeout 5 x *)"]}, "timeout 5 x y", "allow"),
+    ({"allow": ["Bash(x *)"]}, "timeout 5 x", "none"),
+    ({"allow": ["Bash(env)"]}, "env", "allow"),
+    ({"allow": ["Bash(env *)"]}, "env A=1 x", "none"),
+    ({"allow": ["Bash(bash *)"]}, "bash -c ls", "none"),
+    ({"allow": ["Bash(bash *)", "Bash(ls *)"]}, "bash -c ls", "allow"),
+    ({"allow": ["Bash(bash *)"]}, "bash x.sh", "allow"),
+    ({"allow": ["Bash(python *)"]}, "python -c 1", "none"),
+    ({"allow": ["Bash(python *)"]}, "python x", "allow"),
+    ({"allow": ["Bash(FOO=1 *)"]}, "FOO=1 rm x", "none"),
+    ({"allow": ["Bash(FOO=1 make *)"]}, "FOO=1 make x", "allow"),
+    ({**GIT, "allowBash": "ask"}, "git x", "allow"),
+    ({**GIT, "allowBash": "ask"}, "git x; make", "ask"),
+    ({**GIT, "allowBash": False}, "git x", "deny"),
+    ({"allowBash": "ask"}, "ls", "ask"),
+    ({}, "ls", "none"),
+    ({"allow": ["Bash"], "ask": ["Bash(git push *)"]}, "ls; git push", "ask"),
+    ({"deny": ["Bash"], "allow": ["Bash(ls)"]}, "ls", "deny"),
+    ({"ask": ["Bash(ls *)"], "allow": ["Bash(ls -la)"]}, "ls -la", "ask"),
+    ({"deny": ["Bash(ls *)"], "ask": ["Bash(ls *)"], "allow": ["Bash(ls *)"]}, "ls", "deny"),
+    ({"allowBash": True, "deny": ["bash(rm *)"]}, "rm x", "deny"),
+    ({"allow": ["bash(ls)"]}, "ls", "none"),
+    ({"allowBash": True, "ask": ["BASH(ls)"]}, "ls", "ask"),
+    ({"allow": ["*"]}, "ls", "allow"),
+    ({"allow": ["Bash"], "deny": ["*"]}, "ls", "deny"),
+    ({"allow": ["Bash(:*)"]}, "anything", "allow"),
+    ({"allow": ["Bash(*)"]}, "a; b", "allow"),
+]
+
+
+@pytest.mark.parametrize("policy, command, expected", SHELL)
+def test_shell(policy, command, expected):
+    assert bash_says(policy, command) == expected
+
+
+def network(*rules, **flags):
+    return {
+        **flags,
+        "allow": [rule for rule in rules if rule[0] != "!"],
+        "deny": [rule[1:] for rule in rules if rule[0] == "!"],
+    }
+
+
+EX = network("WebFetch(domain:example.com)")
+NOEX = network("!WebFetch(domain:example.com)", allowNetwork=True)
+TOOLS = [
+    (EX, "WebFetch", {"url": "https://example.com/x"}, "allow"),
+    (EX, "WebFetch", {"url": "http://EXAMPLE.com:80"}, "allow"),
+    (EX, "WebFetch", {"url": "https://a.example.com"}, "none"),
+    (EX, "WebFetch", {"url": "https://example.com.evil.org"}, "none"),
+    (EX, "WebFetch", {"url": "https://example.com@evil.org"}, "none"),
+    (EX, "WebFetch", {"url": "https://evil.org\\@example.com"}, "none"),
+    (EX, "WebFetch", {"url": "https://evil.org/?example.com"}, "none"),
+    (EX, "WebFetch", {"url": "ftp://example.com"}, "none"),
+    (EX, "WebFetch", {"url": "https://evil.org#@example.com"}, "none"),
+    (EX, "WebFetch", {"url": "https://example.com\t.evil.org"}, "none"),
+    (EX, "WebFetch", {}, "none"),
+    (EX, "WebFetch", {"url": 3}, "none"),
+    ({"allowNetwork": True}, "WebFetch", {"url": 3}, "ask"),
+    (NOEX, "WebFetch", {"url": "https://example.com"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https://other.com"}, "allow"),
+    (NOEX, "WebFetch", {"url": "https://u@EXAMPLE.com.:8/x"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https://ex%61mple.com"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https:\\\\example.com\\x"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https://exa\tmple.com"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https://\uff45xample.com"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https://example\u3002com"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https://exam\u00adple.com"}, "deny"),
+    (NOEX, "WebFetch", {"url": "https:example.com"}, "deny"),
+    (network("WebFetch(domain:*.example.com)"), "WebFetch", {"url": "https://a.b.example.com"}, "allow"),
+    (network("WebFetch(domain:*.example.com)"), "WebFetch", {"url": "https://example.com"}, "none"),
+    (network("WebFetch(domain:*.example.com)"), "WebFetch", {"url": "https://badexample.com"}, "none"),
+    (network("WebFetch"), "WebFetch", {"url": "https://x.y"}, "allow"),
+    (network("WebSearch"), "WebSearch", {"query": "x"}, "allow"),
+    (network("WebSearch"), "WebFetch", {"url": "https://x.y"}, "none"),
+    ({"allowNetwork": False}, "WebSearch", {}, "deny"),
+    ({"allow": ["mcp__a"]}, "mcp__a__x", {}, "allow"),
+    ({"allow": ["mcp__a"]}, "mcp__ab__x", {}, "none"),
+    ({"allow": ["mcp__a__*"]}, "mcp__a__x", {}, "allow"),
+    ({"allow": ["mcp__a__*"]}, "mcp__b__x", {}, "none"),
+    ({"allow": ["mcp__a__x"]}, "mcp__a__x", {}, "allow"),
+    ({"allow": ["mcp__a__x"]}, "mcp__a__xy", {}, "none"),
+    ({"allow": ["mcp__a__x"]}, "mcp__a__x__y", {}, "none"),
+    ({"allow": ["mcp__*"]}, "mcp__b__x", {}, "allow"),
+    ({"allow": ["mcp__a__get_*"]}, "mcp__a__get_x", {}, "allow"),
+    ({"allow": ["mcp__a__get_*"]}, "mcp__a__set_x", {}, "none"),
+    ({"allowMcp": True, "deny": ["mcp__A"]}, "mcp__a__x", {}, "deny"),
+    ({"allow": ["mcp__A"]}, "mcp__a__x", {}, "none"),
+    ({"allowMcp": True}, "mcp__a__x", {}, "allow"),
+    ({"allowMcp": False, "allow": ["mcp__a"]}, "mcp__a__x", {}, "deny"),
+    ({"allowMcp": "ask"}, "mcp__a__x", {}, "ask"),
+    ({"allow": ["Agent"]}, "Agent", {}, "allow"),
+    ({"allow": ["Agent"]}, "Task", {}, "allow"),
+    ({"allow": ["Task(explore)"]}, "Agent", {"subagent_type": "explore"}, "allow"),
+    ({"allow": ["Agent(explore)"]}, "Agent", {}, "none"),
+    ({"profile": "autonomous", "deny": ["Agent(Explore)"]}, "Task", {"subagent_type": "explore"}, "deny"),
+    ({"allow": ["Skill(deploy *)"]}, "Skill", {"skill": "deploy"}, "allow"),
+    ({"allow": ["Skill(deploy *)"]}, "Skill", {"skill": "x"}, "none"),
+    ({"profile": "autonomous"}, "Agent", {}, "allow"),
+    ({"profile": "autonomous"}, "TodoWrite", {}, "allow"),
+    ({"profile": "autonomous"}, "AskUserQuestion", {}, "none"),
+    ({"profile": "autonomous"}, "ExitPlanMode", {}, "none"),
+    ({"profile": "autonomous"}, "Bash", {"command": "rm -rf /"}, "allow"),
+    ({"profile": "autonomous"}, "mcp__a__b", {}, "allow"),
+    ({"profile": "autonomous"}, "WebSearch", {}, "allow"),
+    ({"profile": "autonomous", "allowBash": "ask"}, "Bash", {"command": "ls"}, "ask"),
+    ({"allow": ["*"]}, "AskUserQuestion", {}, "none"),
+    ({"allow": ["*"]}, "TodoWrite", {}, "allow"),
+    ({"deny": ["*"]}, "ExitPlanMode", {}, "deny"),
+    ({"allow": ["AskUserQuestion"]}, "AskUserQuestion", {}, "allow"),
+    ({"allowOther": False}, "ExitPlanMode", {}, "none"),
+    ({"allowOther": False}, "Agent", {}, "deny"),
+    ({"deny": ["TodoWrite"]}, "TodoWrite", {}, "deny"),
+    ({"deny": ["todowrite"]}, "TodoWrite", {}, "deny"),
+    ({"profile": "restricted"}, "Read", {"file_path": "x"}, "allow"),
+    ({"profile": "restricted"}, "Write", {"file_path": "x"}, "deny"),
+    ({"profile": "restricted"}, "Bash", {"command": "ls"}, "deny"),
+    ({"profile": "restricted"}, "mcp__a__b", {}, "deny"),
+    ({"profile": "restricted"}, "Agent", {}, "none"),
+    ({"profile": "standard"}, "Glob", {"pattern": "*"}, "allow"),
+    ({"profile": "standard"}, "Edit", {"file_path": "x"}, "ask"),
+    ({"profile": "standard"}, "Bash", {"command": "ls"}, "ask"),
+    ({"profile": "trusted"}, "Edit", {"file_path": "x"}, "allow"),
+    ({"profile": "trusted"}, "Write", {"file_path": "/etc/x"}, "ask"),
+    ({"profile": "trusted"}, "NotebookEdit", {"notebook_path": "x"}, "allow"),
+    ({"profile": "trusted"}, "Write", {"file_path": "../x"}, "ask"),
+    ({"profile": "trusted", "allowWrite": "ask"}, "Edit", {"file_path": "x"}, "ask"),
+    ({"profile": "trusted"}, "Write", {}, "ask"),
+    ({"profile": "plan"}, "Write", {"file_path": "x"}, "deny"),
+    ({"profile": "plan"}, "Bash", {"command": "ls"}, "ask"),
+    ({"profile": "plan"}, "WebFetch", {"url": "http://x"}, "ask"),
+    ({"allow": ["Bash(ls)"]}, "Monitor", {"command": "ls"}, "allow"),
+    (RM, "Monitor", {"command": "ls; rm x"}, "deny"),
+    ({"allowBash": True}, "Bash", {}, "ask"),
+    ({"allowBash": True}, "Bash", {"command": ["ls"]}, "ask"),
+    ({"allowBash": False}, "Bash", {}, "deny"),
+    (RM, "Bash", {"command": 3}, "ask"),
+    ({"allowBash": True}, "Bash", None, "ask"),
+]
+
+
+@pytest.mark.parametrize("policy, tool, given, expected", TOOLS)
+def test_tools(policy, tool, given, expected):
+    assert policy_says(policy, tool, given).behavior == expected
+
+
+SRC = {"allow": ["Edit(./src/**)"]}
+NFD = unicodedata.normalize("NFD", "é")
+# policy, tool, path, expected; the working directory is /w
+PATHS = [
+    (SRC, "Edit", "src/a", "allow"),
+    (SRC, "Write", "/w/src/a/b", "allow"),
+    (SRC, "MultiEdit", "./src/a", "allow"),
+    (SRC, "Edit", "srcx/a", "none"),
+    (SRC, "Edit", "src/../x", "none"),
+    (SRC, "Edit", "x/../src/a", "allow"),
+    (SRC, "Edit", "SRC/a", "none"),
+    (SRC, "Read", "src/a", "none"),
+    (SRC, "Edit", "/w/src/../../etc/x", "none"),
+    (SRC, "Edit", "src/\0", "none"),
+    (SRC, "Edit", 3, "none"),
+    (SRC, "Edit", "", "none"),
+    (SRC, "Edit", "src/" + "a" * 5000, "none"),
+    (SRC, "Edit", ["src/a"], "none"),
+    (SRC, "Edit", "src/\ud800", "none"),
+    ({"allow": ["Edit(/src/**)"]}, "Edit", "src/a", "allow"),
+    ({"allow": ["Edit(src/**)"]}, "Edit", "src/a", "allow"),
+    ({"allow": ["Edit(src)"]}, "Edit", "src/a", "allow"),
+    ({"allow": ["Edit(src)"]}, "Edit", "b/src/a", "allow"),
+    ({"allow": ["Edit(/src)"]}, "Edit", "b/src/a", "none"),
+    ({"allow": ["Edit(*.py)"]}, "Edit", "a/b.py", "allow"),
+    ({"allow": ["Edit(./*.py)"]}, "Edit", "a/b.py", "none"),
+    ({"allow": ["Edit(./*.py)"]}, "Edit", "b.py", "allow"),
+    ({"allow": ["Edit(./*)"]}, "Edit", "a/b", "none"),
+    ({"deny": ["Edit(./*)"]}, "Edit", "a/b", "deny"),
+    ({"allow": ["Edit(src/**/t.py)"]}, "Edit", "src/t.py", "allow"),
+    ({"allow": ["Edit(src/**/t.py)"]}, "Edit", "src/a/b/t.py", "allow"),
+    ({"allow": ["Edit(src/**/t.py)"]}, "Edit", "src/a/b/x.py", "none"),
+    ({"allow": ["Edit(src/*/t.py)"]}, "Edit", "src/a/b/t.py", "none"),
+    ({"allow": ["Edit(**)"]}, "Edit", "a/b", "allow"),
+    ({"allow": ["Edit(**)"]}, "Edit", "/etc/x", "none"),
+    ({"allow": ["Edit(//srv/a/**)"]}, "Edit", "/srv/a/x", "allow"),
+    ({"allow": ["Edit(//srv/a/**)"]}, "Edit", "/srv/ab/x", "none"),
+    ({"allow": ["Edit(//srv/a)"]}, "Edit", "/srv/ab", "none"),
+    ({"allow": ["Edit(//srv/a)"]}, "Edit", "/srv/a", "allow"),
+    ({"allow": ["Edit(//**)"]}, "Edit", "/x/y", "allow"),
+    ({"allow": ["Edit(~/x/**)"]}, "Edit", "~/x/y", "allow"),
+    ({"allow": ["Edit(~/x/**)"]}, "Edit", f"{HOME}/x/y", "allow"),
+    ({"allow": ["Edit(~/x/**)"]}, "Edit", "x/y", "none"),
+    ({"allow": ["Write(./src/**)"]}, "Edit", "src/a", "allow"),
+    ({"allow": ["MultiEdit"]}, "Edit", "src/a", "none"),
+    ({"allow": ["Edit"]}, "Write", "/etc/x", "allow"),
+    ({"allow": ["Read(./a/**)"]}, "Read", "a/b", "allow"),
+    ({"allow": ["Read(./a/**)"]}, "LS", "a/b", "allow"),
+    ({"allow": ["Read(./a/**)"]}, "Grep", "a", "allow"),
+    ({"allow": ["Read(./a/**)"]}, "Grep", None, "none"),
+    ({"allow": ["Read(./**)"]}, "Grep", None, "allow"),
+    ({"allow": ["Grep"]}, "Read", "x", "none"),
+    ({"allowRead": True, "deny": ["Read(.env)"]}, "Read", ".env", "deny"),
+    ({"allowRead": True, "deny": ["Read(.env)"]}, "Read", "a/.ENV", "deny"),
+    ({"allowRead": True, "deny": ["Read(.env)"]}, "Read", "a/../.env", "deny"),
+    ({"allowRead": True, "deny": ["Read(.env)"]}, "Read", ".envx", "allow"),
+    ({"allowRead": True, "deny": ["Read(./.env)"]}, "Read", "a/.env", "allow"),
+    ({"allowRead": True, "deny": ["Read(é)"]}, "Read", NFD, "deny"),
+    ({"allow": [f"Read({NFD})"]}, "Read", "é", "allow"),
+    ({"allowRead": True, "deny": ["Read(//w/secret)"]}, "Grep", "/w/Secret/x", "deny"),
+    ({"allowRead": True, "deny": ["Read(s/**)"]}, "Grep", "s", "deny"),
+    ({"allowRead": True, "deny": ["read(s)"]}, "LS", "s", "deny"),
+    ({"allowRead": True, "deny": ["Read(s)"]}, "Read", 3, "deny"),
+    ({"allowRead": True}, "Read", "a\0b", "ask"),
+    ({"allowRead": True}, "Read", None, "ask"),
+    ({"allowRead": False}, "Read", None, "deny"),
+    ({"allow": ["Read"]}, "Read", 3, "ask"),
+    ({"allowRead": True, "ask": ["Read(s)"]}, "Read", "s/x", "ask"),
+    ({"allowRead": False, "allow": ["Read(s)"]}, "Read", "s/x", "deny"),
+    ({"allowRead": "ask", "allow": ["Read(s)"]}, "Read", "s/x", "allow"),
+    ({"allowRead": "ask"}, "Read", "s/x", "ask"),
+    ({"deny": ["Read(a[bc]d)"]}, "Read", "acd", "deny"),
+    ({"allow": ["Read(a?d)"]}, "Read", "a/d", "none"),
+]
+
+
+@pytest.mark.parametrize("policy, tool, path, expected", PATHS)
+def test_paths(policy, tool, path, expected):
+    key = aegis.SUBJECTS[tool][0]
+    assert policy_says(policy, tool, {} if path is None else {key: path}, "/w").behavior == expected
+
+
+GLOBS = [
+    ("/etc/*", None, "none"),
+    ("../*", None, "none"),
+    ("**/*.py", None, "allow"),
+    ("*/../../x", None, "none"),
+    ("*.py", "/etc", "none"),
+    ("a/*.py", None, "allow"),
+    ("~/x*", None, "none"),
+]
+
+
+@pytest.mark.parametrize("pattern, path, expected", GLOBS)
+def test_a_glob_pattern_may_lead_elsewhere(pattern, path, expected):
+    assert policy_says({"allow": ["Read(./**)"]}, "Glob", {"pattern": pattern, "path": path}, "/w").behavior == expected
+
+
+def test_links_are_followed(tmp_path):
+    work, other = tmp_path / "work", tmp_path / "other"
+    work.mkdir()
+    other.mkdir()
+    (work / "out").symlink_to(other)
+    (work / "loop").symlink_to(work / "loop")
+    (tmp_path / "alias").symlink_to(work)
+    trusted, w = {"profile": "trusted"}, str(work)
+    edit = lambda policy, path, where=w: policy_says(policy, "Edit", {"file_path": str(path)}, where).behavior
+    assert (
+        edit(trusted, "in") == "allow"
+        and edit(trusted, "out/x") == "ask"
+        and edit(trusted, work / "out" / "x") == "ask"
+    )
+    assert (
+        edit(trusted, "x", str(tmp_path / "alias")) == "allow"
+        and edit(trusted, work / "x", str(tmp_path / "alias")) == "allow"
+    )
+    assert edit(trusted, "out/../x") == "ask" and edit(trusted, "loop/x") in ("allow", "ask")
+    assert edit({"allowWrite": True, "deny": [f"Edit(/{other}/**)"]}, "out/x") == "deny"
+    assert edit({"allowWrite": True, "deny": ["Edit(./out/**)"]}, "out/x") == "deny"
+    assert edit({"allowWrite": True, "deny": ["Edit(./out/**)"]}, other / "x") == "deny"
+    shell = {"allow": ["Bash(echo *)", "Edit(./**)"]}
+    assert (
+        bash_says(shell, "echo x > in", w) == "allow"
+        and bash_says(shell, "echo x > out/x", w) == "none"
+        and bash_says(shell, "cd out && echo x", w) == "none"
+    )
+    assert bash_says({"allowBash": True, "deny": [f"Edit(/{other}/**)"]}, "echo x > out/x", w) == "deny"
+
+
+def test_a_decision_names_what_decided():
+    said = policy_says({**RM, "allow": ["Bash(ls *)"]}, "Bash", {"command": "ls && rm -rf x"})
+    assert said == ("deny", "deny Bash(rm *)", "rm -rf x")
+    assert policy_says({"allowBash": False}, "Bash", {"command": "ls"}) == ("deny", "allowBash: false", "")
+    assert policy_says({"allow": ["Bash(ls *)"]}, "Bash", {"command": "ls"}) == ("allow", "allow Bash(ls *)", "")
+    assert policy_says({}, "Bash", {"command": "ls"}) == ("none", "", "")
+    assert policy_says({"allowRead": "ask"}, "Read", {"file_path": "x"}).rule == "allowRead: ask"
+
+
+ROUND = [
+    {},
+    {"allowRead": True, "allowBash": False, "allowMcp": "ask"},
+    {"profile": "trusted"},
+    {"profile": "trusted", "allowWrite": "ask"},
+    {"profile": "autonomous", "deny": ["Bash(rm *)"]},
+    {"profile": "own", "allow": ["Read"]},
+    {"allowRead": None, "rules": None},
+    {
+        "rules": [
+            {"rule": "Bash(git *)", "action": "allow"},
+            {"tool": "Read", "pattern": ".env", "decision": "deny"},
+            {"tool": "WebSearch", "behavior": "ask"},
+        ]
+    },
+    {"profile": "trusted", "allow": ["Edit(./**)"]},
+]
+
+
+@pytest.mark.parametrize("given", ROUND)
+def test_a_policy_survives_the_wire(given):
+    own = aegis.read_profiles({"own": {"profile": "trusted", "deny": ["Bash(rm *)"], "allowBash": True}})
+    policy = aegis.policy_from_json(given, own)
+    told = json.loads(json.dumps(aegis.policy_json(policy)))
+    assert aegis.policy_from_json(told, own) == policy and aegis.policy_json(aegis.policy_from_json(told, own)) == told
+
+
+def test_an_own_profile_builds_on_a_built_in_one():
+    policy = aegis.policy_from_json({"profile": "own"}, {"own": {"profile": "restricted", "allowBash": "ask"}})
+    assert (policy.profile, policy.allow_read, policy.allow_bash) == ("own", True, "ask")
+
+
+WRONG = [  # policy, the field that is named, a part of what is said
+    ({"allowRead": "yes"}, "allowRead", 'must be true, false or "ask"'),
+    ({"allowFly": True}, "allowFly", "is not a field"),
+    ({"allowBash": 1}, "allowBash", "must be true"),
+    ({"profile": "x"}, "profile", "must be one of"),
+    ({"profile": 3}, "profile", "must be one of"),
+    ({"rules": {}}, "rules", "must be an array"),
+    ({"allow": "Bash"}, "allow", "must be an array"),
+    ({"deny": [3]}, "deny[0]", "must be a string"),
+    ({"rules": ["Bash"]}, "rules[0]", "must be an object"),
+    ({"rules": [{"rule": "Bash"}]}, "rules[0]", 'needs "action"'),
+    ({"rules": [{"rule": "Bash", "action": "maybe"}]}, "rules[0]", 'needs "action"'),
+    ({"rules": [{"action": "ask"}]}, "rules[0]", 'needs "rule"'),
+    ({"rules": [{"rule": "Bash", "tool": "Bash", "action": "ask"}]}, "rules[0]", "either"),
+    ({"rules": [{"rule": "A", "action": "ask", "x": 1}]}, "rules[0]", "no key x"),
+    ({"allow": ["Read", ""]}, "allow[1]", "is empty"),
+    ({"allow": ["Bash(git"]}, "allow[0]", "has no )"),
+    ({"allow": ["Bash()"]}, "allow[0]", "empty pattern"),
+    ({"ask": ["Bash(x) y"]}, "ask[0]", "has no )"),
+    ({"ask": ["(x)"]}, "ask[0]", "is not Tool"),
+    ({"ask": ["a b"]}, "ask[0]", "is not Tool"),
+    ({"deny": ["mcp__a(x)"]}, "deny[0]", "takes none"),
+    ({"deny": ["TodoWrite(x)"]}, "deny[0]", "takes none"),
+    ({"deny": ["WebSearch(x)"]}, "deny[0]", "takes none"),
+    ({"deny": ["WebFetch(example.com)"]}, "deny[0]", "domain:example.com"),
+    ({"deny": ["Read(../x)"]}, "deny[0]", "'..'"),
+    ({"deny": ["Bash(" + "x" * 2000 + ")"]}, "deny[0]", "2,000"),
+    ({"deny": ["Read"] * 501}, "rules", "at most 500"),
+    ({"deny": ["Bash(a\nb)"]}, "deny[0]", "control"),
+]
+
+
+@pytest.mark.parametrize("given, field, says", WRONG)
+def test_a_wrong_policy_is_refused_by_field(given, field, says):
+    with pytest.raises(aegis.ApiError) as wrong:
+        aegis.policy_from_json(given, {})
+    assert (wrong.value.status, wrong.value.code) == (400, "INVALID_REQUEST")
+    assert (
+        list(wrong.value.more["fields"]) == [field]
+        and says in wrong.value.more["fields"][field]
+        and field in wrong.value.message
+    )
+
+
+def test_all_faults_are_named_at_once_and_profiles_by_name():
+    with pytest.raises(aegis.ApiError) as wrong:
+        aegis.policy_from_json({"allowRead": 3, "allow": ["("], "x": 1}, {})
+    assert set(wrong.value.more["fields"]) == {"allowRead", "allow[0]", "x"}
+    with pytest.raises(aegis.ApiError, match="profile mine: "):
+        aegis.read_profiles({"mine": {"allowRead": 3}})
+    with pytest.raises(aegis.ApiError):
+        aegis.policy_from_json([], {})
+
+
+CLIENT = [
+    ({}, []),
+    ({"profile": "autonomous"}, []),
+    ({"allowBash": False}, ["Bash"]),
+    ({"allowMcp": False}, ["mcp__*"]),
+    ({"allowWrite": False}, ["Write", "Edit", "MultiEdit", "NotebookEdit"]),
+    ({"allowNetwork": False}, ["WebFetch", "WebSearch"]),
+    ({"allowRead": False}, ["Read", "Grep", "Glob", "LS", "NotebookRead"]),
+    ({"deny": ["Bash(rm *)"], "ask": ["Read"]}, ["Bash(rm *)"]),
+    ({"deny": ["Write(.env)", "bash(rm *)"]}, ["Write(.env)", "Edit(.env)", "Bash(rm *)"]),
+    ({"allowBash": False, "deny": ["Bash"]}, ["Bash"]),
+]
+
+
+@pytest.mark.parametrize("given, expected", CLIENT)
+def test_client_rules(given, expected):
+    assert aegis.client_rules(aegis.policy_from_json(given, {})) == expected
+
+
+@pytest.mark.parametrize("tool, kind", [("Bash", "bash"), ("Monitor", "bash"), ("Grep", "read"), ("MultiEdit", "write"),
+                                        ("WebSearch", "network"),
+                                        ("mcp__a__b", "mcp"), ("Agent", "other"), ("New", "other"),
+                                        ("AskUserQuestion", None), ("ExitPlanMode", None)])
+def test_category(tool, kind):
+    assert aegis.category(tool) == kind
+
+
+# -- properties
+
+BAD = ["rm x", "r\\m x", "'rm' x", "sudo rm x", "A=1 rm x", "$'\\x72m' x", "/bin/rm x", "env -i rm x", "xargs rm"]
+GOOD = [
+    "ls",
+    "git status",
+    "echo 'a; b'",
+    'echo "x y"',
+    "echo a > /dev/null",
+    "true",
+    "echo \\;",
+    "echo $HOME",
+    "ls # note\nls",
+]
+WRAPS = [
+    "({})",
+    "{{ {}; }}",
+    "echo $({})",
+    'echo "$({})"',
+    "if {}; then ls; fi",
+    "while {}; do ls; done",
+    'bash -c "$(cat <({}))"',
+    "cat <({})",
+    "echo `{}`",
+    "for i in 1 2; do {}; done",
+    "f() {{ {}; }}",
+    "! {}",
+    "cat <<E\n$({})\nE\n",
+    "x=$({})",
+]
+
+
+def compound(rng, leaves, depth):
+    if depth == 0:
+        return rng.choice(leaves)
+    if rng.random() < 0.5:
+        inner = compound(rng, leaves, depth - 1) + "\n" * rng.randint(0, 1)
+        wrap = rng.choice(WRAPS)
+        return wrap.format(inner.replace("\\", "\\\\").replace("`", "\\`") if "`" in wrap else inner)
+    return (
+        compound(rng, leaves, depth - 1)
+        + rng.choice([";", " && ", "||", "|", "\n", " & ", "|&"])
+        + compound(rng, GOOD, rng.randint(0, depth - 1))
+    )
+
+
+def test_no_compound_command_hides_a_denied_part():
+    rng, allowing = (
+        random.Random(7),
+        {
+            "allow": [
+                f"Bash({name} *)" for name in ("ls", "git", "echo", "true", "cat", "bash", "f", "sudo", "xargs", "env")
+            ]
+        },
+    )
+    for _ in range(3_000):
+        command = compound(rng, BAD, rng.randint(0, 4))
+        assert bash_says(RM, command) != "allow", command
+        assert bash_says(allowing, command) != "allow", command
+
+
+def test_any_text_is_decided():
+    rng, alphabet = (
+        random.Random(8),
+        list("rm lsx;&|()<>{}'\"`$\\\n#=!*?[]~-")
+        + ["$(", "<<E", "${", "$'", "\nE\n", "rm x", "case ", "((", "))", "é", "\0"],
+    )
+    for _ in range(5_000):
+        command = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 40)))
+        assert bash_says({"allow": ["Bash(ls *)"], "deny": ["Bash(rm *)"]}, command) in ("allow", "ask", "deny", "none")
+
+
+HUGE = [
+    "a " * 50_000,
+    "a;" * 50_000,
+    "echo " + "x" * 100_000,
+    "'" * 99_999,
+    "$(" * 50_000,
+    "`" * 99_999,
+    "(" * 100_000,
+    "sudo " * 20_000 + "rm",
+    "eval " * 20_000 + "x",
+    "watch " * 20_000 + "x",
+    "\\" * 100_000,
+    "cat <<E\n" + "a\n" * 50_000,
+    "cat <<E\n" + "x\\\n" * 30_000 + "E\n",
+    "${" * 50_000,
+    '"${a$a' * 15_000,
+    "((" + "1" * 100_000,
+    "$((1" * 25_000,
+    ">x " * 30_000,
+    "A=1 " * 25_000,
+    "rm " * 30_000 + "'",
+    "cat " + "x " * 50_000,
+    "find " + "-exec a " * 12_000,
+    "\n" * 100_000,
+    "# " * 50_000,
+    "{" * 100_000,
+    "[" * 100_000,
+    "$'" + "\\x41" * 25_000 + "'",
+    "a=(" * 30_000,
+    'bash -c "' * 10_000,
+    "x" + "=$(" * 30_000,
+    "\\\n" * 50_000,
+    "x\\\n" * 30_000,
+    "<" * 100_000,
+    "&" * 100_000,
+    "$" * 100_000,
+    "*" * 100_000,
+]
+
+
+@pytest.mark.parametrize("number", range(len(HUGE)))
+def test_a_huge_command_is_decided_in_time(number):
+    policy = {
+        "allow": ["Bash(ls *)", "Bash(a * b * c *)", "Edit(./**)"],
+        "deny": ["Bash(rm *)", "Bash(* --force)", "Bash(x *x*x*x*y)", "Read(**/a/**/b/**/c)"],
+    }
+    begun = time.perf_counter()
+    bash_says(policy, HUGE[number])
+    assert time.perf_counter() - begun < 2.0
+
+
+def test_a_long_path_against_many_wildcards_is_decided_in_time():
+    policy = {"allowRead": True, "deny": ["Read(" + "**/a/" * 300 + "b)", "Read(" + "*a" * 500 + "b)"]}
+    begun = time.perf_counter()
+    assert policy_says(policy, "Read", {"file_path": "/w/" + "a/" * 2_000}, "/w").behavior == "allow"
+    assert policy_says(policy, "Read", {"file_path": "/w/" + "a" * 4_000}, "/w").behavior == "allow"
+    assert time.perf_counter() - begun < 2.0
+
+
+def test_a_typical_command_is_decided_quickly():
+    policy = aegis.policy_from_json(
+        {"allow": ["Bash(git *)", "Bash(npm run *)", "Edit(./**)"], "deny": ["Bash(rm *)", "Bash(sudo *)"]}, {}
+    )
+    took = []
+    for index in range(400):
+        begun = time.perf_counter()
+        aegis.decide_tool(
+            policy, "Bash", {"command": f"cd sub && git commit -m 'number {index}' && git log | git x"}, "/tmp"
+        )
+        took.append(time.perf_counter() - begun)
+    assert sorted(took)[200] < 0.002   # about 0.1 ms when nothing else runs
+
+
+# ============================================================================
 # AGENTS. What is special about claude, demo and shell.
 # ============================================================================
 
@@ -2035,6 +3091,250 @@ def test_an_agent_that_never_gets_ready_is_an_error(house):
 
 
 # ============================================================================
+# DECISIONS. Permission requests and questions.
+# ============================================================================
+
+
+def test_get_permissions_tells_policy_pending_and_history(make):
+    talk = make()
+    asked = request(talk)
+    found = talk.ask("GET permissions")
+    assert [one["id"] for one in found["pending"]] == [asked["id"]] and found["history"] == []
+    assert (found["pending"][0]["state"], found["pending"][0]["decidedBy"]) == ("pending", None)
+    answer = talk.ask("POST approve", {"permissionId": asked["id"], "message": "fine"})
+    assert (answer["decision"], answer["decidedBy"]) == ("approved", "api")
+    talk.wait("session.idle")
+    second = request(talk, "[[bash rm y]] [[say after]]")
+    talk.ask("POST reject", {"message": "leave y alone"})
+    talk.wait("session.idle")
+    found = talk.ask("GET permissions?limit=1")
+    assert found["pending"] == [] and found["pagination"]["total"] == 2
+    latest = found["history"][0]
+    assert (latest["id"], latest["state"], latest["decidedBy"], latest["message"]) == (
+        second["id"], "rejected", "api", "leave y alone")
+    assert latest["tookMs"] >= 0 and TIME.fullmatch(latest["decidedAt"])
+    told = talk.server.events.wait_for("permission.resolved", talk.id, permissionId=second["id"])
+    assert (told["state"], told["decidedBy"], told["permission"]["id"]) == ("rejected", "api", second["id"])
+
+
+def test_a_write_is_shown_as_a_diff(make, server):
+    (server.work / "poem.txt").write_text("roses are red\nviolets are blue\n")
+    talk = make("[[write poem.txt roses are green]] [[say done]]")
+    asked = talk.wait("permission.requested")["permission"]
+    assert "poem.txt" in asked["summary"]
+    assert "-roses are red" in asked["detail"] and "+roses are green" in asked["detail"]
+    talk.ask("POST reject", {})
+
+
+def test_a_diff_reads_no_file_outside_the_working_directory_and_hangs_at_no_pipe(tmp_path):
+    inside = tmp_path / "work"
+    inside.mkdir()
+    (tmp_path / "secret").write_text("the secret")
+    (inside / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(inside / "pipe")
+    for path in (tmp_path / "secret", inside / "link", inside / "pipe", inside / ".." / "secret"):
+        told = aegis.change_of("Write", {"file_path": str(path), "content": "x"}, str(inside))
+        assert told is None, path
+    assert "+x" in aegis.change_of("Write", {"file_path": "new", "content": "x"}, str(inside))
+    assert aegis.change_of("Write", {"file_path": 7}, str(inside)) is None
+    assert aegis.change_of("MultiEdit", {"file_path": "a", "edits": "no"}, str(inside)) is None
+
+
+@pytest.mark.parametrize("body, output", [
+    ({"answer": "Green"}, "Green"), ({"answer": "green"}, "Green"), ({"answer": 3}, "Blue"), ({"answer": "2"}, "Green"),
+    ({"answers": ["Red"]}, "Red"), ({"answers": {"Colour": "Blue"}}, "Blue"),
+    ({"answers": {"Which colour do you want?": {"text": "ultraviolet"}}}, "ultraviolet"), ({"text": "none"}, "none")])
+def test_answer_session_answers_a_question(talk, body, output):
+    asked = request(talk, "[[ask]] [[say after]]")
+    assert talk.status == "asking" and talk.get()["pendingQuestion"]["options"] == ["Red", "Green", "Blue"]
+    answer = talk.ask("POST answer", {**body, "questionId": asked["id"]})
+    assert answer["answers"] == [[output]]
+    talk.wait("session.idle")
+    assert output in talk.tools()[0] and talk.read()["output"] == "after"
+    told = talk.server.events.wait_for("question.answered", talk.id, questionId=asked["id"])
+    assert (told["state"], told["decidedBy"]) == ("approved", "api")
+
+
+@pytest.mark.parametrize("body, told", [
+    ({"answer": "Purple"}, "'Purple' is none of the options: 1 'Red', 2 'Green', 3 'Blue'"),
+    ({"answer": 4}, "1 'Red'"), ({"answer": 0}, "1 'Red'"), ({"answer": ["Red", "Blue"]}, "exactly one"),
+    ({}, "give one of"), ({"answer": "Red", "text": "x"}, "give one of"), ({"answers": []}, "each of the 1"),
+    ({"answers": {"Size": "Red"}}, "'Size' is none of the questions"), ({"answers": [{"words": "x"}]}, "text")])
+def test_answer_session_with_a_wrong_answer_names_the_labels(make, server, body, told):
+    if server.asking is None or server.asking.status != "asking":
+        server.asking = server.open("[[ask]]")
+        server.asking.wait("question.asked")
+    answer = server.asking.call("POST answer", body)
+    assert (answer.status, answer.json["code"]) == (400, "INVALID_REQUEST") and told in answer.json["error"]
+    assert server.asking.status == "asking"
+
+
+def test_answer_session_without_a_question_is_409(talk):
+    assert talk.refusal("POST answer", {"answer": "Red"}) == (409, "NO_PENDING_QUESTION")
+    request(talk)
+    assert talk.refusal("POST answer", {"answer": "Red"}) == (409, "NO_PENDING_QUESTION")
+    talk.ask("POST reject", {})
+
+
+@pytest.mark.parametrize("body, state", [({"answer": "Yes, manually approve edits"}, "approved"),
+                                         ({"answer": 1}, "approved"),
+                                         ({"text": "first the tests"}, "rejected"), ({"answer": 3}, "rejected")])
+def test_answer_session_decides_about_a_plan(talk, body, state):
+    asked = request(talk, "[[plan rewrite it all]] [[say after]]")
+    assert asked["kind"] == "plan" and "rewrite it all" in asked["plan"]
+    assert talk.ask("POST answer", body)["state"] == state
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "after"
+    assert body.get("text", "") in talk.tools()[0]
+
+
+@alone
+def test_dialogs_that_stand_when_aegis_comes_back_are_decided_through_the_screen(house):
+    own = house()
+    talks = [own.open() for _ in range(5)]
+    asked = [request(talk, "[[bash touch x]] [[say after]]") for talk in talks[:4]]
+    asked.append(request(talks[4], "[[ask]] [[say after]]"))
+    own.crash().start()
+    for talk, one in zip(talks[:4], asked):
+        assert eventually(lambda: talk.get()["pendingPermission"])["id"] == one["id"], "the same request, still pending"
+    yes, no, words, gone, question = talks
+    assert yes.ask("POST approve", {"permissionId": asked[0]["id"]})["decidedBy"] == "api"
+    yes.wait("session.idle")
+    assert yes.read()["output"] == "after" and "pretended" in yes.tools()[0]
+    assert no.ask("POST reject", {})["decision"] == "rejected"
+    no.wait("session.idle")
+    assert "pretended" not in str(no.tools())
+    window = gone.get()["window"]
+    own.tmux("send-keys", "-t", window, "1")
+    gone.wait("session.idle")
+    assert gone.refusal("POST approve", {"permissionId": asked[3]["id"]}) == (409, "PERMISSION_DECIDED")
+    assert gone.ask("GET permissions")["history"][0]["state"] == "answered_in_terminal"
+    question.ask("POST answer", {"answer": "Green"})
+    question.wait("session.idle")
+    assert question.read()["output"] == "after"
+    assert words.ask("POST reject", {"message": "use a branch"})["decision"] == "rejected"
+    words.wait("session.idle")
+    assert words.read()["output"] == "after" and "use a branch" in words.tools()[0]
+
+
+RACES = int(os.environ.get("AEGIS_TEST_RACES", "12"))
+
+
+@alone
+def test_exactly_one_decides_and_all_are_told_the_truth(house):
+    """Approve, reject and a key in the terminal hit the same dialog at once."""
+    own, rng = house(), random.Random(11)
+    talk = own.open()
+    window = talk.get()["window"]
+    winners: "collections.Counter[str]" = collections.Counter()
+    for number in range(RACES):
+        asked = request(talk, f"[[bash touch file-{number}]] [[say after {number}]]")
+        eventually(lambda: f"file-{number}" in own.tmux("capture-pane", "-p", "-t", window))
+        time.sleep(0.16 + 0.02 * rng.random())   # a fresh dialog swallows keys
+        key, jobs = rng.choice(["1", "4", "Escape"]), ["approve", "reject", "key"]
+        rng.shuffle(jobs)
+
+        def decide(job: str, late: float) -> Optional[Answer]:
+            time.sleep(late)
+            if job == "key":
+                own.tmux("send-keys", "-t", window, key)
+                return None
+            return talk.call(f"POST {job}", {"permissionId": asked["id"]})
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            answers = dict(zip(jobs, pool.map(decide, jobs, [rng.random() * 0.02 for _ in jobs])))
+        talk.wait("session.idle")
+        told = [word for word in ("approve", "reject") if answers[word].status == 200]
+        assert len(told) <= 1, f"round {number}: two were told that they decided"
+        done = next((one["text"] for one in reversed(talk.read("limit=9")["messages"]) if one["role"] == "tool"), "")
+        done = done if f"file-{number}" in done or "want to proceed" in done else ""
+        ran, refused = "pretended" in done, "want to proceed" in done
+        row = talk.ask("GET permissions?limit=1")["history"][0]
+        assert row["id"] == asked["id"]
+        winners[row["state"]] += 1
+        if told == ["approve"]:
+            assert ran and row["state"] == "approved", (number, key, done, row)
+        elif told == ["reject"]:
+            assert refused and row["state"] == "rejected", (number, key, done, row)
+        else:
+            assert row["state"] == "answered_in_terminal" and ran == (key == "1"), (number, key, done, row)
+        for word in {"approve", "reject"} - set(told):
+            assert (answers[word].status, answers[word].json["code"]) == (409, "PERMISSION_DECIDED")
+            assert answers[word].json["state"] == row["state"], "the loser is told who won"
+    assert sum(winners.values()) == RACES
+
+
+# -- by policy
+
+
+def test_put_permissions_holds_at_once_and_for_what_is_pending(make):
+    talk = make("[[bash touch x]] [[say first]]")
+    asked = talk.wait("permission.requested")["permission"]
+    told = talk.ask("PUT permissions", {"allowRead": True, "allowBash": True, "deny": ["Bash(rm *)"]})
+    assert told["decided"] == [asked["id"]] and told["policy"]["allowBash"] is True
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "first"
+    assert talk.say("[[bash touch y]] [[say second]]")["output"] == "second"
+    talk.say("[[bash ls && rm z]] [[say third]]")
+    assert "Bash(rm *)" in talk.tools()[0] and "pretended" not in talk.tools()[0]
+    history = talk.ask("GET permissions")["history"]
+    assert [(one["state"], one["decidedBy"], one["rule"]) for one in history] == [
+        ("rejected", "policy", "deny Bash(rm *)"), ("approved", "policy", "allowBash: true"),
+        ("approved", "policy", "allowBash: true")]
+    resolved = [one for one in talk.server.events.told(talk.id) if one["type"] == "permission.resolved"]
+    assert [one["decidedBy"] for one in resolved] == ["policy"] * 3
+    assert talk.ask("GET permissions")["policy"]["rules"] == [{"rule": "Bash(rm *)", "action": "deny"}]
+
+
+def test_put_profile_changes_what_a_live_session_may(make):
+    talk = make(permissionProfile="autonomous")
+    assert talk.get()["permissionProfile"] == "autonomous"
+    assert talk.say("[[write a.txt x]] [[say written]]")["output"] == "written"
+    assert talk.ask("PUT permission-profile", {"profile": "restricted"})["profile"] == "restricted"
+    talk.say("[[write b.txt x]] [[say refused]]")
+    assert "policy forbids" in talk.tools()[0]
+    talk.ask("PUT permission-profile", {"profile": "standard"})
+    request(talk, "[[bash ls]] [[say after]]")
+    talk.ask("POST reject", {})
+    assert talk.refusal("PUT permission-profile", {"profile": "god"}) == (400, "INVALID_REQUEST")
+    assert talk.refusal("PUT permissions", {"allowBash": 7}) == (400, "INVALID_REQUEST")
+
+
+def test_a_policy_that_asks_does_so_in_every_mode(make):
+    talk = make(permissionMode="bypassPermissions", permissions={"ask": ["Bash(git push *)"]})
+    assert talk.say("[[bash ls]] [[say free]]")["output"] == "free"
+    asked = request(talk, "[[bash git push]] [[say pushed]]")
+    assert asked["input"]["command"] == "git push"
+    talk.ask("POST approve", {})
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "pushed"
+
+
+@alone
+def test_what_a_policy_denies_stays_denied_while_aegis_is_away(house):
+    own = house()
+    talk = own.open(permissions={"allowBash": True, "deny": ["Bash(rm *)"]})
+    window = talk.get()["window"]
+    settings = json.loads((own.state / "run" / f"{talk.id}.hooks").read_text())
+    assert settings["permissions"]["deny"] == ["Bash(rm *)"]
+    own.crash()
+    own.tmux("send-keys", "-t", window, "-l", "[[bash rm x]] [[say after]]")
+    own.tmux("send-keys", "-t", window, "Enter")
+    eventually(lambda: "has been denied" in own.tmux("capture-pane", "-p", "-t", window))
+    own.start()
+    said = [one["text"] for one in talk.read("limit=50")["messages"]]
+    assert said[-1] == "after" and not any("pretended" in one for one in said)
+
+
+def test_approve_with_always_allows_the_same_again(make):
+    talk = make()
+    request(talk, "[[bash touch x]] [[say one]]")
+    talk.ask("POST approve", {"always": True})
+    talk.wait("session.idle")
+    assert talk.say("[[bash touch x]] [[say two]]")["output"] == "two"
+    assert talk.server.events.of(talk.id, "permission.").count("permission.requested") == 1
+
+
+# ============================================================================
 # REPORTS. What hooks, screens and exits change.
 # ============================================================================
 
@@ -2087,12 +3387,6 @@ def test_escape_session_closes_a_dialog(make):
     talk.wait("permission.resolved")
     talk.wait("session.idle")
     assert talk.get()["pendingPermission"] is None
-
-
-def request(talk: Talk, prompt: str = "[[bash touch x]] [[say after]]") -> Json:
-    """Make a session ask for a permission; gives the request."""
-    talk.send(prompt)
-    return talk.wait("permission.requested")["permission"]
 
 
 def test_a_permission_request_is_told_as_it_is(talk):
@@ -2397,6 +3691,74 @@ def test_secrets_are_nowhere_to_be_read(talk, strict):
     for name, text in places.items():
         assert secret not in text and token not in text, name
     assert "wrong-guess-123" not in places["strict log"]
+
+
+# ============================================================================
+# WORKTREES. A branch and a directory of a session's own.
+# ============================================================================
+
+
+def git(path: Path, *words: str) -> str:
+    """Run git in a directory."""
+    own = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main")
+    done = subprocess.run(["git", *own, "-C", str(path), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout.decode()
+    return done.stdout.decode().strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A git repository with a commit, a subdirectory, and hooks that must not run."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    path = tmp_path / "repo"
+    (path / "sub").mkdir(parents=True)
+    git(tmp_path, "init", "-q", str(path))
+    (path / "sub" / "a.txt").write_text("a\n")
+    git(path, "add", ".")
+    git(path, "commit", "-q", "-m", "one")
+    hook = path / ".git" / "hooks" / "post-checkout"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/hook-ran\n")
+    hook.chmod(0o755)
+    return path
+
+
+def test_list_worktrees_tells_of_one_that_is_made_and_removed_when_clean(server, make, repository):
+    talk = make(workDir=str(repository / "sub"), worktree=True, name="in a tree")
+    found = talk.get()
+    tree = Path(found["worktree"]["path"])
+    assert found["workDir"] == str(tree / "sub") and (tree / "sub" / "a.txt").read_text() == "a\n"
+    assert found["worktree"]["branch"].startswith("aegis/in-a-tree") and not (repository.parent / "hook-ran").exists()
+    assert found["worktree"]["branch"] in git(repository, "branch")
+    listed = {one["sessionId"]: one for one in server.ask("GET /v1/worktrees")["worktrees"]}
+    assert listed[talk.id]["clean"] is True
+    assert server.refusal(f"DELETE /v1/worktrees/{talk.id}") == (409, "SESSION_LIVE")
+    assert talk.kill()["worktree"]["exists"] is False
+    assert not tree.exists() and "aegis/" not in git(repository, "branch")
+    assert server.refusal(f"DELETE /v1/worktrees/{talk.id}") == (404, "WORKTREE_NOT_FOUND")
+
+
+def test_delete_worktree_keeps_one_with_work_in_it_until_told(server, make, repository):
+    talk = make(workDir=str(repository), worktree=True)
+    tree = Path(talk.get()["worktree"]["path"])
+    (tree / "new.txt").write_text("work")
+    assert talk.kill()["worktree"] == {**talk.get()["worktree"], "sessionId": talk.id, "sessionStatus": "killed",
+                                       "exists": True, "clean": False, "changes": 1, "commits": 0}
+    assert server.refusal(f"DELETE /v1/worktrees/{talk.id}") == (409, "WORKTREE_NOT_CLEAN")
+    git(tree, "add", "."), git(tree, "commit", "-q", "-m", "two")
+    assert server.ask(f"DELETE /v1/worktrees/{talk.id}")["removed"] == str(tree)
+    branch = talk.get()["worktree"]["branch"]
+    assert "two" in git(repository, "log", "--format=%s", branch), "its commits stay on its branch"
+    forced = make(workDir=str(repository), worktree=True)
+    (Path(forced.get()["worktree"]["path"]) / "new.txt").write_text("work")
+    server.ask(f"DELETE /v1/sessions/{forced.id}?worktree=remove")
+    assert not Path(forced.get()["worktree"]["path"]).exists()
+
+
+def test_a_worktree_outside_a_repository_is_refused(server, tmp_path):
+    answer = server.call("POST /v1/sessions", {"workDir": str(tmp_path), "worktree": True})
+    assert (answer.status, answer.json["code"]) == (400, "NOT_A_REPOSITORY") and "worktree" in answer.json["fields"]
+    assert not list((server.state / "worktrees").glob("*")) if (server.state / "worktrees").exists() else True
 
 
 # ============================================================================
@@ -2777,6 +4139,234 @@ def test_events_are_replayed_across_a_restart_and_ids_go_on(house):
 
 
 # ============================================================================
+# FAMILY. Children, forks, resumed sessions.
+# ============================================================================
+
+
+def test_spawn_session_opens_children_and_list_children_lists_them(server, make):
+    parent = make(labels={"team": "a"}, env={"MINE": "kept"})
+    children = [Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/spawn", {"prompt": f"[[say child {n}]]"}))
+                for n in range(4)]
+    for number, child in enumerate(children):
+        child.wait("session.idle")
+        found = child.get()
+        assert (found["parentId"], found["window"], found["workDir"]) == (parent.id, parent.get()["window"],
+                                                                          parent.get()["workDir"])
+        assert child.read()["output"] == f"child {number}" and found["labels"] == {"team": "a"}
+        pane = child.ask("GET pane")
+        assert (pane["width"], pane["height"]) >= (100, 36), "a usable size, however many children"
+    assert [one["id"] for one in parent.ask("GET children")["children"]] == [child.id for child in children]
+    children[0].kill()
+    assert parent.say("[[say still here]]")["output"] == "still here" and children[1].status == "idle"
+    parent.kill()
+    for child in children[1:]:
+        assert child.get()["status"] == "killed" and parent.id in child.get()["statusReason"]
+    assert parent.refusal("POST spawn", {}) == (409, "SESSION_ENDED")
+
+
+def test_list_children_tells_of_those_that_were_kept(server, make):
+    parent = make()
+    child = Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/spawn", {"name": "kept child"}))
+    child.wait("session.idle")
+    server.ask(f"DELETE /v1/sessions/{parent.id}?children=keep")
+    found = child.get()
+    assert found["status"] == "idle" and found["window"] != parent.created["window"]
+    assert child.say("[[say on my own]]")["output"] == "on my own"
+    child.kill()
+
+
+def test_fork_session_carries_the_conversation_on_and_parts_ways(server, make):
+    origin = make("[[say the first]]")
+    origin.wait("session.idle")
+    fork = Talk(server, server.ask(f"POST /v1/sessions/{origin.id}/fork", {"name": "a fork"}))
+    fork.wait("session.idle")
+    found = fork.get()
+    assert (found["forkedFrom"], found["workDir"]) == (origin.id, origin.get()["workDir"])
+    assert found["conversationId"] != origin.get()["conversationId"] and found["window"] != origin.get()["window"]
+    fork.say("[[say only the fork]]"), origin.say("[[say only the origin]]")
+    assert fork.prompts() == ["[[say the first]]", "[[say only the fork]]"]
+    assert origin.prompts() == ["[[say the first]]", "[[say only the origin]]"]
+    fork.kill()
+    assert origin.say("[[say unharmed]]")["output"] == "unharmed"
+
+
+def test_fork_session_into_a_worktree_of_its_own(server, make, repository):
+    origin = make("[[say the first]]", workDir=str(repository))
+    origin.wait("session.idle")
+    fork = Talk(server, server.ask(f"POST /v1/sessions/{origin.id}/fork", {"worktree": True}))
+    fork.wait("session.idle")
+    assert fork.get()["workDir"] == fork.get()["worktree"]["path"] != str(repository)
+    fork.say("[[say only the fork]]")
+    assert fork.prompts() == ["[[say the first]]", "[[say only the fork]]"]
+    fork.kill()
+
+
+@pytest.mark.parametrize("how", ["killed", "exited"])
+def test_resume_session_brings_an_ended_one_back(server, make, how):
+    talk = make("[[say before]]", name=f"comes back {how}", labels={"a": "b"})
+    talk.wait("session.idle")
+    conversation = talk.get()["conversationId"]
+    talk.kill() if how == "killed" else talk.send("[[exit]]")
+    talk.wait(f"session.{how}")
+    assert talk.refusal("POST send", {"text": "x"}) == (409, "SESSION_ENDED")
+    again = talk.ask("POST resume", {"prompt": "[[say after]]"})
+    assert again["id"] == talk.id and again["promptDelivery"]["delivered"] is True
+    talk.wait("session.resumed")
+    talk.wait("session.idle")
+    found = talk.get()
+    assert (found["conversationId"], found["endedAt"], found["exitCode"]) == (conversation, None, None)
+    assert talk.read()["output"] == "after" and talk.prompts()[-1] == "[[say after]]"
+    assert "[[say before]]" in talk.prompts() and found["labels"] == {"a": "b"}
+    assert talk.refusal("POST resume", {}) == (409, "SESSION_LIVE")
+
+
+def test_resume_session_refuses_what_cannot_be(server, make, tmp_path):
+    place = tmp_path / "gone"
+    place.mkdir()
+    talk = make(workDir=str(place), name="same name")
+    talk.kill()
+    other = make(name="same name")
+    assert talk.refusal("POST resume", {}) == (409, "NAME_IN_USE")
+    other.kill()
+    place.rmdir()
+    assert talk.refusal("POST resume", {}) == (409, "WORKDIR_GONE")
+    assert server.refusal("POST /v1/sessions/nobody/resume", {}) == (404, "SESSION_NOT_FOUND")
+
+
+@alone
+def test_after_a_reboot_all_come_back_that_were_alive(house):
+    own = house()
+    lone, parent = own.open("[[say lone]]", name="lone"), own.open("[[say parent]]")
+    child = Talk(own, own.ask(f"POST /v1/sessions/{parent.id}/spawn", {"prompt": "[[hang]]"}))
+    waiting = child.send("[[say later]]")
+    dead = own.open()
+    dead.kill()
+    for talk in (lone, parent):
+        talk.wait("session.idle")
+    own.crash()
+    for pid in own.tmux("list-panes", "-a", "-F", "#{pane_pid}").split():
+        with contextlib.suppress(OSError):
+            os.killpg(int(pid), signal.SIGKILL)
+    own.tmux("kill-server")
+    own.flags = [*own.flags, "--resume-all"]
+    own.start()
+    for talk in (lone, parent):
+        talk.wait("session.resumed")
+        assert talk.say("[[say back]]")["output"] == "back"
+    assert lone.prompts() == ["[[say lone]]", "[[say back]]"]
+    assert own.ask(f"GET /v1/sessions/{child.id}/queue/{waiting['promptId']}")["state"] in (
+        "queued",
+        "submitted",
+        "started",
+        "done",
+    )
+    child.wait("prompt.done", promptId=waiting["promptId"])
+    assert child.get()["window"] == parent.get()["window"] and dead.status == "killed"
+
+
+# -- labels
+
+
+def test_sessions_are_found_followed_and_killed_by_label(server, make):
+    red = [make(labels={"team": "red", "kind": f"k{number}"}) for number in range(2)]
+    blue = make(labels={"team": "blue"})
+
+    def found(query: str) -> List[str]:
+        return sorted(one["id"] for one in server.ask(f"GET /v1/sessions?limit=100&label={query}")["sessions"])
+    assert found("team=red") == sorted(talk.id for talk in red) and found("team=red,kind=k1") == [red[1].id]
+    assert blue.id in found("team") and found("team=green") == []
+    assert server.refusal("GET /v1/sessions?label==x") == (400, "INVALID_REQUEST")
+    heard = Events(server, "/v1/events?after=0&label=team=red")
+    heard.wait_for("session.idle", red[1].id)
+    heard.close()
+    assert {one["sessionId"] for one in heard.heard} == {talk.id for talk in red}
+    blue.ask("PATCH", {"labels": {"team": "red"}})
+    assert blue.id in found("team=red") and blue.get()["labels"] == {"team": "red"}
+    killed = server.ask("DELETE /v1/sessions/batch", {"label": "team=red"})
+    assert killed["killed"] == 3 and blue.status == "killed"
+    for body in ({}, {"ids": [blue.id], "label": "team"}):
+        assert server.refusal("DELETE /v1/sessions/batch", body) == (400, "INVALID_REQUEST")
+
+
+@pytest.mark.parametrize("labels", [{"a b": "c"}, {"a": 1}, {"": "x"}, {"a": "x\ny"}, ["a"],
+                                    {f"l{number}": "x" for number in range(21)}])
+def test_odd_labels_are_refused(server, labels):
+    answer = server.call("POST /v1/sessions", {"workDir": str(server.work), "labels": labels})
+    assert (answer.status, list(answer.json["fields"])) == (400, ["labels"])
+
+
+# ============================================================================
+# WATCH. Stalls, time limits, budgets, usage limits.
+# ============================================================================
+
+
+@alone
+def test_what_takes_too_long_is_told_or_ended(house):
+    own = house("--stall-seconds", "0.6")
+    quiet, asking = own.open(), own.open()
+    loud = own.open("[[slow 2.5]] [[say loud]]")
+    quiet.send("[[quiet 1.5]] [[say x]]")
+    asked = request(asking)
+    for talk, reason in ((quiet, "no life"), (asking, "waited for a decision")):
+        assert reason in talk.wait("session.stalled")["reason"]
+    assert asking.get()["pendingPermission"]["id"] == asked["id"] and own.ask("GET /v1/sessions/stats")["stalled"] >= 1
+    quiet.wait("session.idle")
+    asking.ask("POST approve", {})
+    asking.wait("session.idle")
+    loud.wait("session.idle")
+    assert [own.events.of(talk.id).count("session.stalled") for talk in (quiet, asking, loud)] == [1, 1, 0]
+    idle = own.open(idleTimeout=0.5)
+    assert "idleTimeout" in idle.wait("session.killed")["reason"]
+    busy = own.open("[[slow 1.2]] [[say done]]", idleTimeout=0.5)
+    busy.wait("prompt.done")
+    assert "idleTimeout" in busy.wait("session.killed")["reason"]
+    old = own.open("[[hang]]", maxSeconds=1)
+    assert "maxSeconds" in old.wait("session.killed")["reason"] and old.get()["status"] == "killed"
+
+
+def test_update_session_raises_the_budget_that_interrupted_a_turn(server, make):
+    talk = make(maxTokens=200)
+    assert talk.say("[[say cheap]]")["output"] == "cheap"
+    sent = talk.send("[[bash " + "x" * 1500 + "]] [[say dear]]")
+    later = talk.send("[[say never]]")
+    talk.wait("permission.requested")
+    told = talk.wait("session.budget")
+    assert "maxTokens" in told["reason"]
+    talk.wait("prompt.failed", promptId=later["promptId"])
+    talk.wait("session.error")
+    assert talk.ask(f"GET queue/{sent['promptId']}")["state"] == "failed" and "budget" in talk.get()["statusReason"]
+    assert talk.refusal("POST send", {"text": "more"}) == (409, "BUDGET_SPENT")
+    assert talk.ask("PATCH", {"maxTokens": 1_000_000})["limits"] == {"maxTokens": 1_000_000}
+    assert talk.say("[[say rich]]")["output"] == "rich"
+    assert talk.ask("PATCH", {"maxTokens": 0})["limits"] == {}
+
+
+def test_a_cost_that_nobody_knows_is_said(make):
+    talk = make("[[say x]]", maxCostUsd=1, model="claude-unheard-of")
+    talk.wait("session.idle")
+    assert "no known price" in talk.server.events.wait_for("session.budget", talk.id)["reason"]
+    assert talk.say("[[say on]]")["output"] == "on"
+
+
+NOON = 1_790_000_000.0 - 1_790_000_000.0 % 86_400 + 43_200   # a noon in UTC
+
+
+@pytest.mark.parametrize("told, hours", [
+    ("You've hit your 5-hour limit · resets 3pm (UTC)", 3), ("limit resets 3:30pm (UTC)", 3.5),
+    ("resets 11am (UTC)", 23), ("resets 12am (UTC)", 12), ("resets 12pm (UTC)", 0), ("resets 11:55am (UTC)", -5 / 60),
+    ("API Error: 500", None), ("resets soon", None), ("resets 13pm (UTC)", None), ("resets Foo 3 at 3pm (UTC)", None)])
+def test_when_a_usage_limit_ends_is_read_from_the_agents_words(told, hours):
+    found = aegis.parse_reset(told, NOON)
+    assert (found is None) if hours is None else found == pytest.approx(NOON + hours * 3600)
+
+
+def test_a_usage_limit_with_a_date_is_read():
+    at = datetime.datetime.fromtimestamp(NOON, datetime.timezone.utc) + datetime.timedelta(days=3)
+    told = f"resets {at:%b} {at.day} at 12pm (UTC)"
+    assert aegis.parse_reset(told, NOON) == pytest.approx(at.timestamp())
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
@@ -2910,7 +4500,7 @@ def test_every_route_tells_its_methods(server, route):
     asked = server.call(f"OPTIONS {path}")
     allowed = set(asked.headers["Allow"].split(", "))
     assert asked.status in (200, 204) and asked.raw == b"" or asked.json
-    wrong = server.call(f"PATCH {path}")
+    wrong = server.call(f"TRACE {path}")
     assert (wrong.status, wrong.json["code"]) == (405, "METHOD_NOT_ALLOWED")
     assert set(wrong.headers["Allow"].split(", ")) == allowed
     assert {route.route.split(" ")[0], "OPTIONS"} <= allowed
@@ -3240,6 +4830,418 @@ def test_the_demo_agent_tells_its_version(capsys):
     with pytest.raises(SystemExit) as ended:
         aegis.main(["demo-agent", "--version"])
     assert not ended.value.code and aegis.__version__ in capsys.readouterr().out
+
+
+class Actor:
+    """The demo agent alone, on a terminal of its own, with a receiver of its reports that answers as a test wants."""
+
+    def __init__(self, root: Path, *flags: str, cwd: Optional[Path] = None, **settings: Any) -> None:
+        self.home, self.cwd = root / "claude", cwd or root / "work"
+        self.cwd.mkdir(exist_ok=True)
+        self.heard: List[Json] = []                          # all reports, in order
+        self.says: Dict[str, Any] = {}                       # event -> what the receiver answers, or a function of it
+        self.shown, self.server = "", self._serve()          # all that was drawn
+        hook = {"hooks": [{"type": "http", "url": f"http://127.0.0.1:{self.server.server_address[1]}/", "timeout": 20}]}
+        events = ("PreToolUse", "PermissionRequest", "PostToolUse", "PostToolBatch", "SubagentStart", "SubagentStop",
+                  "Stop", "StopFailure", "UserPromptSubmit")
+        path = root / f"settings-{uuid.uuid4()}.json"
+        path.write_text(json.dumps({"hooks": {event: [hook] for event in events}, **settings}))
+        self.id = str(uuid.uuid4()) if "--session-id" not in flags else flags[flags.index("--session-id") + 1]
+        chosen = () if {"--resume", "--session-id"} & set(flags) else ("--session-id", self.id)
+        self.pty, child = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(AEGIS), "demo-agent", *chosen, *flags, "--settings", str(path)], stdin=child,
+            stdout=child, stderr=child, cwd=str(self.cwd), env={**os.environ, "CLAUDE_CONFIG_DIR": str(self.home)},
+            start_new_session=True)
+        os.close(child)
+        threading.Thread(target=self._watch, daemon=True).start()
+        eventually(lambda: "? for shortcuts" in self.screen)
+
+    def _serve(self) -> Any:
+        actor = self
+
+        class Receiver(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                actor.heard.append(body)
+                said = actor.says.get(body["hook_event_name"])
+                with contextlib.suppress(OSError):
+                    payload = json.dumps((said(body) if callable(said) else said) or {}).encode()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(payload)))
+                    self.end_headers()
+                    self.wfile.write(payload)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        class Threads(socketserver.ThreadingTCPServer):
+            daemon_threads, allow_reuse_address, request_queue_size = True, True, 32
+        server = Threads(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return server
+
+    def _watch(self) -> None:
+        told = b""
+        with contextlib.suppress(OSError):
+            while True:
+                told += os.read(self.pty, 65_536)
+                self.shown = told.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    @property
+    def screen(self) -> str:
+        """Give the last picture: what was said with it, and the box or the dialog."""
+        return self.shown.rpartition("\x1b[?2026h")[2]
+
+    def close(self) -> None:
+        """End the agent and its receiver."""
+        self.process.kill()
+        self.process.wait(5)
+        self.server.shutdown()
+        self.server.server_close()
+        os.close(self.pty)
+
+    def press(self, *keys: str, see: str = "") -> None:
+        """Press keys, each as the last one has had time to show, until something is drawn."""
+        begin = len(self.shown)
+        for key in keys:
+            os.write(self.pty, key.encode())
+            time.sleep(0.08)
+        if see:
+            eventually(lambda: see in self.shown[begin:])
+
+    def send(self, prompt: str) -> None:
+        """Send a prompt."""
+        os.write(self.pty, b"\x1b[200~" + prompt.encode() + b"\x1b[201~\r")
+
+    def see(self, text: str) -> None:
+        """Wait for a dialog that takes keys."""
+        eventually(lambda: text in self.screen)
+        time.sleep(aegis.DEBOUNCE + 0.02)
+
+    def play(self, prompt: str) -> Json:
+        """Send a prompt and wait for its Stop; gives that."""
+        count = len(self.of("Stop"))
+        self.send(prompt)
+        return eventually(lambda: self.of("Stop")[count:])[0]
+
+    def of(self, event: str) -> List[Json]:
+        """List the reports of an event."""
+        return [body for body in self.heard if body["hook_event_name"] == event]
+
+    def order(self) -> List[str]:
+        """List the reports between a prompt and its Stop."""
+        return [body["hook_event_name"] for body in self.heard
+                if body["hook_event_name"] not in ("UserPromptSubmit", "Stop")]
+
+    @property
+    def status(self) -> str:
+        """Tell what the status file says."""
+        told = json.loads((self.home / "sessions" / f"{self.process.pid}.json").read_text())
+        return " ".join(filter(None, (told["status"], told.get("waitingFor"))))
+
+    def lines(self, conversation: str = "") -> List[Json]:
+        """Read the transcript."""
+        path = [*self.home.glob(f"projects/*/{conversation or self.id}.jsonl")][0]
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def results(self) -> List[str]:
+        """List the results of tools, as the agent got them."""
+        return [block["content"] for line in self.lines() if line["type"] == "user"
+                for block in line["message"]["content"] if isinstance(block, dict) and block["type"] == "tool_result"]
+
+
+@pytest.fixture
+def actors(tmp_path: Path) -> Iterator[Callable[..., Actor]]:
+    """Make demo agents that share a home."""
+    made: List[Actor] = []
+
+    def act(*flags: str, **settings: Any) -> Actor:
+        made.append(Actor(tmp_path, *flags, **settings))
+        return made[-1]
+    yield act
+    for actor in made:
+        actor.close()
+
+
+def decided(behavior: str, **more: Any) -> Json:
+    """Write a hook's answer to a PermissionRequest."""
+    return {"hookSpecificOutput": {"decision": {"behavior": behavior, **more}}}
+
+
+def wished(decision: str, **more: Any) -> Json:
+    """Write a hook's answer to a PreToolUse."""
+    return {"hookSpecificOutput": {"permissionDecision": decision, **more}}
+
+
+def test_the_demo_agent_reports_each_tool_before_and_each_batch_after(actors):
+    actor = actors()
+    actor.says = {"PermissionRequest": decided("allow"), "PreToolUse": None}
+    assert actor.play("[[bash touch x]] [[say after]]")["last_assistant_message"] == "after"
+    assert actor.order() == ["PreToolUse", "PermissionRequest", "PostToolUse", "PostToolBatch"]
+    before, asked, after, batch = actor.heard[1:5]
+    assert before["tool_use_id"] == after["tool_use_id"] == batch["tool_calls"][0]["tool_use_id"]
+    assert "tool_use_id" not in asked and asked["permission_suggestions"] == [
+        {"type": "addRules", "rules": [{"toolName": "Bash", "ruleContent": "touch:*"}], "behavior": "allow",
+         "destination": "localSettings"}]
+    actor.says["PermissionRequest"] = decided("deny", message="not that")
+    actor.play("[[both touch a ;; touch b]] [[say on]]")
+    assert "not that" in actor.results()[-1] and len(actor.of("PostToolBatch")[-1]["tool_calls"]) == 2
+    kinds = [line["permissionDecision"]["source"] for line in actor.lines() if "permissionDecision" in line]
+    assert kinds == ["hook"] * 3
+
+
+def test_the_demo_agent_obeys_a_hook_before_a_tool(actors):
+    actor = actors("--permission-mode", "bypassPermissions")
+    actor.says = {"PreToolUse": wished("deny", permissionDecisionReason="the reason")}
+    assert actor.play("[[read a.txt]] [[say on]]")["last_assistant_message"] == "on"
+    assert actor.results() == ["PreToolUse:Read hook error: the reason"]
+    assert actor.order() == ["PreToolUse", "PostToolBatch"]
+    actor.says = {"PreToolUse": wished("ask", permissionDecisionReason="look at it"),
+                  "PermissionRequest": decided("deny", message="no")}
+    actor.play("[[bash ls]] [[say on]]")
+    assert "no" in actor.results()[-1] and "permission_suggestions" not in actor.of("PermissionRequest")[0]
+    actor.says["PermissionRequest"] = None
+    actor.send("[[bash ls]] [[say by key]]")
+    actor.see("Esc to cancel")
+    assert "look at it" in actor.screen and "2. No" in actor.screen and actor.status == "waiting permission prompt"
+    actor.press("1")
+    eventually(lambda: actor.of("Stop")[-1]["last_assistant_message"] == "by key")
+    manual = actors()
+    manual.says = {"PreToolUse": wished("allow")}
+    manual.play("[[bash rm x]] [[say on]]")
+    assert not manual.of("PermissionRequest") and "pretended" in manual.results()[0]
+
+
+def test_the_demo_agent_goes_on_without_its_receiver(actors):
+    actor = actors("--permission-mode", "bypassPermissions")
+    actor.server.shutdown()
+    actor.server.server_close()
+    actor.send("[[bash ls]] [[say alone]]")
+    eventually(lambda: "alone" in str(actor.lines()[-2:]) and actor.lines()[-1]["type"] == "system")
+
+
+def test_the_demo_agent_has_rules(actors, tmp_path):
+    actor = actors("--permission-mode", "bypassPermissions", permissions={
+        "deny": ["Bash(rm *)", "Edit(//etc/**)", "Read(secret/**)", "mcp__lab"], "ask": ["Bash(git push:*)"]})
+    actor.play("[[bash ls && /bin/rm x]] [[write /etc/x]] [[read secret/a/b]] [[mcp lab hello x]] [[bash rmdir y]] "
+               "[[read open/a]] [[mcp other hello x]] [[write x.txt]] [[say done]]")
+    refused = ["denied" in result for result in actor.results()]
+    assert refused == [True] * 4 + [False] * 4 and len(actor.of("PreToolUse")) == 8
+    assert "Permission to use Bash with command ls && /bin/rm x has been denied." in actor.results()[0]
+    assert not actor.of("PermissionRequest")
+    actor.says = {"PermissionRequest": decided("allow")}
+    actor.play("[[bash git push]] [[say pushed]]")
+    assert len(actor.of("PermissionRequest")) == 1
+    manual = actors(permissions={"allow": ["Bash(touch *)", "WebFetch(domain:a.example)", "Edit(*.txt)"]})
+    manual.play("[[bash touch a]] [[fetch https://a.example/x]] [[write deep/b.txt x]] [[say done]]")
+    assert not manual.of("PermissionRequest")
+    manual.says = {"PermissionRequest": decided("deny", message="no")}
+    manual.play("[[bash touch a; rm a]] [[search two words]] [[fetch https://b.example/]] [[say done]]")
+    assert [body["tool_name"] for body in manual.of("PermissionRequest")] == ["Bash", "WebSearch", "WebFetch"]
+    assert manual.of("PermissionRequest")[1]["tool_input"] == {"query": "two words"}
+
+
+def test_the_demo_agent_learns_what_is_allowed(actors):
+    actor = actors()
+    actor.says = {"PermissionRequest": lambda body: decided(
+        "allow", updatedPermissions=[{**one, "destination": "session"} for one in body["permission_suggestions"]])}
+    actor.play("[[bash touch x]] [[bash touch y]] [[mcp lab hello x]] [[mcp lab hello y]] [[bash rm x]] [[say done]]")
+    assert [body["tool_input"].get("command") for body in actor.of("PermissionRequest")] == ["touch x", None, "rm x"]
+    actor.play("[[write a x]] [[write b x]] [[say done]]")
+    assert len(actor.of("PermissionRequest")) == 4 and actor.heard[-1]["permission_mode"] == "acceptEdits"
+    strict = actors("--permission-mode", "dontAsk")
+    strict.play("[[bash touch x]] [[read x]] [[say done]]")
+    assert not strict.of("PermissionRequest") and "don't ask" in strict.results()[0]
+
+
+def test_the_demo_agents_subagents_are_asked_about_side_by_side(actors):
+    actor, gates = actors(), {name: threading.Event() for name in ("touch a", "touch b", "touch c")}
+    said: Dict[str, Any] = {"touch a": None, "touch b": decided("deny", message="not b"), "touch c": decided("allow")}
+
+    def answer(body: Json) -> Any:
+        command = body["tool_input"]["command"]
+        gates[command].wait(WITHIN)
+        return said[command]
+    actor.says = {"PermissionRequest": answer}
+    actor.send("[[agents touch a ;; touch b ;; touch c]]")
+    eventually(lambda: len(actor.of("PermissionRequest")) == 3)
+    agents = {body["tool_input"]["command"]: body["agent_id"] for body in actor.of("PermissionRequest")}
+    assert len(set(agents.values())) == 3 and actor.status == "busy" and "Esc to cancel" not in actor.screen
+    gates["touch c"].set()
+    assert eventually(lambda: actor.of("PostToolUse")[3:])[0]["agent_id"] == agents["touch c"]
+    gates["touch b"].set()
+    eventually(lambda: len(actor.of("SubagentStop")) == 2)
+    assert actor.status == "busy"
+    gates["touch a"].set()
+    actor.see("Bash command · from the general-purpose agent")
+    assert actor.status == "waiting permission prompt" and not actor.of("Stop")
+    actor.press("1")
+    told = eventually(lambda: actor.of("Stop"))[0]["last_assistant_message"]
+    assert all(word in told for word in ("touch a", "not b", "touch c"))
+    assert [body["agent_type"] for body in actor.of("SubagentStart")] == ["general-purpose"] * 3
+    last = actor.of("PostToolBatch")[-1]
+    assert "agent_id" not in last and [one["tool_name"] for one in last["tool_calls"]] == ["Agent"] * 3
+
+
+def test_the_demo_agents_subagents_share_the_terminal(actors):
+    actor = actors()
+    actor.send("[[agents touch a ;; touch b]] [[say both]]")
+    actor.see("1 of 2")
+    actor.press("1")
+    actor.see("2 of 2")
+    actor.press("1")
+    eventually(lambda: actor.of("Stop"))
+    actor.says = {"PermissionRequest": lambda _: time.sleep(1)}
+    actor.send("[[agents touch a ;; touch b]] [[say both]]")
+    eventually(lambda: len(actor.of("PermissionRequest")) == 4)
+    actor.press("\x1b", see="Interrupted")
+    eventually(lambda: actor.status == "idle")
+    assert len(actor.of("Stop")) == 1
+
+
+BOTH_ASKED = ["Which colour do you want?", "Which others may it have?"]
+
+
+def test_the_demo_agent_asks_on_pages(actors):
+    actor = actors()
+    actor.send("[[ask multi]]")
+    actor.see("←  ☐ Colour  ☐ Others  ✔ Submit  →")
+    assert actor.status == "waiting input needed"
+    actor.press("2", see="←  ☒ Colour  ☐ Others  ✔ Submit  →")
+    actor.press("1", see="[✔] Black")
+    actor.press("3", see="[✔] Grey")
+    actor.press("1", see="[ ] Black")
+    actor.press("1", "\x1b[C", see="Review your answers")
+    assert "   → Black, Grey" in actor.screen and "❯ 1. Submit answers" in actor.screen
+    actor.press("1")
+    eventually(lambda: actor.of("Stop"))
+    assert actor.results() == ["User answered: " + aegis.dump(dict(zip(BOTH_ASKED, ["Green", "Black, Grey"])))]
+    actor.send("[[ask multi]]")
+    actor.see("☐ Colour")
+    actor.press("4", see="❯ 4. Type something.")
+    actor.press("1 or 2", see="❯ 4. 1 or 2")
+    actor.press("\r", see="[ ] Black")
+    actor.press("2", see="[✔] White")
+    actor.press("4", see="[✔] Type something")
+    actor.press("\x1b[200~my own\x1b[201~", see="❯ 4. [✔] my own")
+    actor.press("\x1b[B", see="❯    Submit")
+    actor.press("\r", see="Review your answers")
+    actor.press("1")
+    eventually(lambda: len(actor.of("Stop")) == 2)
+    assert aegis.dump(dict(zip(BOTH_ASKED, ["1 or 2", "White, my own"]))) in actor.results()[1]
+    actor.send("[[ask multi]]")
+    actor.see("☐ Colour")
+    actor.press("\t", see="[ ] Black")
+    actor.press("\t", see="Review")
+    actor.press("2", see="Interrupted")
+    assert len(actor.of("Stop")) == 2
+
+
+def test_the_demo_agent_takes_answers_from_a_hook(actors):
+    actor = actors()
+    given = {"Which colour do you want?": "Red", "Which others may it have?": ["Black", "mine"]}
+    actor.says = {"PermissionRequest": lambda body: decided(
+        "allow", updatedInput={**body["tool_input"], "answers": given})}
+    actor.play("[[ask multi]]")
+    assert actor.results() == ["User answered: " + aegis.dump(given)]
+    actor.says = {"PermissionRequest": decided("allow", updatedInput={"answers": given})}
+    actor.play("[[ask]]")
+    assert "InputValidationError" in actor.results()[1]
+    actor.says = {"PermissionRequest": decided("allow")}
+    for prompt, what in (("[[ask]]", "Which colour"), ("[[plan it]]", "Ready to code?")):
+        count = len(actor.of("PermissionRequest"))
+        actor.send(prompt)
+        actor.see(what)
+        eventually(lambda: len(actor.of("PermissionRequest")) > count)
+        assert what in actor.screen and actor.status.startswith("waiting") and len(actor.of("Stop")) == 2
+        actor.press("\x1b", see="Interrupted")
+
+
+def test_the_demo_agent_is_told_what_to_do_differently(actors):
+    actor = actors()
+    actor.send("[[bash touch x]]")
+    actor.see("❯ 1. Yes")
+    actor.press("\x1b[A", see="❯ 4. No")
+    actor.press("\t", see="❯ 4. No, and tell Claude what to do differently")
+    actor.press("use 2 files", see="❯ 4. No, use 2 files")
+    actor.press("\r")
+    eventually(lambda: actor.of("Stop"))
+    assert "the user said:\nuse 2 files" in actor.results()[0] and actor.of("PostToolBatch")
+    actor.send("[[bash touch x]]")
+    actor.see("❯ 1. Yes")
+    actor.press("\t", see="❯ 1. Yes, and tell Claude what to do next")
+    actor.press("and y", "\r")
+    eventually(lambda: len(actor.of("Stop")) == 2)
+    assert actor.results()[1].endswith("\nand y")
+    actor.send("[[plan it]]")
+    actor.see("Ready to code?")
+    actor.press("3", "\r", "\x1b[200~smaller\x1b[201~", see="❯ 3. smaller")
+    actor.press("\r")
+    eventually(lambda: len(actor.of("Stop")) == 3)
+    assert actor.results()[2].endswith("smaller")
+    for key in ("4", "\x1b"):
+        count = len(actor.lines())
+        actor.send("[[bash touch x]]")
+        actor.see("❯ 1. Yes")
+        actor.press("\x03", key, see="Interrupted")
+        kinds = [line.get("toolDenialKind") for line in eventually(lambda: actor.lines()[count + 3:])]
+        assert kinds[0] == "user-rejected" and actor.status == "idle"
+    assert len(actor.of("Stop")) == 3
+
+
+def test_the_demo_agent_counts_tokens_of_a_model(actors):
+    actor = actors()
+    actor.play("[[tokens 5000]] [[model claude-other]] [[say dear]]")
+    actor.play("[[say cheap]]")
+    eventually(lambda: sum(line["type"] == "assistant" for line in actor.lines()) == 2)
+    dear, cheap = [line["message"] for line in actor.lines() if line["type"] == "assistant"]
+    assert dear["usage"]["output_tokens"] > 5000 > cheap["usage"]["output_tokens"]
+    assert dear["model"] == cheap["model"] == "claude-other"
+
+
+def test_the_demo_agent_tells_until_when_a_limit_holds(actors):
+    actor, began = actors(), time.time()
+    actor.send("[[limit 90]]")
+    told = eventually(lambda: actor.of("StopFailure"))[0]
+    said = re.fullmatch(r"You've hit your 5-hour limit · resets (\d+):(\d\d):(\d\d)([ap]m) \(UTC\)",
+                        told["last_assistant_message"])
+    assert told["error"] == "rate_limit" and said and int(said[3]) in {int(began + 90 + late) % 60 for late in range(9)}
+    actor.see("⚠ Usage limit reached · limit resets")
+    assert re.search(r"Continuing automatically at \S+[ap]m · Esc to cancel", actor.screen)
+    assert actor.status == "idle" and not actor.of("Stop")
+    assert aegis.read_claude_screen(actor.screen).kind == "rate_limited"
+    actor.press("\x1b", see="Automatic continue cancelled")
+    assert "⚠" not in actor.screen
+    actor.send("[[limit 90]]")
+    actor.see("⚠ Usage limit reached · limit resets")
+    assert actor.play("[[say on]]")["last_assistant_message"] == "on"
+    eventually(lambda: "⚠" not in actor.screen)
+
+
+@pytest.mark.parametrize("ahead, told", [(0, "12am"), (60, "12:01am"), (43_200, "12pm"), (86_400 * 2, "Jan 3, 12am")])
+def test_the_demo_agent_writes_times_as_the_client_does(ahead, told):
+    assert aegis.demo_clock(time.gmtime(ahead), ahead, "%M") == told
+
+
+def test_the_demo_agent_resumes_and_forks_from_anywhere(actors, tmp_path):
+    first = actors()
+    first.play("[[say one]]")
+    first.play("[[say two]]")
+    eventually(lambda: first.lines()[-1]["type"] == "system")
+    path = next(first.home.glob(f"projects/*/{first.id}.jsonl"))
+    before = path.read_bytes()
+    fork = actors("--resume", first.id, "--fork-session", "--session-id", str(uuid.uuid4()), cwd=tmp_path / "elsewhere")
+    assert fork.play("[[recall]]")["last_assistant_message"].split("\n") == ["[[say one]]", "[[say two]]", "[[recall]]"]
+    assert path.read_bytes() == before and fork.lines()[0]["cwd"] == str(tmp_path / "elsewhere")
+    assert next(first.home.glob(f"projects/*elsewhere/{fork.id}.jsonl")).exists()
+    again = actors("--resume", first.id, cwd=tmp_path / "third")
+    assert again.play("[[recall]]")["last_assistant_message"].endswith("[[say two]]\n[[recall]]")
+    eventually(lambda: again.lines(first.id)[-1]["type"] == "system")
+    assert path.read_bytes().startswith(before) and not list(first.home.glob(f"projects/*third/{first.id}.jsonl"))
+    ids = [line["message"]["id"] for line in again.lines(first.id) if line["type"] == "assistant"]
+    assert len(ids) == len(set(ids)) == 3
+    assert "[[say one]]" in first.play("[[recall]]")["last_assistant_message"]
 
 
 # ============================================================================
