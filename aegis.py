@@ -377,6 +377,11 @@ def new_id(prefix: str = "") -> str:
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # JSON, compact, never NaN
 
 
+def whole_text(value: Any) -> Any:
+    """Replace halves of surrogate pairs, which JSON can spell but no database or socket takes."""
+    return json.loads(dump(value).encode("utf-8", "replace"))
+
+
 def clip(text: str, length: int) -> str:
     """Shorten a text for a log line or a summary."""
     return text if len(text) <= length else text[: length - 1] + "…"
@@ -629,6 +634,7 @@ def from_words(fields: Mapping[str, Field], words: Mapping[str, str]) -> Json:
     values: Json = {}
     for name, word in words.items():
         kind = fields.get(name, {}).get("type")
+        kind = None if isinstance(kind, list) else kind
         try:
             values[name] = readers[kind](word) if kind in readers else word
         except ValueError:
@@ -1942,6 +1948,7 @@ def parse_line(raw: bytes) -> List[Entry]:
     """Read one line; what it does not know it leaves out."""
     try:
         line = json.loads(raw)
+        line = whole_text(line) if b"\\ud" in raw.lower() else line
     except ValueError:
         return []
     if not isinstance(line, dict) or line.get("isSidechain"):
@@ -3716,6 +3723,7 @@ class Session:
         )  # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
+        self.tasks_open = False                         # the last Stop told of background tasks that still run
         self.policy = policy_from_json(row.policy, context.profiles)
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
@@ -4299,6 +4307,9 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
             context.tmux.keys(session.row.pane or "", "Enter")
             with session.changing("delivery", "Enter again", reading.draft) as change:
                 change.prompt(find_prompt(session, prompt.id), attempts=presses)
+        elif prompt.kind == "bash" and reading.kind == "working" and not reading.draft:
+            start_unreported(session, prompt.id, "the shell line left the box, and the agent works")
+            return
         elif prompt.kind != "prompt" and reading.kind != "working":
             end_unreported(session, prompt.id, reading)
             return
@@ -4417,6 +4428,8 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
         current = session.facts.current
         if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
             return
+        if entry.kind == "end" and session.tasks_open:
+            return   # its background tasks still run
         if entry_time(entry) < (current.submitted_at or 0):
             return   # it ended the turn before: the agent writes the last lines of a turn late
         with session.changing("transcript", f"{entry.kind} line", entry.text) as change:
@@ -5205,7 +5218,7 @@ def on_tool(session: Session, body: Json) -> Answer:
 def on_stop(session: Session, body: Json) -> Answer:
     """Stop: the turn ended, unless background tasks still run."""
     prompt_id, said = str(body.get("prompt_id") or ""), str(body.get("last_assistant_message") or "")
-    tasks = body.get("background_tasks") or []
+    tasks = body.get("background_tasks") if isinstance(body.get("background_tasks"), list) else []
     with session.lock:
         if prompt_id and prompt_id in session.closed_ids:
             session.note("hook", "Stop again", prompt_id)
@@ -5213,6 +5226,7 @@ def on_stop(session: Session, body: Json) -> Answer:
         with session.changing("hook", "Stop", f"{len(tasks)} background tasks") as change:
             if said:
                 change.columns["output"] = said
+            session.tasks_open = bool(tasks)
             if tasks:
                 return {}
             for prompt in ending_with(change.facts, prompt_id):
@@ -5476,6 +5490,8 @@ def weigh_turn(
         return
     calm = time.monotonic() - session.output_at
     rested = status.status in ("idle", "shell") and status.at > began if status else calm > 5.0
+    if session.tasks_open and (status is None or status.status != "idle" or calm < 5.0):
+        rested = False   # the turn goes on when its background tasks end
     if not rested or calm < QUIET_SECONDS:
         session.context.look_later(session, 0.3)
         return
@@ -6624,8 +6640,11 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
             continue
     with session.changing("restart", "no trace of the prompt", prompt.id) as change:
         known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
-        if known:
+        if known and known.kind == "prompt":
             change.prompt(known, typed_at=None)
+        elif known:   # a command leaves no trace that proves it did not run
+            change.prompt(known, state="failed", ended_at=time.time(),
+                          reason="Aegis was restarted while it was typed: look whether it ran before you send it again")
 
 
 def recheck(session: Session) -> None:
@@ -7577,6 +7596,7 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     session = ask.context.sessions.get(id)
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
+    report = whole_text(report)
     if report.get("hook_event_name") != "PermissionRequest":
         return receive_hook(session, report)
     answer = decide_by_policy(session, report)
@@ -7596,7 +7616,7 @@ def held(ask: Ask, session: Session, report: Json) -> Json:
     if caller >= 0:
         poller.register(caller, select.POLLIN)
     try:
-        ready = [handle for handle, _ in poller.poll(ask.context.settings.hold_seconds * 1000)]
+        ready = [handle for handle, _ in poller.poll(min(ask.context.settings.hold_seconds, 2_000_000) * 1000)]
         if caller in ready:
             hung_up(session, request.id)
         elif not ready:
@@ -8056,8 +8076,8 @@ def events_table() -> str:
 # validate (400) -> handler.  Nobody's body is read before they may enter.
 
 SERVER_HEADERS = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
-REQUEST_ID = re.compile(r"^[\w.:-]{1,64}$")
+HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+REQUEST_ID = re.compile(r"^[\w.:-]{1,64}\Z")
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 

@@ -3546,11 +3546,18 @@ def test_silence_proves_nothing(make):
 
 
 def test_background_work_is_not_idle(make):
-    talk = make("[[background 0.5]]")
+    talk = make("[[background 1]]")
     talk.wait("turn.ended")
     talk.wait("session.idle")
+    assert talk.read()["output"] == "background done", "not idle before its background task had ended"
     kinds = talk.server.events.of(talk.id, "session.")
     assert kinds.count("session.idle") == 1 and kinds[-1] == "session.idle"
+
+
+def test_half_a_character_in_a_report_is_no_error(make):
+    talk = make("[[hang]]")
+    assert report(talk, "Stop", last_assistant_message="half \ud83d", background_tasks=5).status == 200
+    assert "half" in talk.read("limit=0")["output"]
 
 
 def test_a_flood_of_output_harms_nobody(make, talk):
@@ -5890,11 +5897,10 @@ def test_real_two_tools_at_once_are_asked_and_decided_each(start):
 @real_client
 def test_real_question_is_asked_and_answered(start):
     talk = start("[[ask]] [[say after]]")
-    talk.wait("permission.requested")
+    talk.wait("question.asked")
     question = talk.get()["pendingQuestion"]
     assert talk.status == "asking" and question["questions"][0]["question"] == "Which colour?"
-    talk.ask("POST approve", {"updatedInput": {"questions": question["questions"],
-                                               "answers": {"Which colour?": "Green"}}})
+    assert talk.ask("POST answer", {"answer": "green"})["answers"] == [["Green"]]
     talk.wait("session.idle")
     assert any("Green" in one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool")
 
