@@ -377,9 +377,12 @@ def new_id(prefix: str = "") -> str:
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # JSON, compact, never NaN
 
 
-def whole_text(value: Any) -> Any:
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
+
+
+def whole_text(value: Any, raw: bytes) -> Any:
     """Replace halves of surrogate pairs, which JSON can spell but no database or socket takes."""
-    return json.loads(dump(value).encode("utf-8", "replace"))
+    return json.loads(dump(value).encode("utf-8", "replace")) if SURROGATE.search(raw) else value
 
 
 def clip(text: str, length: int) -> str:
@@ -1947,8 +1950,7 @@ class Entry(NamedTuple):
 def parse_line(raw: bytes) -> List[Entry]:
     """Read one line; what it does not know it leaves out."""
     try:
-        line = json.loads(raw)
-        line = whole_text(line) if b"\\ud" in raw.lower() else line
+        line = whole_text(json.loads(raw), raw)
     except ValueError:
         return []
     if not isinstance(line, dict) or line.get("isSidechain"):
@@ -2412,7 +2414,7 @@ def policy_from_json(given: Json, profiles: Mapping[str, Json]) -> Policy:
     rules = rules_from_json(given, faults)
     # a flag given with a profile also takes back what the profile's rules allow of that kind
     inherited = [rule for rule in base.rules
-            if rule.action != "allow" or flags.get(f"allow_{category(rule.tool)}", True) is True]
+                 if rule.action != "allow" or flags.get(f"allow_{category(rule.tool)}", True) is True]
     rules = list(dict.fromkeys(rules + inherited))
     if len(rules) > MAX_RULES:
         faults["rules"] = f"are {len(rules):,} with the profile's; a policy has at most {MAX_RULES}"
@@ -3582,6 +3584,10 @@ class Facts(NamedTuple):
         """The prompts that the agent has not taken yet."""
         return [prompt for prompt in self.prompts if prompt.state == "queued"]
 
+    def request(self, request_id: str) -> Optional[PermissionRow]:
+        """The pending request with an id."""
+        return next((request for request in self.pending if request.id == request_id), None)
+
 
 class Verdict(NamedTuple):
     """A status, and why."""
@@ -4518,11 +4524,21 @@ def read_for_diff(path: str, work_dir: str) -> Optional[str]:
 # -- opening
 
 
+DECIDED = {"allow": "approved", "deny": "rejected"}   # what a policy says that decides -> the state of the request
+
+
+def ask_policy(session: Session, request: PermissionRow) -> Decision:
+    """Ask the session's policy about a request; about a question to a person it has no opinion."""
+    if request.tool in QUESTION_TOOLS:
+        return Decision("none", "a question to a person")
+    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+
+
 def decide_by_policy(session: Session, body: Json) -> Optional[Json]:
     """Answer a permission request by the session's policy; None when that leaves it to a person."""
     request = request_of(session, body)
-    said = decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
-    if said.behavior not in ("allow", "deny") or request.tool in QUESTION_TOOLS:
+    said = ask_policy(session, request)
+    if said.behavior not in DECIDED:
         return None
     record_by_policy(session, request, said)
     return permission_answer(policy_decision(said))
@@ -4537,14 +4553,19 @@ def policy_decision(said: Decision) -> Json:
 
 def record_by_policy(session: Session, request: PermissionRow, said: Decision) -> None:
     """Store and tell a decision of the policy like a person's."""
-    state = "approved" if said.behavior == "allow" else "rejected"
+    state = DECIDED[said.behavior]
     decided = request._replace(state=state, decided_by="policy", rule=said.rule, decided_at=time.time())
     with session.changing("hook", f"{state} by policy: {said.rule}", request.summary) as change:
-        if not session.live or session.ending:
-            raise ApiError(409, "SESSION_ENDED", "the session has ended")
+        refuse_ended(session)
         change.statements.append(insert("permissions", decided._asdict()))
         begin_turn(change, request.asked_at)
         change.tell("permission.resolved", **resolved_event(decided))
+
+
+def refuse_ended(session: Session) -> None:
+    """Raise ApiError 409 for a session that has ended or is being ended."""
+    if not session.live or session.ending:
+        raise ApiError(409, "SESSION_ENDED", "the session has ended")
 
 
 def resolved_event(request: PermissionRow) -> Json:
@@ -4556,11 +4577,11 @@ def resolved_event(request: PermissionRow) -> Json:
 def check_tool(session: Session, body: Json) -> Json:
     """Answer PreToolUse: the policy may forbid what the agent would not even ask about, or make it ask."""
     request = request_of(session, body)
-    said = decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
-    if request.tool in QUESTION_TOOLS or said.behavior not in ("deny", "ask"):
-        return {}
+    said = ask_policy(session, request)
     if said.behavior == "ask":
         return tool_answer("ask", f"this session's permission policy asks about it ({said.rule})")
+    if said.behavior != "deny":
+        return {}
     record_by_policy(session, request, said)
     return tool_answer("deny", policy_decision(said)["message"])
 
@@ -4601,8 +4622,7 @@ def open_request(session: Session, body: Json) -> Tuple[PermissionRow, Optional[
 def add_request(session: Session, request: PermissionRow, source: str, rule: str) -> None:
     """Store a new pending request, and tell of it."""
     with session.changing(source, rule, request.summary) as change:
-        if not session.live or session.ending:
-            raise ApiError(409, "SESSION_ENDED", "the session has ended")
+        refuse_ended(session)
         change.statements.append(insert("permissions", request._asdict()))
         change.set(pending=(*change.facts.pending, request), dialog=None)
         begin_turn(change, request.asked_at)
@@ -4629,7 +4649,7 @@ def find_request(session: Session, request_id: Optional[str], questions: bool) -
         raise ApiError(409, "NO_PENDING_QUESTION" if questions else "NO_PENDING_PERMISSION",
                        "nothing waits for an answer" if questions else "nothing waits for a decision"
                        + (": the dialog on the screen takes POST …/answer" if session.facts.dialog else ""))
-    found = next((one for one in session.facts.pending if one.id == request_id), None)
+    found = session.facts.request(request_id)
     if found is None:
         raise decided_refusal(session, request_id)
     return found
@@ -4654,8 +4674,8 @@ def claim(session: Session, request_id: str, state: str, by: str, decision: Json
     state: approved, rejected, or interrupted (rejected, and the turn ends).
     """
     with session.lock:
-        request = next((one for one in session.facts.pending if one.id == request_id and one.claim is None), None)
-        if request is None:
+        request = session.facts.request(request_id)
+        if request is None or request.claim is not None:
             return False
         claimed = request._replace(claim=state, decided_by=by, message=message, rule=rule)
         with session.changing(by, f"permission {state}", request.summary) as change:
@@ -4674,7 +4694,7 @@ def confirm_claim(session: Session, request_id: str) -> PermissionRow:
     """Wait until the agent is seen to have taken a claimed answer, and settle it truly; gives the settled row."""
     began, pause = time.monotonic(), 0.005
     while session.live and not session.context.stopping.is_set():
-        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        request = session.facts.request(request_id)
         seen, spent = session.outcomes.get(request_id), time.monotonic() - began
         if request is None or request.subagent or seen in (OURS, TERMINAL):   # no terminal shows a subagent's request
             break
@@ -4686,6 +4706,14 @@ def confirm_claim(session: Session, request_id: str) -> PermissionRow:
         watch_status(session, request)
     settle_claim(session, request_id)
     return session.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
+
+
+def confirm_ours(session: Session, request_id: str) -> PermissionRow:
+    """Confirm a claim for its caller.  Raises ApiError 409 when the terminal was first."""
+    settled = confirm_claim(session, request_id)
+    if settled.decided_by != "api":
+        raise decided_refusal(session, request_id)
+    return settled
 
 
 def watch_status(session: Session, request: PermissionRow) -> None:
@@ -4714,8 +4742,8 @@ def see_outcome(session: Session, request: PermissionRow, outcome: str) -> None:
 def settle_claim(session: Session, request_id: str) -> None:
     """Settle a claimed request by what the agent was seen to do."""
     with session.lock:
-        request = next((one for one in session.facts.pending if one.id == request_id and one.claim), None)
-        if request is None:
+        request = session.facts.request(request_id)
+        if request is None or not request.claim:
             return
         seen = session.outcomes.pop(request_id, None)
         if seen == TERMINAL:
@@ -4730,7 +4758,7 @@ def settle_claim(session: Session, request_id: str) -> None:
 def settle(session: Session, request_id: str, state: str, by: str, why: str) -> bool:
     """Close a request for good; False when it was closed before.  Whoever still holds it lets go."""
     with session.lock:
-        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        request = session.facts.request(request_id)
         if request is None:
             return False
         closed = request._replace(state=state, claim=None, decided_by=by, decided_at=time.time())
@@ -4858,6 +4886,16 @@ def last_open_call(parts: Sequence[str]) -> Optional[Json]:
     return next((one for one in reversed(messages) if one.get("tool") and one.get("toolUseId") not in done), None)
 
 
+def is_selected(row: Option) -> bool:
+    """Tell whether the cursor stands on a row."""
+    return row.selected
+
+
+def place_of(reading: Reading, wanted: Callable[[Option], bool]) -> Optional[int]:
+    """Find a dialog's first row that is wanted."""
+    return next((index for index, row in enumerate(reading.options) if wanted(row)), None)
+
+
 def choose_row(context: Context, session: Session, bound: Reading, wanted: Callable[[Option], bool],
                seconds: float = 10.0) -> Optional[Reading]:
     """Choose a dialog's row by its text: move, look, and press Enter only when the cursor has rested on it.
@@ -4873,8 +4911,7 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
         reading = look(context, session)
         if not same_dialog(bound, reading):
             return reading if entered else None
-        row = next((index for index, option in enumerate(reading.options) if wanted(option)), None)
-        now = next((index for index, option in enumerate(reading.options) if option.selected), None)
+        row, now = place_of(reading, wanted), place_of(reading, is_selected)
         if row is None or now is None:
             return None
         if entered and status_then != read_status_file(session):
@@ -4908,7 +4945,7 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
                 obeyed = choose_row(context, session, bound, ROWS[row]) is not None
                 if row == "always" and not obeyed:
                     obeyed = choose_row(context, session, bound, ROWS["approved"]) is not None
-            request = next((one for one in session.facts.pending if one.id == request_id), None)
+            request = session.facts.request(request_id)
             if request:
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
 
@@ -4921,8 +4958,7 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
         reading = look(context, session)
         if reading.kind not in ("permission_prompt", "asking") or (not tabbed and not same_dialog(bound, reading)):
             return typed
-        row = next((index for index, option in enumerate(reading.options) if ROWS["rejected"](option)), None)
-        now = next((index for index, option in enumerate(reading.options) if option.selected), None)
+        row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
         if row is None or now is None or time.monotonic() - seen_at < 0.3:
             continue
         seen_at = time.monotonic()
@@ -4947,14 +4983,11 @@ def decide(context: Context, session: Session, request: PermissionRow, state: st
     """
     held = request.id in session.holds
     if not claim(session, request.id, state, "api", decision, message):
-        session.wait(lambda: all(one.id != request.id for one in session.facts.pending), CLAIM_SECONDS + 0.5)
+        session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
         raise decided_refusal(session, request.id)
     if not held:
         decide_on_screen(context, session, request.id, "always" if always else state, message)
-    settled = confirm_claim(session, request.id)
-    if settled.decided_by != "api":
-        raise decided_refusal(session, request.id)
-    return settled
+    return confirm_ours(session, request.id)
 
 
 def approval(request: PermissionRow, updated_input: Optional[Json], always: bool) -> Json:
@@ -4981,10 +5014,10 @@ def apply_policy(context: Context, session: Session) -> List[str]:
     """Let a new policy decide what is already pending; gives the ids of the requests that it decided."""
     decided = []
     for request in session.facts.pending:
-        said = decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
-        if request.claim or request.tool in QUESTION_TOOLS or said.behavior not in ("allow", "deny"):
+        said = ask_policy(session, request)
+        if request.claim or said.behavior not in DECIDED:
             continue
-        state = "approved" if said.behavior == "allow" else "rejected"
+        state = DECIDED[said.behavior]
         held = request.id in session.holds
         decision = policy_decision(said)
         if claim(session, request.id, state, "policy", decision, decision.get("message"), said.rule):
@@ -5134,10 +5167,7 @@ def answer_by_keys(context: Context, session: Session, request: PermissionRow, g
         if well and any(re.match("Submit answers", row.label) for row in reading.options):
             choose_row(context, session, reading, lambda row: row.label.startswith("Submit answers"))
         see_outcome(session, request, OURS if well else TERMINAL)
-    settled = confirm_claim(session, request.id)
-    if settled.decided_by != "api":
-        raise decided_refusal(session, request.id)
-    return settled
+    return confirm_ours(session, request.id)
 
 
 # ============================================================================
@@ -6421,24 +6451,22 @@ def check_budget(context: Context, session: Session, now: float) -> None:
     if "maxTokens" not in limits and "maxCostUsd" not in limits:
         return
     catch_up(session)
-    spent = budget_spent(session.row)
+    spent = told = budget_spent(session.row)
     if spent is None and "maxCostUsd" in limits and cost_usd(session.row.ledger) is None:
-        spent_, told = None, "a model that it uses has no known price: maxCostUsd cannot be held"
-    else:
-        spent_ = told = spent
+        told = "a model that it uses has no known price: maxCostUsd cannot be held"
     if told == session.budget_told:
         return
     session.budget_told = told
     if told is None:
         return
     with session.changing("clock", "budget", told) as change:
-        change.tell("session.budget", name=session.row.name, reason=told, spent=spent_ is not None)
-        if spent_:
+        change.tell("session.budget", name=session.row.name, reason=told, spent=spent is not None)
+        if spent:
             for prompt in [one for one in change.facts.waiting if one.typed_at is None]:
                 change.prompt(prompt, state="failed", reason=told, ended_at=time.time())
             change.set(failure=("error", told))
         current = change.facts.current
-    if spent_ and (current or session.facts.pending):
+    if spent and (current or session.facts.pending):
         spawn("aegis-budget", interrupt_quietly, context, session)
 
 
@@ -6895,6 +6923,11 @@ STREAM: Dict[str, Field] = dict(
 LABELLED: Dict[str, Field] = dict(label=LABEL)
 
 
+def paged(about: str, default: int) -> Dict[str, Field]:
+    """Describe the fields of a request for one page of a list."""
+    return dict(page=whole("Page, from 1.", 1, 1_000_000, default=1), limit=whole(about, 1, 200, default=default))
+
+
 def snake(name: str) -> str:
     """Turn a wire name into a Python one: workDir -> work_dir."""
     return re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)
@@ -7039,12 +7072,17 @@ def list_sessions(
     total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     rows = store.rows(SessionRow, "sessions", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit,
                       (page - 1) * limit)
-    pagination = dump({"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)})
-    answer = Encoded(f'{{"sessions":[{",".join(listed(context, row) for row in rows)}],"pagination":{pagination}}}')
+    told = dump(pagination(page, limit, total))
+    answer = Encoded(f'{{"sessions":[{",".join(listed(context, row) for row in rows)}],"pagination":{told}}}')
     while len(context.lists) > 50:
         context.lists.pop(next(iter(context.lists)), None)
     context.lists[query] = (version, answer)
     return answer
+
+
+def pagination(page: int, limit: int, total: int) -> Json:
+    """Say which page of how many an answer is."""
+    return {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)}
 
 
 def label_condition(label: Optional[str]) -> Tuple[str, List[Optional[str]]]:
@@ -7364,7 +7402,7 @@ def get_permissions(ask: Ask, id: str, page: int, limit: int) -> Json:
     return {"id": id, "policy": session.row.policy, "profile": session.row.policy.get("profile"),
             "pending": [wire_permission(one) for one in session.facts.pending],
             "history": [wire_permission(one) for one in rows],
-            "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)}}
+            "pagination": pagination(page, limit, total)}
 
 
 def put_permissions(ask: Ask, id: str, policy: Json) -> Any:
@@ -7427,10 +7465,8 @@ def update_session(ask: Ask, id: str, labels: Optional[Json], **limits: Any) -> 
     """Change a live session's labels and limits; a limit of 0 is taken off."""
     session = find_live(ask.context, id)
     with session.changing("api", "updated") as change:
-        kept = {**session.row.limits, **{name: limits[snake(name)] for name in LIMITS}}
-        before = session.row.limits
-        kept = {name: before.get(name) if value is None else value for name, value in kept.items()}
-        change.columns["limits"] = {name: value for name, value in kept.items() if value}
+        given = {name: limits[snake(name)] for name in LIMITS if limits[snake(name)] is not None}
+        change.columns["limits"] = {name: value for name, value in {**session.row.limits, **given}.items() if value}
         if labels is not None:
             change.columns["labels"] = labels
             change.statements += label_statements(id, labels)
@@ -7596,7 +7632,6 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     session = ask.context.sessions.get(id)
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
-    report = whole_text(report)
     if report.get("hook_event_name") != "PermissionRequest":
         return receive_hook(session, report)
     answer = decide_by_policy(session, report)
@@ -7630,7 +7665,7 @@ def held(ask: Ask, session: Session, report: Json) -> Json:
 def hung_up(session: Session, request_id: str) -> None:
     """Note that the agent gave a request up before it had our answer: its dialog was answered with no."""
     with session.lock:
-        request = next((one for one in session.facts.pending if one.id == request_id), None)
+        request = session.facts.request(request_id)
         if request and request.claim:
             see_outcome(session, request, OURS if request.claim == "interrupted" else TERMINAL)
         elif request:
@@ -7669,8 +7704,7 @@ ROUTES = (
         list_sessions,
         "sessions:read",
         dict(
-            page=whole("Page, from 1.", 1, 1_000_000, default=1),
-            limit=whole("Sessions on a page.", 1, 200, default=20),
+            **paged("Sessions on a page.", 20),
             status=choice("Only sessions in this state.", *STATES, default=None),
             workDir=text("Only sessions that work in this directory.", 4096, default=None),
             label=LABEL,
@@ -7889,11 +7923,7 @@ ROUTES = (
         "GET /v1/sessions/:id/permissions",
         get_permissions,
         "sessions:read",
-        dict(
-            id=ID,
-            page=whole("Page, from 1.", 1, 1_000_000, default=1),
-            limit=whole("Decisions on a page.", 1, 200, default=50),
-        ),
+        dict(id=ID, **paged("Decisions on a page.", 50)),
         tool="get_permissions",
         alias=True,
     ),
@@ -8493,16 +8523,13 @@ class Server(ThreadingHTTPServer):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
                   connection.sock.fileno)
-        return self._guarded(
-            connection,
-            lambda: call(
-                route,
-                ask,
-                connection.words,
-                parse_query(head.query) if head.query else {},
-                parse_body(head.headers, raw),
-            ),
-        )
+
+        def work() -> Any:
+            body = parse_body(head.headers, raw)
+            if route.scope == "hook":   # an agent's report is taken as it comes; a caller is told what is wrong
+                body = whole_text(body, raw)
+            return call(route, ask, connection.words, parse_query(head.query) if head.query else {}, body)
+        return self._guarded(connection, work)
 
     def _guarded(self, connection: Connection, work: Callable[[], Any]) -> Any:
         """Do work; whatever goes wrong becomes an ApiError, and a bug goes to the log."""
