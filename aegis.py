@@ -224,6 +224,7 @@ MAX_BODY = 8_000_000           # bytes of a request: a full prompt in JSON escap
 MAX_HOOK_BODY = 64_000_000     # bytes of an agent's report: a tool's whole output rides in it
 MAX_HEAD = 32_768              # bytes of request line and headers together
 MAX_CONNECTIONS = 2_000        # open sockets; beyond it the longest idle one is closed
+THREADS_KEPT = 100             # of them for what does not only wait: kill, create, an agent's permission request
 MAX_THREADS = 400              # requests that wait at once, streams included
 IDLE_SECONDS = 75.0            # a connection without a request is closed after this
 SLOW_SECONDS = 20.0            # a request must arrive, and an answer be taken, within this
@@ -449,7 +450,7 @@ class Log:
         """Give a line its final text."""
         at, level, message, fields = line
         if self.shape == "json":
-            return dump({"time": iso(at), "level": level, "message": message, **fields}) + "\n"
+            return json.dumps({"time": iso(at), "level": level, "message": message, **fields}, default=str) + "\n"
         told = "".join(f" {name}={value}" for name, value in fields.items())
         line_ = (
             f"{iso(at)} {level:7} {message}{told}"  # whatever it quotes must not reach the operator's terminal as keys
@@ -664,7 +665,7 @@ MIGRATIONS = (
         conversation TEXT, parts TEXT NOT NULL, ledger TEXT NOT NULL,
         output TEXT, turns INTEGER NOT NULL, window TEXT, pane TEXT, pid INTEGER, screen TEXT,
         parent TEXT, forked_from TEXT, policy TEXT NOT NULL, labels TEXT NOT NULL, limits TEXT NOT NULL,
-        worktree TEXT NOT NULL, resets_at REAL);
+        worktree TEXT NOT NULL, resets_at REAL, known TEXT NOT NULL);
     CREATE UNIQUE INDEX sessions_live_name ON sessions(name) WHERE ended_at IS NULL;
     CREATE UNIQUE INDEX sessions_idempotency ON sessions(idempotency) WHERE idempotency IS NOT NULL;
     CREATE INDEX sessions_newest ON sessions(created_at DESC);
@@ -726,6 +727,7 @@ class SessionRow(NamedTuple):
     limits: Json                   # idleTimeout, maxSeconds, maxCostUsd, maxTokens, resumeOnReset
     worktree: Optional[Json]       # path, branch, root and base of a git worktree of its own
     resets_at: Optional[float]     # when the account's usage limit ends, if the agent said so
+    known: Json                    # facts that nobody could see again after a restart: see KEPT_FACTS
 
 
 class PromptRow(NamedTuple):
@@ -781,7 +783,7 @@ class Event(NamedTuple):
 
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
-                          "worktree"))
+                          "worktree", "known"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -803,6 +805,9 @@ def update(table: str, row_id: str, values: Mapping[str, Any]) -> Statement:
     return f"UPDATE {table} SET {sets} WHERE id = ?", [*packed(values), row_id]
 
 
+LOCKED_SECONDS = 1.0   # the whole server waits with whoever waits for the database
+
+
 class Store:
     """The database.  Any thread may call; lock guards the one connection, and is a leaf."""
 
@@ -811,7 +816,8 @@ class Store:
         self.lock = threading.RLock()
         self.version = 0  # grows with every commit: answers made from rows are cached by it
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self.db = sqlite3.connect(str(path), timeout=5.0, isolation_level=None, check_same_thread=False,
+        self.patience = LOCKED_SECONDS   # how long the next change waits for another process's lock
+        self.db = sqlite3.connect(str(path), timeout=self.patience, isolation_level=None, check_same_thread=False,
                                   cached_statements=200)
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
@@ -835,7 +841,7 @@ class Store:
         """Hold the writer lock for one all-or-nothing change.  Raises ApiError 503 when the disk will not."""
         with self.lock:
             try:
-                self.db.execute("BEGIN IMMEDIATE")
+                self._begin()
                 yield self.db
                 self.db.execute("COMMIT")
                 self.version += 1
@@ -846,6 +852,20 @@ class Store:
                 if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
                     raise store_refusal(error) from error
                 raise
+
+    def _begin(self) -> None:
+        """Begin a change.  Another process's lock is waited for once; until it is gone, changes are refused at once."""
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            self._be_patient(0.0)
+            raise
+        self._be_patient(LOCKED_SECONDS)
+
+    def _be_patient(self, seconds: float) -> None:
+        if self.patience != seconds:
+            self.patience = seconds
+            self.db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
 
     def rows(self, kind: Any, table: str, where: str = "1", *args: Any) -> List[Any]:
         """Read rows as records of `kind`."""
@@ -1151,6 +1171,9 @@ class Tmux:
         self.waiters: "collections.deque[Waiter]" = collections.deque()
         self.on_output: Callable[[List[str]], None] = lambda panes: None
         self.on_change: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[], None] = lambda: None   # the server ended: another one gives its ids out again
+        self.server_pid = ""                   # of the tmux server that our ids are of; guarded by birth_lock
+        self.birth_lock = threading.Lock()     # one thread starts a server at a time
         self.error: Optional[str] = None       # why there is no control client; None when there is one
         self.closed = False
         self.serial = itertools.count(1)
@@ -1163,6 +1186,7 @@ class Tmux:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
         self._connect()
         spawn("aegis-tmux", self._read_forever)
+        self.server_pid = self.run(("display-message", "-p", "#{pid}"))[-1]
 
     def argv(self, *words: str) -> List[str]:
         """Give a tmux command line for this server."""
@@ -1202,11 +1226,22 @@ class Tmux:
             pause = 0.05 if time.monotonic() - began > 5.0 else min(pause * 2, 5.0)
             time.sleep(pause)
             try:
+                self._revive()
                 self._connect()
             except TmuxError as error:
                 self.log.note("error", str(error))
                 continue
             spawn("aegis-audit", self.on_change)
+
+    def _revive(self) -> None:
+        """See to it that a server runs; when it is not the one that we knew, tell before anything is asked of it."""
+        with self.birth_lock:
+            told = self._process(("display-message", "-p", "#{pid}"), TMUX_TIMEOUT)
+            if told.returncode or told.stdout.decode().strip() != self.server_pid:
+                self.on_gone()
+                self._process(self._first_words("-d"), TMUX_TIMEOUT)
+                told = self._process(("display-message", "-p", "#{pid}"), TMUX_TIMEOUT)
+            self.server_pid = told.stdout.decode().strip()
 
     def _drop(self, why: str) -> None:
         with self.lock:
@@ -1286,7 +1321,7 @@ class Tmux:
                 self.hurry.set()
                 try:
                     client.stdin.write(("\n".join(lines) + "\n").encode())  # type: ignore[union-attr]
-                except OSError:
+                except (OSError, ValueError):   # it ended, or was given up by another thread
                     client = None
         if client is None:
             return self._run_once(commands, timeout)
@@ -1317,7 +1352,7 @@ class Tmux:
             words += [";"] * bool(words) + [word[:-1] + "\\;" if word.endswith(";") else word for word in command]
         done = self._process(words, timeout)
         if done.returncode and NO_SERVER.search(done.stderr.decode("utf-8", "replace")):
-            self._process(self._first_words("-d"), timeout)
+            self._revive()
             done = self._process(words, timeout)
         if done.returncode:
             raise TmuxError(commands[0][0], done.stderr.decode("utf-8", "replace").strip())
@@ -1393,8 +1428,8 @@ class Tmux:
         """Expand a format for a pane."""
         return "\n".join(self.run(("display-message", "-p", "-t", pane, shape)))
 
-    def type(self, pane: str, strokes: Sequence[Stroke], spool: Path) -> bool:
-        """Paste texts and press keys, in order and in one go; False when the pane is dead.
+    def type(self, pane: str, tag: str, strokes: Sequence[Stroke], spool: Path) -> bool:
+        """Paste texts and press keys, in order and in one go; False when the pane is dead, or not the session's.
 
         Every paste is bracketed, and guarded: a paste into a dead pane crashes tmux 3.3a and all its sessions.
         Long texts go through the spool file, and without a control client all do, so that `ps` never shows one.
@@ -1402,7 +1437,7 @@ class Tmux:
         commands: List[Command] = [("if-shell", "-F", "-t", pane, "#{pane_in_mode}", f"send-keys -t {pane} -X cancel")]
         for index, stroke in enumerate(strokes):
             if stroke.keys:
-                commands.append(("send-keys", "-t", pane, *stroke.keys))
+                commands.append(self._press(pane, tag, stroke.keys))
                 continue
             buffer = f"aegis-{secrets.token_hex(4)}"
             if self.client is None or len(stroke.text) > 20_000:
@@ -1417,7 +1452,7 @@ class Tmux:
                     "-F",
                     "-t",
                     pane,
-                    "#{pane_dead}",
+                    f"#{{||:#{{pane_dead}},#{{!=:#{{@aegis_id}},{tag}}}}}",
                     f"delete-buffer -b {buffer} ; display-message -p dead",
                     f"paste-buffer -p -d -b {buffer} -t {pane}",
                 )
@@ -1429,9 +1464,14 @@ class Tmux:
                 with contextlib.suppress(OSError):
                     spool.with_suffix(f".paste{index}").unlink()
 
-    def keys(self, pane: str, *names: str) -> None:
-        """Press keys by tmux's names for them."""
-        self.run(("send-keys", "-t", pane, *names))
+    def keys(self, pane: str, tag: str, *names: str) -> None:
+        """Press keys by tmux's names for them, in a session's own pane and no other."""
+        self.run(self._press(pane, tag, names))
+
+    @staticmethod
+    def _press(pane: str, tag: str, names: Sequence[str]) -> Command:
+        return ("if-shell", "-F", "-t", pane, f"#{{==:#{{@aegis_id}},{tag}}}",
+                f"send-keys -t {pane} {' '.join(map(quote, names))}")
 
     def close_pane(self, pane: str, tag: str) -> None:
         """Close a session's pane; it may be gone, and its id be another's since tmux was started anew."""
@@ -1579,6 +1619,7 @@ def alive(pid: int) -> bool:
 # the capture among the tests' screens.
 
 RULE_LINE = re.compile(r"^\s*(?:─{8,}|─{2,} ↑ \d+ more ─)")
+BOX_RULE = re.compile(r"^(?:─{8,}|─{2,} ↑ \d+ more ─)")   # at the margin: a draft's own lines are indented
 BOX_START = re.compile(r"^[❯>!](?:\xa0| |$)")    # the box's own prompt glyph stands before a no-break space
 SCROLLED_BOX = re.compile(r"^─+ ↑ \d+ more ─")
 OPTION = re.compile(r"^\s*(❯|›)?\s*(\d{1,2})\.\s+(\[[ ✔x]\]\s*)?(\S.*?)\s*$")
@@ -1682,7 +1723,7 @@ def read_claude_screen(text: str) -> Reading:
 
 def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
     """Find the input box: the indexes of its upper and lower rule line."""
-    rules = [index for index, line in enumerate(lines) if RULE_LINE.match(line)]
+    rules = [index for index, line in enumerate(lines) if BOX_RULE.match(line)]
     if len(rules) < 2 or len(lines) - rules[-1] > 24:
         return None
     upper, lower = rules[-2], rules[-1]
@@ -3379,7 +3420,7 @@ class Agent(NamedTuple):
 
     name: str
     reports: bool                                              # it has hooks and a transcript
-    program: Callable[[Settings, Json], Sequence[str]]         # the command line's first words
+    program: Callable[[Settings], Sequence[str]]               # the command line's first words, unless given
     arguments: Callable[["LaunchPlan"], List[str]]             # the words behind them
     read: Callable[[str], Reading]                             # screen -> meaning
     keep_stderr: bool                                          # its start-up failures are text on stderr
@@ -3420,15 +3461,15 @@ def claude_arguments(plan: LaunchPlan) -> List[str]:
     return [*words[: len(words) - len(own)], *plan.settings.claude_args, *own]
 
 
-def demo_program(settings: Settings, launch: Json) -> Sequence[str]:
+def demo_program(settings: Settings) -> Sequence[str]:
     """Run this very file."""
     kept = kept_code(settings.state_dir)
     return [*python_words(kept if os.path.exists(kept) else "", "demo_agent_main"), os.path.abspath(__file__)]
 
 
-def shell_program(settings: Settings, launch: Json) -> Sequence[str]:
-    """Run the command that the creator named, or the configured shell."""
-    return launch.get("command") or settings.shell_cmd or [os.environ.get("SHELL") or "/bin/sh"]
+def shell_program(settings: Settings) -> Sequence[str]:
+    """Run the configured shell."""
+    return settings.shell_cmd or [os.environ.get("SHELL") or "/bin/sh"]
 
 
 AGENTS: Dict[str, Agent] = {
@@ -3437,7 +3478,7 @@ AGENTS: Dict[str, Agent] = {
         Agent(
             "claude",
             True,
-            lambda settings, launch: settings.claude_cmd,
+            lambda settings: settings.claude_cmd,
             claude_arguments,
             read_claude_screen,
             True,
@@ -3573,6 +3614,7 @@ class Facts(NamedTuple):
     busy: Optional[str] = None                           # evidence of work that no prompt of ours explains
     failure: Optional[Tuple[str, str]] = None            # status and reason, until the next prompt
     stalled: Optional[str] = None                        # what it has waited for too long, until it shows life
+    tasks: bool = False                                  # the last Stop told of background tasks that still run
 
     @property
     def current(self) -> Optional[PromptRow]:
@@ -3587,6 +3629,21 @@ class Facts(NamedTuple):
     def request(self, request_id: str) -> Optional[PermissionRow]:
         """The pending request with an id."""
         return next((request for request in self.pending if request.id == request_id), None)
+
+
+KEPT_FACTS = ("ready", "failure", "stalled", "tasks")   # no screen, file or other row tells them again
+
+
+def kept_facts(facts: Facts) -> Json:
+    """Give the facts that are stored with a session, as its row holds them."""
+    kept = {name: getattr(facts, name) for name in KEPT_FACTS if getattr(facts, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
+def restored_facts(row: SessionRow) -> Facts:
+    """Give what a session's row remembers of its facts."""
+    failure = row.known.get("failure")
+    return Facts(**{**row.known, "failure": tuple(failure) if failure else None})
 
 
 class Verdict(NamedTuple):
@@ -3685,21 +3742,34 @@ class Hold:
     """A request of the agent that is held open until somebody decides."""
 
     def __init__(self) -> None:
-        self.answer: Optional[Json] = None
-        self.reader, self.writer = (
-            socket.socketpair()
-        )  # readable when decided: can be waited for beside the agent's socket
+        self.answers: "queue.SimpleQueue[Optional[Json]]" = queue.SimpleQueue()
 
-    def release(self, answer: Optional[Json]) -> None:
+    def release(self, answer: Optional[Json] = None) -> None:
         """Let the waiting request go with an answer; None means no opinion."""
-        self.answer = answer
-        with contextlib.suppress(OSError):
-            self.writer.send(b"x")
+        self.answers.put(answer)
 
-    def close(self) -> None:
-        """Give the sockets back."""
-        self.reader.close()
-        self.writer.close()
+    def wait(self, seconds: float) -> Optional[Json]:
+        """Wait for the answer.  Raises queue.Empty when the time is over."""
+        return self.answers.get(timeout=seconds)
+
+
+class Caller:
+    """Whoever waits for an answer; hears when they hang up.  The loop calls leave(), another thread when_left()."""
+
+    def __init__(self) -> None:
+        self.left = False
+        self.tell: Callable[[], Any] = lambda: None
+
+    def when_left(self, tell: Callable[[], Any]) -> None:
+        """Have something called when the caller hangs up; at once when they did already."""
+        self.tell = tell
+        if self.left:
+            tell()
+
+    def leave(self) -> None:
+        """Note that the caller hung up."""
+        self.left = True
+        self.tell()
 
 
 class Session:
@@ -3729,7 +3799,6 @@ class Session:
         )  # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
-        self.tasks_open = False                         # the last Stop told of background tasks that still run
         self.policy = policy_from_json(row.policy, context.profiles)
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
@@ -3741,7 +3810,7 @@ class Session:
         self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
         self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
         self.tail: Tuple[Any, List[Json]] = (None, [])  # the last answer to "the last messages", and for what
-        self.transcript_lock = threading.Lock()         # one reader at a time; taken before lock
+        self.transcript_lock = threading.RLock()        # one reader at a time; taken before lock
 
     @contextlib.contextmanager
     def changing(self, source: str, rule: str, detail: str = "") -> Iterator["Change"]:
@@ -3756,10 +3825,18 @@ class Session:
         self.active_at = time.time()
         self.evidence.append(Evidence(source, rule, self.active_at, clip(detail, 400)))
 
-    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
-        """Wait for a commit that makes `until` true; False when the time is over."""
+    def wait(self, until: Callable[[], bool], seconds: float, caller: Optional[Caller] = None) -> bool:
+        """Wait for a commit that makes `until` true; False when the time is over, or the caller left."""
+        stopping, caller = self.context.stopping, caller or Caller()
+        caller.when_left(self.stir)
         with self.changed:
-            return self.changed.wait_for(lambda: until() or self.context.stopping.is_set(), seconds) and until()
+            self.changed.wait_for(lambda: until() or stopping.is_set() or caller.left, seconds)
+            return until()
+
+    def stir(self) -> None:
+        """Have whoever waits look again."""
+        with self.changed:
+            self.changed.notify_all()
 
     @property
     def live(self) -> bool:
@@ -3831,6 +3908,8 @@ class Change:
             verdict = judge(self.facts)
             if (verdict.status, verdict.reason) != (row.status, row.reason):
                 self._move(verdict, now)
+        if any(getattr(self.facts, name) != getattr(session.facts, name) for name in KEPT_FACTS):
+            self.columns["known"] = kept_facts(self.facts)
         if self.columns or self.statements or self.drafts:
             if session.unsaved:
                 self.columns.setdefault("ledger", row.ledger)
@@ -4011,15 +4090,21 @@ def locate_transcript(session: Session) -> None:
         else None
     )
     if found:
-        follow_conversation(session, conversation, str(found))
+        with session.transcript_lock:
+            follow_conversation(session, conversation, str(found))
 
 
 def follow_conversation(session: Session, conversation: str, path: str) -> None:
-    """Read on in another transcript: the first one, or the one that /clear began."""
-    with session.lock, session.changing("agent", "conversation", conversation) as change:
-        parts = session.row.parts
+    """Read on in another transcript: the first one, the one that /clear began, or one of before, where it was left.
+
+    Called with the transcript's lock held.
+    """
+    with session.changing("agent", "conversation", conversation) as change:
+        parts, ledger = session.row.parts, session.row.ledger
         if not parts or parts[-1] != path:
-            change.columns.update(parts=[*parts, path], ledger={**session.row.ledger, "offset": 0})
+            left = {**ledger.get("left", {}), **({parts[-1]: ledger["offset"]} if parts else {})}
+            ledger = {**ledger, "offset": left.pop(path, 0), "left": left}
+            change.columns.update(parts=[*(one for one in parts if one != path), path], ledger=ledger)
         change.columns["conversation"] = conversation
 
 
@@ -4169,7 +4254,7 @@ def fail_delivery(context: Context, session: Session, prompt_id: str, reason: st
 
 def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
     """Type one prompt and wait until the agent reports it."""
-    pane = session.row.pane or ""
+    pane = pane_of(session)
     if not await_box(context, session):
         return
     mark = None if session.agent.reports else screen_mark(context, pane)
@@ -4179,7 +4264,7 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
         prompt = change.prompt(
             prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark
         )
-    if not context.tmux.type(pane, keystrokes(session.agent, prompt), context.file(session.row.id, "spool")):
+    if not type_into(context, session, keystrokes(session.agent, prompt)):
         return  # the pane is dead: the end of its process is told by the exits
     if session.agent.reports:
         confirm(context, session, prompt)
@@ -4247,9 +4332,26 @@ def screen_mark(context: Context, pane: str) -> int:
     return int(history) + int(cursor)
 
 
+def pane_of(session: Session) -> str:
+    """Give a session's pane.  Raises TmuxError when it has none (any more): to tmux, "" is some pane."""
+    if not session.row.pane:
+        raise TmuxError("pane", "the session's pane is gone")
+    return session.row.pane
+
+
 def look(context: Context, session: Session) -> Reading:
     """Read a session's screen as it is now.  Raises TmuxError."""
-    return session.agent.read(context.tmux.capture(session.row.pane or "", ansi=True))
+    return session.agent.read(context.tmux.capture(pane_of(session), ansi=True))
+
+
+def press(context: Context, session: Session, *keys: str) -> None:
+    """Press keys in a session's pane.  Raises TmuxError."""
+    context.tmux.keys(pane_of(session), session.row.id, *keys)
+
+
+def type_into(context: Context, session: Session, strokes: Sequence[Stroke]) -> bool:
+    """Type into a session's pane; False when it is dead.  Raises TmuxError."""
+    return context.tmux.type(pane_of(session), session.row.id, strokes, context.file(session.row.id, "spool"))
 
 
 def await_box(context: Context, session: Session) -> bool:
@@ -4267,9 +4369,19 @@ def await_box(context: Context, session: Session) -> bool:
         elif reading.kind not in ("idle", "working", "unknown", "dead"):
             break
         time.sleep(LOOK_SECONDS)
+    else:
+        no_box(session)
     context.look_later(session, 0.0)
     session.wait(lambda: not can_deliver(session.facts), 1.0)
     return False
+
+
+def no_box(session: Session) -> None:
+    """Say that an agent which should be at its box shows none: its queue waits until it does."""
+    with session.changing("screen", "no input box", session.reading.excerpt if session.reading else "") as change:
+        if can_deliver(change.facts) and not session.ending:
+            change.set(ready=False, failure=(
+                "error", "the agent shows no input box, so its queue waits: attach and look, or kill the session"))
 
 
 def clear_box(context: Context, session: Session, reading: Reading, tries: int) -> None:
@@ -4283,10 +4395,10 @@ def clear_box(context: Context, session: Session, reading: Reading, tries: int) 
     )
     put_back = any(is_draft_of(prompt, reading.draft) for prompt in ours)  # the client does so after an early interrupt
     if tries == 1 and session.agent.stash and not put_back:
-        context.tmux.keys(session.row.pane or "", session.agent.stash)
+        press(context, session, session.agent.stash)
     else:
         # More presses at once would look like a paste.
-        context.tmux.keys(session.row.pane or "", *["Down"] * 4, "C-e", *["C-u"] * 8)
+        press(context, session, *["Down"] * 4, "C-e", *["C-u"] * 8)
     context.stopping.wait(0.05)
 
 
@@ -4310,7 +4422,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
             return
         if reading.kind == "idle" and is_draft_of(prompt, reading.draft) and presses < 5:
             presses += 1
-            context.tmux.keys(session.row.pane or "", "Enter")
+            press(context, session, "Enter")
             with session.changing("delivery", "Enter again", reading.draft) as change:
                 change.prompt(find_prompt(session, prompt.id), attempts=presses)
         elif prompt.kind == "bash" and reading.kind == "working" and not reading.draft:
@@ -4434,7 +4546,7 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
         current = session.facts.current
         if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
             return
-        if entry.kind == "end" and session.tasks_open:
+        if entry.kind == "end" and session.facts.tasks:
             return   # its background tasks still run
         if entry_time(entry) < (current.submitted_at or 0):
             return   # it ended the turn before: the agent writes the last lines of a turn late
@@ -4611,8 +4723,12 @@ def open_request(session: Session, body: Json) -> Tuple[PermissionRow, Optional[
     with session.lock:
         answer = decide_by_policy(session, body)
         if answer is None:
-            add_request(session, request, "hook", "PermissionRequest")
             session.holds[request.id] = Hold()
+            try:
+                add_request(session, request, "hook", "PermissionRequest")
+            except ApiError:
+                del session.holds[request.id]
+                raise
             use = next((one[2] for one in reversed(session.calls) if one[:2] == (request.tool, request.input)), None)
             if use:
                 session.uses[request.id] = use
@@ -4772,7 +4888,7 @@ def settle(session: Session, request_id: str, state: str, by: str, why: str) -> 
             kept.pop(request_id, None)   # type: ignore[attr-defined]
         session.decided_at = time.time()
     if hold:
-        hold.release(None)
+        hold.release()
     return True
 
 
@@ -4904,7 +5020,7 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
     of a dialog's appearance are lost, and a key that is late must not meet the next one: each key waits until its
     effect was seen.
     """
-    pane, rested, seen, pressed_at = session.row.pane or "", 0, -1, 0.0
+    rested, seen, pressed_at = 0, -1, 0.0
     entered, status_then = False, read_status_file(session)
     until = time.monotonic() + seconds
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
@@ -4920,7 +5036,7 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
         if rested < 3 or time.monotonic() - pressed_at < (0.5 if row == now else 1.0):
             continue
         session.note("screen", "choosing" if row == now else "moving", reading.options[row].label)
-        context.tmux.keys(pane, "Enter" if row == now else "Down" if row > now else "Up")
+        press(context, session, "Enter" if row == now else "Down" if row > now else "Up")
         entered, pressed_at, rested = row == now, time.monotonic(), 0
     return None
 
@@ -4952,7 +5068,7 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
 
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
     """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
-    pane, until = session.row.pane or "", time.monotonic() + 10.0
+    until = time.monotonic() + 10.0
     tabbed, typed, seen_at = False, False, time.monotonic()
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.06):
         reading = look(context, session)
@@ -4963,15 +5079,15 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
             continue
         seen_at = time.monotonic()
         if now != row:
-            context.tmux.keys(pane, "Down" if row > now else "Up")
+            press(context, session, "Down" if row > now else "Up")
         elif not tabbed:
-            context.tmux.keys(pane, "Tab")
+            press(context, session, "Tab")
             tabbed = True
         elif not typed:
-            context.tmux.type(pane, [Stroke(" ".join(message.split()))], context.file(session.row.id, "spool"))
+            type_into(context, session, [Stroke(" ".join(message.split()))])
             typed = True
         else:
-            context.tmux.keys(pane, "Enter")
+            press(context, session, "Enter")
     return False
 
 
@@ -5129,7 +5245,7 @@ def answer_page(context: Context, session: Session, question: Json, labels: Sequ
 
 def write_answer(context: Context, session: Session, page: Reading, words: str, ticked: bool) -> bool:
     """Write free text into a question's own row for it; a row with a tick needs one key more to leave it."""
-    pane, at = session.row.pane or "", None
+    at = None
     for _ in range(len(page.options) + 1):
         reading = look(context, session)
         at = next((one for one in reading.options if one.selected), None)
@@ -5138,7 +5254,7 @@ def write_answer(context: Context, session: Session, page: Reading, words: str, 
         press_and_see(context, session, "Down")
     if at is None or not at.label.startswith("Type something"):
         return False
-    context.tmux.type(pane, [Stroke(" ".join(words.split()))], context.file(session.row.id, "spool"))
+    type_into(context, session, [Stroke(" ".join(words.split()))])
     context.stopping.wait(0.2)
     if ticked:
         press_and_see(context, session, "Down")
@@ -5148,7 +5264,7 @@ def write_answer(context: Context, session: Session, page: Reading, words: str, 
 def press_and_see(context: Context, session: Session, key: str, seconds: float = 2.0) -> bool:
     """Press a key, once, and wait until the screen has changed and rests."""
     before = look(context, session)
-    context.tmux.keys(session.row.pane or "", key)
+    press(context, session, key)
     until = time.monotonic() + seconds
     while time.monotonic() < until and not context.stopping.wait(0.05):
         if look(context, session) != before:
@@ -5256,7 +5372,7 @@ def on_stop(session: Session, body: Json) -> Answer:
         with session.changing("hook", "Stop", f"{len(tasks)} background tasks") as change:
             if said:
                 change.columns["output"] = said
-            session.tasks_open = bool(tasks)
+            change.set(tasks=bool(tasks))
             if tasks:
                 return {}
             for prompt in ending_with(change.facts, prompt_id):
@@ -5388,8 +5504,9 @@ def learn_paths(session: Session, body: Json) -> None:
         return
     if body.get("hook_event_name") == "SessionEnd":
         return
-    catch_up(session)
-    follow_conversation(session, conversation, path)
+    with session.transcript_lock:   # nothing of the old one is missed, and no offset of it is taken for the new one's
+        catch_up(session)
+        follow_conversation(session, conversation, path)
 
 
 # -- screens
@@ -5520,7 +5637,7 @@ def weigh_turn(
         return
     calm = time.monotonic() - session.output_at
     rested = status.status in ("idle", "shell") and status.at > began if status else calm > 5.0
-    if session.tasks_open and (status is None or status.status != "idle" or calm < 5.0):
+    if session.facts.tasks and (status is None or status.status != "idle" or calm < 5.0):
         rested = False   # the turn goes on when its background tasks end
     if not rested or calm < QUIET_SECONDS:
         session.context.look_later(session, 0.3)
@@ -5555,7 +5672,7 @@ def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus]
 
 def inspect_quiet(context: Context, session: Session) -> None:
     """Judge an agent without reports: quiet, and its own program in front, means it waits."""
-    front = context.tmux.ask(session.row.pane or "", "#{pane_current_command}")
+    front = context.tmux.ask(pane_of(session), "#{pane_current_command}")
     now = time.time()
     with session.lock:
         facts, home = session.facts, session.row.launch.get("front")
@@ -5578,7 +5695,7 @@ def inspect_quiet(context: Context, session: Session) -> None:
 
 def new_text(context: Context, session: Session, prompt: PromptRow) -> str:
     """Read what a pane shows since a prompt was typed, without the prompt's echo and the next prompt line."""
-    pane = session.row.pane or ""
+    pane = pane_of(session)
     history = int(context.tmux.ask(pane, "#{history_size}"))
     lines = context.tmux.run(("capture-pane", "-p", "-J", "-t", pane, "-S", str((prompt.mark or 0) - history)))
     texts = [line.rstrip() for line in lines]
@@ -5653,7 +5770,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
     for hold in holds:
-        hold.release(None)
+        hold.release()
     context.sessions.pop(session.row.id, None)
     if pane:
         if context.panes.get(pane) is session:   # since tmux was started anew, the id may be another's
@@ -5749,7 +5866,7 @@ class Monitor:
             for session in self.due(time.monotonic()):
                 try:
                     inspect(self.context, session)
-                except ApiError as error:
+                except (ApiError, TmuxError) as error:
                     self.context.log.note("warning", "look failed", session=session.row.id, error=error)
                     self.look_later(session, 1.0)
                 except Exception:
@@ -5963,8 +6080,6 @@ def check_arguments(args: Sequence[str]) -> None:
             f"args must not hold {taken_}: Aegis sets it (see model, permissionMode, prompt)",
             fields={"args": f"must not hold {taken_}"},
         )
-    if any("\0" in word for word in args):
-        raise ApiError(400, "INVALID_REQUEST", "args must not hold NUL", fields={"args": "must not hold NUL"})
 
 
 def create_session(context: Context, wanted: Wanted) -> Session:
@@ -5973,9 +6088,12 @@ def create_session(context: Context, wanted: Wanted) -> Session:
     if wanted.idempotency:
         known = context.store.row(SessionRow, "sessions", "idempotency = ?", wanted.idempotency)
         if known:
-            return find_session(context, known.id)
+            return same_session(context, known, wanted)
     agent = AGENTS[wanted.agent or settings.agent]
     check_arguments(wanted.args)
+    for field, words_ in (("args", wanted.args), ("command", wanted.command or ())):
+        if any("\0" in word for word in words_):
+            raise ApiError(400, "INVALID_REQUEST", f"{field} must not hold NUL", fields={field: "must not hold NUL"})
     work_dir = check_work_dir(settings, wanted.work_dir)
     row = new_row(context, wanted, agent, work_dir)
     words, environment = agent_words(context, row)
@@ -5989,10 +6107,24 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         raise
     if known:
         remove_worktree(row.worktree, force=True)
-        return find_session(context, known.id)
+        return same_session(context, known, wanted)
     context.sessions[row.id] = session
     launch_agent(context, session, words, environment)
     return session
+
+
+def fingerprint(wanted: Wanted) -> str:
+    """Reduce a create to what tells it from another one with the same idempotency key."""
+    told = wanted._replace(parent=None, origin=None, idempotency=None)
+    family = [one.id if one else None for one in (wanted.parent and wanted.parent.row, wanted.origin)]
+    return hashlib.sha256(dump([*told, *family]).encode()).hexdigest()[:32]
+
+
+def same_session(context: Context, known: SessionRow, wanted: Wanted) -> Session:
+    """Give the session that an idempotency key made.  Raises ApiError 409 when another one was wanted then."""
+    if known.launch.get("wanted") != fingerprint(wanted):
+        raise ApiError(409, "IDEMPOTENCY_CONFLICT", f"this Idempotency-Key made session {known.id} from another body")
+    return find_session(context, known.id)
 
 
 def launch_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str],
@@ -6000,12 +6132,11 @@ def launch_agent(context: Context, session: Session, words: List[str], environme
     """Start a stored session's agent.  Raises ApiError 503, and ends the session, when it cannot be started."""
     try:
         start_agent(context, session, words, environment, resume)
-    except (TmuxError, OSError) as error:
+    except (TmuxError, OSError, ApiError) as error:
         session.ending = True
-        finish(context, session, "exited", f"could not be started: {error}")
-        raise ApiError(
-            503, "TMUX_UNAVAILABLE", f"the agent could not be started: {error}", sessionId=session.row.id
-        ) from error
+        finish_surely(context, session, "exited", f"could not be started: {error}")
+        code = error.code if isinstance(error, ApiError) else "TMUX_UNAVAILABLE"
+        raise ApiError(503, code, f"the agent could not be started: {error}", sessionId=session.row.id) from error
 
 
 def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str, str]]:
@@ -6015,7 +6146,7 @@ def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str,
     if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in row.launch["env"]:   # never the operator's own
         environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
     row.launch["home"] = environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")
-    words = agent.program(context.settings, row.launch)
+    words = row.launch["command"] or agent.program(context.settings)
     program = find_program(words, environment.get("PATH"))
     if program is None:
         raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {agent.missing}")
@@ -6028,7 +6159,8 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> Se
     policy = wanted.policy or ({"profile": settings.permission_profile} if settings.permission_profile else {})
     policy = policy_json(policy_from_json(policy, context.profiles))
     mode = wanted.permission_mode or ("plan" if policy.get("profile") == "plan" else settings.permission_mode)
-    launch: Json = {"args": wanted.args, "env": wanted.env, "command": wanted.command, "started": now}
+    launch: Json = {"args": wanted.args, "env": wanted.env, "command": wanted.command, "started": now,
+                    "wanted": fingerprint(wanted)}
     origin = wanted.origin
     if origin and has_conversation(origin):
         launch["fork"] = origin.conversation
@@ -6040,7 +6172,7 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> Se
         idempotency=wanted.idempotency, conversation=str(uuid.uuid4()) if agent.reports else None, parts=[],
         ledger=new_ledger(), output=None, turns=0, window=None, pane=None, pid=None, screen=None,
         parent=wanted.parent.row.id if wanted.parent else None, forked_from=origin.id if origin else None,
-        policy=policy, labels=wanted.labels, limits=wanted.limits, worktree=None, resets_at=None)
+        policy=policy, labels=wanted.labels, limits=wanted.limits, worktree=None, resets_at=None, known={})
 
 
 def has_conversation(row: SessionRow) -> bool:
@@ -6102,8 +6234,14 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
     session.output_at = session.looked_at = time.monotonic()
     pane = open_place(context, row, ["/bin/sh", str(launch)])
     context.panes[pane.pane] = session
-    with session.changing("tmux", "window opened", pane.window) as change:
-        change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
+    try:
+        with session.changing("tmux", "window opened", pane.window) as change:
+            change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
+    except ApiError:   # an agent that is not in the books must not run
+        context.panes.pop(pane.pane, None)
+        terminate(pane.pid)
+        context.tmux.close_pane(pane.pane, row.id)
+        raise
     watch(context, session)
     context.look_later(session, 0.05)
 
@@ -6134,13 +6272,28 @@ def watch(context: Context, session: Session) -> None:
 
 def guarded_exit(context: Context, session: Session) -> None:
     """Record an exit; a store that will not take it now is asked again."""
-    while session.live and not session.ending and not context.stopping.is_set():
+    record_surely(context, session, lambda: on_exit(context, session))
+
+
+def record_surely(context: Context, session: Session, record: Callable[[], None]) -> None:
+    """Record the end of a session, again and again until the store takes it."""
+    while session.live and not context.stopping.is_set():
         try:
-            on_exit(context, session)
+            record()
             return
         except ApiError as error:
-            context.log.note("error", "exit not recorded yet", session=session.row.id, error=error)
+            context.log.note("error", "end not recorded yet", session=session.row.id, error=error)
             context.stopping.wait(1.0)
+
+
+def finish_surely(context: Context, session: Session, status: str, reason: str) -> None:
+    """End a session whose agent is gone.  Raises ApiError 503 when the store refuses now; it is asked again then."""
+    try:
+        finish(context, session, status, reason)
+    except ApiError as error:
+        spawn("aegis-record", record_surely, context, session, lambda: finish(context, session, status, reason))
+        raise ApiError(503, error.code, f"the agent was ended, but that cannot be recorded yet ({error}): "
+                       "it is tried again until it is") from error
 
 
 def kill_session(context: Context, session_id: str, reason: str = "killed by the API", children: str = "kill",
@@ -6157,13 +6310,14 @@ def kill_session(context: Context, session_id: str, reason: str = "killed by the
             session.ending = True
             session.changed.notify_all()
     if already:
-        session.wait(lambda: not session.live, 10.0)
+        if not session.wait(lambda: not session.live, 10.0):
+            raise ApiError(503, "STORE_UNAVAILABLE", "the session is being ended, which is not recorded yet: ask again")
         settle_worktree(context, session, worktree)
         return session.row, False
     part_from_children(context, session, children)
     if session.row.pid:
         terminate(session.row.pid)
-    finish(context, session, "killed", reason)
+    finish_surely(context, session, "killed", reason)
     settle_worktree(context, session, worktree)
     return session.row, True
 
@@ -6296,7 +6450,7 @@ def press_once(context: Context, session: Session, key: str) -> None:
     if wait > 0 and session.agent.reports and look(context, session).kind in ("idle", "working", "unknown"):
         context.stopping.wait(wait)
     session.escape_at = time.monotonic()
-    context.tmux.keys(session.row.pane or "", key)
+    press(context, session, key)
 
 
 def end_of_turn(context: Context, session: Session, prompt_id: Optional[str], seconds: float) -> bool:
@@ -6371,7 +6525,7 @@ def revive(context: Context, session: Session, prompt: Optional[str] = None) -> 
     kept = {key: value for key, value in row.launch.items() if key != "fork" or not carried_on}
     fresh: Json = dict(
         status="starting", reason=None, rule="api: resumed", since=now, ended_at=None, exit_code=None, screen=None,
-        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, resets_at=None,
+        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, resets_at=None, known={},
         launch={**kept, "started": now})
     if session.agent.reports and not carried_on:
         fresh["conversation"] = str(uuid.uuid4())
@@ -6553,8 +6707,8 @@ def adopt_all(context: Context) -> None:
     pending = context.store.rows(PermissionRow, "permissions", "state = 'pending' ORDER BY asked_at")
     lost = []
     for row in rows:
-        facts = Facts(
-            ready=row.status != "starting", prompts=tuple(one for one in prompts if one.session == row.id),
+        facts = restored_facts(row)._replace(
+            prompts=tuple(one for one in prompts if one.session == row.id),
             pending=tuple(one._replace(claim=None) for one in pending if one.session == row.id))
         session = Session(context, row, facts)
         pane = panes.pop(row.id, None)
@@ -6580,8 +6734,8 @@ def resume_all(context: Context, sessions: Sequence[Session]) -> None:
     def one(session: Session) -> None:
         try:
             with session.lock:
-                session.facts = session.facts._replace(pending=(), ready=False)
-            expire_requests(context, session.row.id)
+                session.facts = Facts(prompts=session.facts.prompts)
+            expire_requests(context, session)
             revive(context, session)
         except (ApiError, OSError) as error:
             context.log.note("error", "could not be resumed", session=session.row.id, error=error)
@@ -6593,11 +6747,13 @@ def resume_all(context: Context, sessions: Sequence[Session]) -> None:
             list(pool.map(one, group))
 
 
-def expire_requests(context: Context, session_id: str) -> None:
+def expire_requests(context: Context, session: Session) -> None:
     """Close what a session's last agent asked for."""
-    context.bus.commit([(
-        "UPDATE permissions SET state = 'expired', decided_by = 'restart', decided_at = ? "
-        "WHERE session = ? AND state = 'pending'", (time.time(), session_id))])
+    where = "session = ? AND state = 'pending'"
+    for request in context.store.rows(PermissionRow, "permissions", where, session.row.id):
+        change = Change(session, Evidence("restart", "the agent that asked is gone", time.time(), request.summary))
+        record_closed(change, request._replace(state="expired", decided_by="restart", decided_at=time.time()))
+        context.bus.commit(change.statements, change.drafts)
 
 
 def pane_tag(pane: Pane) -> str:
@@ -6633,10 +6789,11 @@ def reconcile(context: Context, session: Session, claimed: Sequence[PermissionRo
         inspect(context, session)
         context.look_later(session, QUIET_SECONDS)
         unproved = next((one for one in session.facts.waiting if one.typed_at), None)
-        if unproved is None or not session.agent.reports:
-            recheck(session)
-            return
-        confirm_adopted(context, session, unproved)
+        if unproved and session.agent.reports:
+            confirm_adopted(context, session, unproved)
+        elif unproved:
+            with session.changing("restart", "typed, and nothing reports it", unproved.id) as change:
+                fail_typed(change, unproved)
         recheck(session)
 
 
@@ -6663,7 +6820,7 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
         locate_transcript(session)
         reading = inspect(context, session)
         if reading and reading.kind == "idle" and is_draft_of(prompt, reading.draft):
-            context.tmux.keys(session.row.pane or "", "Enter")
+            press(context, session, "Enter")
         elif reading and reading.kind not in ("idle", "unknown"):
             continue
     with session.changing("restart", "no trace of the prompt", prompt.id) as change:
@@ -6671,8 +6828,13 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
         if known and known.kind == "prompt":
             change.prompt(known, typed_at=None)
         elif known:   # a command leaves no trace that proves it did not run
-            change.prompt(known, state="failed", ended_at=time.time(),
-                          reason="Aegis was restarted while it was typed: look whether it ran before you send it again")
+            fail_typed(change, known)
+
+
+def fail_typed(change: Change, prompt: PromptRow) -> None:
+    """Give up a prompt of which nobody can say whether the agent took it: it is never typed twice."""
+    change.prompt(prompt, state="failed", ended_at=time.time(),
+                  reason="Aegis was restarted while it was typed: look whether it ran before you send it again")
 
 
 def recheck(session: Session) -> None:
@@ -6681,24 +6843,43 @@ def recheck(session: Session) -> None:
         pass
 
 
+def forget_panes(context: Context) -> None:
+    """Forget all panes: the tmux server that had them ended, and another one gives their ids out again."""
+    for session in list(context.panes.values()):
+        detach(context, session)
+
+
+def detach(context: Context, session: Session) -> None:
+    """Part a session from a pane that is gone, before anything else is done about it."""
+    with session.lock:
+        pane = session.row.pane
+        session.row = session.row._replace(pane=None, window=None)
+        session.changed.notify_all()
+    if pane and context.panes.get(pane) is session:
+        context.panes.pop(pane, None)
+
+
 def audit(context: Context) -> None:
     """Compare live sessions with the panes that tmux has, after a window closed or tmux came back."""
-    known = [(session, session.row.pane) for session in list(context.sessions.values())]   # first: newer are no loss
+    known = list(context.sessions.values())   # first: what is newer than the list of panes is no loss
+    known = [one for one in known if one.row.pid and not one.ending]   # who has no process yet has no pane either
     try:
         panes = {pane.pane: pane for pane in context.tmux.panes()}
     except TmuxError as error:
         context.log.note("warning", str(error))
         return
-    for session, pane_id in known:
-        pane = panes.get(pane_id or "")
-        if not pane_id or session.ending or (pane and pane_tag(pane) == session.row.id):
-            continue
-        if session.row.pid and alive(session.row.pid):
-            terminate(session.row.pid)
-        with session.lock:
-            session.row = session.row._replace(pane=None, window=None)
-        with contextlib.suppress(ApiError):
-            finish(context, session, "exited", "its window was closed, or tmux ended")
+    lost = [one for one in known if one.row.pane not in panes or pane_tag(panes[one.row.pane]) != one.row.id]
+    for session in lost:
+        detach(context, session)
+    for session in lost:
+        spawn("aegis-lost", end_lost, context, session)
+
+
+def end_lost(context: Context, session: Session) -> None:
+    """End a session whose window is gone; its agent may not have noticed."""
+    if session.row.pid and alive(session.row.pid):
+        terminate(session.row.pid)
+    record_surely(context, session, lambda: finish(context, session, "exited", "its window was closed, or tmux ended"))
 
 
 class App:
@@ -6718,6 +6899,7 @@ class App:
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
         context.tmux.on_change = lambda: audit(context)
+        context.tmux.on_gone = lambda: forget_panes(context)
 
     def start(self, base_url: str) -> None:
         """Connect to tmux, adopt what lives, begin watching.  Raises TmuxError."""
@@ -6733,10 +6915,9 @@ class App:
         context = self.context
         context.stopping.set()
         for session in list(context.sessions.values()):
-            with session.changed:
-                session.changed.notify_all()
-                for hold in session.holds.values():
-                    hold.release(None)
+            session.stir()
+            for hold in list(session.holds.values()):
+                hold.release()
         context.bus.close()
 
     def stop(self) -> None:
@@ -6940,13 +7121,14 @@ class Ask(NamedTuple):
     idempotency_key: Optional[str] = None
     last_event_id: Optional[str] = None
     secret: Optional[str] = None              # of an agent's report
-    hung_up: Optional[Callable[[], int]] = None  # gives the caller's socket, to notice that it left
+    caller: Caller = Caller()                 # tells when they hang up; this one never does
 
 
 class Later(NamedTuple):
     """Work that may wait."""
 
     work: Callable[[], Any]
+    patient: bool = False     # it does nothing but wait, maybe for long
 
 
 class Encoded(NamedTuple):
@@ -7162,7 +7344,7 @@ def read_session(ask: Ask, id: str, limit: int, after: Optional[str], wait: Opti
     mark = parse_mark(after)
     if wait is None and not unsettled(session) and new_bytes(session) < READ_BLOCK:
         return read_now(ask.context, session, limit, mark)
-    return Later(lambda: read_later(ask.context, session, limit, mark, timeout if wait else None))
+    return Later(lambda: read_later(ask, session, limit, mark, timeout if wait else None), wait is not None)
 
 
 def parse_mark(after: Optional[str]) -> Optional[Tuple[int, int]]:
@@ -7189,15 +7371,15 @@ def unsettled(session: Session) -> bool:
 
 
 def read_later(
-    context: Context, session: Session, limit: int, mark: Optional[Tuple[int, int]], timeout: Optional[float]
+    ask: Ask, session: Session, limit: int, mark: Optional[Tuple[int, int]], timeout: Optional[float]
 ) -> Json:
     """Wait for the session to need its caller, then for the transcript to be whole."""
     in_time = True
     if timeout is not None:
-        in_time = session.wait(lambda: session.row.status not in BUSY_STATES, timeout)
-    while unsettled(session) and not context.stopping.wait(0.01):
+        in_time = session.wait(lambda: session.row.status not in BUSY_STATES, timeout, ask.caller)
+    while unsettled(session) and not ask.context.stopping.wait(0.01):
         catch_up(session)
-    answer = read_now(context, session, limit, mark)
+    answer = read_now(ask.context, session, limit, mark)
     return answer if timeout is None else {**answer, "timedOut": not in_time}
 
 
@@ -7645,21 +7827,15 @@ def held(ask: Ask, session: Session, report: Json) -> Json:
     hold = session.holds.get(request.id)
     if answer is not None or hold is None:
         return answer or {}
-    poller = select.poll()
-    poller.register(hold.reader, select.POLLIN)
-    caller = ask.hung_up() if ask.hung_up else -1
-    if caller >= 0:
-        poller.register(caller, select.POLLIN)
+    ask.caller.when_left(hold.release)
     try:
-        ready = [handle for handle, _ in poller.poll(min(ask.context.settings.hold_seconds, 2_000_000) * 1000)]
-        if caller in ready:
-            hung_up(session, request.id)
-        elif not ready:
-            settle(session, request.id, "expired", "clock", "nobody decided in time")
-        ask.context.look_later(session, 0.1)
-        return hold.answer or {}
-    finally:
-        hold.close()
+        answer = hold.wait(min(ask.context.settings.hold_seconds, 10 * 86_400))
+    except queue.Empty:
+        settle(session, request.id, "expired", "clock", "nobody decided in time")
+    if ask.caller.left:
+        hung_up(session, request.id)
+    ask.context.look_later(session, 0.1)
+    return answer or {}
 
 
 def hung_up(session: Session, request_id: str) -> None:
@@ -8163,34 +8339,55 @@ def body_length(headers: Mapping[str, str]) -> int:
     return int(length)
 
 
-def take_chunks(buffer: bytearray, limit: int) -> Optional[Tuple[bytes, int]]:
-    """Read a chunked body; gives it and the bytes it took, or None while it is not whole."""
-    body, at = [], 0
-    total = 0
-    while True:
-        end = buffer.find(b"\r\n", at, at + 64)
-        if end < 0:
-            if len(buffer) - at > 64:
-                raise ApiError(400, "BAD_LENGTH", "a chunk's size is malformed")
-            return None
-        digits = bytes(buffer[at:end]).partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits):
-            raise ApiError(400, "BAD_LENGTH", "a chunk's size is malformed")
+class Chunks:
+    """A chunked body as it arrives; what was read is never read again."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.pieces: List[bytes] = []
+        self.body = self.wire = 0         # bytes so far, without and with what chunks add
+        self.ended = False                # the last chunk was seen; trailers follow
+
+    def take(self, buffer: bytearray) -> Optional[bytes]:
+        """Take what is whole out of the buffer; gives the body when all of it is there.  Raises ApiError 400 or 413."""
+        at = 0
+        try:
+            while True:
+                end = buffer.find(b"\r\n", at, at + MAX_HEAD)
+                if end < 0 and len(buffer) - at >= (MAX_HEAD if self.ended else 64):
+                    raise self._malformed()
+                if end < 0:
+                    return None
+                if self.ended:            # trailers, which nobody needs, up to an empty line
+                    empty, at = end == at, end + 2
+                    if empty:
+                        return b"".join(self.pieces)
+                    continue
+                size = self._size(bytes(buffer[at:end]))
+                if size and len(buffer) < end + size + 4:
+                    return None
+                if size and buffer[end + 2 + size:end + 4 + size] != b"\r\n":
+                    raise ApiError(400, "BAD_LENGTH", "a chunk is longer than it says")
+                self.pieces.append(bytes(buffer[end + 2:end + 2 + size]))
+                self.body, self.ended = self.body + size, size == 0
+                at = end + 4 + size if size else end + 2
+        finally:
+            self.wire += at
+            del buffer[:at]
+            if self.wire > 2 * self.limit + MAX_HEAD:
+                raise too_large(self.limit)
+
+    def _size(self, line: bytes) -> int:
+        digits = line.partition(b";")[0].strip()
+        if len(line) > 64 or not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits):
+            raise self._malformed()
         size = int(digits, 16)
-        total += size
-        if total > limit:
-            raise too_large(limit)
-        if size == 0:
-            finish_ = buffer.find(b"\r\n", end + 2)
-            while finish_ > end + 2:  # trailers, which nobody needs
-                end, finish_ = finish_, buffer.find(b"\r\n", finish_ + 2)
-            return (b"".join(body), finish_ + 2) if finish_ >= 0 else None
-        if len(buffer) < end + 2 + size + 2:
-            return None
-        if buffer[end + 2 + size:end + 4 + size] != b"\r\n":
-            raise ApiError(400, "BAD_LENGTH", "a chunk is longer than it says")
-        body.append(bytes(buffer[end + 2:end + 2 + size]))
-        at = end + 4 + size
+        if self.body + size > self.limit:
+            raise too_large(self.limit)
+        return size
+
+    def _malformed(self) -> ApiError:
+        return ApiError(400, "BAD_LENGTH", "a chunk's size is malformed")
 
 
 def too_large(limit: int) -> ApiError:
@@ -8254,6 +8451,10 @@ class Connection:
         self.head: Optional[Head] = None
         self.route: Optional[Route] = None
         self.words: Dict[str, str] = {}
+        self.chunks: Optional[Chunks] = None
+        self.caller = Caller()
+        self.watched = False              # the selector has it
+        self.lent = False                 # a thread answers it; the loop only watches whether its client leaves
         self.since = self.begun = time.monotonic()  # last activity; the current request's first byte
         self.request_id = ""
 
@@ -8337,13 +8538,34 @@ class Server(ThreadingHTTPServer):
             self._park(Connection(sock))
 
     def _park(self, connection: Connection) -> None:
-        connection.since = time.monotonic()
+        connection.since, connection.lent = time.monotonic(), False
         self.parked[connection.sock.fileno()] = connection
-        self.selector.register(connection.sock, selectors.EVENT_READ, connection)
+        if not connection.watched:
+            self.selector.register(connection.sock, selectors.EVENT_READ, connection)
+            connection.watched = True
 
     def _unpark(self, connection: Connection) -> None:
-        if self.parked.pop(connection.sock.fileno(), None):
+        self.parked.pop(connection.sock.fileno(), None)
+        if connection.watched:
             self.selector.unregister(connection.sock)
+            connection.watched = False
+
+    def _lend(self, connection: Connection) -> None:
+        """Give a connection to a thread; the loop goes on to watch whether its client leaves."""
+        self.parked.pop(connection.sock.fileno(), None)
+        connection.lent = True
+
+    def _peek(self, connection: Connection) -> None:
+        """See why a connection that a thread answers is readable: the client left, or sent its next request already."""
+        try:
+            left = not connection.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            left = True
+        self._unpark(connection)
+        if left:
+            connection.caller.leave()
 
     def _drop(self, connection: Connection) -> None:
         self._unpark(connection)
@@ -8355,6 +8577,9 @@ class Server(ThreadingHTTPServer):
             self.wake_r.recv(65_536)
         while self.returned:
             connection = self.returned.popleft()
+            if connection.ending:
+                self._drop(connection)
+                continue
             connection.sock.setblocking(False)
             self._park(connection)
             if connection.buffer:
@@ -8379,6 +8604,9 @@ class Server(ThreadingHTTPServer):
             self._drop(connection)
 
     def _readable(self, connection: Connection) -> None:
+        if connection.lent:
+            self._peek(connection)
+            return
         try:
             data = connection.sock.recv(262_144)
         except BlockingIOError:
@@ -8435,7 +8663,7 @@ class Server(ThreadingHTTPServer):
             if known:
                 connection.head, connection.route, connection.words = known
                 return b""
-            connection.route = None
+            connection.route = connection.chunks = None
             connection.head = parse_head(raw)
             self._enter(connection, connection.head)
             self._remember(raw, connection)
@@ -8444,13 +8672,8 @@ class Server(ThreadingHTTPServer):
         if head.length > limit:
             raise too_large(limit)
         if head.length < 0:
-            taken_ = take_chunks(buffer, limit)
-            if taken_ is None:
-                if len(buffer) > 2 * limit:
-                    raise too_large(limit)
-                return None
-            del buffer[:taken_[1]]
-            return taken_[0]
+            connection.chunks = connection.chunks or Chunks(limit)
+            return connection.chunks.take(buffer)
         if len(buffer) < head.length:
             return None
         body = bytes(buffer[:head.length])
@@ -8522,7 +8745,7 @@ class Server(ThreadingHTTPServer):
         if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
-                  connection.sock.fileno)
+                  connection.caller)
 
         def work() -> Any:
             body = parse_body(head.headers, raw)
@@ -8648,10 +8871,11 @@ class Server(ThreadingHTTPServer):
             self._give_back(connection, bool(connection.ending))
 
     def _give_back(self, connection: Connection, close: bool) -> None:
-        if close or self.ending:
+        if self.ending:   # nobody takes it back
             with contextlib.suppress(OSError):
                 connection.sock.close()
             return
+        connection.ending = "close" if close else ""   # by the loop: its selector may still have the socket
         self.returned.append(connection)
         self._wake()
 
@@ -8677,17 +8901,18 @@ class Server(ThreadingHTTPServer):
         spawn("aegis-request", run)
 
     def _to_thread(self, connection: Connection, answer: Any, began: float) -> None:
-        if self.busy >= MAX_THREADS:
+        patient = isinstance(answer, Stream) or answer.patient
+        if self.busy >= (MAX_THREADS - THREADS_KEPT if patient else MAX_THREADS):
             if isinstance(answer, Stream):
                 self.app.context.bus.leave(answer.listener)
             refusal = ApiError(
-                503, "BUSY", f"{MAX_THREADS} requests are waiting already: try again", headers={"Retry-After": "1"}
+                503, "BUSY", f"{self.busy} requests are waiting already: try again", headers={"Retry-After": "1"}
             )
             self._refuse(connection, refusal, began)
             return
         if connection.out and not self._flush_one(connection):
             return
-        self._unpark(connection)
+        self._lend(connection)
         if isinstance(answer, Stream):
             self._spawn(self._stream, connection, answer, began)
         else:
@@ -8731,12 +8956,13 @@ class Server(ThreadingHTTPServer):
             sock.sendall(top.encode())
             for page in stream.missed:
                 sock.sendall(b"".join(map(frame, page)))
+            connection.caller.when_left(lambda: stream.listener.queue.put(None))
             self._follow(sock, stream.listener)
         except OSError:
             pass
         finally:
             self.app.context.bus.leave(stream.listener)
-            sock.close()
+            self._give_back(connection, True)
 
     def _follow(self, sock: socket.socket, listener: Listener) -> None:
         """Write what comes; a comment has no blank line behind it, for some clients take any block for an event."""
