@@ -1081,7 +1081,8 @@ def test_a_dead_pane_can_be_pasted_into_without_harm(tmux, tmp_path):
     pane = open_pane(tmux, "true")
     eventually(lambda: next(one for one in tmux.panes() if one.pane == pane.pane).dead)
     for _ in range(3):
-        assert not tmux.type(pane.pane, pane.session, [aegis.Stroke("boo"), aegis.Stroke("", ("Enter",))], tmp_path / "spool")
+        strokes = [aegis.Stroke("boo"), aegis.Stroke("", ("Enter",))]
+        assert not tmux.type(pane.pane, pane.session, strokes, tmp_path / "spool")
     assert any(one.pane == pane.pane for one in tmux.panes())
     tmux.close_window(pane.window)
 
