@@ -24,6 +24,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -691,6 +692,7 @@ def test_a_log_line_stays_one_line_whatever_is_logged():
         log.shape = shape
         line = log.shaped((0.0, "info", "evil\nmessage\r", {"path": "/a\nb\x1b[2J"}))
         assert line.count("\n") == 1 and "\r" not in line and "\x1b" not in line
+        assert "\x9b" not in log.shaped((0.0, "error", "C1", {"path": "\x9b2J", "error": ValueError("odd")}))
 
 
 # ============================================================================
@@ -826,20 +828,56 @@ def test_a_locked_database_is_a_503_and_nothing_is_half_written(store, tmp_path)
     other.close()
 
 
-@alone
-def test_a_full_disk_is_a_503_and_is_recovered_from_without_a_restart(house):
+def test_a_lock_is_waited_for_once_and_not_by_every_change(store, tmp_path):
+    other = sqlite3.connect(str(tmp_path / "aegis.db"), isolation_level=None)
+    patience = lambda: store.db.execute("PRAGMA busy_timeout").fetchone()[0]  # noqa: E731
+    assert patience() == 1000
+    other.execute("BEGIN IMMEDIATE")
+    for _ in range(20):
+        with pytest.raises(aegis.ApiError), store.transaction():
+            pass
+        assert patience() == 0, "the next one is refused at once"
+    other.execute("ROLLBACK")
+    with store.transaction() as db:
+        put_event(db, "kept")
+    assert patience() == 1000 and count_events(store) == 1
+    other.close()
+
+
+def fail_store(own: "Server", broken: bool = True) -> None:
+    """Have a server's database refuse all changes from now on, or take them again."""
     resource = pytest.importorskip("resource")
     if not hasattr(resource, "prlimit"):
         pytest.skip("this system cannot limit another process' files")
+    limit = 4096 if broken else resource.RLIM_INFINITY
+    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+@alone
+def test_an_end_that_the_store_refuses_is_recorded_later(house):
+    own = house()
+    talk, other = own.open(), own.open()
+    pid, lost = talk.get()["pid"], other.get()["pid"]
+    fail_store(own)
+    assert talk.refusal("DELETE") == (503, "STORE_UNAVAILABLE") and not alive(pid)
+    os.kill(lost, signal.SIGKILL)
+    eventually(lambda: "not recorded yet" in own.log.read_text())
+    fail_store(own, broken=False)
+    assert talk.wait("session.killed") and talk.kill()["killed"] is False and talk.status == "killed"
+    assert other.wait("session.exited") and other.status == "exited"
+
+
+@alone
+def test_a_full_disk_is_a_503_and_is_recovered_from_without_a_restart(house):
     own = house()
     talk = own.open()
     before = len(talk.prompts())
-    whole = resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    fail_store(own)
     for _ in range(3):
         assert own.refusal(f"POST /v1/sessions/{talk.id}/send", {"text": "lost"}) == (503, "STORE_UNAVAILABLE")
     assert own.refusal("POST /v1/sessions", {"workDir": str(own.work), "name": "lost"}) == (503, "STORE_UNAVAILABLE")
     assert talk.status == "idle" and talk.ask("GET queue") == {"queue": []}
-    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, whole)
+    fail_store(own, broken=False)
     assert talk.say("[[say recovered]]")["output"] == "recovered"
     assert len(talk.prompts()) == before + 1
     assert own.ask("GET /v1/sessions")["pagination"]["total"] == 1
@@ -1031,7 +1069,8 @@ def open_pane(tmux: Any, *program: str) -> Any:
 
 AWKWARD_WORDS = ["it's", '"', "a;b", ";", "\\;", "\\", "\\\\", "#{pane_id}", "#(touch /tmp/x)", "$(x)", "$HOME",
                  "${HOME}", "~", "~root", "%1", "{", "}", "{ kill-server }", "-t", " ", "a  b", "tab\there",
-                 "ünï ☃ 👩‍💻", "'" * 50, "x" * 10_000, "two\nlines", "a\r\nb\x1b[31m\x7f", "kill-server\nkill-server"]
+                 "ünï ☃ 👩‍💻", "'" * 50, "x" * 10_000, "two\nlines", "a\r\nb\x1b[31m\x7f", "kill-server\nkill-server",
+                 "~/x\ny", "~nobody\n", "~~~\ncode"]
 
 
 @pytest.mark.parametrize("word", AWKWARD_WORDS, ids=lambda word: repr(word[:20]))
@@ -1180,6 +1219,7 @@ SCREENS = {
     "prose says esc to interrupt": (box("● Press esc to interrupt it.", "  esc to interrupt"), "idle"),
     "bullets": (box("● * one…", "  ✻ two…", "  · three…", "● four"), "idle"),
     "error in prose": (box("● Error: 529 overloaded. Rate limit reached. Your context window is 80 % full."), "idle"),
+    "draft with rules": (box(inside="❯\xa0why\n  " + "─" * 60 + "\n  x | y\n  " + "─" * 60 + "\n  fix it"), "idle"),
     "list in prose": (box("● Do you want to proceed?", "  ❯ 1. Yes", "    2. No", "  Esc to cancel"), "idle"),
     "trust in prose": (box("● Quick safety check: Is this a project you created or one you trust?", "  1. Yes",
                            "  2. No, exit"), "idle"),
@@ -2402,6 +2442,19 @@ def test_a_missing_program_is_a_clear_error_within_a_second(server):
     assert not (server.work / "ran").exists()
 
 
+def test_command_replaces_any_agents_program(server, make, tmp_path):
+    wrapper = tmp_path / "wrapper"
+    told = f"echo \"$@\" > {shlex.quote(str(tmp_path / 'words'))}"
+    wrapper.write_text(f'#!/bin/sh\n{told}\nexec {shlex.quote(sys.executable)} {AEGIS} demo-agent "$@"\n')
+    wrapper.chmod(0o700)
+    talk = make(agent="claude", command=["/bin/sh", str(wrapper)], model="some-model")
+    assert talk.say("[[say wrapped]]")["output"] == "wrapped"
+    assert re.match(r"--session-id \S+ .*--model some-model", (tmp_path / "words").read_text())
+    for field in ("command", "args"):
+        answer = server.call("POST /v1/sessions", {"workDir": str(tmp_path), field: ["cat", "a\0b"]})
+        assert answer.status == 400 and "NUL" in answer.json["fields"][field]
+
+
 def test_a_program_that_cannot_be_run_is_an_error_that_says_so(server, tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/no/such/interpreter\n")
@@ -2593,6 +2646,9 @@ def test_create_session_with_an_idempotency_key_makes_one_session(server, make):
     talk = Talk(server, again)
     talk.wait("prompt.done")
     assert talk.prompts() == ["[[say once]]"]
+    for other in ({"prompt": "another"}, {"name": "another"}, {"workDir": "/tmp"}, {"model": "another"}):
+        refused = server.refusal("POST /v1/sessions", {**body, **other}, {"Idempotency-Key": "once-only"})
+        assert refused == (409, "IDEMPOTENCY_CONFLICT"), other
     talk.kill()
 
 
@@ -2840,7 +2896,9 @@ AWKWARD = {
     "quotes": "it's \"quoted\" ''' \"\"\"", "percent": "%1 %end %d", "braces": "{ } [[ ]]",
     "list": "1. one\n2. two\n3. three",
     "control": "bell\x07 back\x08 esc\x1b[31mred\x1b[0m nul-less", "paste end": "a\x1b[201~b", "crlf": "one\r\ntwo",
-    "box lines": "─" * 120, "dialog": "Do you want to proceed?\n❯ 1. Yes\n  2. No\nEsc to cancel",
+    "box lines": "─" * 120, "table": "why\n" + "─" * 60 + "\n name | value\n" + "─" * 60 + "\nplease fix",
+    "home": "~/project fails\nfix it", "fence": "first\nsecond\n~~~python\nprint(1)\n~~~\nwhat is this?",
+    "dialog": "Do you want to proceed?\n❯ 1. Yes\n  2. No\nEsc to cancel",
     "5 kB line": "word " * 1000,
     "exit": "exit", "quit": "quit", "colon q": ":q",
     "64 kB": "\n".join("%06d %s" % (number, "x" * 57) for number in range(1000)),
@@ -3089,6 +3147,34 @@ def test_an_agent_that_never_gets_ready_is_an_error(house):
     talk = own.open(ready=False, args=["--demo-boot", "slow:30"])
     talk.wait("session.error")
     assert "attach" in talk.get()["statusReason"]
+
+
+FICKLE = """
+show() { printf '\\033[2J\\033[H%s\\n' "$1"; }
+rule=$(printf '%.0s─' 1 2 3 4 5 6 7 8 9 10 11 12)
+box() { show "$rule
+❯ 
+$rule
+  ? for shortcuts"; }
+box; while [ ! -e away ]; do sleep 0.02; done
+show 'something else'; while [ ! -e back ]; do sleep 0.02; done
+box; sleep 60
+"""
+
+
+@alone
+def test_an_agent_that_loses_its_box_is_an_error_until_it_is_back(house):
+    own = house()
+    talk = own.open(agent="claude", command=["/bin/sh", "-c", FICKLE])
+    (own.work / "away").touch()
+    eventually(lambda: "something else" in talk.ask("GET pane")["text"])
+    sent = talk.send("hello")
+    assert (sent["delivered"], sent["state"]) == (False, "queued")
+    assert "attach" in talk.wait("session.error")["reason"]
+    assert [one["promptId"] for one in talk.ask("GET queue")["queue"]] == [sent["promptId"]], "it waits, untouched"
+    (own.work / "back").touch()
+    talk.wait("session.ready")
+    eventually(lambda: "hello" in talk.ask("GET pane")["text"])
 
 
 # ============================================================================
@@ -3652,6 +3738,23 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == turns + 1
 
 
+def test_a_conversation_that_is_gone_back_to_is_read_on_where_it_was_left(make):
+    talk = make()
+    talk.say("[[say one]]")
+    first = talk.get()
+    talk.ask("POST command", {"command": "/clear"})
+    talk.say("[[say two]]")
+    assert talk.get()["conversationId"] != first["conversationId"]
+    second, used = talk.get(), talk.get()["tokenUsage"]
+    for back in (first, second, first, second):
+        assert report(talk, "Notification", session_id=back["conversationId"],
+                      transcript_path=back["transcriptPath"]).status == 200
+        assert talk.get()["transcriptPath"] == back["transcriptPath"]
+        assert talk.get()["tokenUsage"] == used
+        said = [one["text"] for one in talk.read("limit=50")["messages"] if one["role"] == "assistant"]
+        assert sorted(said) == ["one", "two"]
+
+
 def test_two_requests_at_once_are_told_apart(make):
     talk = make("[[hang]]")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -3880,9 +3983,12 @@ class Reborn(NamedTuple):
 
 STEADY = {   # name -> what a session is at when Aegis is killed
     "queued": "[[hang]]", "interrupted": "[[hang]]", "asking": "[[bash touch x]] [[say after]]", "crashed": None,
-    "closed": None, "killed": None, "calm": None, "lost": None, "ended": None,
+    "closed": None, "killed": None, "calm": None, "lost": None, "ended": None, "failed": "[[error 500]]",
+    "limited": "[[error 429]]",
 }
-BRIEF = {"heard": "[[wait 1.5]] [[say heard]]", "meanwhile": "[[wait 1.5]] [[say meanwhile]]",
+BRIEF = {
+    "background": "[[background 2.5]] [[say held]]",
+    "heard": "[[wait 1.5]] [[say heard]]", "meanwhile": "[[wait 1.5]] [[say meanwhile]]",
          "under way": "[[wait 3]] [[say after the crash]]"}
 
 
@@ -3892,7 +3998,7 @@ def open_all(own: Server, prompts: Dict[str, Optional[str]]) -> Dict[str, Talk]:
     made = own.ask("POST /v1/sessions/batch", {"sessions": items})["sessions"]
     talks = {one["name"]: Talk(own, one) for one in made}
     for name, prompt in prompts.items():
-        talks[name].wait("prompt.started" if prompt else "session.idle")
+        talks[name].wait(("prompt.started", "prompt.failed") if prompt else "session.idle")
     return talks
 
 
@@ -3912,8 +4018,12 @@ def crash_and_return(own: Server) -> Reborn:
     """Kill a server while its sessions are at all sorts of things, and start it again."""
     talks = open_all(own.start(), STEADY)
     talks["asking"].wait("permission.requested")
+    for name in ("failed", "limited"):
+        talks[name].wait(("session.error", "session.rate_limited"))
+    talks["unready"] = own.open("[[say never]]", ready=False, name="unready", args=["--demo-boot", "slow:60"])
     queued = [talks["queued"].send(f"[[say {word}]]")["promptId"] for word in "abc"]
     talks.update(open_all(own, BRIEF))
+    eventually(lambda: "Stop" in [one["rule"] for one in talks["background"].ask("GET explain")["evidence"]])
     eventually(lambda: talks["heard"].read("limit=1")["messages"])    # read its prompt's line, then die
     before = {name: talk.get() for name, talk in talks.items()}
     own.crash()
@@ -3962,6 +4072,21 @@ def test_a_turn_that_ended_while_aegis_was_away_is_caught_up_on(reborn, name):
     assert (found["output"], found["turns"]) == (name, 1)
     assert talk.wait("prompt.done")["promptId"] == talk.delivery["promptId"] and talk.wait("session.idle")
     assert talk.get()["tokenUsage"]["output"] > 0
+
+
+@pytest.mark.parametrize("name, status", [("failed", "error"), ("limited", "rate_limited"), ("unready", "starting")])
+def test_what_no_screen_tells_is_known_after_a_crash(reborn, name, status):
+    talk, before = reborn.talks[name], reborn.before[name]
+    assert (before["status"], talk.status) == (status, status)
+    assert talk.get()["statusReason"] == before["statusReason"]
+    assert "session.idle" not in talk.server.events.of(talk.id, "session.")
+
+
+def test_background_work_is_not_idle_after_a_crash(reborn):
+    talk = reborn.talks["background"]
+    assert reborn.before["background"]["status"] == "working"
+    assert "background done" in talk.read()["output"]
+    assert talk.server.events.of(talk.id, "session.idle") == ["session.idle"]
 
 
 def test_an_interrupt_while_aegis_was_away_is_caught_up_on(reborn):
@@ -4038,6 +4163,46 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
 
 
 @alone
+def test_what_was_typed_into_an_agent_that_does_not_report_is_not_typed_again(house):
+    own = house()
+    talk = own.open(agent="shell", command=["/bin/sh"])
+    sent = talk.send("echo first")
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as database, database:
+        database.execute("UPDATE prompts SET state = 'queued', submitted_at = NULL, started_at = NULL, ended_at = NULL "
+                         "WHERE id = ?", (sent["promptId"],))   # as a kill between the keys and their proof leaves it
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed")["reason"]
+    assert talk.say("echo second")["output"] == "second"
+    assert talk.ask("GET pane")["text"].split().count("first") == 2, "typed once, and answered once"
+
+
+@alone
+def test_an_agent_that_cannot_be_booked_is_not_left_running(house):
+    own = house()
+    own.open()
+    for number in range(20):   # the database locks while the window opens: between two changes of one create
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(
+                sqlite3.connect(str(own.state / "aegis.db"), isolation_level=None)) as database:
+            name = f"unbooked {number}"
+            making = pool.submit(own.call, "POST /v1/sessions", {"workDir": str(own.work), "name": name})
+            made = own.events.wait_for("session.created", None, 0, name=name)
+            database.execute("BEGIN IMMEDIATE")
+            concurrent.futures.wait([making], timeout=3)
+            database.execute("ROLLBACK")
+            answer = making.result()
+        if answer.status != 201:
+            break
+    assert (answer.status, answer.json["code"]) == (503, "STORE_UNAVAILABLE")
+    talk = Talk(own, {"id": made["sessionId"]})
+    talk.wait("session.exited")
+    tags = own.tmux("list-panes", "-a", "-F", "#{@aegis_id}").split()
+    assert len(tags) == 1 and talk.id not in tags
+    assert own.open(name=name).kill()["killed"] is True, "its name is free again"
+
+
+@alone
 def test_a_restart_on_another_port_still_follows_its_agents(house):
     own = house()
     talk = own.open("[[wait 0.5]] [[say one]]")
@@ -4086,6 +4251,25 @@ def test_the_death_of_tmux_is_an_exit_of_all_and_then_goes_on(house):
     fresh = own.open()
     assert fresh.say("[[say again]]")["output"] == "again"
     assert talks[0].get()["window"] is None or talks[0].status == "exited"
+
+
+@alone
+def test_the_end_of_old_sessions_harms_no_new_one_that_has_their_ids(house):
+    own = house()
+    stubborn = ["/bin/sh", "-c", "trap '' HUP; echo old; while :; do sleep 0.05; done"]
+    old = [own.open(agent="shell", command=stubborn) for _ in range(4)]
+    was = {talk.get()["window"] for talk in old}
+    os.kill(int(own.tmux("display-message", "-p", "#{pid}")), signal.SIGKILL)
+    eventually(lambda: own.ask("GET /v1/health")["tmux"]["healthy"])
+    new = [own.open(ready=False, agent="shell", command=["/bin/sh", "-c", f"echo new{number}; exec cat"])
+           for number in range(4)]
+    assert was & {talk.get()["window"] for talk in new}, "tmux gave their ids out again"
+    assert all("new" not in talk.call("GET pane").raw.decode() for talk in old)
+    for talk in old:
+        talk.wait("session.exited")
+    for number, talk in enumerate(new):
+        eventually(lambda: f"new{number}" in talk.ask("GET pane")["text"])
+        assert talk.status in ("starting", "idle")
 
 
 def test_a_lost_control_client_harms_no_session(server, make):
@@ -4247,7 +4431,8 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
     lone, parent = own.open("[[say lone]]", name="lone"), own.open("[[say parent]]")
     child = Talk(own, own.ask(f"POST /v1/sessions/{parent.id}/spawn", {"prompt": "[[hang]]"}))
     waiting = child.send("[[say later]]")
-    dead = own.open()
+    dead, asking = own.open(), own.open("[[bash touch x]]")
+    asked = asking.wait("permission.requested")["permission"]["id"]
     dead.kill()
     for talk in (lone, parent):
         talk.wait("session.idle")
@@ -4262,6 +4447,8 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
         talk.wait("session.resumed")
         assert talk.say("[[say back]]")["output"] == "back"
     assert lone.prompts() == ["[[say lone]]", "[[say back]]"]
+    told = asking.wait("permission.resolved")
+    assert (told["permissionId"], told["state"], told["decidedBy"]) == (asked, "expired", "restart")
     assert own.ask(f"GET /v1/sessions/{child.id}/queue/{waiting['promptId']}")["state"] in (
         "queued",
         "submitted",
@@ -4688,6 +4875,27 @@ def test_a_bad_request_is_refused_in_the_envelope(server, name):
     assert server.ask("GET /v1/health")["status"] == "ok"
 
 
+@pytest.mark.parametrize("raw, wanted", [
+    (b"3\r\nabc\r\n0\r\n\r\n", b"abc"),
+    (b"A;x=1\r\n0123456789\r\n1\r\n!\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\n", b"0123456789!"),
+    (b"0\r\n\r\n", b""),
+    (b"zz\r\nabc\r\n", 400), (b"-1\r\n", 400), (b"\r\n", 400), (b"3\r\nabcd\r\n", 400), (b"0x3\r\nabc", 400),
+    (b"1" * 64, 400), (b"21\r\n", 413), (b"10\r\n" + b"x" * 16 + b"\r\n11\r\n", 413), (b"1\r\nx\r\n" * 33, 413),
+])
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_chunks_are_read_however_they_arrive(raw, wanted, step):
+    chunks, buffer, body, status = aegis.Chunks(32), bytearray(), None, None
+    try:
+        for at in range(0, len(raw), step):
+            assert body is None, "the body was whole before its end"
+            buffer += raw[at:at + step]
+            body = chunks.take(buffer)
+            assert len(buffer) <= 64, "what was read is kept no longer"
+    except aegis.ApiError as error:
+        status = error.status
+    assert (body if status is None else status) == wanted and (status or not buffer)
+
+
 def test_a_body_in_chunks_is_a_body(server):
     chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(part), part) for part in (b'{"work', b'Dir": "rel', b'ative"}'))
     with dial(server) as (line, answer):
@@ -4787,6 +4995,22 @@ def test_hundreds_of_idle_connections_cost_no_one_anything(server, talk):
         for line, answer in lines[::30]:
             line.sendall(HEALTH)
             assert answer().status == 200
+
+
+@alone
+def test_readers_that_left_hold_nothing_and_readers_that_wait_leave_room_for_work(house):
+    own = house()
+    talk = own.open("[[hang]]")
+    path = f"/v1/sessions/{talk.id}/read?wait=idle&timeout=3600&limit=0"
+    lines = [socket.create_connection(("127.0.0.1", own.port)) for _ in range(300)]
+    for line in lines:
+        line.sendall(head("GET", path))
+    eventually(lambda: own.call("GET " + path.replace("3600", "0.01")).status == 503)
+    assert own.open(ready=False).kill()["killed"] is True, "who waits leaves room for who works"
+    for line in lines:
+        line.close()
+    eventually(lambda: own.call("GET " + path.replace("3600", "0.01")).status == 200)
+    assert talk.ask("POST interrupt")["interrupted"] is True
 
 
 def test_a_hundred_readers_may_wait_at_once(server, make):
@@ -5715,6 +5939,7 @@ def test_real_send_text_arrives_as_one_prompt_and_as_it_was(real, model, name):
     assert real.say(text)["status"] == "idle"
     assert [seen(one) for one in model.heard[before:]] == [arrives(text)]
     assert not list(real.server.work.glob("ran-*"))
+    assert "session.asking" not in real.server.events.of(real.id), "no draft is taken for a dialog"
 
 
 @real_client
@@ -5937,11 +6162,14 @@ def test_real_turn_survives_a_restart_of_aegis(model):
     try:
         under_way, meanwhile = own.open("[[slow 3]]"), own.open("[[slow 0.5]]")
         asking, calm = own.open("[[bash touch x]] [[say after]]"), own.open()
+        line = calm.ask("POST bash", {"command": "echo once >> count; sleep 3"})["promptId"]
         asking.wait("permission.requested")
         path = meanwhile.get()["transcriptPath"]
         own.crash()
         eventually(lambda: ended_turn(path))
         own.start()
+        eventually(lambda: calm.ask(f"GET queue/{line}")["state"] in ("done", "failed"))
+        assert (own.work / "count").read_text() == "once\n", "a shell line is never typed twice"
         assert (meanwhile.read()["status"], meanwhile.read()["output"].split()[-1]) == ("idle", "waited")
         assert under_way.read()["output"].startswith("word0") and under_way.get()["turns"] == 1
         eventually(lambda: asking.status == "permission_prompt")
