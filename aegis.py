@@ -3654,7 +3654,7 @@ class Verdict(NamedTuple):
     rule: str
 
 
-LIFE_SIGNS = ("hook", "terminal", "policy")   # evidence of these ends a stall; a transcript's is old already
+LIFE_SIGNS = ("hook", "terminal", "policy")   # evidence of these ends a silence; a transcript's is old already
 STALLABLE = ("working", "permission_prompt", "asking")   # states that too long a silence turns into `stalled`
 
 
@@ -3902,7 +3902,7 @@ class Change:
         session, row, now = self.session, self.session.row, time.time()
         if self.why.source == "hook":
             session.alive_at = time.monotonic()
-        if self.facts.stalled and self.why.source in LIFE_SIGNS:
+        if self.facts.stalled and self.why.source in LIFE_SIGNS and not self.facts.pending:
             self.set(stalled=None)
         if row.ended_at is None and not self.facts.ended:
             verdict = judge(self.facts)
@@ -5348,7 +5348,7 @@ def on_activity(session: Session, body: Json) -> Answer:
 def show_life(session: Session, rule: str, detail: str) -> None:
     """Note a report that changes nothing but the end of a stall."""
     session.alive_at = time.monotonic()
-    if session.facts.stalled:
+    if session.facts.stalled and not session.facts.pending:   # what waits for a decision goes on waiting
         with session.changing("hook", rule, detail):
             return
     session.note("hook", rule, detail)
@@ -6231,6 +6231,8 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         write_hooks(context, session)
     argv = words + agent.arguments(LaunchPlan(context.settings, row, str(hooks), resume))
     write_private(launch, launch_script(row.work_dir, environment, argv, str(stderr) if agent.keep_stderr else None))
+    if agent.keep_stderr:
+        write_private(stderr, "")
     session.output_at = session.looked_at = time.monotonic()
     pane = open_place(context, row, ["/bin/sh", str(launch)])
     context.panes[pane.pane] = session
@@ -6565,7 +6567,7 @@ def check_stall(context: Context, session: Session, now: float) -> None:
     """Mark a session that shows no life while it works, or waits too long for a decision; and take the mark off."""
     facts, patience = session.facts, context.settings.stall_seconds
     silent = now - max(session.output_at, session.alive_at)
-    waiting = next((one for one in facts.pending if time.time() - one.asked_at > patience), None)
+    waiting = next((one for one in facts.pending if not one.claim and time.time() - one.asked_at > patience), None)
     why = None
     if waiting:
         why = f"{waiting.summary} has waited for a decision for more than {patience:g} s"

@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import hashlib
 import http.client
+import inspect
 import json
 import os
 import random
@@ -54,6 +55,7 @@ HERE = Path(__file__).resolve().parent
 AEGIS = HERE / "aegis.py"
 README = HERE / "README.md"
 WITHIN = 20.0        # seconds until something that should happen at once counts as lost
+LANES = 5             # tests marked alone that run at once, beside the others: most of the time they wait
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
 REAL_TURNS = int(os.environ.get("AEGIS_TEST_REAL_TURNS", "10"))   # and on the real client
 
@@ -493,9 +495,9 @@ def strict() -> Iterator[Server]:
     shared.close()
 
 
-@pytest.fixture
-def make(server: Server) -> Iterator[Callable[..., Talk]]:
-    """Create sessions on the shared server that end with the test."""
+@contextlib.contextmanager
+def sessions(server: Server) -> Iterator[Callable[..., Talk]]:
+    """Give a maker of sessions on a server that end with the block."""
     made: List[Talk] = []
 
     def create(prompt: Optional[str] = None, **body: Any) -> Talk:
@@ -504,6 +506,13 @@ def make(server: Server) -> Iterator[Callable[..., Talk]]:
     yield create
     if made:
         server.call("DELETE /v1/sessions/batch", {"ids": [talk.id for talk in made]})
+
+
+@pytest.fixture
+def make(server: Server) -> Iterator[Callable[..., Talk]]:
+    """Create sessions on the shared server that end with the test."""
+    with sessions(server) as create:
+        yield create
 
 
 @pytest.fixture
@@ -531,11 +540,12 @@ def houses() -> Iterator[Callable[..., Server]]:
             one.close()
 
 
-ALONE: Dict[str, Callable[..., Any]] = {}   # tests and fixtures that bring their own servers
+ALONE: Dict[str, Callable[..., Any]] = {}   # tests and fixtures that need nothing which another one changes
 
 
 def alone(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark what needs nobody else: it is begun early, in a thread, and joined in its turn."""
+    """Mark what needs nobody else: it is begun early, in a thread, and joined in its turn.  Its fixtures are those of
+    run_alone()."""
     ALONE[work.__name__] = work
 
     def joined(ahead: Dict[str, Any]) -> Any:
@@ -544,18 +554,27 @@ def alone(work: Callable[..., Any]) -> Callable[..., Any]:
     return joined
 
 
-def run_alone(work: Callable[..., Any]) -> Any:
-    """Do it, with servers of its own."""
-    with houses() as house:
-        return work(house)
+def run_alone(work: Callable[..., Any], server: Optional[Server]) -> Any:
+    """Do it: with servers, agents and a directory of its own, and sessions of its own on the shared server."""
+    with contextlib.ExitStack() as opened:
+        enter, place = opened.enter_context, tempfile.TemporaryDirectory
+        offered: Dict[str, Callable[[], Any]] = {
+            "house": lambda: enter(houses()), "_": lambda: None,
+            "server": lambda: server, "make": lambda: enter(sessions(server)),
+            "actors": lambda: enter(acting(Path(enter(place(prefix="ae-", dir="/tmp"))))),
+            "tmp_path": lambda: Path(enter(place(prefix="ae-", dir="/tmp"))).resolve()}
+        return work(*(offered[name]() for name in inspect.signature(work).parameters))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def ahead(request: Any) -> Iterator[Dict[str, Any]]:
     """Begin what was marked alone and is needed by the chosen tests, while the others go on."""
     wanted = [name for item in request.session.items for name in (item.name, *getattr(item, "fixturenames", ()))]
-    pool = concurrent.futures.ThreadPoolExecutor(3)
-    begun = {name: pool.submit(run_alone, ALONE[name]) for name in dict.fromkeys(wanted) if name in ALONE}
+    chosen = [ALONE[name] for name in dict.fromkeys(wanted) if name in ALONE]
+    needed = {name for work in chosen for name in inspect.signature(work).parameters}
+    server = request.getfixturevalue("server") if needed & {"server", "make"} else None
+    pool = concurrent.futures.ThreadPoolExecutor(LANES)
+    begun = {work.__name__: pool.submit(run_alone, work, server) for work in chosen}
     yield begun
     for one in begun.values():
         if not one.cancel() and isinstance(one.exception() or one.result(), Reborn):
@@ -2386,7 +2405,7 @@ def test_a_huge_command_is_decided_in_time(number):
         "deny": ["Bash(rm *)", "Bash(* --force)", "Bash(x *x*x*x*y)", "Read(**/a/**/b/**/c)"],
     }
     begun = time.perf_counter()
-    bash_says(policy, HUGE[number])
+    bash_says(policy, HUGE[number][:40_000])   # what is quadratic takes minutes already
     assert time.perf_counter() - begun < 2.0
 
 
@@ -2442,6 +2461,7 @@ def test_a_missing_program_is_a_clear_error_within_a_second(server):
     assert not (server.work / "ran").exists()
 
 
+@alone
 def test_command_replaces_any_agents_program(server, make, tmp_path):
     wrapper = tmp_path / "wrapper"
     told = f"echo \"$@\" > {shlex.quote(str(tmp_path / 'words'))}"
@@ -2465,6 +2485,7 @@ def test_a_program_that_cannot_be_run_is_an_error_that_says_so(server, tmp_path)
     assert "not found" in talk.get()["statusReason"] + talk.ask("GET pane")["text"]
 
 
+@alone
 def test_a_shell_agent_answers_with_the_new_text_of_its_screen(make):
     talk = make(agent="shell", command=["sh"], env={"PS1": "$ "})
     assert talk.say("echo one; echo two")["output"] == "one\ntwo"
@@ -2505,6 +2526,7 @@ def test_create_session_answers_as_the_contract_says(server, make):
     eventually(lambda: talk.prompts() == ["[[hang]]"])     # the agent writes its transcript a little late
 
 
+@alone
 def test_create_session_without_a_prompt_returns_at_once(server, make):
     talk = make(ready=False, args=["--demo-boot", "slow:0.5"])
     assert (talk.created["status"], talk.created["promptDelivery"]) == ("starting", None)
@@ -2616,6 +2638,7 @@ HOSTILE = ["a;b", "$(touch x)", "-t", "@1", ":", ".", "#{pane_id}", "#(touch x)"
            "\\", "ünï ☃ 👩‍💻", "\u202eevil"]
 
 
+@alone
 def test_hostile_names_and_directories_are_only_text(server, make):
     places = []
     for name in HOSTILE:
@@ -2674,19 +2697,21 @@ def test_list_sessions_refuses_what_it_does_not_know(server, query):
     assert answer.status == 400 and query.split("=")[0] in answer.json["fields"]
 
 
-def test_get_session_stats_adds_up(server, make):
-    before = server.ask("GET /v1/sessions/stats")
-    busy, calm, gone = make("[[hang]]"), make(), make()
+@alone
+def test_get_session_stats_adds_up(house):
+    own = house()
+    assert own.ask("GET /v1/sessions/stats")["total"] == 0
+    busy, calm, gone = own.open("[[hang]]"), own.open(), own.open()
     calm.say("[[say one]]")
     busy.send("later")
     gone.kill()
-    stats = server.ask("GET /v1/sessions/stats")
+    stats = own.ask("GET /v1/sessions/stats")
     wanted = {"total": 3, "active": 2, "idle": 1, "working": 1, "stalled": 0, "turns": 1, "queued": 1}
-    assert {name: stats[name] - before[name] for name in wanted} == wanted
+    assert {name: stats[name] for name in wanted} == wanted
     assert sum(stats["byStatus"].values()) == stats["total"] and set(stats["byStatus"]) == set(aegis.STATES)
-    assert stats["byStatus"]["killed"] == before["byStatus"]["killed"] + 1
+    assert stats["byStatus"]["killed"] == 1
     used = sum(one.get()["tokenUsage"]["output"] for one in (busy, calm, gone))
-    assert stats["tokenUsage"]["output"] - before["tokenUsage"]["output"] == used > 0
+    assert stats["tokenUsage"]["output"] == used > 0
 
 
 def test_get_health_is_open_and_complete(server, strict, talk):
@@ -2766,6 +2791,7 @@ def test_read_session_waits_until_the_session_needs_its_caller(talk):
     assert talk.ask("POST interrupt")["interrupted"] is True
 
 
+@alone
 def test_read_session_that_waits_in_vain_says_so(make):
     talk = make("[[hang]]")
     began = time.monotonic()
@@ -2773,6 +2799,7 @@ def test_read_session_that_waits_in_vain_says_so(make):
     assert (found["status"], found["timedOut"]) == ("working", True) and 0.15 < time.monotonic() - began < 5
 
 
+@alone
 def test_read_session_that_waits_hears_of_the_end(make):
     talk = make("[[hang]]")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -2802,6 +2829,7 @@ def test_get_pane_keeps_colours_when_told(make):
     assert "\x1b[31mred" in talk.ask("GET pane?ansi=1")["text"]
 
 
+@alone
 def test_explain_session_gives_the_evidence(make):
     talk = make()
     talk.say("[[say x]]")
@@ -2941,6 +2969,7 @@ def test_send_text_says_where_the_prompt_is(make):
     assert waiting["state"] == "queued"
 
 
+@alone
 def test_prompts_wait_while_the_agent_works_and_are_delivered_alone(make):
     talk = make("[[wait 0.3]] [[say first]]")
     ids = [talk.send(f"[[say {word}]]")["promptId"] for word in ("second", "third")]
@@ -2953,6 +2982,7 @@ def test_prompts_wait_while_the_agent_works_and_are_delivered_alone(make):
     assert talk.ask(f"GET queue/{ids[0]}")["state"] == "done"
 
 
+@alone
 def test_list_queue_and_cancel_prompt(make):
     talk = make("[[hang]]")
     first, second = talk.send("first"), talk.send("second")
@@ -3091,6 +3121,7 @@ def boot(make: Callable[..., Talk], *what: str, **body: Any) -> Talk:
                 **body)
 
 
+@alone
 def test_a_slow_start_loses_no_prompt(make):
     talk = boot(make, "slow:0.6")
     assert (talk.delivery["delivered"], talk.delivery["attempts"]) == (True, 1)
@@ -3098,6 +3129,7 @@ def test_a_slow_start_loses_no_prompt(make):
     assert talk.prompts() == ["[[say hello]]"] and talk.read()["output"] == "hello"
 
 
+@alone
 def test_the_trust_question_is_answered_for_the_callers_own_directory(make):
     talk = boot(make, "trust")
     assert talk.delivery["delivered"] is True
@@ -3182,6 +3214,7 @@ def test_an_agent_that_loses_its_box_is_an_error_until_it_is_back(house):
 # ============================================================================
 
 
+@alone
 def test_get_permissions_tells_policy_pending_and_history(make):
     talk = make()
     asked = request(talk)
@@ -3353,6 +3386,7 @@ def test_exactly_one_decides_and_all_are_told_the_truth(house):
 # -- by policy
 
 
+@alone
 def test_put_permissions_holds_at_once_and_for_what_is_pending(make):
     talk = make("[[bash touch x]] [[say first]]")
     asked = talk.wait("permission.requested")["permission"]
@@ -3372,6 +3406,7 @@ def test_put_permissions_holds_at_once_and_for_what_is_pending(make):
     assert talk.ask("GET permissions")["policy"]["rules"] == [{"rule": "Bash(rm *)", "action": "deny"}]
 
 
+@alone
 def test_put_profile_changes_what_a_live_session_may(make):
     talk = make(permissionProfile="autonomous")
     assert talk.get()["permissionProfile"] == "autonomous"
@@ -3386,6 +3421,7 @@ def test_put_profile_changes_what_a_live_session_may(make):
     assert talk.refusal("PUT permissions", {"allowBash": 7}) == (400, "INVALID_REQUEST")
 
 
+@alone
 def test_a_policy_that_asks_does_so_in_every_mode(make):
     talk = make(permissionMode="bypassPermissions", permissions={"ask": ["Bash(git push *)"]})
     assert talk.say("[[bash ls]] [[say free]]")["output"] == "free"
@@ -3412,6 +3448,7 @@ def test_what_a_policy_denies_stays_denied_while_aegis_is_away(house):
     assert said[-1] == "after" and not any("pretended" in one for one in said)
 
 
+@alone
 def test_approve_with_always_allows_the_same_again(make):
     talk = make()
     request(talk, "[[bash touch x]] [[say one]]")
@@ -3459,6 +3496,7 @@ def test_interrupt_session_by_many_at_once_ends_one_turn(make):
     assert alive(talk.get()["pid"]) and talk.say("[[say alive]]")["output"] == "alive"
 
 
+@alone
 def test_escape_session_ends_a_turn_and_opens_no_menu(make):
     talk = make("[[hang]]")
     assert talk.ask("POST escape")["sent"] is True
@@ -3467,6 +3505,7 @@ def test_escape_session_ends_a_turn_and_opens_no_menu(make):
     assert talk.say("[[say no menu]]")["output"] == "no menu"
 
 
+@alone
 def test_escape_session_closes_a_dialog(make):
     talk = make("[[bash make]]")
     talk.wait("permission.requested")
@@ -3562,7 +3601,9 @@ def test_a_person_may_answer_in_the_terminal_first(talk):
 def test_a_person_may_press_escape_in_the_terminal(talk):
     request(talk)
     talk.press("Escape", lambda: talk.get()["pendingPermission"] is None)
+    asked = talk.seen
     assert talk.wait("permission.resolved")["state"] == "answered_in_terminal"
+    talk.seen = asked   # either may be told first
     assert talk.wait("turn.ended")["outcome"] == "interrupted"
     talk.wait("session.idle")
     assert talk.say("[[say on]]")["output"] == "on"
@@ -3583,6 +3624,7 @@ def test_a_question_is_asking_and_is_answered_through_its_input(talk):
     assert talk.read()["output"] == "after" and label in talk.tools()[0]
 
 
+@alone
 def test_a_plan_is_asking_and_is_approved(make):
     talk = make()
     asked = request(talk, "[[plan rewrite it all]] [[say after]]")
@@ -3594,6 +3636,7 @@ def test_a_plan_is_asking_and_is_approved(make):
     assert talk.read()["output"] == "after"
 
 
+@alone
 def test_what_is_never_answered_stays_asked(make):
     talk = make()
     asked = request(talk)
@@ -3625,6 +3668,7 @@ def test_a_failed_turn_is_told_and_the_next_one_goes_on(make, what, status):
 ONE_TURN = ["session.created", "session.ready", "session.working", "session.idle"]
 
 
+@alone
 def test_silence_proves_nothing(make):
     talk = make("[[quiet 0.8]] [[say loud]]")
     talk.wait("session.idle")
@@ -3632,6 +3676,7 @@ def test_silence_proves_nothing(make):
     assert talk.read()["output"] == "loud"
 
 
+@alone
 def test_background_work_is_not_idle(make):
     talk = make("[[background 1]]")
     talk.wait("turn.ended")
@@ -3641,6 +3686,7 @@ def test_background_work_is_not_idle(make):
     assert kinds.count("session.idle") == 1 and kinds[-1] == "session.idle"
 
 
+@alone
 def test_half_a_character_in_a_report_is_no_error(make):
     talk = make("[[hang]]")
     assert report(talk, "Stop", last_assistant_message="half \ud83d", background_tasks=5).status == 200
@@ -3668,6 +3714,7 @@ def test_an_agent_that_ends_by_itself_has_exited(make, how, code, word):
     assert not alive(found["pid"]) and talk.read()["messages"][0]["text"] == how
 
 
+@alone
 def test_an_agent_that_is_killed_has_exited_and_its_queue_fails(make):
     talk = make("[[hang]]")
     waiting = talk.send("never delivered")["promptId"]
@@ -3738,6 +3785,7 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == turns + 1
 
 
+@alone
 def test_a_conversation_that_is_gone_back_to_is_read_on_where_it_was_left(make):
     talk = make()
     talk.say("[[say one]]")
@@ -3755,6 +3803,7 @@ def test_a_conversation_that_is_gone_back_to_is_read_on_where_it_was_left(make):
         assert sorted(said) == ["one", "two"]
 
 
+@alone
 def test_two_requests_at_once_are_told_apart(make):
     talk = make("[[hang]]")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -4194,6 +4243,7 @@ def test_an_agent_that_cannot_be_booked_is_not_left_running(house):
             answer = making.result()
         if answer.status != 201:
             break
+        own.ask(f"DELETE /v1/sessions/{answer.json['id']}")
     assert (answer.status, answer.json["code"]) == (503, "STORE_UNAVAILABLE")
     talk = Talk(own, {"id": made["sessionId"]})
     talk.wait("session.exited")
@@ -4216,6 +4266,7 @@ def test_a_restart_on_another_port_still_follows_its_agents(house):
     assert talk.get()["turns"] == 2 and talk.prompts() == ["[[wait 0.5]] [[say one]]", "[[say two]]"]
 
 
+@alone
 def test_a_window_closed_by_hand_is_an_exit(make):
     talk = make()
     talk.server.tmux("kill-window", "-t", talk.get()["window"])
@@ -4259,7 +4310,9 @@ def test_the_end_of_old_sessions_harms_no_new_one_that_has_their_ids(house):
     stubborn = ["/bin/sh", "-c", "trap '' HUP; echo old; while :; do sleep 0.05; done"]
     old = [own.open(agent="shell", command=stubborn) for _ in range(4)]
     was = {talk.get()["window"] for talk in old}
-    os.kill(int(own.tmux("display-message", "-p", "#{pid}")), signal.SIGKILL)
+    tmux_pid = own.tmux("display-message", "-p", "#{pid}")
+    os.kill(int(tmux_pid), signal.SIGKILL)
+    eventually(lambda: own.tmux("display-message", "-p", "#{pid}") != tmux_pid)
     eventually(lambda: own.ask("GET /v1/health")["tmux"]["healthy"])
     new = [own.open(ready=False, agent="shell", command=["/bin/sh", "-c", f"echo new{number}; exec cat"])
            for number in range(4)]
@@ -4335,6 +4388,7 @@ def test_events_are_replayed_across_a_restart_and_ids_go_on(house):
 # ============================================================================
 
 
+@alone
 def test_spawn_session_opens_children_and_list_children_lists_them(server, make):
     parent = make(labels={"team": "a"}, env={"MINE": "kept"})
     children = [Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/spawn", {"prompt": f"[[say child {n}]]"}))
@@ -4356,6 +4410,7 @@ def test_spawn_session_opens_children_and_list_children_lists_them(server, make)
     assert parent.refusal("POST spawn", {}) == (409, "SESSION_ENDED")
 
 
+@alone
 def test_list_children_tells_of_those_that_were_kept(server, make):
     parent = make()
     child = Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/spawn", {"name": "kept child"}))
@@ -4367,6 +4422,7 @@ def test_list_children_tells_of_those_that_were_kept(server, make):
     child.kill()
 
 
+@alone
 def test_fork_session_carries_the_conversation_on_and_parts_ways(server, make):
     origin = make("[[say the first]]")
     origin.wait("session.idle")
@@ -4412,6 +4468,7 @@ def test_resume_session_brings_an_ended_one_back(server, make, how):
     assert talk.refusal("POST resume", {}) == (409, "SESSION_LIVE")
 
 
+@alone
 def test_resume_session_refuses_what_cannot_be(server, make, tmp_path):
     place = tmp_path / "gone"
     place.mkdir()
@@ -4462,6 +4519,7 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
 # -- labels
 
 
+@alone
 def test_sessions_are_found_followed_and_killed_by_label(server, make):
     red = [make(labels={"team": "red", "kind": f"k{number}"}) for number in range(2)]
     blue = make(labels={"team": "blue"})
@@ -4497,13 +4555,15 @@ def test_odd_labels_are_refused(server, labels):
 
 @alone
 def test_what_takes_too_long_is_told_or_ended(house):
-    own = house("--stall-seconds", "0.6")
+    own = house("--stall-seconds", "1")
     quiet, asking = own.open(), own.open()
     loud = own.open("[[slow 2.5]] [[say loud]]")
-    quiet.send("[[quiet 1.5]] [[say x]]")
+    quiet.send("[[quiet 1.8]] [[say x]]")
     asked = request(asking)
     for talk, reason in ((quiet, "no life"), (asking, "waited for a decision")):
         assert reason in talk.wait("session.stalled")["reason"]
+    assert report(asking, "PostToolUse", tool_name="Read", tool_input={"file_path": "x"}).status == 200
+    assert asking.status == "stalled", "what another tool does decides nothing"
     assert asking.get()["pendingPermission"]["id"] == asked["id"] and own.ask("GET /v1/sessions/stats")["stalled"] >= 1
     quiet.wait("session.idle")
     asking.ask("POST approve", {})
@@ -4519,6 +4579,7 @@ def test_what_takes_too_long_is_told_or_ended(house):
     assert "maxSeconds" in old.wait("session.killed")["reason"] and old.get()["status"] == "killed"
 
 
+@alone
 def test_update_session_raises_the_budget_that_interrupted_a_turn(server, make):
     talk = make(maxTokens=200)
     assert talk.say("[[say cheap]]")["output"] == "cheap"
@@ -4536,6 +4597,7 @@ def test_update_session_raises_the_budget_that_interrupted_a_turn(server, make):
     assert talk.ask("PATCH", {"maxTokens": 0})["limits"] == {}
 
 
+@alone
 def test_a_cost_that_nobody_knows_is_said(make):
     talk = make("[[say x]]", maxCostUsd=1, model="claude-unheard-of")
     talk.wait("session.idle")
@@ -5183,17 +5245,24 @@ class Actor:
                 for block in line["message"]["content"] if isinstance(block, dict) and block["type"] == "tool_result"]
 
 
-@pytest.fixture
-def actors(tmp_path: Path) -> Iterator[Callable[..., Actor]]:
-    """Make demo agents that share a home."""
+@contextlib.contextmanager
+def acting(home: Path) -> Iterator[Callable[..., Actor]]:
+    """Give a maker of demo agents that share a home, and end with the block."""
     made: List[Actor] = []
 
     def act(*flags: str, **settings: Any) -> Actor:
-        made.append(Actor(tmp_path, *flags, **settings))
+        made.append(Actor(home, *flags, **settings))
         return made[-1]
     yield act
     for actor in made:
         actor.close()
+
+
+@pytest.fixture
+def actors(tmp_path: Path) -> Iterator[Callable[..., Actor]]:
+    """Make demo agents that share a home."""
+    with acting(tmp_path) as act:
+        yield act
 
 
 def decided(behavior: str, **more: Any) -> Json:
@@ -5206,6 +5275,7 @@ def wished(decision: str, **more: Any) -> Json:
     return {"hookSpecificOutput": {"permissionDecision": decision, **more}}
 
 
+@alone
 def test_the_demo_agent_reports_each_tool_before_and_each_batch_after(actors):
     actor = actors()
     actor.says = {"PermissionRequest": decided("allow"), "PreToolUse": None}
@@ -5223,6 +5293,7 @@ def test_the_demo_agent_reports_each_tool_before_and_each_batch_after(actors):
     assert kinds == ["hook"] * 3
 
 
+@alone
 def test_the_demo_agent_obeys_a_hook_before_a_tool(actors):
     actor = actors("--permission-mode", "bypassPermissions")
     actor.says = {"PreToolUse": wished("deny", permissionDecisionReason="the reason")}
@@ -5245,6 +5316,7 @@ def test_the_demo_agent_obeys_a_hook_before_a_tool(actors):
     assert not manual.of("PermissionRequest") and "pretended" in manual.results()[0]
 
 
+@alone
 def test_the_demo_agent_goes_on_without_its_receiver(actors):
     actor = actors("--permission-mode", "bypassPermissions")
     actor.server.shutdown()
@@ -5253,6 +5325,7 @@ def test_the_demo_agent_goes_on_without_its_receiver(actors):
     eventually(lambda: "alone" in str(actor.lines()[-2:]) and actor.lines()[-1]["type"] == "system")
 
 
+@alone
 def test_the_demo_agent_has_rules(actors, tmp_path):
     actor = actors("--permission-mode", "bypassPermissions", permissions={
         "deny": ["Bash(rm *)", "Edit(//etc/**)", "Read(secret/**)", "mcp__lab"], "ask": ["Bash(git push:*)"]})
@@ -5274,6 +5347,7 @@ def test_the_demo_agent_has_rules(actors, tmp_path):
     assert manual.of("PermissionRequest")[1]["tool_input"] == {"query": "two words"}
 
 
+@alone
 def test_the_demo_agent_learns_what_is_allowed(actors):
     actor = actors()
     actor.says = {"PermissionRequest": lambda body: decided(
@@ -5287,6 +5361,7 @@ def test_the_demo_agent_learns_what_is_allowed(actors):
     assert not strict.of("PermissionRequest") and "don't ask" in strict.results()[0]
 
 
+@alone
 def test_the_demo_agents_subagents_are_asked_about_side_by_side(actors):
     actor, gates = actors(), {name: threading.Event() for name in ("touch a", "touch b", "touch c")}
     said: Dict[str, Any] = {"touch a": None, "touch b": decided("deny", message="not b"), "touch c": decided("allow")}
@@ -5316,6 +5391,7 @@ def test_the_demo_agents_subagents_are_asked_about_side_by_side(actors):
     assert "agent_id" not in last and [one["tool_name"] for one in last["tool_calls"]] == ["Agent"] * 3
 
 
+@alone
 def test_the_demo_agents_subagents_share_the_terminal(actors):
     actor = actors()
     actor.send("[[agents touch a ;; touch b]] [[say both]]")
@@ -5335,6 +5411,7 @@ def test_the_demo_agents_subagents_share_the_terminal(actors):
 BOTH_ASKED = ["Which colour do you want?", "Which others may it have?"]
 
 
+@alone
 def test_the_demo_agent_asks_on_pages(actors):
     actor = actors()
     actor.send("[[ask multi]]")
@@ -5370,6 +5447,7 @@ def test_the_demo_agent_asks_on_pages(actors):
     assert len(actor.of("Stop")) == 2
 
 
+@alone
 def test_the_demo_agent_takes_answers_from_a_hook(actors):
     actor = actors()
     given = {"Which colour do you want?": "Red", "Which others may it have?": ["Black", "mine"]}
@@ -5390,6 +5468,7 @@ def test_the_demo_agent_takes_answers_from_a_hook(actors):
         actor.press("\x1b", see="Interrupted")
 
 
+@alone
 def test_the_demo_agent_is_told_what_to_do_differently(actors):
     actor = actors()
     actor.send("[[bash touch x]]")
@@ -5422,6 +5501,7 @@ def test_the_demo_agent_is_told_what_to_do_differently(actors):
     assert len(actor.of("Stop")) == 3
 
 
+@alone
 def test_the_demo_agent_counts_tokens_of_a_model(actors):
     actor = actors()
     actor.play("[[tokens 5000]] [[model claude-other]] [[say dear]]")
@@ -5432,6 +5512,7 @@ def test_the_demo_agent_counts_tokens_of_a_model(actors):
     assert dear["model"] == cheap["model"] == "claude-other"
 
 
+@alone
 def test_the_demo_agent_tells_until_when_a_limit_holds(actors):
     actor, began = actors(), time.time()
     actor.send("[[limit 90]]")
@@ -5456,6 +5537,7 @@ def test_the_demo_agent_writes_times_as_the_client_does(ahead, told):
     assert aegis.demo_clock(time.gmtime(ahead), ahead, "%M") == told
 
 
+@alone
 def test_the_demo_agent_resumes_and_forks_from_anywhere(actors, tmp_path):
     first = actors()
     first.play("[[say one]]")
