@@ -1225,6 +1225,8 @@ class Tmux:
                 return
             pause = 0.05 if time.monotonic() - began > 5.0 else min(pause * 2, 5.0)
             time.sleep(pause)
+            if self.closed:
+                return
             try:
                 self._revive()
                 self._connect()
@@ -7269,18 +7271,23 @@ def pagination(page: int, limit: int, total: int) -> Json:
     return {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)}
 
 
-def label_condition(label: Optional[str]) -> Tuple[str, List[Optional[str]]]:
-    """Write the condition of sessions that have all the labels of a query.  Raises ApiError 400."""
-    words = read_list(label or "")
-    conditions, args = ["1"], []  # type: List[str], List[Optional[str]]
-    for word in words:
+def read_labels_wanted(label: Optional[str]) -> List[Tuple[str, Optional[str]]]:
+    """Read a query for labels: (name, value), None for any value.  Raises ApiError 400."""
+    wanted = []
+    for word in read_list(label or ""):
         name, equals, value = word.partition("=")
         if not re.fullmatch(LABEL_NAME, name):
             raise ApiError(400, "INVALID_REQUEST", f"label {clip(word, 60)!r} is not name=value or name",
                            fields={"label": "must be name=value or name, comma-separated"})
-        conditions.append("id IN (SELECT session FROM labels WHERE name = ? AND (? IS NULL OR value = ?))")
-        args += [name, value if equals else None, value]
-    return " AND ".join(conditions), args
+        wanted.append((name, value if equals else None))
+    return wanted
+
+
+def label_condition(label: Optional[str]) -> Tuple[str, List[Optional[str]]]:
+    """Write the condition of sessions that have all the labels of a query.  Raises ApiError 400."""
+    wanted = read_labels_wanted(label)
+    each = "id IN (SELECT session FROM labels WHERE name = ? AND (? IS NULL OR value = ?))"
+    return " AND ".join(["1", *[each] * len(wanted)]), [arg for name, value in wanted for arg in (name, value, value)]
 
 
 def listed(context: Context, row: SessionRow) -> str:
@@ -7804,10 +7811,13 @@ def stream_session_events(ask: Ask, id: str, types: Optional[str], after: Option
 
 def labelled(context: Context, label: str) -> Callable[[str], bool]:
     """Make the test whether a session has the labels of a query."""
-    condition, names = label_condition(label)
+    wanted = read_labels_wanted(label)
 
     def has(session_id: str) -> bool:
-        return bool(context.store.value(f"SELECT 1 FROM sessions WHERE id = ? AND {condition}", session_id, *names))
+        live = context.sessions.get(session_id)   # an event of one that has ended is rare
+        row = live.row if live else context.store.row(SessionRow, "sessions", "id = ?", session_id)
+        return row is not None and all(
+            name in row.labels and value in (None, row.labels[name]) for name, value in wanted)
     return has
 
 

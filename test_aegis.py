@@ -269,6 +269,10 @@ class Server:
                 with contextlib.suppress(OSError):
                     os.killpg(int(pid), signal.SIGKILL)
             self.tmux("kill-server")
+        listed = subprocess.run(["ps", "axww", "-o", "pid=,command="], stdout=subprocess.PIPE).stdout.decode()
+        for pid in re.findall(rf"(?m)^ *(\d+) .*-L {self.socket} ", listed):   # a tmux that was just being started
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
         shutil.rmtree(self.root, ignore_errors=True)
 
     @property
