@@ -2592,6 +2592,7 @@ def locate(path: Any, base: str) -> Optional[Target]:
         return None
     whole = os.path.join(base, path)
     try:
+        os.fsencode(whole)
         return Target(os.path.realpath(whole), os.path.normpath(whole))
     except (OSError, ValueError):   # a surrogate that no file name holds
         return None
@@ -9550,7 +9551,7 @@ class DemoAgent:
         """Print lines of conversation, and the live region below them."""
         if self.silent and not above:
             return
-        width = shutil.get_terminal_size().columns
+        width = shutil.get_terminal_size().columns or 80   # 0 before Python 3.10 when the terminal does not know
         region = [line[: width - 1] if not line.startswith("─") else line for line in self.region(width)]
         erase = f"\x1b[{self.drawn - 1}A\r\x1b[J" if self.drawn > 1 else "\r\x1b[J"
         self.put("\x1b[?2026h" + erase + "".join(line + "\r\n" for line in above) + "\r\n".join(region) + "\x1b[?2026l")
