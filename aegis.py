@@ -1174,6 +1174,7 @@ class Tmux:
         self.on_gone: Callable[[], None] = lambda: None   # the server ended: another one gives its ids out again
         self.server_pid = ""                   # of the tmux server that our ids are of; guarded by birth_lock
         self.birth_lock = threading.Lock()     # one thread starts a server at a time
+        self.resizes_hidden = True             # tmux before 3.2 tells a program its new size only in a current window
         self.error: Optional[str] = None       # why there is no control client; None when there is one
         self.closed = False
         self.serial = itertools.count(1)
@@ -1186,7 +1187,8 @@ class Tmux:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
         self._connect()
         spawn("aegis-tmux", self._read_forever)
-        self.server_pid = self.run(("display-message", "-p", "#{pid}"))[-1]
+        self.server_pid, version = self.run(("display-message", "-p", "#{pid} #{version}"))[-1].split()
+        self.resizes_hidden = tuple(map(int, re.findall(r"\d+", version)[:2])) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
         """Give a tmux command line for this server."""
@@ -1382,17 +1384,17 @@ class Tmux:
         self.run(("set-option", "-p", "-t", pane, "@aegis_id", tag))
         return Pane(window, pane, int(pid), False, None, tag, "")
 
-    @staticmethod
-    def _layout(window: str, count: int) -> List[Command]:
+    def _layout(self, window: str, count: int) -> List[Command]:
         """Write the commands that give each of `count` tiled panes its full size; a lone one follows its viewer."""
+        shown: List[Command] = [] if self.resizes_hidden else [("select-window", "-t", window)]
         if count < 2:
-            return [("set-option", "-w", "-u", "-t", window, "window-size")]
+            return [*shown, ("set-option", "-w", "-u", "-t", window, "window-size")]
         rows = columns = 1
         while rows * columns < count:   # as tmux itself lays tiles out
             rows += 1
             columns += rows * columns < count
         width, height = (side * (size + 1) - 1 for side, size in zip((columns, rows), PANE_SIZE))
-        return [("resize-window", "-t", window, "-x", str(width), "-y", str(height)),
+        return [*shown, ("resize-window", "-t", window, "-x", str(width), "-y", str(height)),
                 ("select-layout", "-t", window, "tiled")]
 
     def break_pane(self, pane: str, name: str) -> str:
@@ -9413,7 +9415,7 @@ class DemoAgent:
         self.turn_began = 0.0
         self.prompt_id, self.prompts_waiting = "", []  # type: ignore[var-annotated]
         self.timers: List[Tuple[float, Callable[[], None]]] = []
-        self.drawn = 0
+        self.drawn: List[str] = []   # the live region's lines, as they were drawn last
         self.silent = False
         self.ctrl_c_at = self.ctrl_d_at = 0.0
         self.stash: List[Tuple[str, str]] = []
@@ -9553,9 +9555,10 @@ class DemoAgent:
             return
         width = shutil.get_terminal_size().columns or 80   # 0 before Python 3.10 when the terminal does not know
         region = [line[: width - 1] if not line.startswith("─") else line for line in self.region(width)]
-        erase = f"\x1b[{self.drawn - 1}A\r\x1b[J" if self.drawn > 1 else "\r\x1b[J"
+        rows = sum(max(1, -(-len(line) // width)) for line in self.drawn)   # a terminal that narrowed has wrapped them
+        erase = f"\x1b[{rows - 1}A\r\x1b[J" if rows > 1 else "\r\x1b[J"
         self.put("\x1b[?2026h" + erase + "".join(line + "\r\n" for line in above) + "\r\n".join(region) + "\x1b[?2026l")
-        self.drawn = len(region)
+        self.drawn = region
 
     def region(self, width: int) -> List[str]:
         """Draw what stands at the bottom: a dialog, or spinner, box and footer."""
