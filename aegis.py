@@ -10513,6 +10513,8 @@ MEASURES: Dict[str, Measure] = {
     "send.not":     Measure("... not delivered at once, of {count}",                "", 0),
     "event":        Measure("agent's turn end to SSE event ({how})",                "ms", 10, 50),
     "event.early":  Measure("... idle told before the turn's end, of {count}",      "", 0),
+    "policy.tool":  Measure("hook to policy decision, PreToolUse",                  "ms", 3),
+    "policy.asked": Measure("hook to policy decision, PermissionRequest",           "ms", 3),
     "health.rate":  Measure("GET health, 8 connections",                            "/s", 10_000, None, (173, 173)),
     "list.rate":    Measure("GET list of {count}, 8 connections",                   "/s", None, None, (5165, 5165)),
     "get.rate":     Measure("GET session, 8 connections",                           "/s", None, None, (6252, 6252)),
@@ -10570,18 +10572,18 @@ class Wire:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=120)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def call(self, method: str, path: str, body: Optional[Json] = None, status: int = 200) -> Json:
-        """Make a request.  Raises Unmeasured when the answer has another status."""
+    def call(self, method: str, path: str, body: Optional[Json] = None, status: int = 200, more: str = "") -> Json:
+        """Make a request, with `more` header lines.  Raises Unmeasured when the answer has another status."""
         payload = b"" if body is None else dump(body).encode()
-        self.sock.sendall(self.head(method, path, len(payload)) + payload)
+        self.sock.sendall(self.head(method, path, len(payload), more) + payload)
         head, _, told = read_answer(self.sock).partition(b"\r\n\r\n")
         if head.split(b" ", 2)[1] != str(status).encode():
             raise Unmeasured(f"{method} {path} answered {clip(told.decode('utf-8', 'replace'), 300)}")
         return json.loads(told)
 
-    def head(self, method: str, path: str, length: int = 0) -> bytes:
+    def head(self, method: str, path: str, length: int = 0, more: str = "") -> bytes:
         """Write a request's head."""
-        more = f"Content-Type: application/json\r\nContent-Length: {length}\r\n" if length else ""
+        more += f"Content-Type: application/json\r\nContent-Length: {length}\r\n" if length else ""
         return f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\n{more}\r\n".encode()
 
 
@@ -10932,6 +10934,32 @@ def bench_event(stage: Stage) -> Iterator[Figure]:
     yield "event.early", [early], {"count": stage.pick(200, 8)}
 
 
+POLICY_UNDER_TEST = {"allow": ["Bash(git *)", "Edit(src/**)"], "deny": ["Bash(rm *)", "Read(**/.env)"],
+                     "ask": ["Bash(curl *)"]}
+TOOL_UNDER_TEST = "cd src && git diff --stat | head -20; for f in *.py; do rm -f \"$f.orig\"; done"
+
+
+def bench_policy(stage: Stage) -> Iterator[Figure]:
+    """Report tools as an agent does, and time the policy's answer, stored and told, on the socket."""
+    server, count = stage.server(1), stage.pick(300, 10)
+    session = server.crowd[0]
+    server.wire.call("PUT", f"/v1/sessions/{session}/permissions", POLICY_UNDER_TEST)
+    hook = json.loads(Path(server.state, "run", f"{session}.hooks").read_text())["hooks"]["Stop"][0]["hooks"][0]
+    path, secret = urllib.parse.urlsplit(hook["url"]).path, f"X-Aegis-Secret: {hook['headers']['X-Aegis-Secret']}\r\n"
+    for key, event in (("policy.tool", "PreToolUse"), ("policy.asked", "PermissionRequest")):
+        spent = []
+        for index in range(count):
+            report = {"hook_event_name": event, "tool_name": "Bash", "tool_use_id": f"bench-{index}",
+                      "tool_input": {"command": TOOL_UNDER_TEST}}
+            began = time.perf_counter()
+            answer = server.wire.call("POST", path, report, more=secret)
+            spent.append((time.perf_counter() - began) * 1e3)
+            if "deny" not in dump(answer):
+                raise Unmeasured(f"the policy did not decide: {dump(answer)}")
+        yield key, spent, {}
+    server.wire.call("PUT", f"/v1/sessions/{session}/permission-profile", {"profile": "standard"})
+
+
 def hammer(server: BenchServer, path: str, slices: int) -> Tuple[List[float], List[float], List[float]]:
     """Ask on 8 connections, each again as soon as it is answered; gives rates, latencies, CPU cost."""
     wires = [Wire(server.port) for _ in range(8)]
@@ -11128,6 +11156,7 @@ def bench_forks(stage: Stage) -> Iterator[Figure]:
 
 BENCHES: Dict[str, Callable[[Stage], Iterator[Figure]]] = {   # in the order in which they disturb each other least
     "start": bench_start, "missing": bench_missing, "create": bench_create, "send": bench_send, "event": bench_event,
+    "policy": bench_policy,
     "forks": bench_forks, "http": bench_http, "read": bench_read, "cpu": bench_cpu,
 }
 
