@@ -231,6 +231,7 @@ SLOW_SECONDS = 20.0            # a request must arrive, and an answer be taken, 
 REPLAY_PAGE = 500              # stored events read at once for a listener that comes back
 BUS_QUEUE = 1_000              # events a slow listener may lag behind before it is cut off
 QUIET_SECONDS = 0.25           # a pane without output for this long is looked at
+ADOPT_SECONDS = 2.0            # after a restart a dialog, or what became of our answer, may still be on its way
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
 ESCAPE_GAP = 1.5               # two Escapes or Ctrl-Cs within a second open a menu or end the agent
 PANE_SIZE = (120, 40)          # columns and rows of a window that nobody is attached to
@@ -682,7 +683,7 @@ MIGRATIONS = (
     CREATE TABLE permissions (
         id TEXT PRIMARY KEY, session TEXT NOT NULL, tool TEXT NOT NULL, input TEXT NOT NULL, summary TEXT NOT NULL,
         detail TEXT, suggestions TEXT NOT NULL, subagent TEXT, state TEXT NOT NULL, claim TEXT, decided_by TEXT,
-        rule TEXT, message TEXT, asked_at REAL NOT NULL, decided_at REAL);
+        rule TEXT, message TEXT, asked_at REAL NOT NULL, decided_at REAL, use TEXT);
     CREATE INDEX permissions_of ON permissions(session, asked_at);
     CREATE TABLE events (
         id INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL);
@@ -770,6 +771,7 @@ class PermissionRow(NamedTuple):
     message: Optional[str]         # what the agent was told
     asked_at: float
     decided_at: Optional[float]
+    use: Optional[str] = None      # the agent's own id of the tool call
 
 
 class Event(NamedTuple):
@@ -1381,8 +1383,12 @@ class Tmux:
 
     def _tagged(self, told: str, tag: str) -> Pane:
         window, pane, pid = told.split(":")
-        self.run(("set-option", "-p", "-t", pane, "@aegis_id", tag))
+        self.tag(pane, tag)
         return Pane(window, pane, int(pid), False, None, tag, "")
+
+    def tag(self, pane: str, tag: str) -> None:
+        """Write on a pane whose it is: what has another tag is neither typed into nor closed."""
+        self.run(("set-option", "-p", "-t", pane, "@aegis_id", tag))
 
     def _layout(self, window: str, count: int) -> List[Command]:
         """Write the commands that give each of `count` tiled panes its full size; a lone one follows its viewer."""
@@ -1734,6 +1740,8 @@ def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
     inside = lines[upper + 1:lower]
     if not inside or not (BOX_START.match(inside[0]) or SCROLLED_BOX.match(lines[upper])):
         return None
+    if any(row and row.group(1) for row in map(OPTION.match, lines[lower + 1:])):
+        return None   # a dialog stands below: what looks like a box is the ghost of one, from before a resize
     if HINT.search(" ".join(lines[lower + 1:lower + 2])) and not inside[0][1:2] == "\xa0":
         return None
     footed = any(FOOTER.search(line) for line in lines[lower + 1:])
@@ -3796,7 +3804,6 @@ class Session:
         self.decided_at = 0.0  # when the last held request was decided: its dialog may still stand for a moment
         self.last_outcome = ""             # of the last turn that ended
         self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
-        self.uses: Dict[str, str] = {}       # pending requests -> the agent's own id of the tool call
         self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
         self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
         self.transcript_prompt: Optional[str] = row.ledger.get(
@@ -3812,6 +3819,7 @@ class Session:
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
+        self.adopted_at = -math.inf        # monotonic time at which we took it over from the Aegis before us
         self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
         self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
         self.tail: Tuple[Any, List[Json]] = (None, [])  # the last answer to "the last messages", and for what
@@ -4589,7 +4597,8 @@ def request_of(session: Session, body: Json) -> PermissionRow:
     suggestions = [one for one in offered if isinstance(one, dict)][:20] if isinstance(offered, list) else []
     return PermissionRow(
         new_id("perm-"), session.row.id, tool, given, summarise(tool, given), None, suggestions,
-        str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None)
+        str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None,
+        str(body["tool_use_id"]) if body.get("tool_use_id") else None)
 
 
 def summarise(tool: str, given: Json) -> str:
@@ -4727,17 +4736,22 @@ def open_request(session: Session, body: Json) -> Tuple[PermissionRow, Optional[
     request = request._replace(detail=change_of(request.tool, request.input, session.row.work_dir))
     with session.lock:
         answer = decide_by_policy(session, body)
-        if answer is None:
-            session.holds[request.id] = Hold()
-            try:
-                add_request(session, request, "hook", "PermissionRequest")
-            except ApiError:
-                del session.holds[request.id]
-                raise
-            use = next((one[2] for one in reversed(session.calls) if one[:2] == (request.tool, request.input)), None)
-            if use:
-                session.uses[request.id] = use
-    return request, answer
+        if answer is not None:
+            return request, answer
+        use = next((one[2] for one in reversed(session.calls) if one[:2] == (request.tool, request.input)), "")
+        request = request._replace(use=request.use or use or None)
+        seen = next((one for one in session.facts.pending if one.id not in session.holds and not one.claim
+                     and (one.tool, one.input, one.subagent) == (request.tool, request.input, request.subagent)), None)
+        if seen:   # its dialog was on the screen before the report came
+            session.holds[seen.id] = Hold()
+            return seen, None
+        session.holds[request.id] = Hold()
+        try:
+            add_request(session, request, "hook", "PermissionRequest")
+        except ApiError:
+            del session.holds[request.id]
+            raise
+    return request, None
 
 
 def add_request(session: Session, request: PermissionRow, source: str, rule: str) -> None:
@@ -4889,7 +4903,7 @@ def settle(session: Session, request_id: str, state: str, by: str, why: str) -> 
             change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
             record_closed(change, closed)
         hold = session.holds.pop(request_id, None)
-        for kept in (session.dialogs, session.uses, session.outcomes):
+        for kept in (session.dialogs, session.outcomes):
             kept.pop(request_id, None)   # type: ignore[attr-defined]
         session.decided_at = time.time()
     if hold:
@@ -4939,9 +4953,9 @@ def batch_ended(session: Session, body: Json) -> None:
 def request_for(session: Session, body: Json, call_: Json) -> Optional[PermissionRow]:
     """Find the pending request that a tool's report is about: by the agent's id of the call, or by what it wanted."""
     use, tool, given = call_.get("tool_use_id"), call_.get("tool_name"), call_.get("tool_input")
-    known = next((one for one in session.facts.pending if use and session.uses.get(one.id) == use), None)
+    known = next((one for one in session.facts.pending if use and one.use == use), None)
     return known or next((
-        one for one in session.facts.pending if one.id not in session.uses and one.tool == tool
+        one for one in session.facts.pending if not one.use and one.tool == tool
         and one.subagent == (body.get("agent_id") or None) and (one.claim == "approved" or one.input == given)), None)
 
 
@@ -4950,11 +4964,9 @@ def digest_decisions(session: Session, entries: Sequence[Entry]) -> None:
     for entry in entries:
         if entry.kind not in ("decision", "result") or entry.decided_by is None:
             continue
-        request = next(
-            (one for one in session.facts.pending if entry.tool_use_id == session.uses.get(one.id, "")), None
-        )
-        if request is None:
-            continue
+        request = next((one for one in session.facts.pending if one.use and one.use == entry.tool_use_id), None)
+        if request is None or (request.claim and request.id in session.dialogs):
+            continue   # answered by keys: decide_on_screen() sees whose they were
         ours = (entry.decided_by == "hook" and request.claim != "interrupted") or (
             entry.decided_by == "user-rejected" and request.claim == "interrupted")
         if request.claim:
@@ -4990,8 +5002,8 @@ def speaks_of(reading: Reading, request: PermissionRow) -> bool:
 def open_screen_request(session: Session, reading: Reading) -> None:
     """Open a request for a permission dialog that no hook told of; the transcript knows the tool's whole input."""
     call_ = last_open_call(session.row.parts)
-    tool, given = (call_["tool"], call_["input"]) if call_ else ("?", {})
-    request = request_of(session, {"tool_name": tool, "tool_input": given})
+    tool, given, use = (call_["tool"], call_["input"], call_["toolUseId"]) if call_ else ("?", {}, None)
+    request = request_of(session, {"tool_name": tool, "tool_input": given, "tool_use_id": use})
     if not speaks_of(reading, request):
         request = request_of(session, {"tool_name": "?", "tool_input": {}})
         request = request._replace(summary=clip(reading.title or "a permission dialog", 300))
@@ -5617,6 +5629,9 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
         elif dialog or (
             reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
         ):
+            if bound is None and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
+                session.context.look_later(session, 0.2)   # asked just before the restart, it is yet to be drawn
+                continue
             dialog_left(session, request, reading)
 
 
@@ -6714,15 +6729,14 @@ def adopt_all(context: Context) -> None:
     pending = context.store.rows(PermissionRow, "permissions", "state = 'pending' ORDER BY asked_at")
     lost = []
     for row in rows:
-        facts = restored_facts(row)._replace(
-            prompts=tuple(one for one in prompts if one.session == row.id),
-            pending=tuple(one._replace(claim=None) for one in pending if one.session == row.id))
+        facts = restored_facts(row)._replace(prompts=tuple(one for one in prompts if one.session == row.id),
+                                             pending=tuple(one for one in pending if one.session == row.id))
         session = Session(context, row, facts)
         pane = panes.pop(row.id, None)
         if pane is None and context.settings.resume_all:
             lost.append(session)
         else:
-            adopt(context, session, pane, [one for one in pending if one.session == row.id and one.claim])
+            adopt(context, session, pane)
     if lost:
         spawn("aegis-resume", resume_all, context, lost)
     for tag, pane in panes.items():
@@ -6769,7 +6783,7 @@ def pane_tag(pane: Pane) -> str:
     return pane.session or (named.group(1) if named else "")
 
 
-def adopt(context: Context, session: Session, pane: Optional[Pane], claimed: Sequence[PermissionRow]) -> None:
+def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
     """Take one live session over from the Aegis before us."""
     row = session.row
     context.sessions[row.id] = session
@@ -6779,20 +6793,23 @@ def adopt(context: Context, session: Session, pane: Optional[Pane], claimed: Seq
         finish(context, session, "exited", f"the agent {why}", exit_status(context, pane.pane) if pane else None)
         return
     context.panes[pane.pane] = session
+    if not pane.session:   # Aegis died between the opening of the pane and this
+        context.tmux.tag(pane.pane, row.id)
     context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
     session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
     catch_up(session)
     locate_transcript(session)
     catch_up(session)
-    session.output_at = time.monotonic()
+    session.output_at = session.adopted_at = time.monotonic()
     watch(context, session)
-    spawn("aegis-adopt", reconcile, context, session, claimed)
+    spawn("aegis-adopt", reconcile, context, session)
 
 
-def reconcile(context: Context, session: Session, claimed: Sequence[PermissionRow]) -> None:
+def reconcile(context: Context, session: Session) -> None:
     """Bring an adopted session to the present; a prompt typed in vain goes back into the queue."""
     with contextlib.suppress(ApiError):
-        settle_adopted(context, session, claimed)
+        for request in [one for one in session.facts.pending if one.claim]:
+            settle_adopted(context, session, request.id)
         inspect(context, session)
         context.look_later(session, QUIET_SECONDS)
         unproved = next((one for one in session.facts.waiting if one.typed_at), None)
@@ -6804,19 +6821,31 @@ def reconcile(context: Context, session: Session, claimed: Sequence[PermissionRo
         recheck(session)
 
 
-def settle_adopted(context: Context, session: Session, claimed: Sequence[PermissionRow]) -> None:
-    """Settle the requests that were answered just before the last Aegis died, unless their dialog still stands."""
-    if not session.facts.pending:
-        return
-    reading = look(context, session)
-    for request in claimed:
+def settle_adopted(context: Context, session: Session, request_id: str) -> None:
+    """Settle a request that was answered just before the last Aegis died; while its dialog stands it is asked anew."""
+    until = session.adopted_at + ADOPT_SECONDS
+    while time.monotonic() < until and not context.stopping.is_set():
+        request = session.facts.request(request_id)
+        if request is None or session.outcomes.get(request_id) in (OURS, TERMINAL):
+            break
+        reading = look(context, session)
         if reading.kind in ("permission_prompt", "asking") and speaks_of(reading, request):
-            continue   # the answer never arrived: it is asked anew
-        state = "rejected" if request.claim == "interrupted" else request.claim or "expired"
-        with session.lock:
-            pending = tuple(request if one.id == request.id else one for one in session.facts.pending)
-            session.facts = session.facts._replace(pending=pending)
-            settle(session, request.id, state, request.decided_by or "api", "answered before the restart")
+            unclaim(session, request_id)   # the answer never arrived
+            return
+        context.stopping.wait(0.05)
+        catch_up(session)
+    settle_claim(session, request_id)
+
+
+def unclaim(session: Session, request_id: str) -> None:
+    """Take back an answer that the agent did not get."""
+    with session.changing("restart", "the answer was lost", request_id) as change:
+        request = change.facts.request(request_id)
+        if request:
+            open_again = request._replace(claim=None, decided_by=None, message=None, rule=None)
+            change.statements.append(update("permissions", request_id, {
+                "claim": None, "decided_by": None, "message": None, "rule": None}))
+            change.set(pending=tuple(open_again if one.id == request_id else one for one in change.facts.pending))
 
 
 def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> None:

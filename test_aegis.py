@@ -1243,6 +1243,9 @@ SCREENS = {
     "bullets": (box("● * one…", "  ✻ two…", "  · three…", "● four"), "idle"),
     "error in prose": (box("● Error: 529 overloaded. Rate limit reached. Your context window is 80 % full."), "idle"),
     "draft with rules": (box(inside="❯\xa0why\n  " + "─" * 60 + "\n  x | y\n  " + "─" * 60 + "\n  fix it"), "idle"),
+    "dialog below a ghost": (box("● Bash(touch x)", inside="❯\xa0fix it") + "\n" + dialog(*YES_NO), "permission_prompt"),
+    "dialog below a ghost's rule": ("\n".join(["", "· Thinking… (0s)", "", RULE, "❯ fix it", "● Bash(touch x)", RULE,
+                                               *YES_NO, "", " Esc to cancel"]), "permission_prompt"),
     "list in prose": (box("● Do you want to proceed?", "  ❯ 1. Yes", "    2. No", "  Esc to cancel"), "idle"),
     "trust in prose": (box("● Quick safety check: Is this a project you created or one you trust?", "  1. Yes",
                            "  2. No, exit"), "idle"),
@@ -3342,6 +3345,7 @@ def test_dialogs_that_stand_when_aegis_comes_back_are_decided_through_the_screen
 
 
 RACES = int(os.environ.get("AEGIS_TEST_RACES", "12"))
+KILLS = int(os.environ.get("AEGIS_TEST_KILLS", "4"))      # kill -9 in the middle of a workload
 
 
 @alone
@@ -4213,6 +4217,130 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
         typed = talk.prompts().count(text)
         assert typed <= 1, f"typed twice when Aegis died after {moment} s"
         assert typed == 1 or sending.result() != 200, f"lost when Aegis died after {moment} s"
+
+
+class Diary:
+    """A workload's own account of what it asked for, to hold Aegis' books against."""
+
+    def __init__(self, own: Server, seed: int) -> None:
+        self.own, self.rng, self.serial = own, random.Random(seed), 0
+        self.accepted: List[Tuple[str, str]] = []     # session and text of prompts that Aegis said it has
+        self.killed: List[str] = []                   # sessions that somebody tried to end
+        self.lock, self.stop = threading.Lock(), threading.Event()
+
+    def act(self) -> None:
+        """Ask for one thing, any thing; the server may die meanwhile."""
+        with self.lock:
+            rng, self.serial = random.Random(self.rng.random()), self.serial + 1
+            number = self.serial
+        live = [one for one in self.own.ask("GET /v1/sessions?limit=100")["sessions"] if one["endedAt"] is None]
+        one = rng.choice(live)
+        path, wish = f"/v1/sessions/{one['id']}", rng.random()
+        if one["pendingPermission"] and wish < 0.8:
+            self.own.call(f"POST {path}/{rng.choice(['approve', 'reject'])}", {})
+            return
+        text = f"[[bash touch f-{number}.]] [[say {number}]]" if wish < 0.3 else f"[[wait 0.05]] [[say {number}.]]"
+        if wish > 0.93 and len(live) > 3:
+            self.killed.append(one["id"])
+            self.own.call(f"DELETE {path}")
+            return
+        how = "send" if wish < 0.85 or len(live) > 6 else rng.choice(["spawn", "fork"])
+        answer = self.own.call(f"POST {path}/{how}", {"text" if how == "send" else "prompt": text})
+        if answer.status in (200, 201):
+            self.accepted.append((answer.json["id"], text))
+
+    def run(self) -> None:
+        """Go on until told to stop."""
+        while not self.stop.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, IndexError, ValueError):
+                self.act()
+
+    def work(self, seconds: float) -> None:
+        """Have three clients at once, and kill the server in the middle of what they do."""
+        self.stop.clear()
+        clients = [threading.Thread(target=self.run) for _ in range(3)]
+        for client in clients:
+            client.start()
+        self.stop.wait(seconds)
+        self.own.crash()
+        self.stop.set()
+        for client in clients:
+            client.join()
+
+    def rested(self) -> List[Json]:
+        """Decide what waits, and give all sessions once those that live are idle."""
+        found = self.own.ask("GET /v1/sessions?limit=100")["sessions"]
+        for one in found:
+            if one["pendingPermission"]:
+                self.own.call(f"POST /v1/sessions/{one['id']}/{self.rng.choice(['approve', 'reject'])}", {})
+        live = [one for one in found if one["endedAt"] is None]
+        assert all((one["status"], one["queueLength"]) == ("idle", 0) for one in live), [
+            (one["id"], one["status"], one["statusReason"], one["queueLength"]) for one in live]
+        return found
+
+    def check(self) -> None:
+        """Hold the books against what the agents themselves wrote, and against this account."""
+        found = {one["id"]: one for one in eventually(self.rested, 60.0)}
+        last = self.own.events
+        with contextlib.closing(sqlite3.connect(f"file:{self.own.state / 'aegis.db'}?mode=ro", uri=True)) as database:
+            newest, = database.execute("SELECT max(id) FROM events").fetchone()
+            prompts = database.execute("SELECT id, session, text, state, reason FROM prompts").fetchall()
+            asked = database.execute("SELECT id, session, input, state FROM permissions").fetchall()
+        eventually(lambda: last.heard and last.heard[-1]["id"] >= newest)
+        told = collections.Counter((one["type"], one.get("promptId") or one.get("permissionId")
+                                    or (one.get("permission") or {}).get("id") or one["sessionId"]) for one in last.heard)
+        ids = [one["id"] for one in last.heard]
+        assert ids == sorted(set(ids)), "each event once, and in order"
+        known = {(session, text) for _, session, text, _, _ in prompts}
+        assert set(self.accepted) <= known, "nothing that was accepted is lost"
+        for session, one in found.items():
+            assert told["session.created", session] == 1
+            if one["endedAt"]:
+                assert session in self.killed or one["parentId"], one["statusReason"]
+                continue
+            done = [text for _, owner, text, state, reason in prompts if owner == session]
+            self.check_agent(one, done, [(json.loads(given)["command"], state) for _, owner, given, state in asked
+                                         if owner == session])
+            assert one["turns"] == len(done) and alive(one["pid"])
+        for prompt, session, text, state, reason in prompts:
+            assert state in ("done", "failed"), (text, state)
+            refused = any(json.loads(given)["command"] in text and end == "rejected" for _, _, given, end in asked)
+            assert state == "done" or found[session]["endedAt"] or (refused and reason == "interrupted"), (text, reason)
+            ends = [told[f"prompt.{word}", prompt] for word in ("queued", "submitted", "started", "done", "failed")]
+            assert ends[0] == 1 and max(ends) == 1 and ends[3] + ends[4] == 1, (text, ends)
+            assert told["turn.started", prompt] <= 1 and told["turn.ended", prompt] <= 1
+        for request, session, given, state in asked:
+            assert state in ("approved", "rejected", "answered_in_terminal", "expired"), (given, state)
+            assert told["permission.requested", request] == told["permission.resolved", request] == 1, (given, state)
+
+    @staticmethod
+    def check_agent(one: Json, texts: List[str], asked: List[Tuple[str, str]]) -> None:
+        """Hold a live session against its agent's own transcript."""
+        lines = Path(one["transcriptPath"]).read_text() if one["transcriptPath"] else ""
+        heard = collections.Counter(text for kind, text in transcript(one["transcriptPath"]) if kind == "prompt") \
+            if lines else collections.Counter()
+        for text in texts:
+            assert heard[text] == 1, (f"typed {heard[text]} times", text, one["id"])
+        for command, state in asked:
+            name = command.split()[-1]
+            ran = f"pretended: {command}" in lines
+            assert [other for other, _ in asked].count(command) == 1, (name, "asked about twice")
+            assert ran == (state == "approved"), (name, state, ran)
+
+
+@alone
+def test_the_books_are_right_whatever_moment_aegis_dies_at(house):
+    seed = int(os.environ.get("AEGIS_TEST_SEED") or 20)
+    diary, rng = Diary(house(), seed), random.Random(seed)
+    for _ in range(3):
+        diary.own.open()
+    for number in range(KILLS):
+        diary.work(0.05 + 0.6 * rng.random())
+        diary.own.start()
+        try:
+            diary.check()
+        except AssertionError as error:
+            raise AssertionError(f"after kill {number} of seed {seed}: {error}") from error
 
 
 @alone
