@@ -1243,7 +1243,8 @@ SCREENS = {
     "bullets": (box("● * one…", "  ✻ two…", "  · three…", "● four"), "idle"),
     "error in prose": (box("● Error: 529 overloaded. Rate limit reached. Your context window is 80 % full."), "idle"),
     "draft with rules": (box(inside="❯\xa0why\n  " + "─" * 60 + "\n  x | y\n  " + "─" * 60 + "\n  fix it"), "idle"),
-    "dialog below a ghost": (box("● Bash(touch x)", inside="❯\xa0fix it") + "\n" + dialog(*YES_NO), "permission_prompt"),
+    "dialog below a ghost": (box("● Bash(touch x)", inside="❯\xa0fix it") + "\n" + dialog(*YES_NO),
+                             "permission_prompt"),
     "dialog below a ghost's rule": ("\n".join(["", "· Thinking… (0s)", "", RULE, "❯ fix it", "● Bash(touch x)", RULE,
                                                *YES_NO, "", " Esc to cancel"]), "permission_prompt"),
     "list in prose": (box("● Do you want to proceed?", "  ❯ 1. Yes", "    2. No", "  Esc to cancel"), "idle"),
@@ -4287,8 +4288,9 @@ class Diary:
             prompts = database.execute("SELECT id, session, text, state, reason FROM prompts").fetchall()
             asked = database.execute("SELECT id, session, input, state FROM permissions").fetchall()
         eventually(lambda: last.heard and last.heard[-1]["id"] >= newest)
-        told = collections.Counter((one["type"], one.get("promptId") or one.get("permissionId")
-                                    or (one.get("permission") or {}).get("id") or one["sessionId"]) for one in last.heard)
+        told = collections.Counter(
+            (one["type"], one.get("promptId") or one.get("permissionId") or (one.get("permission") or {}).get("id")
+             or one["sessionId"]) for one in last.heard)
         ids = [one["id"] for one in last.heard]
         assert ids == sorted(set(ids)), "each event once, and in order"
         known = {(session, text) for _, session, text, _, _ in prompts}
