@@ -231,6 +231,7 @@ SLOW_SECONDS = 20.0            # a request must arrive, and an answer be taken, 
 REPLAY_PAGE = 500              # stored events read at once for a listener that comes back
 BUS_QUEUE = 1_000              # events a slow listener may lag behind before it is cut off
 QUIET_SECONDS = 0.25           # a pane without output for this long is looked at
+UNASKED_SECONDS = 2.0          # how long a permission dialog must stand before it counts without its agent's report
 ADOPT_SECONDS = 2.0            # after a restart a dialog, or what became of our answer, may still be on its way
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
 ESCAPE_GAP = 1.5               # two Escapes or Ctrl-Cs within a second open a menu or end the agent
@@ -3819,6 +3820,7 @@ class Session:
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
+        self.unasked: Optional[Tuple[Reading, float]] = None   # a dialog that no hook told of, and since when it stands
         self.adopted_at = -math.inf        # monotonic time at which we took it over from the Aegis before us
         self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
         self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
@@ -4557,6 +4559,9 @@ def _digest_prompt(session: Session, entry: Entry) -> None:
 def _digest_end(session: Session, entry: Entry, final: str) -> None:
     with session.lock:
         current = session.facts.current
+        if current is None and final and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
+            with session.changing("transcript", "a turn while Aegis was away", entry.text) as change:
+                change.columns["output"] = final
         if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
             return
         if entry.kind == "end" and session.facts.tasks:
@@ -4985,8 +4990,9 @@ def same_dialog(one: Optional[Reading], other: Reading) -> bool:
 
 
 def uncursored(excerpt: str) -> str:
-    """Take the cursor out of a dialog's text."""
-    return re.sub(r"[❯›]", " ", excerpt)
+    """Take the cursor out of a dialog's text, and the hint at its bottom, which depends on the row it is on."""
+    lines = [line for line in excerpt.split("\n") if not HINT.search(line)]
+    return re.sub(r"[❯›]", " ", "\n".join(lines)).strip()
 
 
 def speaks_of(reading: Reading, request: PermissionRow) -> bool:
@@ -5065,11 +5071,24 @@ ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that mea
 }
 
 
+def find_dialog(context: Context, session: Session, request_id: str) -> Optional[Reading]:
+    """Find the dialog that shows a request which nobody holds open; after a restart it may be yet to be seen."""
+    until = max(time.monotonic() + LIKELY_SECONDS, session.adopted_at + ADOPT_SECONDS)
+    while request_id not in session.dialogs and time.monotonic() < until and not context.stopping.wait(0.05):
+        request = session.facts.request(request_id)
+        if request is None:
+            return None
+        reading = look(context, session)
+        if reading.options and speaks_of(reading, request):
+            session.dialogs[request_id] = reading
+    return session.dialogs.get(request_id)
+
+
 def decide_on_screen(context: Context, session: Session, request_id: str, row: str, message: Optional[str]) -> None:
     """Answer a claimed request's dialog by keys; what the screen then shows says what became of it."""
     with session.key_lock:
-        bound = session.dialogs.get(request_id)
         with contextlib.suppress(TmuxError):
+            bound = find_dialog(context, session, request_id)
             if bound is None:
                 obeyed = False
             elif row == "rejected" and message:
@@ -5582,6 +5601,8 @@ def watch_clock(context: Context, session: Session) -> None:
 def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
     """Change the facts by one look; called with the session's lock held."""
     facts, told = session.facts, clip(reading.excerpt, 300)
+    if reading.kind != "permission_prompt":
+        session.unasked = None
     dialog = reading.kind not in ("idle", "working", "unknown", "login", "dead")
     if facts.pending:
         weigh_pending(session, reading, dialog)
@@ -5592,7 +5613,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
     if dialog or (reading.kind == "login" and not facts.current):
         if facts.dialog is None or facts.dialog._replace(excerpt="") != reading._replace(excerpt=""):
             if reading.kind == "permission_prompt" and reading.options:
-                open_screen_request(session, reading)
+                weigh_unasked(session, reading)
                 return
             with session.changing("screen", reading.rule, told) as change:
                 change.set(dialog=reading)
@@ -5611,6 +5632,21 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         weigh_turn(session, reading, status, facts.current, seen_at)
     else:
         weigh_rest(session, reading, status, seen_at)
+
+
+def weigh_unasked(session: Session, reading: Reading) -> None:
+    """Open a request for a permission dialog that no hook told of, once it has stood for a while.
+
+    The client draws a dialog while its hook is still being answered, and takes it away when the policy allowed it.
+    """
+    now = time.monotonic()
+    if session.unasked is None or not same_dialog(session.unasked[0], reading):
+        session.unasked = (reading, now)
+    if now - session.unasked[1] < UNASKED_SECONDS:
+        session.context.look_later(session, 0.3)
+        return
+    session.unasked = None
+    open_screen_request(session, reading)
 
 
 def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
@@ -6196,8 +6232,14 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> Se
 
 
 def has_conversation(row: SessionRow) -> bool:
-    """Tell whether an agent has written something that can be carried on; before the first prompt it has not."""
-    return bool(row.parts) and row.conversation is not None and os.path.exists(row.parts[-1])
+    """Tell whether an agent has written something that can be carried on; before the first answer it has not."""
+    if not row.parts or row.conversation is None:
+        return False
+    try:
+        with open(row.parts[-1], "rb") as file:
+            return any(b'"type":"assistant"' in line for line in file)
+    except OSError:
+        return False
 
 
 def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[SessionRow]:
@@ -6797,10 +6839,11 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
         context.tmux.tag(pane.pane, row.id)
     context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
     session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
+    session.adopted_at = time.monotonic()
     catch_up(session)
     locate_transcript(session)
     catch_up(session)
-    session.output_at = session.adopted_at = time.monotonic()
+    session.output_at = time.monotonic()
     watch(context, session)
     spawn("aegis-adopt", reconcile, context, session)
 

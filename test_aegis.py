@@ -5914,10 +5914,14 @@ DIRECTION = re.compile(r"\[\[(\w+) ?(.*?)\]\]", re.DOTALL)
 KEY = "sk-ant-test-000"
 QUESTIONS = [{"question": "Which colour?", "header": "Colour", "multiSelect": False,
               "options": [{"label": name, "description": f"The colour {name}"} for name in ("Red", "Green", "Blue")]}]
-TOOLS = {
+CALLS = {
     "bash": lambda rest: ("Bash", {"command": rest, "description": "Run it"}),
     "write": lambda rest: ("Write", {"file_path": rest.partition(" ")[0], "content": rest.partition(" ")[2]}),
     "ask": lambda rest: ("AskUserQuestion", {"questions": QUESTIONS}),
+    "asks": lambda rest: ("AskUserQuestion", {"questions": [*QUESTIONS, {
+        "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
+        "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
+    "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
 }
 
 
@@ -5929,6 +5933,7 @@ class FakeModel(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Messages)
         self.heard: List[str] = []
+        self.history: Dict[str, str] = {}     # prompt -> the whole conversation that came with it
         self.failures: Dict[str, int] = {}
         self.ended = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -5969,6 +5974,7 @@ class Messages(BaseHTTPRequestHandler):
         steps = DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
         if not answered:
             self.server.heard.append(prompt)
+            self.server.history[prompt] = json.dumps(body["messages"])
         word, rest = steps[answered] if answered < len(steps) else ("say", "All done.")
         if word == "error":
             return self.fail(prompt, rest)
@@ -6010,8 +6016,8 @@ class Messages(BaseHTTPRequestHandler):
                                              "stop_sequence": None,
                                              "usage": usage})
         for index, (word, rest) in enumerate(steps):
-            self.tool(index, *TOOLS[word](rest)) if word in TOOLS else self.text(index, self.pieces(word, rest))
-        stop = "tool_use" if steps[0][0] in TOOLS else "end_turn"
+            self.tool(index, *CALLS[word](rest)) if word in CALLS else self.text(index, self.pieces(word, rest))
+        stop = "tool_use" if steps[0][0] in CALLS else "end_turn"
         self.event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": 20})
         self.event("message_stop")
         self.close_connection = True
@@ -6345,6 +6351,235 @@ def test_real_question_is_asked_and_answered(start):
     assert talk.ask("POST answer", {"answer": "green"})["answers"] == [["Green"]]
     talk.wait("session.idle")
     assert any("Green" in one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool")
+
+
+@real_client
+def test_real_approval_may_change_the_input_and_may_be_for_always(start):
+    talk = start("[[bash touch not-this]] [[say after]]")
+    talk.wait("permission.requested")
+    talk.ask("POST approve", {"updatedInput": {"command": "touch but-this", "description": "x"}})
+    talk.wait("session.idle")
+    assert (talk.server.work / "but-this").exists() and not (talk.server.work / "not-this").exists()
+    talk.send("[[bash touch always-1]] [[say after]]")
+    talk.wait("permission.requested")
+    talk.ask("POST approve", {"always": True})
+    talk.wait("session.idle")
+    assert talk.say("[[bash touch always-2]] [[say again]]")["output"] == "again", "it does not ask again"
+    assert talk.server.events.of(talk.id, "permission.requested").count("permission.requested") == 2
+    for path in talk.server.work.glob("*-*"):
+        path.unlink()
+
+
+@real_client
+def test_real_dialogs_that_stand_after_a_restart_are_decided_by_keys(model):
+    own = lab(model).start()
+    try:
+        wishes = {"yes": "[[bash touch yes]] [[say after]]", "no": "[[bash touch no]] [[say after]]",
+                  "words": "[[bash touch words]] [[say after]]", "asked": "[[ask]] [[say after]]",
+                  "pages": "[[asks]] [[say after]]", "free": "[[ask]] [[say after]]"}
+        talks = {name: own.open(prompt) for name, prompt in wishes.items()}
+        for talk in talks.values():
+            talk.wait(("permission.requested", "question.asked"))
+        own.crash()
+        own.start()
+        assert talks["yes"].ask("POST approve", {})["decision"] == "approved"
+        assert talks["no"].ask("POST reject", {})["decision"] == "rejected"
+        assert talks["words"].ask("POST reject", {"message": "use make instead"})["decision"] == "rejected"
+        assert talks["asked"].ask("POST answer", {"answer": 2})["answers"] == [["Green"]]
+        assert talks["pages"].refusal("POST answer", {"answers": ["Green", ["Huge"]]})[0] == 400
+        talks["pages"].ask("POST answer", {"answers": ["Green", ["Small", "Large"]]})
+        talks["free"].ask("POST answer", {"text": "something else entirely"})
+        for name, talk in talks.items():
+            talk.wait("session.idle")
+            assert (own.work / name).exists() == (name == "yes"), name
+        told = {name: " ".join(one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool")
+                for name, talk in talks.items()}
+        assert "use make instead" in told["words"] and talks["words"].read()["output"] == "after"
+        assert "Green" in told["asked"] and "something else entirely" in told["free"]
+        assert all(word in told["pages"] for word in ("Green", "Small", "Large")) and "Medium" not in told["pages"]
+        states = {name: talk.ask("GET permissions")["history"][0]["state"] for name, talk in talks.items()}
+        assert states == {"yes": "approved", "no": "rejected", "words": "rejected", "asked": "approved",
+                          "pages": "approved", "free": "approved"}
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_questions_on_pages_are_answered_through_the_hook(start):
+    talk = start("[[asks]] [[say after]]")
+    talk.wait("question.asked")
+    assert talk.ask("POST answer", {"answers": [1, {"text": "my own size"}]})["answers"][1] == ["my own size"]
+    talk.wait("session.idle")
+    told = " ".join(one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool")
+    assert "Red" in told and "my own size" in told
+
+
+@real_client
+def test_real_plan_is_refused_with_words_and_then_approved(start):
+    talk = start("[[plan First this.]] [[plan Then that.]] [[say planned]]", permissionMode="plan")
+    talk.wait("question.asked")
+    assert talk.get()["pendingQuestion"]["kind"] == "plan" and talk.status == "asking"
+    talk.ask("POST reject", {"message": "think again"})
+    talk.wait("question.asked")
+    talk.ask("POST answer", {"answer": "Yes, and accept edits"})
+    talk.wait("session.idle")
+    assert talk.read()["output"] == "planned"
+    assert any("think again" in one["text"] for one in talk.read("limit=20")["messages"])
+
+
+@real_client
+def test_real_policy_decides_at_once_and_for_what_is_pending(start):
+    talk = start(permissions={"allow": ["Bash(touch *)"], "deny": ["Bash(rm *)"]})
+    kept = talk.server.work / "kept"
+    assert talk.say("[[bash touch kept]] [[bash cd . && rm kept]] [[say one]]")["output"] == "one" and kept.exists()
+    assert talk.server.events.of(talk.id, "permission.requested") == []
+    by = [(one["state"], one["decidedBy"]) for one in talk.ask("GET permissions")["history"]]
+    assert set(by) == {("approved", "policy"), ("rejected", "policy")}
+    talk.send("[[bash mv kept moved]] [[say two]]")
+    asked = talk.wait("permission.requested")["permission"]["id"]
+    talk.ask("PUT permissions", {"allowBash": True})
+    told = talk.wait("permission.resolved", permissionId=asked)
+    assert (told["state"], told["decidedBy"]) == ("approved", "policy")
+    talk.wait("session.idle")
+    assert not kept.exists() and (talk.server.work / "moved").exists()
+    talk.ask("PUT permission-profile", {"profile": "restricted"})
+    place = talk.server.work / "unwritten"
+    assert talk.say(f"[[write {place} x]] [[bash rm moved]] [[say three]]")["output"] == "three"
+    assert not place.exists() and (talk.server.work / "moved").exists()
+    (talk.server.work / "moved").unlink()
+
+
+@real_client
+@pytest.mark.parametrize("profile, asked, made", [
+    ("restricted", 0, 0), ("standard", 1, 0), ("trusted", 0, 1), ("autonomous", 0, 1)])
+def test_real_profiles_at_create(start, profile, asked, made):
+    talk = start(permissionProfile=profile)
+    place = talk.server.work / f"by-{profile}"
+    talk.send(f"[[write {place} x]] [[say after]]")
+    if asked:
+        talk.wait("permission.requested")
+        talk.ask("POST reject", {"message": "no"})
+    talk.wait("prompt.done")
+    assert place.exists() == bool(made)
+    assert len(talk.server.events.of(talk.id, "permission.requested")) == asked
+
+
+SANDBOX = {"IS_SANDBOX": "1"}    # else the client refuses root to run without permission checks
+
+
+@real_client
+def test_real_policy_that_asks_does_so_without_permission_checks_too(start):
+    talk = start(permissionMode="bypassPermissions", permissions={"allowBash": "ask"}, env=SANDBOX)
+    talk.send("[[bash touch asked-for]] [[say after]]")
+    talk.wait("permission.requested")
+    talk.ask("POST reject", {"message": "no"})
+    talk.wait("session.idle")
+    assert not (talk.server.work / "asked-for").exists()
+
+
+@real_client
+def test_real_what_is_denied_stays_denied_while_aegis_is_away(model):
+    own = lab(model).start()
+    try:
+        talk = own.open(permissionMode="bypassPermissions", permissions={"deny": ["Bash(touch denied*)"]}, env=SANDBOX)
+        window = talk.get()["window"]
+        own.crash()
+        own.tmux("send-keys", "-t", window, "-l", "[[bash touch denied-1]] [[bash touch other]] [[say away]]")
+
+        def submitted() -> bool:
+            own.tmux("send-keys", "-t", window, "Enter")    # at once behind the text it would be part of a paste
+            return any("denied-1" in one for one in model.heard)
+        eventually(submitted)
+        eventually(lambda: (own.work / "other").exists())
+        assert not (own.work / "denied-1").exists()
+        own.start()
+        assert talk.read()["output"].endswith("away")
+    finally:
+        own.close()
+
+
+@pytest.fixture
+def projects(tmp_path: Path) -> Path:
+    """Make a git repository with one commit."""
+    place = tmp_path.resolve() / "repository"
+    place.mkdir()
+    for words in (("init", "-q"), ("-c", "user.name=T", "-c", "user.email=t@example.com", "commit", "-q",
+                                   "--allow-empty", "-m", "first")):
+        subprocess.run(["git", *words], cwd=str(place), check=True, stdout=subprocess.PIPE)
+    return place
+
+
+@real_client
+def test_real_forks_and_children_part_ways(start, model, projects):
+    talk = start("[[say the secret is plum]]", workDir=str(projects))
+    talk.wait("session.idle")
+    made = {how: Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/{how.split()[0]}", body))
+            for how, body in (("fork", {}), ("fork in a worktree", {"worktree": True}), ("spawn", {}))}
+    for how, one in made.items():
+        assert one.say(f"[[say this is the {how}]]")["output"] == f"this is the {how}"
+    assert talk.say("[[say and this the first]]")["output"] == "and this the first"
+    for how, one in made.items():
+        history = model.history[f"[[say this is the {how}]]"]
+        assert ("plum" in history) == how.startswith("fork"), how
+        assert sum(f"the {other}]]" in history for other in made) == 1, "none sees another's turns"
+        found = one.get()
+        assert (found["worktree"] is not None) == ("worktree" in how)
+        assert (found["workDir"] == str(projects)) == ("worktree" not in how)
+    assert "plum" in model.history["[[say and this the first]]"] and "this is the" not in \
+        model.history["[[say and this the first]]"]
+    assert made["spawn"].get()["window"] == talk.get()["window"] and made["spawn"].get()["parentId"] == talk.id
+    talk.server.ask("DELETE /v1/sessions/batch", {"ids": [one.id for one in made.values()]})
+
+
+@real_client
+@pytest.mark.parametrize("how", ["killed", "exited", "never prompted"])
+def test_real_resume_goes_on_with_the_conversation(start, model, how):
+    talk = start()
+    if how != "never prompted":
+        talk.say(f"[[say my number is 4711 {how}]]")
+    if how == "exited":
+        talk.ask("POST command", {"command": "/exit"})
+        talk.wait("session.exited")
+    else:
+        talk.kill()
+    talk.ask("POST resume", {})
+    talk.wait("session.ready")
+    assert talk.say(f"[[say back {how}]]")["output"] == f"back {how}"
+    assert ("4711" in model.history[f"[[say back {how}]]"]) == (how != "never prompted")
+
+
+@real_client
+def test_real_sessions_come_back_after_a_reboot(model):
+    own = lab(model).start()
+    try:
+        talk, asking = own.open("[[say remember the pear]]"), own.open("[[bash touch x]] [[say after]]")
+        talk.wait("session.idle")
+        asking.wait("permission.requested")
+        own.crash()
+        for pid in own.tmux("list-panes", "-a", "-F", "#{pane_pid}").split():
+            with contextlib.suppress(OSError):
+                os.killpg(int(pid), signal.SIGKILL)
+        own.tmux("kill-server")
+        own.flags = (*own.flags, "--resume-all")
+        own.start()
+        for one in (talk, asking):
+            one.wait("session.resumed", within=40)
+            one.wait("session.ready", within=40)
+        assert talk.say("[[say back again]]")["output"] == "back again"
+        assert "pear" in model.history["[[say back again]]"]
+        assert asking.ask("GET permissions")["history"][0]["state"] == "expired" and not (own.work / "x").exists()
+        assert asking.say("[[say on again]]")["output"] == "on again"
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_budget_interrupts_the_turn_that_passes_it(start):
+    talk = start(maxTokens=150, permissions={"allowBash": True})
+    talk.send("[[bash echo 1]] [[bash echo 2]] [[slow 20]] [[say never]]")
+    assert "maxTokens" in talk.wait("session.budget")["reason"]
+    assert talk.wait("turn.ended")["outcome"] == "interrupted"
+    assert talk.refusal("POST send", {"text": "more"}) == (409, "BUDGET_SPENT")
 
 
 @real_client
