@@ -6232,12 +6232,12 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> Se
 
 
 def has_conversation(row: SessionRow) -> bool:
-    """Tell whether an agent has written something that can be carried on; before the first answer it has not."""
+    """Tell whether an agent has written something that can be carried on; before the first prompt it has not."""
     if not row.parts or row.conversation is None:
         return False
     try:
         with open(row.parts[-1], "rb") as file:
-            return any(b'"type":"assistant"' in line for line in file)
+            return any(re.search(rb'"type": ?"(user|assistant)"', line) for line in file)
     except OSError:
         return False
 

@@ -4078,7 +4078,7 @@ def crash_and_return(own: Server) -> Reborn:
     talks["asking"].wait("permission.requested")
     for name in ("failed", "limited"):
         talks[name].wait(("session.error", "session.rate_limited"))
-    talks["unready"] = own.open("[[say never]]", ready=False, name="unready", args=["--demo-boot", "slow:60"])
+    talks["unready"] = own.open("[[say never]]", ready=False, name="unready", args=["--demo-boot", "slow:600"])
     queued = [talks["queued"].send(f"[[say {word}]]")["promptId"] for word in "abc"]
     talks.update(open_all(own, BRIEF))
     eventually(lambda: "Stop" in [one["rule"] for one in talks["background"].ask("GET explain")["evidence"]])
