@@ -363,6 +363,12 @@ def iso(moment: Optional[float]) -> Optional[str]:
 _iso_last: Tuple[int, str] = (-1, "")  # the last second written: most calls fall into the same one
 
 
+def age(moment: float) -> float:
+    """Give the seconds since a moment of the wall clock; when that was set back meanwhile, it is long ago."""
+    spent = time.time() - moment
+    return spent if spent >= 0 else math.inf
+
+
 def _iso_second(second: int) -> str:
     global _iso_last
     known, text = _iso_last
@@ -2498,6 +2504,12 @@ def policy_json(policy: Policy) -> Json:
     return told
 
 
+def stored_policy(kept: Json) -> Policy:
+    """Read what policy_json wrote; its profile is only a name by now, which the operator may have removed."""
+    whole = {name: value for name, value in kept.items() if name != "profile"}
+    return policy_from_json(whole, {})._replace(profile=kept.get("profile"))
+
+
 def client_rules(policy: Policy) -> List[str]:
     """Write the denials for Claude Code's own permissions.deny, which holds while this server is down."""
     denied = [tools for kind, (_, tools) in TOOL_KINDS.items() if getattr(policy, f"allow_{kind}") is False]
@@ -3812,7 +3824,7 @@ class Session:
         )  # agent's id of the last prompt in the transcript
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
-        self.policy = policy_from_json(row.policy, context.profiles)
+        self.policy = stored_policy(row.policy)
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
         self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
@@ -5607,7 +5619,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
     if facts.pending:
         weigh_pending(session, reading, dialog)
         return
-    if reading.kind in ("permission_prompt", "asking") and seen_at - session.decided_at < SETTLE_SECONDS:
+    if reading.kind in ("permission_prompt", "asking") and age(session.decided_at) < SETTLE_SECONDS:
         session.context.look_later(session, 0.3)
         return
     if dialog or (reading.kind == "login" and not facts.current):
@@ -5689,10 +5701,11 @@ def weigh_turn(
             with session.changing("screen", reading.rule, reading.excerpt) as change:
                 change.prompt(current, state="started", started_at=seen_at)
         return
-    if reading.kind != "idle" or seen_at - began < QUIET_SECONDS or session.facts.busy:
+    if reading.kind != "idle" or age(began) < QUIET_SECONDS or session.facts.busy:
         return
     calm = time.monotonic() - session.output_at
-    rested = status.status in ("idle", "shell") and status.at > began if status else calm > 5.0
+    fresh = status is not None and (status.at > began or age(began) == math.inf)
+    rested = fresh and status.status in ("idle", "shell") if status else calm > 5.0
     if session.facts.tasks and (status is None or status.status != "idle" or calm < 5.0):
         rested = False   # the turn goes on when its background tasks end
     if not rested or calm < QUIET_SECONDS:
@@ -5713,10 +5726,10 @@ def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus]
     """See whether work began that no prompt explains (a shell command typed in the terminal), or ended."""
     calm = time.monotonic() - session.output_at >= QUIET_SECONDS
     if reading.kind == "working" or (status and status.status == "busy" and reading.kind != "idle"):
-        fresh = status.at > session.stopped_at + 0.2 if status else seen_at - session.stopped_at > SETTLE_SECONDS
+        fresh = status.at > session.stopped_at + 0.2 if status else age(session.stopped_at) > SETTLE_SECONDS
         if fresh and status and status.status == "idle":
             fresh = False
-        if fresh and session.facts.ready and not session.facts.busy and seen_at - session.stopped_at > SETTLE_SECONDS:
+        if fresh and session.facts.ready and not session.facts.busy and age(session.stopped_at) > SETTLE_SECONDS:
             with session.changing("screen", reading.rule, reading.excerpt) as change:
                 change.set(busy=f"screen: {reading.rule}")
         if not session.facts.busy:
@@ -5739,7 +5752,7 @@ def inspect_quiet(context: Context, session: Session) -> None:
                 change.tell("session.ready", name=session.row.name)
             return
         current = facts.current
-        if current is None or front != home or now - (current.started_at or now) < 2 * QUIET_SECONDS:
+        if current is None or front != home or age(current.started_at or now) < 2 * QUIET_SECONDS:
             if current:
                 context.look_later(session, QUIET_SECONDS)
             return
@@ -6092,7 +6105,7 @@ class Wanted(NamedTuple):
     args: List[str]
     env: Dict[str, str]
     command: Optional[List[str]]
-    policy: Json = {}
+    policy: Json = {}                         # as policy_json writes it
     labels: Dict[str, str] = {}
     limits: Json = {}
     worktree: bool = False
@@ -6212,8 +6225,9 @@ def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str,
 def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> SessionRow:
     """Make the row of a session that is about to start."""
     now, session_id, settings = time.time(), new_id(), context.settings
-    policy = wanted.policy or ({"profile": settings.permission_profile} if settings.permission_profile else {})
-    policy = policy_json(policy_from_json(policy, context.profiles))
+    policy, profile = wanted.policy, settings.permission_profile
+    if not policy and profile:
+        policy = policy_json(policy_from_json({"profile": profile}, context.profiles))
     mode = wanted.permission_mode or ("plan" if policy.get("profile") == "plan" else settings.permission_mode)
     launch: Json = {"args": wanted.args, "env": wanted.env, "command": wanted.command, "started": now,
                     "wanted": fingerprint(wanted)}
@@ -7228,7 +7242,7 @@ def get_health(ask: Ask) -> Json:
     context = ask.context
     error = context.tmux.error
     return {"status": "ok" if error is None else "degraded", "version": __version__, "platform": sys.platform,
-            "uptime": int(time.time() - context.started_at),
+            "uptime": max(0, int(time.time() - context.started_at)),
             "sessions": {"active": len(context.sessions), "total": total_sessions(context)},
             "tmux": {"healthy": error is None, "error": error}, "timestamp": iso(time.time())}
 
@@ -7451,7 +7465,7 @@ def unsettled(session: Session) -> bool:
     """Tell whether a turn ended so recently that its last lines do not stand in the transcript yet."""
     with session.lock:   # a turn's end that is just being told is waited for
         last = session.closed_ids[-1] if session.closed_ids else None
-    return session.live and last != session.settled_prompt and time.time() - session.stopped_at < SETTLE_SECONDS
+    return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
 
 
 def read_later(

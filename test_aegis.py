@@ -4459,6 +4459,111 @@ def test_the_end_of_old_sessions_harms_no_new_one_that_has_their_ids(house):
         assert talk.status in ("starting", "idle")
 
 
+SHIFTED_CLOCK = """
+import os, time
+real = time.time
+def shifted():
+    try:
+        with open(os.environ["CLOCK"]) as file:
+            return real() + float(file.read())
+    except (OSError, ValueError, KeyError):
+        return real()
+time.time = shifted
+"""
+
+
+@alone
+def test_a_clock_that_is_set_back_stops_nothing(house):
+    with tempfile.TemporaryDirectory(prefix="ae-", dir="/tmp") as place:
+        Path(place, "sitecustomize.py").write_text(SHIFTED_CLOCK)
+        clock = Path(place, "clock")
+        own = house(PYTHONPATH=place, CLOCK=str(clock))
+        talk, asking, held = own.open(), own.open(), own.open("[[hang]]")
+        assert talk.say("[[say before]]")["output"] == "before"
+        request(asking)
+        held.wait("prompt.started")
+        clock.write_text("-3600")
+        began = own.ask("GET /v1/health")
+        assert began["uptime"] == 0 and began["timestamp"] < talk.get()["createdAt"]
+        assert talk.say("[[say after]]")["output"] == "after"
+        asking.ask("POST approve", {})
+        asking.wait("session.idle")
+        assert asking.read()["output"] == "after"
+        own.tmux("send-keys", "-t", held.get()["window"], "Escape")
+        assert held.wait("turn.ended")["outcome"] == "interrupted"
+        own.crash()
+        own.start()
+        assert talk.say("[[say again]]")["output"] == "again" and talk.kill()["killed"] is True
+        ids = [one["id"] for one in own.events.heard]
+        assert ids == sorted(set(ids))
+
+
+@alone
+def test_a_working_directory_that_is_deleted_is_a_clear_error_where_it_is_needed(house):
+    own = house()
+    place = own.root / "gone"
+    place.mkdir()
+    talk, ended = own.open(workDir=str(place)), own.open(workDir=str(place))
+    ended.say("[[say one]]")
+    ended.kill()
+    place.rmdir()
+    assert talk.say("[[say still here]]")["output"] == "still here"
+    for how in ("fork", "spawn"):
+        answer = talk.call(f"POST {how}", {})
+        assert answer.status == 400 and "workDir" in answer.json["fields"], answer.json
+    assert ended.refusal("POST resume", {}) == (409, "WORKDIR_GONE")
+    assert talk.status == "idle" and talk.kill()["killed"] is True
+
+
+@alone
+def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
+    pty = pytest.importorskip("pty")
+    fcntl, termios, struct = (pytest.importorskip(name) for name in ("fcntl", "termios", "struct"))
+    own = house()
+    talk = own.open()
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 14, 46, 0, 0))
+    person = subprocess.Popen(["/bin/sh", "-c", talk.get()["attach"]], stdin=slave, stdout=slave, stderr=slave,
+                              env=own.env, start_new_session=True)
+    os.close(slave)
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(master, 65_536):
+                pass
+    threading.Thread(target=drain, daemon=True).start()
+    try:
+        eventually(lambda: talk.ask("GET pane")["width"] == 46)
+        assert talk.say("[[say " + "small " * 30 + "]]")["output"].split() == ["small"] * 30
+        asked = request(talk)
+        talk.ask("POST approve", {"permissionId": asked["id"]})
+        talk.wait("session.idle")
+        talk.send("[[hang]]")
+        talk.wait("prompt.started")
+        own.tmux("resize-window", "-t", talk.get()["window"], "-x", "60", "-y", "20")
+        assert talk.ask("POST interrupt")["interrupted"] is True
+    finally:
+        person.kill()
+        person.wait()
+        os.close(master)
+    assert talk.say("[[say alone again]]")["output"] == "alone again"
+
+
+@alone
+def test_a_profile_that_the_operator_removed_still_binds_who_has_it(house):
+    profiles = json.dumps({"mine": {"allowRead": True, "deny": ["Bash(touch *)"]}})
+    own = house(AEGIS_PROFILES=profiles)
+    talk = own.open(permissionProfile="mine")
+    own.crash()
+    del own.env["AEGIS_PROFILES"]
+    own.start()
+    assert talk.get()["permissionProfile"] == "mine"
+    assert "forbids" in " ".join((talk.say("[[bash touch x]] [[say on]]"), *talk.tools())[1:])
+    child = Talk(own, own.ask(f"POST /v1/sessions/{talk.id}/spawn", {}))
+    assert child.get()["permissionProfile"] == "mine"
+    assert own.refusal("POST /v1/sessions", {"workDir": str(own.work), "permissionProfile": "mine"})[0] == 400
+
+
 def test_a_lost_control_client_harms_no_session(server, make):
     own, talk = server, make("[[wait 0.3]] [[say unharmed]]")
     for line in own.tmux("list-clients", "-F", "#{client_pid} #{client_control_mode}").splitlines():
@@ -4717,7 +4822,7 @@ def test_what_takes_too_long_is_told_or_ended(house):
 def test_update_session_raises_the_budget_that_interrupted_a_turn(server, make):
     talk = make(maxTokens=200)
     assert talk.say("[[say cheap]]")["output"] == "cheap"
-    sent = talk.send("[[bash " + "x" * 1500 + "]] [[say dear]]")
+    sent = talk.send("[[wait 0.4]] [[bash " + "x" * 1500 + "]] [[say dear]]")
     later = talk.send("[[say never]]")
     talk.wait("permission.requested")
     told = talk.wait("session.budget")
