@@ -3719,9 +3719,9 @@ def judge_life(facts: Facts) -> Verdict:
 
 
 def can_deliver(facts: Facts) -> bool:
-    """Tell whether the agent can take the next prompt: at its box, nothing open, nothing asked."""
+    """Tell whether the agent can take the next prompt: at its box, nothing open, nothing asked, nothing unproved."""
     return (facts.ready and not facts.ended and not facts.pending and not facts.dialog and not facts.busy
-            and not facts.current and any(prompt.typed_at is None for prompt in facts.waiting))
+            and not facts.current and bool(facts.waiting) and all(one.typed_at is None for one in facts.waiting))
 
 
 class Evidence(NamedTuple):
@@ -4574,14 +4574,18 @@ def _digest_end(session: Session, entry: Entry, final: str) -> None:
         if current is None and final and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
             with session.changing("transcript", "a turn while Aegis was away", entry.text) as change:
                 change.columns["output"] = final
-        if current is None or not current.agent_id or current.agent_id != session.transcript_prompt:
+        if current is None or not current.agent_id:
             return
-        if entry.kind == "end" and session.facts.tasks:
-            return   # its background tasks still run
+        went_on = (session.facts.tasks and current.agent_id != session.transcript_prompt
+                   and time.monotonic() - session.adopted_at < ADOPT_SECONDS)   # its tasks ended while Aegis was away
+        if not went_on and (current.agent_id != session.transcript_prompt or (
+                entry.kind == "end" and session.facts.tasks)):   # another turn's, or its background tasks still run
+            return
         if entry_time(entry) < (current.submitted_at or 0):
             return   # it ended the turn before: the agent writes the last lines of a turn late
         with session.changing("transcript", f"{entry.kind} line", entry.text) as change:
             interrupted = entry.kind == "interrupt"
+            change.set(tasks=session.facts.tasks and not went_on)
             change.end_prompt(current, "interrupted" if interrupted else "done", answer=final or None)
             if final and not interrupted:
                 change.columns["output"] = final
@@ -5357,8 +5361,9 @@ def on_prompt(session: Session, body: Json) -> Answer:
             return {}
         now = time.time()
         with session.changing("hook", "UserPromptSubmit", said) as change:
-            ours = next((one for one in change.facts.waiting if one.typed_at), None)
-            if ours and canonical(ours.text) in canonical(said):
+            heard = canonical(said)
+            ours = next((one for one in change.facts.waiting if one.typed_at and canonical(one.text) in heard), None)
+            if ours:
                 change.prompt(ours, state="submitted", submitted_at=now, agent_id=prompt_id)
             else:
                 typed_in_terminal(change, said, None if running else prompt_id)
@@ -5617,7 +5622,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         session.unasked = None
     dialog = reading.kind not in ("idle", "working", "unknown", "login", "dead")
     if facts.pending:
-        weigh_pending(session, reading, dialog)
+        weigh_pending(session, reading, dialog, status is not None and status.status == "waiting")
         return
     if reading.kind in ("permission_prompt", "asking") and age(session.decided_at) < SETTLE_SECONDS:
         session.context.look_later(session, 0.3)
@@ -5661,7 +5666,7 @@ def weigh_unasked(session: Session, reading: Reading) -> None:
     open_screen_request(session, reading)
 
 
-def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
+def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool) -> None:
     """See whether a person answered the dialog of a request: it stood there, and is gone or another.
 
     A subagent's request shows no dialog while it is held; the others come strictly one after another.
@@ -5677,7 +5682,8 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool) -> None:
         elif dialog or (
             reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
         ):
-            if bound is None and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
+            fresh = time.monotonic() - session.adopted_at < ADOPT_SECONDS
+            if bound is None and request.id not in session.holds and (fresh or waits):
                 session.context.look_later(session, 0.2)   # asked just before the restart, it is yet to be drawn
                 continue
             dialog_left(session, request, reading)
@@ -6880,8 +6886,11 @@ def reconcile(context: Context, session: Session) -> None:
 
 def settle_adopted(context: Context, session: Session, request_id: str) -> None:
     """Settle a request that was answered just before the last Aegis died; while its dialog stands it is asked anew."""
-    until = session.adopted_at + ADOPT_SECONDS
-    while time.monotonic() < until and not context.stopping.is_set():
+    until = time.monotonic() + ADOPT_SECONDS
+    while not context.stopping.is_set():
+        status = read_status_file(session)
+        if time.monotonic() > until and not (status and status.status == "waiting"):
+            break
         request = session.facts.request(request_id)
         if request is None or session.outcomes.get(request_id) in (OURS, TERMINAL):
             break

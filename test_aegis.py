@@ -4298,7 +4298,8 @@ class Diary:
         for session, one in found.items():
             assert told["session.created", session] == 1
             if one["endedAt"]:
-                assert session in self.killed or one["parentId"], one["statusReason"]
+                unanswered = session not in [known for known, _ in self.accepted]   # its create never came to an end
+                assert session in self.killed or one["parentId"] or unanswered, one["statusReason"]
                 continue
             done = [text for _, owner, text, state, reason in prompts if owner == session]
             self.check_agent(one, done, [(json.loads(given)["command"], state) for _, owner, given, state in asked
@@ -4309,7 +4310,8 @@ class Diary:
             refused = any(json.loads(given)["command"] in text and end == "rejected" for _, _, given, end in asked)
             assert state == "done" or found[session]["endedAt"] or (refused and reason == "interrupted"), (text, reason)
             ends = [told[f"prompt.{word}", prompt] for word in ("queued", "submitted", "started", "done", "failed")]
-            assert ends[0] == 1 and max(ends) == 1 and ends[3] + ends[4] == 1, (text, ends)
+            assert ends[0] == 1 and max(ends) == 1 and ends[3] + ends[4] == 1, (
+                text, ends, [one for one in prompts if one[2] == text])
             assert told["turn.started", prompt] <= 1 and told["turn.ended", prompt] <= 1
         for request, session, given, state in asked:
             assert state in ("approved", "rejected", "answered_in_terminal", "expired"), (given, state)
