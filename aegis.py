@@ -4536,6 +4536,13 @@ def catch_up(session: Session) -> None:
         session.context.look_later(session, 0.5)
 
 
+def unsettled(session: Session) -> bool:
+    """Tell whether a turn ended so recently that its last lines do not stand in the transcript yet."""
+    with session.lock:   # a turn's end that is just being told is waited for
+        last = session.closed_ids[-1] if session.closed_ids else None
+    return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
+
+
 def save_books(session: Session) -> None:
     """Store how far the transcript was read and what it cost, unless another change just did."""
     with session.lock:
@@ -6568,9 +6575,24 @@ def spawn_child(context: Context, parent: Session, wanted: Wanted) -> Session:
 
 def fork_session(context: Context, origin: Session, wanted: Wanted) -> Session:
     """Start a session that carries another's conversation on; neither sees the other's later turns."""
-    catch_up(origin)
-    locate_transcript(origin)
+    await_conversation(context, origin)
     return create_session(context, inherit(origin.row, wanted)._replace(origin=origin.row))
+
+
+def await_conversation(context: Context, session: Session) -> None:
+    """Wait until what a session has said so far can be read by another agent: it is written a little late.
+
+    Raises ApiError 409 when there were turns, and nothing of them is to be found.
+    """
+    until = time.monotonic() + 2 * SETTLE_SECONDS
+    while time.monotonic() < until and not context.stopping.is_set():
+        catch_up(session)
+        locate_transcript(session)
+        if not session.row.turns or (has_conversation(session.row) and not unsettled(session)):
+            return
+        context.stopping.wait(0.02)
+    if session.agent.reports and not has_conversation(session.row):
+        raise ApiError(409, "NO_CONVERSATION", f"the conversation of session {session.row.id} is nowhere to be found")
 
 
 def inherit(row: SessionRow, wanted: Wanted) -> Wanted:
@@ -7468,13 +7490,6 @@ def new_bytes(session: Session) -> int:
         return os.stat(session.row.parts[-1]).st_size - session.row.ledger["offset"] if session.row.parts else 0
     except OSError:
         return 0
-
-
-def unsettled(session: Session) -> bool:
-    """Tell whether a turn ended so recently that its last lines do not stand in the transcript yet."""
-    with session.lock:   # a turn's end that is just being told is waited for
-        last = session.closed_ids[-1] if session.closed_ids else None
-    return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
 
 
 def read_later(
