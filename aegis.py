@@ -5848,21 +5848,22 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         if not session.live:
             return
         pane, window = session.row.pane, session.row.window
+        for kind in ("launch", "hooks", "stderr"):   # before anybody can resume it, and write them anew
+            with contextlib.suppress(OSError):
+                context.file(session.row.id, kind).unlink()
         with session.changing("process", status, reason) as change:
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
     for hold in holds:
         hold.release()
-    context.sessions.pop(session.row.id, None)
+    if context.sessions.get(session.row.id) is session:   # else it was resumed already
+        context.sessions.pop(session.row.id, None)
     if pane:
         if context.panes.get(pane) is session:   # since tmux was started anew, the id may be another's
             context.panes.pop(pane, None)
         context.tmux.close_pane(pane, session.row.id)
     if window:
         context.tmux.tidy(window)
-    for kind in ("launch", "hooks", "stderr"):
-        with contextlib.suppress(OSError):
-            context.file(session.row.id, kind).unlink()
 
 
 def end_everything(change: Change, status: str, reason: str, exit_code: Optional[int], screen: Optional[str]) -> None:
