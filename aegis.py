@@ -30,6 +30,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     LIFE          create, kill, interrupt
     FAMILY        children, forks, resumed sessions
     WATCH         stalls, time limits, budgets, usage limits
+    TEMPLATES     create bodies with blanks to fill in
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -567,7 +568,7 @@ RULES: Dict[str, Tuple[Callable[[Any, Any], bool], str]] = {
     "enum": (lambda v, known: v in known, "must be one of {}"),
     "minLength": (lambda v, n: len(v) >= n, "must have at least {} characters"),
     "maxLength": (lambda v, n: len(v) <= n, "must have at most {} characters"),
-    "pattern": (lambda v, p: re.search(p, v) is not None, "must match {}"),
+    "pattern": (lambda v, p: re.search(re.sub(r"\$\Z", r"\\Z", p), v) is not None, "must match {}"),   # $: the very end
     "minimum": (lambda v, n: v >= n, "must be at least {}"),
     "maximum": (lambda v, n: v <= n, "must be at most {}"),
     "minItems": (lambda v, n: len(v) >= n, "must have at least {} items"),
@@ -696,6 +697,11 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL);
     CREATE INDEX events_of ON events(session, id);
     """,
+    """
+    CREATE TABLE templates (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL, variables TEXT NOT NULL,
+        body TEXT NOT NULL, created_at REAL NOT NULL, updated_at REAL NOT NULL);
+    """,
 )
 
 
@@ -781,6 +787,18 @@ class PermissionRow(NamedTuple):
     use: Optional[str] = None      # the agent's own id of the tool call
 
 
+class TemplateRow(NamedTuple):
+    """One named body of create, with blanks."""
+
+    id: str
+    name: str
+    description: str
+    variables: Dict[str, Json]     # by name: description, and either required or a default
+    body: Json                     # fields of create
+    created_at: float
+    updated_at: float
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -792,7 +810,7 @@ class Event(NamedTuple):
 
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
-                          "worktree", "known"))
+                          "worktree", "known", "variables", "body"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -6797,6 +6815,301 @@ class Watch:
 
 
 # ============================================================================
+# TEMPLATES. A create body with blanks to fill in.
+# ============================================================================
+# {{name}} stands for a variable, in any string of the body; {{memory.KEY}} for
+# an entry of the memory, in prompts only.  \{{ is two plain braces, and \\
+# before braces one backslash.  Filling is one pass: what a value holds is
+# never looked at again.  The language is pure.  To add a template that comes
+# with the program: a row in BUILT_INS.
+
+MAX_VARIABLES = 50        # a person fills them in
+MAX_VALUE = MAX_PROMPT    # characters of one variable: a value may be the whole prompt
+MAX_DEPTH = 8             # of a body: a policy's rules are the deepest, at 3
+MAX_FILLED = 4_000_000    # characters of a filled body: a few blanks could make gigabytes of it
+VARIABLE_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
+STAGE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+OPENING = re.compile(r"(?<!\\)(\\*)\{\{")   # from the first backslash on: a row of them is looked at once
+NAMED = re.compile(r"([^{}\n]{1,600})\}\}")
+BLANK = re.compile(rf"{VARIABLE_NAME}|memory\..+|stages\.{STAGE_NAME}\.output", re.DOTALL)
+
+
+class Unfilled(Exception):
+    """A blank that cannot be filled; says which, and why."""
+
+
+def faulty(faults: Mapping[str, str]) -> ApiError:
+    """Refuse a request whose fields are wrong, naming each."""
+    told = "; ".join(f"{clip(name, 80)} {wrong}" for name, wrong in faults.items())
+    return ApiError(400, "INVALID_REQUEST", clip(told, 2_000), fields=dict(faults))
+
+
+def pieces(text_: str) -> Iterator[Tuple[str, bool]]:
+    """Cut a text into what stands as it is (False) and the names of blanks (True).  Raises Unfilled."""
+    at = 0
+    while True:
+        opening = OPENING.search(text_, at)
+        if opening is None:
+            yield text_[at:], False
+            return
+        slashes = len(opening[1])
+        yield text_[at:opening.start()] + "\\" * (slashes // 2) + "{{" * (slashes % 2), False
+        at = opening.end()
+        if slashes % 2:
+            continue
+        named = NAMED.match(text_, at)
+        name = named[1].strip(" \t") if named else ""
+        if named is None or not BLANK.fullmatch(name):
+            shown = clip(text_[at - 2:at + 40].split("\n")[0], 40)
+            raise Unfilled(f"{shown!r} names no variable: write {{{{name}}}}, or \\{{{{ for two plain braces")
+        yield name, True
+        at = named.end()
+
+
+def fill(text_: str, value_of: Callable[[str], str], most: int = MAX_FILLED) -> str:
+    """Put values in place of a text's blanks, once.  Raises Unfilled, also beyond `most` characters."""
+    filled, length = [], 0
+    for piece, is_name in pieces(text_):
+        filled.append(value_of(piece) if is_name else piece)
+        length += len(filled[-1])
+        if length > most:
+            raise Unfilled(f"the filled text has more than {most:,} characters")
+    return "".join(filled)
+
+
+def strings(value: Any, where: str, depth: int = 0) -> Iterator[Tuple[str, str]]:
+    """List the strings inside a JSON value, each with the place where it stands.  Raises ApiError 400."""
+    if depth > MAX_DEPTH:
+        raise faulty({clip(where, 80): f"is nested more than {MAX_DEPTH} deep"})
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, (dict, list)):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, one in inner:
+            yield from strings(one, f"{where}.{name}", depth + 1)
+
+
+def fill_all(value: Any, value_of: Callable[[str], str]) -> Any:
+    """Fill the blanks in every string of a JSON value; names of fields stay as they are.  Raises Unfilled."""
+    if isinstance(value, str):
+        return fill(value, value_of)
+    if isinstance(value, dict):
+        return {name: fill_all(inner, value_of) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [fill_all(inner, value_of) for inner in value]
+    return value
+
+
+def named_in(text_: str) -> List[str]:
+    """List the blanks of a text.  Raises Unfilled."""
+    return [piece for piece, is_name in pieces(text_) if is_name]
+
+
+def plain_value(value: Any) -> Optional[str]:
+    """Write a variable's value as text: a string as it is, a number or a truth value as JSON; None for others."""
+    if isinstance(value, str):
+        return value
+    return dump(value) if isinstance(value, (int, float)) else None
+
+
+def variable_complaint(told: Any) -> Optional[str]:
+    """Say what is wrong with a declaration of a variable, or None."""
+    known = ("description", "default", "required")
+    if not isinstance(told, dict):
+        return 'must be an object such as {"description": "...", "default": "..."}'
+    unknown = next((name for name in told if name not in known), None)
+    if unknown is not None:
+        return f"has no key {clip(unknown, 60)}; it takes {', '.join(known)}"
+    if _has_lone_surrogate(dump(told)):
+        return "holds half a surrogate pair, which is not text"
+    if not isinstance(told.get("description", ""), str) or len(told.get("description", "")) > 2_000:
+        return "needs a description of at most 2,000 characters"
+    if not isinstance(told.get("required", False), bool):
+        return "required must be true or false"
+    if "default" not in told:
+        return None
+    default = plain_value(told["default"])
+    if default is None or len(default) > MAX_VALUE:
+        return f"default must be a string of at most {MAX_VALUE:,} characters, a number, true or false"
+    return "has a default and is required: take one of them away" if told.get("required") else None
+
+
+def read_variables(given: Mapping[str, Any]) -> Dict[str, Json]:
+    """Read the declarations of a template's variables.  Raises ApiError 400 that names each fault."""
+    faults = {}
+    for name, told in given.items():
+        wrong = (variable_complaint(told) if re.fullmatch(VARIABLE_NAME, name)
+                 else "is no name: letters, digits and _, not a digit first")
+        if wrong:
+            faults[f"variables.{clip(name, 70)}"] = wrong
+    if faults:
+        raise faulty(faults)
+    read = {}
+    for name, told in given.items():
+        fallback = {"default": plain_value(told["default"])} if "default" in told else {}
+        required = told.get("required", not fallback)
+        read[name] = {"description": told.get("description", ""), "required": required,
+                      **({} if required else {"default": "", **fallback})}
+    return read
+
+
+def check_blanks(variables: Mapping[str, Json], body: Json) -> None:
+    """Refuse a body whose blanks are not declared.  Raises ApiError 400 that names each."""
+    faults: Dict[str, str] = {}
+    for where, text_ in strings(body, "session"):
+        try:
+            names = named_in(text_)
+            if _has_lone_surrogate(text_):
+                raise Unfilled("holds half a surrogate pair, which is not text")
+        except Unfilled as wrong:
+            faults[where] = str(wrong)
+            continue
+        for name in names:
+            if name.startswith("memory.") and where == "session.prompt":
+                continue
+            if name not in variables:
+                faults[where] = (f"uses {{{{{name}}}}}, which "
+                                 + ("only prompts may" if "." in name else "is not among its variables"))
+    if faults:
+        raise faulty(faults)
+
+
+def values_for(variables: Mapping[str, Json], given: Mapping[str, Any]) -> Dict[str, str]:
+    """Give every declared variable its value.  Raises ApiError 400 that names each missing or unknown one."""
+    faults, values = {}, {}
+    for name, value in given.items():
+        text_ = plain_value(value)
+        if name not in variables:
+            known = ", ".join(variables) or "none"
+            faults[f"variables.{clip(name, 70)}"] = f"is not a variable of this template; those are: {known}"
+        elif text_ is None or len(text_) > MAX_VALUE or _has_lone_surrogate(text_):
+            faults[f"variables.{name}"] = f"must be text of at most {MAX_VALUE:,} characters, a number, true or false"
+        else:
+            values[name] = text_
+    for name, told in variables.items():
+        if told["required"] and name not in given:
+            about = f": {told['description']}" if told["description"] else ""
+            faults[f"variables.{name}"] = "is required" + about
+        values.setdefault(name, told.get("default", ""))
+    if faults:
+        raise faulty(faults)
+    return values
+
+
+def lookup(values: Mapping[str, str], *others: Callable[[str], Optional[str]]) -> Callable[[str], str]:
+    """Make the function that gives a blank its value: a variable, or what another source knows."""
+    def value_of(name: str) -> str:
+        found = values.get(name)
+        for other in others:
+            found = other(name) if found is None else found
+        if found is None:
+            raise Unfilled(f"there is no {name} to put in place of {{{{{clip(name, 80)}}}}}")
+        return found
+    return value_of
+
+
+def fill_body(body: Json, value_of: Callable[[str], str]) -> Json:
+    """Fill every field of a body.  Raises ApiError 400 that names the field and the blank."""
+    filled = {}
+    for name, value in body.items():
+        try:
+            filled[name] = fill_all(value, value_of)
+        except Unfilled as wrong:
+            raise faulty({name: str(wrong)}) from None
+    return filled
+
+
+def built_in(name: str, description: str, variables: Json, **body: Any) -> TemplateRow:
+    """Make a template that comes with the program; its id is its name."""
+    return TemplateRow(name, name, description, read_variables(variables), body, 0.0, 0.0)
+
+
+LOOK_ONLY: Json = {"allowRead": True, "allowWrite": False, "allowBash": "ask", "allowNetwork": False, "allowMcp": False,
+                   "allow": ["Bash(git status)", "Bash(git diff)", "Bash(git diff HEAD)", "Bash(git diff --stat)",
+                             "Bash(git log --oneline -20)"]}
+WHERE: Json = {"description": "Directory of the project."}
+BUILT_INS: Dict[str, TemplateRow] = {one.name: one for one in (
+    built_in(
+        "reviewer", "Reads a change, changes nothing, and reports what is wrong with it.",
+        {"workDir": WHERE,
+         "scope": {"description": "What to review.", "default": "the uncommitted changes (git diff HEAD)"},
+         "focus": {"description": "What to look for.", "default": "correctness, security, error handling, tests"}},
+        workDir="{{workDir}}", permissions=LOOK_ONLY,
+        prompt="Review {{scope}} in this project. Look for: {{focus}}.\n\n"
+               "Read what the change touches before you judge it. Change no file. For each finding give the file and "
+               "line, what goes wrong and when, and how to mend it; order them by severity, and leave out matters of "
+               "taste. End with one line: APPROVE or REQUEST CHANGES, with the reason."),
+    built_in(
+        "test-writer", "Writes tests for what has none, and runs them.",
+        {"workDir": WHERE, "target": {"description": "File, function or behaviour to test."},
+         "command": {"description": "Command that runs the tests.", "default": "the project's own test command"}},
+        workDir="{{workDir}}",
+        prompt="Write tests for {{target}} in this project, in the style of the tests that are there.\n\n"
+               "Cover what it promises, its limits and its errors; each test must be able to fail. Do not change the "
+               "code under test: report what you find wrong in it instead. Run the tests with {{command}}, and end "
+               "with what you covered, what you left out, and the result."),
+    built_in(
+        "bug-fixer", "Reproduces a bug, mends its cause, and proves it with a test.",
+        {"workDir": WHERE, "bug": {"description": "What goes wrong, and how to see it."},
+         "command": {"description": "Command that runs the tests.", "default": "the project's own test command"}},
+        workDir="{{workDir}}",
+        prompt="Mend this bug in this project:\n\n{{bug}}\n\n"
+               "First reproduce it with a test that fails. Find the cause, not the symptom, and change as little as "
+               "mends it. Then run all tests with {{command}}. End with the cause, the change, and the tests' result; "
+               "if you cannot reproduce it, say so and change nothing."),
+    built_in(
+        "docs-writer", "Brings documentation in line with the code.",
+        {"workDir": WHERE, "target": {"description": "What to document.", "default": "this project"},
+         "file": {"description": "Where it is written.", "default": "README.md"},
+         "audience": {"description": "Who reads it.", "default": "a developer who sees it for the first time"}},
+        workDir="{{workDir}}",
+        prompt="Document {{target}} in {{file}} for {{audience}}.\n\n"
+               "Read the code first: write only what it does, and try each command that you show. Keep what is there "
+               "and still true, in its style. Change documentation only. End with what you changed, and with what in "
+               "the code you found unclear."),
+)}
+
+
+def find_template(context: Context, wanted: str) -> TemplateRow:
+    """Find a template by its id or name.  Raises ApiError 404."""
+    found = BUILT_INS.get(wanted) or context.store.row(
+        TemplateRow, "templates", "id = ? OR name = ? ORDER BY id = ? DESC", wanted, wanted, wanted)
+    if found is None:
+        raise ApiError(404, "TEMPLATE_NOT_FOUND", f"there is no template {clip(wanted, 100)}")
+    return found
+
+
+def find_own_template(context: Context, wanted: str) -> TemplateRow:
+    """Find a template that may be changed.  Raises ApiError 404, or 409 for one that comes with the program."""
+    found = find_template(context, wanted)
+    if found.name in BUILT_INS:
+        raise ApiError(409, "TEMPLATE_BUILT_IN", f"template {found.name} comes with the program: make one of your own")
+    return found
+
+
+def store_template(context: Context, row: TemplateRow, known: bool) -> TemplateRow:
+    """Store a template.  Raises ApiError 400 for undeclared blanks, 409 when the name is taken."""
+    check_blanks(row.variables, row.body)
+    values = row._asdict()
+    try:
+        if row.name in BUILT_INS:
+            raise sqlite3.IntegrityError
+        context.bus.commit([update("templates", row.id, values) if known else insert("templates", values)])
+    except sqlite3.IntegrityError as error:
+        raise ApiError(409, "NAME_IN_USE", f"there is a template named {row.name!r} already: choose another name",
+                       fields={"name": "is in use"}) from error
+    return row
+
+
+def wire_template(row: TemplateRow) -> Json:
+    """Give a template its shape on the wire."""
+    own = row.name not in BUILT_INS
+    return {"id": row.id, "name": row.name, "description": row.description, "builtIn": not own,
+            "variables": row.variables, "session": row.body, "createdAt": iso(row.created_at) if own else None,
+            "updatedAt": iso(row.updated_at) if own else None}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -7158,6 +7471,7 @@ class Access:
 
 ID = text("The session's id.", 64)
 PROMPT_ID = text("The prompt's id.", 64)
+TEMPLATE_ID = text("The template's id or name.", 100)
 PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
 LABEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}"
 LABELS = texts_by_name(
@@ -7222,6 +7536,23 @@ NEW_SESSION: Dict[str, Field] = dict(
 )
 # What a child or a fork may be given; the rest it has from the session that it comes from.
 OFFSPRING: Dict[str, Field] = {**NEW_SESSION, "workDir": {**NEW_SESSION["workDir"], "default": None}}
+VARIABLES = anything("Values of the template's variables, by name: text, numbers, true or false.", default=None)
+
+
+def templated(fields: Mapping[str, Field]) -> Dict[str, Field]:
+    """Describe a create that may take its fields from a template: none is required any more, none has a default."""
+    return {**{name: {**field, "default": None} for name, field in fields.items()},
+            "template": text("Template to take further fields from, by id or name.", 100, default=None),
+            "variables": VARIABLES}
+
+
+TEMPLATE: Dict[str, Field] = dict(
+    name=text("Name, unique among templates.", 100, minLength=1, pattern=r"^[^\x00-\x1f\x7f]+$"),
+    description=text("What it is for.", 2_000, default=""),
+    variables=anything("Its variables by name: description, and either default or required.",
+                       maxProperties=MAX_VARIABLES, default={}),
+    session=anything("Fields of create; every string in them may hold {{variables}}."),
+)
 STREAM: Dict[str, Field] = dict(
     types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
     after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
@@ -7289,8 +7620,27 @@ def total_sessions(context: Context) -> int:
 
 
 def create_session_handler(ask: Ask, **fields: Any) -> Any:
-    """Create a session: an agent in a tmux window of its own."""
-    return Later(lambda: created(ask, fields, wait=True))
+    """Create a session: an agent in a tmux window of its own, from a template if one is named."""
+    filled = filled_fields(ask.context, NEW_SESSION, fields)
+    return Later(lambda: created(ask, filled, wait=True))
+
+
+def filled_fields(context: Context, table: Mapping[str, Field], fields: Json) -> Json:
+    """Give the fields of a create, from its template where the body leaves them open.  Raises ApiError 400, 404.
+
+    A body's own fields stand as they are given: only a template's strings are filled.
+    """
+    given = {name: fields[snake(name)] for name in table if fields[snake(name)] is not None}
+    template, variables = fields["template"], fields["variables"]
+    if template is not None:
+        found = find_template(context, template)
+        body = {name: value for name, value in found.body.items() if name in table and name not in given}
+        values = lookup(values_for(found.variables, variables or {}))
+        given = {**fill_body(body, values), **given}
+    elif variables is not None:
+        raise ApiError(400, "INVALID_REQUEST", "variables are for a template: name one",
+                       fields={"variables": "need a template"})
+    return {snake(name): value for name, value in validate(table, given).items()}
 
 
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
@@ -7742,14 +8092,14 @@ def set_policy(context: Context, session_id: str, given: Json) -> Later:
 def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
     """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
     parent = find_live(ask.context, id)
-    wanted = wanted_from(ask, fields)
+    wanted = wanted_from(ask, filled_fields(ask.context, OFFSPRING, fields))
     return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
 
 
 def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
     """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
     origin = find_session(ask.context, id)
-    wanted = wanted_from(ask, fields)
+    wanted = wanted_from(ask, filled_fields(ask.context, OFFSPRING, fields))
     return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
 
 
@@ -7860,7 +8210,8 @@ def explain_session(ask: Ask, id: str) -> Any:
 def create_batch(ask: Ask, sessions: List[Json]) -> Any:
     """Create up to 50 sessions; one bad item never spoils the rest, and nobody waits for deliveries."""
     def one(item: Json) -> Json:
-        return created(ask, {snake(name): value for name, value in validate(NEW_SESSION, item).items()}, wait=False)
+        given = {snake(name): value for name, value in validate(templated(NEW_SESSION), item).items()}
+        return created(ask, filled_fields(ask.context, NEW_SESSION, given), wait=False)
     return Later(lambda: in_batch(sessions, one, "created", "sessions", lambda item: {"name": item.get("name")}))
 
 
@@ -7935,6 +8286,59 @@ def labelled(context: Context, label: str) -> Callable[[str], bool]:
     return has
 
 
+def list_templates(ask: Ask, page: int, limit: int) -> Json:
+    """List templates: those that come with the program, then your own by name."""
+    store, ready = ask.context.store, list(BUILT_INS.values())
+    begin = (page - 1) * limit
+    total = len(ready) + store.value("SELECT count(*) FROM templates")
+    shown = ready[begin:begin + limit]
+    shown += store.rows(TemplateRow, "templates", "1 ORDER BY name LIMIT ? OFFSET ?", limit - len(shown),
+                        max(0, begin - len(ready)))
+    return {"templates": [wire_template(one) for one in shown], "pagination": pagination(page, limit, total)}
+
+
+def create_template(ask: Ask, name: str, description: str, variables: Json, session: Json) -> Json:
+    """Create a template: a named body of create with {{variables}} in its strings."""
+    now = time.time()
+    row = TemplateRow(new_id("tpl-"), name, description, read_variables(variables), check_body(session), now, now)
+    return wire_template(store_template(ask.context, row, known=False))
+
+
+def check_body(session: Json) -> Json:
+    """Check a template's body: known fields, and right values where no blank stands.  Raises ApiError 400."""
+    faults = {}
+    for name, value in session.items():
+        if name not in NEW_SESSION:
+            faults[f"session.{clip(name, 60)}"] = "is not a field of create"
+        elif not any("{{" in text_ for _, text_ in strings(value, f"session.{name}")) and value is not None:
+            wrong = complaint(NEW_SESSION[name], value)
+            if wrong:
+                faults[f"session.{name}"] = wrong
+    if faults:
+        raise faulty(faults)
+    return {name: value for name, value in session.items() if value is not None}
+
+
+def get_template(ask: Ask, id: str) -> Json:
+    """Get a template by its id or name."""
+    return wire_template(find_template(ask.context, id))
+
+
+def replace_template(ask: Ask, id: str, name: str, description: str, variables: Json, session: Json) -> Json:
+    """Replace a template; sessions made from it stay as they are."""
+    known = find_own_template(ask.context, id)
+    row = known._replace(name=name, description=description, variables=read_variables(variables),
+                         body=check_body(session), updated_at=time.time())
+    return wire_template(store_template(ask.context, row, known=True))
+
+
+def delete_template(ask: Ask, id: str) -> Json:
+    """Delete a template; sessions made from it stay."""
+    known = find_own_template(ask.context, id)
+    ask.context.bus.commit([("DELETE FROM templates WHERE id = ?", (known.id,))])
+    return {"id": known.id, "name": known.name, "deleted": True}
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -8000,7 +8404,8 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("GET /v1/health", get_health, None),
-    Route("POST /v1/sessions", create_session_handler, "sessions:write", NEW_SESSION, 201, "create_session", True),
+    Route("POST /v1/sessions", create_session_handler, "sessions:write", templated(NEW_SESSION), 201,
+          "create_session", True),
     Route(
         "GET /v1/sessions",
         list_sessions,
@@ -8068,7 +8473,7 @@ ROUTES = (
         "POST /v1/sessions/:id/spawn",
         spawn_session,
         "sessions:write",
-        dict(id=ID, **OFFSPRING),
+        dict(id=ID, **templated(OFFSPRING)),
         201,
         "spawn_session",
         True,
@@ -8077,7 +8482,7 @@ ROUTES = (
         "POST /v1/sessions/:id/fork",
         fork_session_handler,
         "sessions:write",
-        dict(id=ID, **OFFSPRING),
+        dict(id=ID, **templated(OFFSPRING)),
         201,
         "fork_session",
         True,
@@ -8273,6 +8678,23 @@ ROUTES = (
         "sessions:read",
         dict(session=text("Only this session's events.", 64, default=None), **STREAM, **LABELLED),
     ),
+    Route(
+        "GET /v1/templates",
+        list_templates,
+        "sessions:read",
+        paged("Templates on a page.", 50),
+        tool="list_templates",
+    ),
+    Route("POST /v1/templates", create_template, "sessions:write", TEMPLATE, 201, "create_template"),
+    Route("GET /v1/templates/:id", get_template, "sessions:read", dict(id=TEMPLATE_ID), tool="get_template"),
+    Route(
+        "PUT /v1/templates/:id",
+        replace_template,
+        "sessions:write",
+        dict(id=TEMPLATE_ID, **TEMPLATE),
+        tool="replace_template",
+    ),
+    Route("DELETE /v1/templates/:id", delete_template, "sessions:write", dict(id=TEMPLATE_ID), tool="delete_template"),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,

@@ -4867,6 +4867,192 @@ def test_a_usage_limit_with_a_date_is_read():
 
 
 # ============================================================================
+# TEMPLATES. A create body with blanks to fill in.
+# ============================================================================
+
+FILLED = [   # text, values -> what it comes to
+    ("plain", {}, "plain"), ("", {}, ""), ("{{a}}", {"a": "1"}, "1"), ("{{ a }}", {"a": "1"}, "1"),
+    ("{{\ta}}", {"a": "1"}, "1"), ("x{{a}}y{{b}}z", {"a": "1", "b": "2"}, "x1y2z"), ("{{a}}{{a}}", {"a": "ab"}, "abab"),
+    ("{{a}}", {"a": "{{b}}", "b": "no"}, "{{b}}"), ("{{a}}", {"a": "\\{{b}}"}, "\\{{b}}"),
+    ("{{a}}b}}", {"a": "{{"}, "{{b}}"), ("{{a}}a}}", {"a": "{{"}, "{{a}}"),
+    (r"\{{a}}", {"a": "1"}, "{{a}}"), (r"\\{{a}}", {"a": "1"}, r"\1"), (r"\\\{{a}}", {"a": "1"}, r"\{{a}}"),
+    (r"\\\\{{a}}", {"a": "1"}, r"\\1"), (r"a\b {{a}}", {"a": "1"}, r"a\b 1"), (r"\{{ {{a}} }}", {"a": "1"}, "{{ 1 }}"),
+    ("{a}", {"a": "1"}, "{a}"), ('{"x":{"y":1}}', {}, '{"x":{"y":1}}'), ("}}", {}, "}}"),
+    ("{ {a} }", {"a": "1"}, "{ {a} }"),
+    ("{{_x9}}", {"_x9": "ok"}, "ok"), ("{{a}}", {"a": ""}, ""),
+    ("{{a}}", {"a": "\u00e9\U0001f600\n"}, "\u00e9\U0001f600\n"),
+    ("{{memory.k}}", {"memory.k": "v"}, "v"), ("{{memory.a/b-c d}}", {"memory.a/b-c d": "v"}, "v"),
+    ("{{stages.stage-1.output}}", {"stages.stage-1.output": "v"}, "v"), ("${{a}}", {"a": "1"}, "$1"),
+    ("%s {0} $a", {"a": "1"}, "%s {0} $a"),
+]
+UNFILLED = [   # text, what the refusal names
+    ("{{a}}", "a"), ("{{b}} {{a}}", "b"), ("{{}}", "{{}}"), ("{{ }}", "{{ }}"), ("{{a", "{{a"), ("{{a}", "{{a}"),
+    ("{{a b}}", "{{a b}}"), ("{{1}}", "{{1}}"), ("{{a.b}}", "a.b"), ("{{{a}}}", "{{{a"), ("{{a\n}}", "{{a"),
+    ("{{a-b}}", "a-b"), ("{{memory.}}", "memory."), ("{{stages.x}}", "stages.x"), ("{{stages..output}}", "stages."),
+    ("{{#if a}}", "#if"), ("{{a|b}}", "a|b"), ("{{" + "x" * 700 + "}}", "xxx"), ("{{\u00e9}}", "\u00e9"),
+]
+
+
+@pytest.mark.parametrize("text, values, wanted", FILLED)
+def test_a_text_is_filled_in_one_pass(text, values, wanted):
+    assert aegis.fill(text, aegis.lookup(values)) == wanted
+
+
+@pytest.mark.parametrize("text, names", UNFILLED)
+def test_what_cannot_be_filled_is_named(text, names):
+    with pytest.raises(aegis.Unfilled) as refused:
+        aegis.fill(text, aegis.lookup({}))
+    assert names in str(refused.value)
+
+
+def test_any_text_can_be_written_and_no_value_is_read():
+    rng = random.Random(7)
+    for _ in range(3_000):
+        value = "".join(rng.choice(["{{", "}}", "\\", "{", "}", "a", "{{a}}", "\n"]) for _ in range(rng.randrange(9)))
+        escaped = re.sub(r"\\*\{\{", lambda found: "\\" * (2 * len(found[0]) - 4) + r"\{{", value)
+        assert aegis.fill(escaped, aegis.lookup({})) == value, (value, escaped)
+        assert aegis.fill("<{{a}}>", aegis.lookup({"a": value})) == f"<{value}>"
+
+
+@pytest.mark.parametrize("text", ["\\" * 1_000_000, "{" * 1_000_000, "{{" * 300_000, "{{a" * 300_000, " {{ " * 200_000,
+                                  "{{" + " " * 1_000_000, r"\{{" * 300_000])
+def test_a_huge_text_is_read_in_time(text):
+    began = time.monotonic()
+    with contextlib.suppress(aegis.Unfilled):
+        aegis.fill(text, aegis.lookup({}))
+    assert time.monotonic() - began < 3
+
+
+def test_a_small_template_makes_no_giant():
+    with pytest.raises(aegis.Unfilled) as refused:
+        aegis.fill("{{a}}" * 100_000, aegis.lookup({"a": "x" * 1_000_000}))
+    assert "4,000,000" in str(refused.value)
+
+
+@contextlib.contextmanager
+def template(server: Server, **body: Any) -> Iterator[Json]:
+    """Make a template that goes with the block."""
+    made = server.ask("POST /v1/templates", {"name": f"t-{uuid.uuid4().hex[:8]}", **body})
+    yield made
+    server.call(f"DELETE /v1/templates/{made['id']}")
+
+
+def test_create_template_gives_a_session_its_fields_and_the_body_wins(server, make):
+    with template(server, description="says", variables={"word": {"description": "What to say."},
+                                                         "team": {"default": "a"}, "note": {"required": False}},
+                  session={"workDir": str(server.work), "prompt": "[[say {{word}}{{note}}]]", "worktree": False,
+                           "labels": {"team": "{{team}}", "own": "yes"}, "permissionProfile": "standard"}) as made:
+        assert made["variables"]["note"] == {"description": "", "required": False, "default": ""}
+        assert made["variables"]["word"]["required"] is True and made["builtIn"] is False
+        one = make(workDir=None, ready=False, template=made["name"], variables={"word": "{{team}} \\ {{x}}"})
+        found = one.read()
+        assert found["output"] == "{{team}} \\ {{x}}", "what a value holds is not expanded"
+        assert one.get()["labels"] == {"team": "a", "own": "yes"} and one.get()["permissionProfile"] == "standard"
+        other = make("[[say {{word}}]]", template=made["id"], variables={"word": 7, "team": True}, labels={"my": "own"})
+        assert other.read()["output"] == "{{word}}", "a body's own prompt arrives as it is"
+        assert other.get()["labels"] == {"my": "own"}
+
+
+def test_create_template_fills_children_forks_and_batches_too(server, make):
+    with template(server, variables={"word": {}}, session={"prompt": "[[say {{word}}]]"}) as made:
+        parent = make("[[say parent]]")
+        parent.read()
+        for verb in ("spawn", "fork"):
+            child = Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/{verb}",
+                                            {"template": made["id"], "variables": {"word": verb}}))
+            assert child.read()["output"] == verb and child.get()["workDir"] == str(server.work)
+            child.kill()
+        items = [{"template": made["id"], "variables": {"word": "batch"}, "workDir": str(server.work)},
+                 {"template": made["id"], "workDir": str(server.work)}]
+        told = server.ask("POST /v1/sessions/batch", {"sessions": items})
+        assert (told["created"], told["failed"]) == (1, 1) and "variables.word" in told["errors"][0]["fields"]
+        Talk(server, told["sessions"][0]).kill()
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"variables": {}}, "variables.word"), ({"variables": {"word": "x", "wrod": "y"}}, "variables.wrod"),
+    ({"variables": {"word": ["x"]}}, "variables.word"), ({"variables": {"word": None}}, "variables.word"),
+    ({"variables": {"word": "x", "dir": "relative"}}, "workDir"),
+    ({"variables": {"word": "x", "team": "\n"}}, "labels"),
+    ({"variables": {"word": "\ud800"}}, "variables.word"),
+    ({"template": None, "variables": {"word": "x"}}, "variables"),
+    ({"variables": {"word": "x"}, "prompt": " "}, "prompt"),
+])
+def test_create_session_from_a_template_names_what_is_missing_unknown_or_wrong(server, body, field):
+    with template(server, variables={"word": {}, "dir": {"default": str(server.work)}, "team": {"default": "a"}},
+                  session={"workDir": "{{dir}}", "prompt": "{{word}}", "labels": {"team": "{{team}}"}}) as made:
+        answer = server.call("POST /v1/sessions", {"template": made["id"], **body})
+        assert answer.status == 400 and field in answer.json["fields"], answer.json
+        check_envelope(answer)
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"session": {"prompt": "{{other}}"}}, "session.prompt"), ({"session": {"prompt": "{{a b}}"}}, "session.prompt"),
+    ({"session": {"zebra": 1}}, "session.zebra"), ({"session": {"maxSeconds": "soon"}}, "session.maxSeconds"),
+    ({"session": {"name": "{{memory.k}}"}}, "session.name"), ({"session": {"prompt": "{{stages.a.output}}"}},
+                                                              "session.prompt"),
+    ({"session": {"env": {"A": "{{b}}"}}}, "session.env.A"), ({"session": {"args": ["{{b}}"]}}, "session.args.0"),
+    ({"variables": {"a b": {}}}, "variables.a b"), ({"variables": {"a": "x"}}, "variables.a"),
+    ({"variables": {"a": {"kind": "x"}}}, "variables.a"), ({"variables": {"a": {"default": []}}}, "variables.a"),
+    ({"variables": {"a": {"default": "x", "required": True}}}, "variables.a"), ({"name": ""}, "name"),
+    ({"variables": {"a": {"required": "yes"}}}, "variables.a"), ({"name": "reviewer"}, "name"),
+    ({"session": 5}, "session"),
+    ({"session": {"prompt": "\ud800 {{word}}"}}, "session.prompt"),
+    ({"variables": {"a": {"default": "\udc00"}}}, "variables.a"),
+    ({"session": {"permissions": {"a": [[[[[[[[[["x"]]]]]]]]]]}}}, "session.permissions"),
+    ({"variables": {f"v{number}": {} for number in range(51)}}, "variables"),
+])
+def test_create_template_refuses_what_could_never_be_used(server, change, field):
+    answer = server.call("POST /v1/templates", {"name": "odd", "variables": {"word": {}}, "session": {}, **change})
+    assert answer.status in (400, 409) and any(one.startswith(field) for one in answer.json["fields"]), answer.json
+    assert server.call("GET /v1/templates/odd").status == 404
+
+
+def test_list_templates_begins_with_those_that_come_with_the_program(server):
+    with template(server, session={}) as one, template(server, session={}) as two:
+        told = server.ask("GET /v1/templates")
+        names = [each["name"] for each in told["templates"]]
+        assert names[:4] == ["reviewer", "test-writer", "bug-fixer", "docs-writer"]
+        assert {one["name"], two["name"]} <= set(names) and told["pagination"]["total"] == len(names)
+        pages = [server.ask(f"GET /v1/templates?limit=3&page={page}")["templates"] for page in (1, 2)]
+        assert [each["name"] for page in pages for each in page] == names[:6]
+
+
+def test_get_template_finds_by_id_and_by_name_and_says_404(server):
+    with template(server, session={"prompt": "x"}) as made:
+        assert server.ask(f"GET /v1/templates/{made['id']}") == server.ask(f"GET /v1/templates/{made['name']}") == made
+    assert server.refusal(f"GET /v1/templates/{made['id']}") == (404, "TEMPLATE_NOT_FOUND")
+
+
+def test_replace_template_changes_all_of_it_but_never_one_that_comes_with_the_program(server):
+    with template(server, description="one", session={"prompt": "x"}) as made, template(server, session={}) as other:
+        told = server.ask(f"PUT /v1/templates/{made['id']}", {"name": made["name"], "session": {"prompt": "y"}})
+        assert (told["session"], told["description"], told["createdAt"]) == ({"prompt": "y"}, "", made["createdAt"])
+        assert server.ask(f"GET /v1/templates/{made['id']}") == told
+        taken = {"name": other["name"], "session": {}}
+        assert server.refusal(f"PUT /v1/templates/{made['id']}", taken) == (409, "NAME_IN_USE")
+    body = {"name": "reviewer", "session": {}}
+    assert server.refusal("PUT /v1/templates/reviewer", body) == (409, "TEMPLATE_BUILT_IN")
+
+
+def test_delete_template_takes_it_away_once(server):
+    made = server.ask("POST /v1/templates", {"name": "short-lived", "session": {}})
+    assert server.ask("DELETE /v1/templates/short-lived")["deleted"] is True
+    assert server.refusal(f"DELETE /v1/templates/{made['id']}") == (404, "TEMPLATE_NOT_FOUND")
+    assert server.refusal("DELETE /v1/templates/reviewer") == (409, "TEMPLATE_BUILT_IN")
+
+
+@pytest.mark.parametrize("name, variables", [("reviewer", {}), ("test-writer", {"target": "add()"}),
+                                             ("bug-fixer", {"bug": "1 + 1 is 3"}), ("docs-writer", {})])
+def test_list_templates_holds_only_what_works(server, make, name, variables):
+    one = make(workDir=None, ready=False, template=name, variables={"workDir": str(server.work), **variables})
+    assert one.created["promptDelivery"]["delivered"] is True and one.read()["status"] == "idle"
+    assert "{{" not in one.prompts()[0] and all(value in one.prompts()[0] for value in variables.values())
+    policy = one.ask("GET permissions")["policy"]
+    assert (policy.get("allowWrite") is False) == (name == "reviewer")
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
