@@ -31,6 +31,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     FAMILY        children, forks, resumed sessions
     WATCH         stalls, time limits, budgets, usage limits
     TEMPLATES     create bodies with blanks to fill in
+    MEMORY        what agents and callers leave for one another
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -43,7 +44,7 @@ Rooms, top to bottom; a room uses only rooms above it:
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
-session, while it types) -
+session, while it types) - aegis-sweep (memory that expired) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
@@ -553,6 +554,11 @@ def anything(about: str, **more: Any) -> Field:
     return {"type": "object", "description": about, **more}
 
 
+def any_json(about: str, **more: Any) -> Field:
+    """Describe any JSON value, null too."""
+    return {"type": ["null", "boolean", "number", "string", "array", "object"], "description": about, **more}
+
+
 TYPES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "string": (lambda v: isinstance(v, str), "a string"),
     "integer": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
@@ -560,6 +566,7 @@ TYPES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "boolean": (lambda v: isinstance(v, bool), "true or false"),
     "array": (lambda v: isinstance(v, list), "an array"),
     "object": (lambda v: isinstance(v, dict), "an object"),
+    "null": (lambda v: v is None, "null"),
 }
 
 # keyword -> (holds when, otherwise we say).  maxLength stands before pattern, so that no pattern
@@ -626,7 +633,7 @@ def validate(fields: Mapping[str, Field], given: Mapping[str, Any]) -> Json:
     values: Json = {}
     for name, field in fields.items():
         value = given.get(name)
-        if value is None:
+        if value is None and not (name in given and "null" in field["type"]):
             if "default" not in field:
                 faults[name] = "is required"
             values[name] = field.get("default")
@@ -701,6 +708,16 @@ MIGRATIONS = (
     CREATE TABLE templates (
         id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL, variables TEXT NOT NULL,
         body TEXT NOT NULL, created_at REAL NOT NULL, updated_at REAL NOT NULL);
+    """,
+    """
+    CREATE TABLE memory (
+        version INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT NOT NULL, key TEXT NOT NULL, content TEXT NOT NULL,
+        size INTEGER NOT NULL, created_at REAL NOT NULL, updated_at REAL NOT NULL, expires_at REAL,
+        UNIQUE (session, key));
+    CREATE INDEX memory_expires ON memory(expires_at) WHERE expires_at IS NOT NULL;
+    CREATE INDEX memory_sizes ON memory(session, size);
+    CREATE TRIGGER memory_ends AFTER UPDATE OF ended_at ON sessions WHEN NEW.ended_at IS NOT NULL
+        BEGIN DELETE FROM memory WHERE session = NEW.id; END;
     """,
 )
 
@@ -799,6 +816,19 @@ class TemplateRow(NamedTuple):
     updated_at: float
 
 
+class MemoryRow(NamedTuple):
+    """One entry of the memory."""
+
+    version: int                   # grows with every change of any entry, and is never given out again
+    session: str                   # whose it is, and with whose end it goes; empty: everybody's
+    key: str
+    content: Any                   # any JSON value
+    size: int                      # bytes of it as JSON
+    created_at: float
+    updated_at: float
+    expires_at: Optional[float]
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -810,7 +840,7 @@ class Event(NamedTuple):
 
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
-                          "worktree", "known", "variables", "body"))
+                          "worktree", "known", "variables", "body", "content"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -975,6 +1005,8 @@ EVENT_TYPES = {
     "prompt.failed": "it was cancelled, interrupted or failed; `reason` says which",
     "turn.started": "a turn began, whoever typed its prompt",
     "turn.ended": "a turn ended; `outcome` is done, interrupted or error",
+    "memory.set": "an entry of the memory was set; carries key and version, never the value",
+    "memory.deleted": "an entry of the memory was deleted; what expires or ends with its session is not told",
     "reset": "events before this one are no longer stored: read the state anew",
 }
 
@@ -7110,6 +7142,139 @@ def wire_template(row: TemplateRow) -> Json:
 
 
 # ============================================================================
+# MEMORY. What agents and callers leave for one another.
+# ============================================================================
+# Entries of any JSON value under a key: everybody's, or a session's own, which
+# go with its end (by a trigger, in the same transaction).  An expired entry is
+# gone at once for every reader; a thread sweeps it away later.  Versions grow
+# and never come back, so that compare-and-set mistakes no entry for an earlier
+# one of the same key.  Changes are made under Store.lock.
+
+MAX_KEY = 512                  # characters: a path fits
+MAX_ENTRY = 262_144            # bytes of one value as JSON; larger things belong into files
+MAX_ENTRIES = 10_000           # of one session, or of all together
+MAX_MEMORY = 67_108_864        # bytes of all values of one session, or of all together
+SWEEP_SECONDS = 5.0            # pause between two looks for what has expired
+MEMORY_ALIVE = "session = ? AND (expires_at IS NULL OR expires_at > ?)"
+
+
+def encode_value(value: Any) -> str:
+    """Write a value as JSON.  Raises ApiError 400, or 413 when it is too large."""
+    try:
+        raw = dump(value)
+    except (ValueError, RecursionError):
+        raise faulty({"value": "holds a number that is too large, or is nested too deeply"}) from None
+    if _has_lone_surrogate(raw):
+        raise faulty({"value": "holds half a surrogate pair, which is not text"})
+    if len(raw.encode()) > MAX_ENTRY:
+        raise ApiError(413, "TOO_LARGE", f"value must have at most {MAX_ENTRY:,} bytes as JSON: put it into a file, "
+                       "and its path here", fields={"value": f"has {len(raw.encode()):,} bytes"})
+    return raw
+
+
+def find_entry(context: Context, session_id: str, key: str) -> Optional[MemoryRow]:
+    """Find an entry that has not expired."""
+    return context.store.row(MemoryRow, "memory", f"{MEMORY_ALIVE} AND key = ?", session_id, time.time(), key)
+
+
+def check_version(known: Optional[MemoryRow], wanted: Optional[int], key: str) -> None:
+    """Refuse a change of an entry that is not the one the caller saw.  Raises ApiError 409 with its version."""
+    version = known.version if known else 0
+    if wanted is not None and wanted != version:
+        found = f"has version {version}" if known else "does not exist"
+        raise ApiError(409, "VERSION_CONFLICT", f"{clip(key, 60)!r} {found}, not version {wanted}: read it again",
+                       version=version)
+
+
+def check_space(context: Context, session_id: str, more: int, size: int) -> None:
+    """Refuse entries or bytes beyond what a memory may hold.  Raises ApiError 409."""
+    count, held = context.store.pairs(
+        "SELECT count(*), coalesce(sum(size), 0) FROM memory WHERE session = ?", session_id)[0]
+    if count + more > MAX_ENTRIES or (size > 0 and held + size > MAX_MEMORY):
+        raise ApiError(409, "MEMORY_FULL", f"the memory is full ({count:,} of {MAX_ENTRIES:,} entries, {held:,} of "
+                       f"{MAX_MEMORY:,} bytes): delete entries, or give them a time to live")
+
+
+def remember(context: Context, session_id: str, key: str, value: Any, seconds: Optional[float],
+             if_version: Optional[int] = None) -> MemoryRow:
+    """Set an entry, for so many seconds or for good.  Raises ApiError 400, 409, 413."""
+    raw, now = encode_value(value), time.time()
+    with context.store.lock:
+        known = find_entry(context, session_id, key)
+        check_version(known, if_version, key)
+        size = len(raw.encode())
+        check_space(context, session_id, 0 if known else 1, size - (known.size if known else 0))
+        last = context.store.value("SELECT seq FROM sqlite_sequence WHERE name = 'memory'") or 0
+        row = MemoryRow(last + 1, session_id, key, value, size, known.created_at if known else now, now,
+                        now + seconds if seconds is not None else None)
+        told = {"key": key, "version": row.version, "expiresAt": iso(row.expires_at)}
+        context.bus.commit([forget_statement(session_id, key), insert("memory", row._asdict())],
+                           [Draft("memory.set", session_id or None, told)])
+    return row
+
+
+def forget_statement(session_id: str, key: str) -> Statement:
+    """Write the statement that deletes an entry, expired or not."""
+    return "DELETE FROM memory WHERE session = ? AND key = ?", (session_id, key)
+
+
+def forget(context: Context, session_id: str, key: str, if_version: Optional[int]) -> MemoryRow:
+    """Delete an entry.  Raises ApiError 404, 409."""
+    with context.store.lock:
+        known = recall(context, session_id, key)
+        check_version(known, if_version, key)
+        told = {"key": key, "version": known.version}
+        context.bus.commit([forget_statement(session_id, key)], [Draft("memory.deleted", session_id or None, told)])
+    return known
+
+
+def recall(context: Context, session_id: str, key: str) -> MemoryRow:
+    """Give an entry.  Raises ApiError 404."""
+    found = find_entry(context, session_id, key)
+    if found is None:
+        raise ApiError(404, "MEMORY_NOT_FOUND", f"there is no memory entry {clip(key, 100)!r}")
+    return found
+
+
+def list_entries(context: Context, session_id: str, prefix: str, page: int, limit: int) -> Tuple[List[MemoryRow], int]:
+    """List entries by key, those that begin with a prefix; gives a page of them, and how many there are."""
+    where = f"{MEMORY_ALIVE} AND key >= ? AND substr(key, 1, ?) = ?"
+    args = (session_id, time.time(), prefix, len(prefix), prefix)
+    total = context.store.value(f"SELECT count(*) FROM memory WHERE {where}", *args)
+    rows = context.store.rows(MemoryRow, "memory", f"{where} ORDER BY key LIMIT ? OFFSET ?", *args, limit,
+                              (page - 1) * limit)
+    return rows, total
+
+
+def memory_text(context: Context, session_id: str = "") -> Callable[[str], Optional[str]]:
+    """Make the source of {{memory.KEY}}: the session's own entry, else everybody's; text as it is, the rest as JSON."""
+    def text_of(name: str) -> Optional[str]:
+        if not name.startswith("memory."):
+            return None
+        found = find_entry(context, session_id, name[7:]) or find_entry(context, "", name[7:])
+        return None if found is None else found.content if isinstance(found.content, str) else dump(found.content)
+    return text_of
+
+
+def wire_entry(row: MemoryRow) -> Json:
+    """Give an entry its shape on the wire."""
+    return {"key": row.key, "value": row.content, "version": row.version, "sessionId": row.session or None,
+            "size": row.size, "createdAt": iso(row.created_at), "updatedAt": iso(row.updated_at),
+            "expiresAt": iso(row.expires_at)}
+
+
+def sweep_memory(context: Context) -> None:
+    """Delete what has expired, now and then: the body of its thread."""
+    pause = 0.0
+    while not context.stopping.wait(pause):
+        with contextlib.suppress(ApiError):
+            now = time.time()
+            if context.store.value("SELECT 1 FROM memory WHERE expires_at <= ?", now):
+                context.bus.commit([("DELETE FROM memory WHERE expires_at <= ?", (now,))])
+        pause = SWEEP_SECONDS
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -7347,6 +7512,7 @@ class App:
         adopt_all(self.context)
         self.monitor.start()
         self.watch.start()
+        spawn("aegis-sweep", sweep_memory, self.context)
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -7536,6 +7702,16 @@ NEW_SESSION: Dict[str, Field] = dict(
 )
 # What a child or a fork may be given; the rest it has from the session that it comes from.
 OFFSPRING: Dict[str, Field] = {**NEW_SESSION, "workDir": {**NEW_SESSION["workDir"], "default": None}}
+EXPAND = flag("Put entries of the memory in place of {{memory.KEY}} in the prompt.", default=False)
+MEMORY_KEY = text("The entry's key; it may hold slashes.", MAX_KEY, minLength=1, pattern=r"^[^\x00-\x1f\x7f]+$")
+IF_VERSION = whole("Only if the entry has this version; 0: only if there is none.", 0, 10 ** 15, default=None)
+ENTRY: Dict[str, Field] = dict(
+    key=MEMORY_KEY,
+    value=any_json("Any JSON value."),
+    ttlMs=whole("Milliseconds that it lives; for good when missing.", 1, 10 ** 12, default=None),
+    ttlSeconds=number("The same in seconds.", 0.001, 1e9, default=None),
+    ifVersion=IF_VERSION,
+)
 VARIABLES = anything("Values of the template's variables, by name: text, numbers, true or false.", default=None)
 
 
@@ -7543,7 +7719,7 @@ def templated(fields: Mapping[str, Field]) -> Dict[str, Field]:
     """Describe a create that may take its fields from a template: none is required any more, none has a default."""
     return {**{name: {**field, "default": None} for name, field in fields.items()},
             "template": text("Template to take further fields from, by id or name.", 100, default=None),
-            "variables": VARIABLES}
+            "variables": VARIABLES, "expand": EXPAND}
 
 
 TEMPLATE: Dict[str, Field] = dict(
@@ -7563,6 +7739,10 @@ LABELLED: Dict[str, Field] = dict(label=LABEL)
 def paged(about: str, default: int) -> Dict[str, Field]:
     """Describe the fields of a request for one page of a list."""
     return dict(page=whole("Page, from 1.", 1, 1_000_000, default=1), limit=whole(about, 1, 200, default=default))
+
+
+ENTRIES: Dict[str, Field] = dict(
+    prefix=text("Only entries whose keys begin with this.", MAX_KEY, default=""), **paged("Entries on a page.", 50))
 
 
 def snake(name: str) -> str:
@@ -7628,14 +7808,16 @@ def create_session_handler(ask: Ask, **fields: Any) -> Any:
 def filled_fields(context: Context, table: Mapping[str, Field], fields: Json) -> Json:
     """Give the fields of a create, from its template where the body leaves them open.  Raises ApiError 400, 404.
 
-    A body's own fields stand as they are given: only a template's strings are filled.
+    A body's own fields stand as they are given: only a template's strings are filled, and the prompt if told.
     """
     given = {name: fields[snake(name)] for name in table if fields[snake(name)] is not None}
+    if fields["expand"] and "prompt" in given:
+        given["prompt"] = fill_from_memory(context, "prompt", given["prompt"])
     template, variables = fields["template"], fields["variables"]
     if template is not None:
         found = find_template(context, template)
         body = {name: value for name, value in found.body.items() if name in table and name not in given}
-        values = lookup(values_for(found.variables, variables or {}))
+        values = lookup(values_for(found.variables, variables or {}), memory_text(context))
         given = {**fill_body(body, values), **given}
     elif variables is not None:
         raise ApiError(400, "INVALID_REQUEST", "variables are for a template: name one",
@@ -7647,6 +7829,14 @@ def created(ask: Ask, fields: Json, wait: bool) -> Json:
     """Create a session, and wait for its first prompt's delivery if told."""
     session = create_session(ask.context, wanted_from(ask, fields, wait))
     return new_view(ask.context, session, fields["prompt"], wait)
+
+
+def fill_from_memory(context: Context, field: str, text_: str, session_id: str = "") -> str:
+    """Put entries of the memory in place of a text's blanks.  Raises ApiError 400 that names the missing one."""
+    try:
+        return fill(text_, lookup({}, memory_text(context, session_id)), MAX_PROMPT)
+    except Unfilled as wrong:
+        raise faulty({field: str(wrong)}) from None
 
 
 def wanted_from(ask: Ask, fields: Json, keyed: bool = True) -> Wanted:
@@ -7879,9 +8069,9 @@ def messages_now(session: Session, row: SessionRow, limit: int, mark: Optional[T
     return messages
 
 
-def send_text(ask: Ask, id: str, text: str) -> Any:
+def send_text(ask: Ask, id: str, text: str, expand: bool) -> Any:
     """Send a prompt; while the agent works it waits in the session's queue."""
-    return typed_later(ask, id, "prompt", text)
+    return typed_later(ask, id, "prompt", fill_from_memory(ask.context, "text", text, id) if expand else text)
 
 
 def run_command(ask: Ask, id: str, command: str) -> Any:
@@ -8339,6 +8529,67 @@ def delete_template(ask: Ask, id: str) -> Json:
     return {"id": known.id, "name": known.name, "deleted": True}
 
 
+def set_memory(ask: Ask, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+               if_version: Optional[int]) -> Json:
+    """Set an entry of the memory: any JSON value, for good or for a time."""
+    return wire_entry(remember(ask.context, "", key, value, time_to_live(ttl_ms, ttl_seconds), if_version))
+
+
+def time_to_live(milliseconds: Optional[int], seconds: Optional[float]) -> Optional[float]:
+    """Read how many seconds an entry lives.  Raises ApiError 400 when it is given twice."""
+    if milliseconds is not None and seconds is not None:
+        raise faulty({"ttlSeconds": "and ttlMs say the same: give one of them"})
+    return milliseconds / 1000 if milliseconds is not None else seconds
+
+
+def list_memory(ask: Ask, prefix: str, page: int, limit: int) -> Any:
+    """List entries of the memory by key; `prefix` takes those that begin with it."""
+    return Later(lambda: entries_page(ask.context, "", prefix, page, limit))
+
+
+def entries_page(context: Context, session_id: str, prefix: str, page: int, limit: int) -> Json:
+    """Give a page of entries."""
+    rows, total = list_entries(context, session_id, prefix, page, limit)
+    return {"entries": [wire_entry(row) for row in rows], "pagination": pagination(page, limit, total)}
+
+
+def get_memory(ask: Ask, key: str) -> Json:
+    """Get an entry of the memory."""
+    return wire_entry(recall(ask.context, "", key))
+
+
+def delete_memory(ask: Ask, key: str, if_version: Optional[int]) -> Json:
+    """Delete an entry of the memory."""
+    return {"key": key, "deleted": True, "version": forget(ask.context, "", key, if_version).version}
+
+
+def set_session_memory(ask: Ask, id: str, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+                       if_version: Optional[int]) -> Json:
+    """Set an entry of a session's own memory; it goes with the session's end."""
+    session, seconds = find_live(ask.context, id), time_to_live(ttl_ms, ttl_seconds)
+    with session.lock:   # no entry is made behind the session's end
+        find_live(ask.context, id)
+        return wire_entry(remember(ask.context, id, key, value, seconds, if_version))
+
+
+def list_session_memory(ask: Ask, id: str, prefix: str, page: int, limit: int) -> Any:
+    """List the entries of a session's own memory."""
+    find_session(ask.context, id)
+    return Later(lambda: entries_page(ask.context, id, prefix, page, limit))
+
+
+def get_session_memory(ask: Ask, id: str, key: str) -> Json:
+    """Get an entry of a session's own memory."""
+    find_session(ask.context, id)
+    return wire_entry(recall(ask.context, id, key))
+
+
+def delete_session_memory(ask: Ask, id: str, key: str, if_version: Optional[int]) -> Json:
+    """Delete an entry of a session's own memory."""
+    find_session(ask.context, id)
+    return {"key": key, "deleted": True, "version": forget(ask.context, id, key, if_version).version}
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -8530,7 +8781,8 @@ ROUTES = (
         "POST /v1/sessions/:id/send",
         send_text,
         "sessions:write",
-        dict(id=ID, text=text("The prompt, always text: never a command, never a shell.", MAX_PROMPT, minLength=1)),
+        dict(id=ID, text=text("The prompt, always text: never a command, never a shell.", MAX_PROMPT, minLength=1),
+             expand=EXPAND),
         tool="send_prompt",
         alias=True,
     ),
@@ -8695,6 +8947,44 @@ ROUTES = (
         tool="replace_template",
     ),
     Route("DELETE /v1/templates/:id", delete_template, "sessions:write", dict(id=TEMPLATE_ID), tool="delete_template"),
+    Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory"),
+    Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory"),
+    Route("GET /v1/memory/*key", get_memory, "memory:read", dict(key=MEMORY_KEY), tool="get_memory"),
+    Route(
+        "DELETE /v1/memory/*key",
+        delete_memory,
+        "memory:write",
+        dict(key=MEMORY_KEY, ifVersion=IF_VERSION),
+        tool="delete_memory",
+    ),
+    Route(
+        "POST /v1/sessions/:id/memories",
+        set_session_memory,
+        "memory:write",
+        dict(id=ID, **ENTRY),
+        tool="set_session_memory",
+    ),
+    Route(
+        "GET /v1/sessions/:id/memories",
+        list_session_memory,
+        "memory:read",
+        dict(id=ID, **ENTRIES),
+        tool="list_session_memory",
+    ),
+    Route(
+        "GET /v1/sessions/:id/memories/*key",
+        get_session_memory,
+        "memory:read",
+        dict(id=ID, key=MEMORY_KEY),
+        tool="get_session_memory",
+    ),
+    Route(
+        "DELETE /v1/sessions/:id/memories/*key",
+        delete_session_memory,
+        "memory:write",
+        dict(id=ID, key=MEMORY_KEY, ifVersion=IF_VERSION),
+        tool="delete_session_memory",
+    ),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,
@@ -8703,7 +8993,10 @@ ROUTES = (
         whole_body="report",
     ),
 )
-SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "hook"))
+SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "hook"))
+
+
+PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
 
 
 def proofread(routes: Sequence[Route]) -> None:
@@ -8717,22 +9010,23 @@ def proofread(routes: Sequence[Route]) -> None:
                  else "its fields are not its handler's parameters" if not open_ended
                  and {snake(name) for name in route.takes} != set(names)
                  else "its scope is unknown" if route.scope is not None and route.scope not in SCOPES
-                 else "a path field is not described" if not set(re.findall(r":(\w+)", route.route)) <= set(route.takes)
-                 else "its route is taken" if re.sub(r":\w+", ":", route.route) in seen else None)
+                 else "a path field is not described" if not set(PATH_FIELD.findall(route.route)) <= set(route.takes)
+                 else "its route is taken" if PATH_FIELD.sub(":", route.route) in seen else None)
         if wrong:
             raise TypeError(f"{route.route}: {wrong}")
-        seen.add(re.sub(r":\w+", ":", route.route))
+        seen.add(PATH_FIELD.sub(":", route.route))
 
 
 proofread(ROUTES)
 
 
 class Node:
-    """A step of the routing tree: literal segments, one named segment, and the routes that end here."""
+    """A step of the routing tree: literal segments, one named segment or rest, and the routes that end here."""
 
     def __init__(self) -> None:
         self.literal: Dict[str, Node] = {}
         self.named: Optional[Tuple[str, Node]] = None
+        self.rest: Optional[Tuple[str, Node]] = None
         self.routes: Dict[str, Route] = {}
 
 
@@ -8747,6 +9041,9 @@ def build_tree(routes: Sequence[Route]) -> Node:
                 if segment.startswith(":"):
                     node.named = node.named or (segment[1:], Node())
                     node = node.named[1]
+                elif segment.startswith("*"):
+                    node.rest = node.rest or (segment[1:], Node())
+                    node = node.rest[1]
                 else:
                     node = node.literal.setdefault(segment, Node())
             node.routes[method] = route
@@ -8759,7 +9056,12 @@ TREE = build_tree(ROUTES)
 def find_route(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
     """Find the row for a request.  Raises ApiError 404, or 405 with the methods that would do."""
     node, words = TREE, {}
-    for segment in path[1:].split("/"):
+    segments = path[1:].split("/")
+    for place, segment in enumerate(segments):
+        if node.rest and segment:
+            words[node.rest[0]] = urllib.parse.unquote("/".join(segments[place:]))
+            node = node.rest[1]
+            break
         following = node.literal.get(segment)
         if following is None and node.named and segment:
             words[node.named[0]] = urllib.parse.unquote(segment)

@@ -5053,6 +5053,231 @@ def test_list_templates_holds_only_what_works(server, make, name, variables):
 
 
 # ============================================================================
+# MEMORY. What agents and callers leave for one another.
+# ============================================================================
+
+
+@pytest.fixture
+def key(server: Server) -> Iterator[str]:
+    """The beginning of keys that go with the test."""
+    prefix = f"k-{uuid.uuid4().hex[:8]}/"
+    yield prefix
+    for one in server.ask(f"GET /v1/memory?prefix={prefix}&limit=200")["entries"]:
+        server.call(f"DELETE /v1/memory/{urllib.parse.quote(one['key'])}")
+
+
+VALUES = ["Using Fastify v5", "", 0, -1.5, 10 ** 19, True, False, None, [], {}, [1, [None, {"a": "b"}]], "\u0000\n",
+          {"deep": [[[[["x"]]]]]}, "\U0001f600 \u00e9"]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_set_memory_keeps_any_json_value(server, key, value):
+    made = server.ask("POST /v1/memory", {"key": key + "one", "value": value})
+    assert made["value"] == value and type(made["value"]) is type(value) and made["expiresAt"] is None
+    assert server.ask(f"GET /v1/memory/{key}one") == made
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "\u00e9/\U0001f600", "a?b#c", "a%2Fb", "a+b", "..", "a//b", "a/",
+                                  "x" * 500])
+def test_get_memory_takes_any_key(server, key, name):
+    made = server.ask("POST /v1/memory", {"key": key + name, "value": 1})
+    for path in (urllib.parse.quote(key + name), urllib.parse.quote(key + name, safe="")):
+        assert server.ask(f"GET /v1/memory/{path}") == made
+    assert server.ask(f"DELETE /v1/memory/{path}")["deleted"] is True
+
+
+def test_delete_memory_takes_an_entry_away_once(server, key):
+    server.ask("POST /v1/memory", {"key": key + "one", "value": 1})
+    assert server.ask(f"DELETE /v1/memory/{key}one")["deleted"] is True
+    for method in ("GET", "DELETE"):
+        assert server.refusal(f"{method} /v1/memory/{key}one") == (404, "MEMORY_NOT_FOUND")
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"value": 1}, "key"), ({"key": "", "value": 1}, "key"), ({"key": "a\nb", "value": 1}, "key"),
+    ({"key": "x" * 513, "value": 1}, "key"), ({"key": "k"}, "value"), ({"key": "k", "value": 1, "ttlMs": 0}, "ttlMs"),
+    ({"key": "k", "value": 1, "ttlMs": 1.5}, "ttlMs"), ({"key": "k", "value": 1, "ttlSeconds": -1}, "ttlSeconds"),
+    ({"key": "k", "value": 1, "ttlMs": 9, "ttlSeconds": 9}, "ttlSeconds"), ({"key": "k", "value": "\ud800"}, "value"),
+    ({"key": "k", "value": {"\udc00": 1}}, "value"), (b'{"key": "k", "value": 1e999}', "value"),
+    ({"key": "k", "value": 1, "ifVersion": -1}, "ifVersion"), ({"key": 5, "value": 1}, "key"),
+    (b'{"key": "k", "value": ' + b"[" * 700 + b"]" * 700 + b"}", None),
+])
+def test_set_memory_refuses_what_is_no_entry(server, body, field):
+    answer = server.call("POST /v1/memory", body)
+    assert answer.status in ((400,) if field else (200, 400)) and (not field or field in answer.json["fields"])
+    server.call("DELETE /v1/memory/k")
+
+
+def test_set_memory_refuses_what_is_too_large_and_says_how_large(server, key):
+    answer = server.call("POST /v1/memory", {"key": key + "big", "value": "\u00e9" * 140_000})
+    assert (answer.status, answer.json["code"]) == (413, "TOO_LARGE") and "280,002" in answer.json["fields"]["value"]
+    assert server.ask("POST /v1/memory", {"key": key + "big", "value": "x" * 262_000})["size"] == 262_002
+
+
+def test_set_memory_refuses_more_than_a_memory_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(aegis, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(aegis, "MAX_MEMORY", 100)
+    store = aegis.Store(tmp_path / "aegis.db")
+    context = type("Context", (), {"store": store, "bus": aegis.Bus(store, 100)})()
+    for name in "abc":
+        aegis.remember(context, "", name, "x" * 20, None)
+    for name, value, code in (("d", 1, "MEMORY_FULL"), ("a", "y" * 90, "MEMORY_FULL"), ("a", "y" * 50, None)):
+        with pytest.raises(aegis.ApiError) if code else contextlib.nullcontext() as refused:
+            aegis.remember(context, "", name, value, None)
+        assert not code or (refused.value.status, refused.value.code) == (409, code)
+    aegis.remember(context, "one session", "d", 1, None)
+    assert store.value("SELECT count(*) FROM memory") == 4
+    store.close()
+
+
+def test_set_memory_replaces_and_compares_versions(server, key):
+    name = key + "one"
+    put = lambda value, **more: server.call("POST /v1/memory", {"key": name, "value": value, **more})  # noqa: E731
+    assert put(0, ifVersion=7).status == 409
+    one = put(1, ifVersion=0).json
+    assert put(2, ifVersion=0).json["code"] == "VERSION_CONFLICT"
+    two = put(2, ifVersion=one["version"]).json
+    assert two["version"] > one["version"] and two["createdAt"] == one["createdAt"]
+    stale = put(3, ifVersion=one["version"])
+    assert stale.status == 409 and stale.json["version"] == two["version"]
+    check_envelope(stale)
+    assert server.refusal(f"DELETE /v1/memory/{name}?ifVersion={one['version']}") == (409, "VERSION_CONFLICT")
+    assert server.ask(f"DELETE /v1/memory/{name}?ifVersion={two['version']}")["version"] == two["version"]
+    assert put(4, ifVersion=two["version"]).status == 409
+    assert put(4).json["version"] > two["version"], "a version never comes back"
+
+
+def test_set_memory_by_many_at_once_counts_right(server, key):
+    def add_one(_: int) -> None:
+        while True:
+            known = server.ask(f"GET /v1/memory/{key}count")
+            body = {"key": key + "count", "value": known["value"] + 1, "ifVersion": known["version"]}
+            if server.call("POST /v1/memory", body).status == 200:
+                return
+    server.ask("POST /v1/memory", {"key": key + "count", "value": 0})
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(40)))
+    assert server.ask(f"GET /v1/memory/{key}count")["value"] == 40
+
+
+def test_list_memory_filters_by_prefix_and_pages(server, key):
+    for name in ("b", "a/1", "a/2", "a%", "a_", "a\U0010ffffx"):
+        server.ask("POST /v1/memory", {"key": key + name, "value": name})
+    found = lambda query: [one["value"] for one in server.ask(f"GET /v1/memory?{query}")["entries"]]  # noqa: E731
+    assert found(f"prefix={key}") == ["a%", "a/1", "a/2", "a_", "a\U0010ffffx", "b"]
+    assert found(f"prefix={key}a/") == ["a/1", "a/2"] and found(f"prefix={key}a%25") == ["a%"]
+    assert found(f"prefix={key}a_") == ["a_"] and found(f"prefix={key}A") == []
+    assert found(f"prefix={key}&limit=2&page=2") == ["a/2", "a_"]
+    assert server.ask(f"GET /v1/memory?prefix={key}&limit=4")["pagination"] == {
+        "page": 1, "limit": 4, "total": 6, "totalPages": 2}
+
+
+@pytest.mark.parametrize("life", [{"ttlMs": 300}, {"ttlSeconds": 0.3}])
+def test_an_entry_expires_on_time_and_is_swept(server, key, life):
+    name = key + "brief"
+    made = server.ask("POST /v1/memory", {"key": name, "value": 1, **life})
+    until = datetime.datetime.fromisoformat(made["expiresAt"].replace("Z", "+00:00")).timestamp()
+    while True:
+        asked = time.time()
+        answer = server.call(f"GET /v1/memory/{name}")
+        if answer.status == 404:
+            assert time.time() >= until
+            break
+        assert answer.json["value"] == 1 and asked < until + 0.002
+    assert server.ask(f"GET /v1/memory?prefix={name}")["entries"] == []
+    again = server.ask("POST /v1/memory", {"key": name, "value": 2, "ifVersion": 0, "ttlMs": 1})
+    assert again["version"] > made["version"]
+    database = sqlite3.connect(str(server.state / "aegis.db"))
+    eventually(lambda: database.execute("SELECT count(*) FROM memory WHERE key = ?", (name,)).fetchone() == (0,))
+    database.close()
+
+
+def test_set_session_memory_is_the_sessions_own_and_ends_with_it(server, make, key):
+    one, two = make(), make()
+    server.ask("POST /v1/memory", {"key": key + "status", "value": "everybody's"})
+    mine = one.ask("POST memories", {"key": key + "status", "value": "in-progress"})
+    assert mine["sessionId"] == one.id
+    assert one.ask(f"GET memories/{key}status") == mine and one.ask(f"GET memories?prefix={key}")["entries"] == [mine]
+    assert two.refusal(f"GET memories/{key}status") == (404, "MEMORY_NOT_FOUND")
+    assert server.ask(f"GET /v1/memory/{key}status")["value"] == "everybody's"
+    assert one.send(f"[[say {{{{memory.{key}status}}}}]]")["delivered"]
+    assert one.read()["output"] == f"{{{{memory.{key}status}}}}", "a text arrives as it is"
+    for talk, said in ((one, "in-progress"), (two, "everybody's")):
+        talk.ask("POST send", {"text": f"[[say {{{{memory.{key}status}}}}]]", "expand": True})
+        assert talk.read()["output"] == said
+    one.kill()
+    assert one.ask("GET memories")["entries"] == []
+    assert one.refusal("POST memories", {"key": "late", "value": 1}) == (409, "SESSION_ENDED")
+    assert server.refusal("POST /v1/sessions/nobody/memories", {"key": "k", "value": 1}) == (404, "SESSION_NOT_FOUND")
+
+
+def test_get_session_memory_list_session_memory_and_delete_session_memory_hold_one_session(make, key):
+    one = make()
+    for name in ("a/1", "a/2", "b"):
+        one.ask("POST memories", {"key": name, "value": name})
+    assert [entry["key"] for entry in one.ask("GET memories?prefix=a/")["entries"]] == ["a/1", "a/2"]
+    assert one.ask("GET memories/a/2")["value"] == "a/2"
+    assert one.ask("DELETE memories/a/2")["deleted"] is True
+    assert one.refusal("DELETE memories/a/2") == (404, "MEMORY_NOT_FOUND")
+    assert one.ask("GET memories")["pagination"]["total"] == 2
+
+
+def test_list_session_memory_get_session_memory_and_the_rest_say_404_for_nobody(server):
+    for verb in ("GET", "GET /k", "DELETE /k"):
+        method, _, rest = verb.partition(" ")
+        assert server.refusal(f"{method} /v1/sessions/nobody/memories{rest}") == (404, "SESSION_NOT_FOUND")
+
+
+def test_delete_session_memory_compares_versions(make):
+    one = make()
+    made = one.ask("POST memories", {"key": "k", "value": 1})
+    assert one.refusal(f"DELETE memories/k?ifVersion={made['version'] + 1}") == (409, "VERSION_CONFLICT")
+    assert one.ask(f"DELETE memories/k?ifVersion={made['version']}")["deleted"] is True
+
+
+def test_prompts_are_filled_from_the_memory_where_told(server, make, key):
+    server.ask("POST /v1/memory", {"key": key + "text", "value": "{{memory.x}} \\{{"})
+    server.ask("POST /v1/memory", {"key": key + "data", "value": {"a": [1, "\u00e9"]}})
+    blank = lambda name: f"{{{{memory.{key}{name}}}}}"  # noqa: E731
+    one = make(f"[[say {blank('text')} {blank('data')} \\{{{{]]", expand=True)
+    assert one.read()["output"] == '{{memory.x}} \\{{ {"a":[1,"\u00e9"]} {{'
+    with template(server, session={"workDir": str(server.work), "prompt": f"[[say {blank('text')}]]"}) as made:
+        assert make(workDir=None, ready=False, template=made["id"]).read()["output"] == "{{memory.x}} \\{{"
+    for route, field in (("POST /v1/sessions", "prompt"), (f"POST /v1/sessions/{one.id}/send", "text")):
+        body = {field: blank("nothing"), "expand": True, **({"workDir": str(server.work)} if field == "prompt" else {})}
+        answer = server.call(route, body)
+        assert answer.status == 400 and key + "nothing" in answer.json["fields"][field]
+
+
+def test_the_memory_is_told_by_events_without_its_values(server, make, key):
+    one = make()
+    made = one.ask("POST memories", {"key": key, "value": "hush-hush", "ttlMs": 60_000})
+    told = one.wait("memory.set")
+    assert (told["key"], told["version"], told["expiresAt"]) == (key, made["version"], made["expiresAt"])
+    assert "hush" not in json.dumps(told)
+    one.ask(f"DELETE memories/{key}")
+    assert one.wait("memory.deleted")["version"] == made["version"]
+
+
+@alone
+def test_the_memory_survives_a_crash(house):
+    own = house()
+    one = own.open()
+    kept = own.ask("POST /v1/memory", {"key": "kept", "value": {"a": 1}})
+    mine = one.ask("POST memories", {"key": "mine", "value": [1]})
+    own.ask("POST /v1/memory", {"key": "brief", "value": 1, "ttlMs": 1})
+    lost = own.open()
+    lost.ask("POST memories", {"key": "lost", "value": 1})
+    pid = lost.get()["pid"]
+    own.crash()
+    os.kill(pid, signal.SIGKILL)
+    own.start()
+    assert own.ask("GET /v1/memory")["entries"] == [kept] and one.ask("GET memories")["entries"] == [mine]
+    assert lost.status == "exited" and lost.ask("GET memories")["entries"] == []
+    assert own.ask("POST /v1/memory", {"key": "new", "value": 1})["version"] > mine["version"] > kept["version"]
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
@@ -5151,7 +5376,7 @@ def named(route: Any) -> str:
 
 def filled(route: Any) -> str:
     """Put something into a route's path."""
-    return re.sub(r":\w+", "nobody", route.route)
+    return re.sub(r"[:*]\w+", "nobody", route.route)
 
 
 @every_route
@@ -5182,7 +5407,7 @@ def test_every_route_names_an_unknown_field(server, route):
 def test_every_route_tells_its_methods(server, route):
     _, path = filled(route).split(" ")
     methods = {one.route.split(" ")[0] for one in aegis.ROUTES
-               if re.fullmatch(re.sub(r":\w+", "[^/]+", one.route.split(" ")[1]), path)}
+               if re.fullmatch(re.sub(r"[:*]\w+", "[^/]+", one.route.split(" ")[1]), path)}
     asked = server.call(f"OPTIONS {path}")
     allowed = set(asked.headers["Allow"].split(", "))
     assert asked.status in (200, 204) and asked.raw == b"" or asked.json
