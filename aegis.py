@@ -32,6 +32,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     WATCH         stalls, time limits, budgets, usage limits
     TEMPLATES     create bodies with blanks to fill in
     MEMORY        what agents and callers leave for one another
+    CHECKS        a project's own checks, found and run
+    VERIFY        rounds of checks, and mending between them
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -45,6 +47,7 @@ Threads: main (accepts, and answers what needs no waiting) - one for each reques
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired) -
+aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
@@ -719,6 +722,21 @@ MIGRATIONS = (
     CREATE TRIGGER memory_ends AFTER UPDATE OF ended_at ON sessions WHEN NEW.ended_at IS NOT NULL
         BEGIN DELETE FROM memory WHERE session = NEW.id; END;
     """,
+    """
+    CREATE TABLE verifies (
+        id TEXT PRIMARY KEY, session TEXT NOT NULL, work_dir TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
+        parallel INTEGER NOT NULL, fix INTEGER NOT NULL, round INTEGER NOT NULL, prompt TEXT, idempotency TEXT,
+        created_at REAL NOT NULL, ended_at REAL);
+    CREATE INDEX verifies_of ON verifies(session, created_at);
+    CREATE UNIQUE INDEX verifies_open ON verifies(session) WHERE ended_at IS NULL;
+    CREATE UNIQUE INDEX verifies_idempotency ON verifies(idempotency) WHERE idempotency IS NOT NULL;
+    CREATE TABLE checks (
+        id TEXT PRIMARY KEY, verify TEXT NOT NULL, round INTEGER NOT NULL, place INTEGER NOT NULL, name TEXT NOT NULL,
+        command TEXT NOT NULL, words TEXT NOT NULL, found INTEGER NOT NULL, timeout REAL NOT NULL, state TEXT NOT NULL,
+        reason TEXT, exit_code INTEGER, output TEXT NOT NULL, pid INTEGER, keeper INTEGER, started_at REAL,
+        ended_at REAL);
+    CREATE INDEX checks_of ON checks(verify, round, place);
+    """,
 )
 
 
@@ -829,6 +847,45 @@ class MemoryRow(NamedTuple):
     expires_at: Optional[float]
 
 
+class VerifyRow(NamedTuple):
+    """One verification: rounds of checks, with the agent's mending between them."""
+
+    id: str
+    session: str
+    work_dir: str
+    state: str                     # checking, fixing, passed, failed, cancelled
+    reason: Optional[str]
+    parallel: int                  # 1: the checks of a round run at once
+    fix: int                       # how often the agent is asked to mend what failed
+    round: int                     # from 0
+    prompt: Optional[str]          # the prompt that asks it to, while it mends
+    idempotency: Optional[str]
+    created_at: float
+    ended_at: Optional[float]
+
+
+class CheckRow(NamedTuple):
+    """One check of a round."""
+
+    id: str
+    verify: str
+    round: int
+    place: int                     # in its round, from 0
+    name: str
+    command: str                   # as a person would type it
+    words: List[str]               # as it is run
+    found: int                     # 1: found in the project, not given by a caller
+    timeout: float                 # seconds
+    state: str                     # queued, running, passed, failed, timed_out, skipped, cancelled
+    reason: Optional[str]
+    exit_code: Optional[int]
+    output: str                    # its last lines
+    pid: Optional[int]             # leader of its process group, while it runs
+    keeper: Optional[int]          # the process that keeps the end of its output
+    started_at: Optional[float]
+    ended_at: Optional[float]
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -840,7 +897,8 @@ class Event(NamedTuple):
 
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
-                          "worktree", "known", "variables", "body", "content"))
+                          "worktree", "known", "variables", "body", "content",
+                          "words"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -1005,6 +1063,10 @@ EVENT_TYPES = {
     "prompt.failed": "it was cancelled, interrupted or failed; `reason` says which",
     "turn.started": "a turn began, whoever typed its prompt",
     "turn.ended": "a turn ended; `outcome` is done, interrupted or error",
+    "verify.started": "a verification began; names its checks",
+    "verify.check": "one of its checks ended; carries name, state, exit code and seconds",
+    "verify.fixing": "what failed was sent to the agent as a prompt",
+    "verify.completed": "a verification ended: `passed`, and the state of each check of its last round",
     "memory.set": "an entry of the memory was set; carries key and version, never the value",
     "memory.deleted": "an entry of the memory was deleted; what expires or ends with its session is not told",
     "reset": "events before this one are no longer stored: read the state anew",
@@ -3802,6 +3864,7 @@ class Context:
         self.kick: Callable[["Session"], None] = lambda session: None       # delivery may go on
         self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
+        self.verifier: Any = None                      # see VERIFY
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
         self.lists: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}   # answers of list, by query, with the store's version
@@ -6176,6 +6239,7 @@ class Wanted(NamedTuple):
     idempotency: Optional[str] = None
     parent: Optional[Session] = None          # the child opens in its window
     origin: Optional[SessionRow] = None       # whose conversation it carries on
+    checks: Sequence[Json] = ()               # what verifies its work, as a caller gave them
 
 
 def check_work_dir(settings: Settings, path: str) -> str:
@@ -6294,7 +6358,7 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> Se
         policy = policy_json(policy_from_json({"profile": profile}, context.profiles))
     mode = wanted.permission_mode or ("plan" if policy.get("profile") == "plan" else settings.permission_mode)
     launch: Json = {"args": wanted.args, "env": wanted.env, "command": wanted.command, "started": now,
-                    "wanted": fingerprint(wanted)}
+                    "wanted": fingerprint(wanted), "checks": list(wanted.checks)}
     origin = wanted.origin
     if origin and has_conversation(origin):
         launch["fork"] = origin.conversation
@@ -6655,7 +6719,7 @@ def inherit(row: SessionRow, wanted: Wanted) -> Wanted:
         permission_mode=wanted.permission_mode or (row.permission_mode if same else None),
         args=wanted.args or (row.launch["args"] if same else []), env={**row.launch["env"], **wanted.env},
         command=wanted.command or (row.launch["command"] if same else None), policy=wanted.policy or row.policy,
-        labels={**row.labels, **wanted.labels})
+        labels={**row.labels, **wanted.labels}, checks=wanted.checks or row.launch.get("checks", ()))
 
 
 def resume_session(context: Context, session_id: str, prompt: Optional[str]) -> Session:
@@ -7275,6 +7339,700 @@ def sweep_memory(context: Context) -> None:
 
 
 # ============================================================================
+# CHECKS. A project's own checks, found and run.
+# ============================================================================
+# A check is a command in the project's directory whose exit status says pass
+# or fail.  Its process group outlives Aegis: the exit status and the end of
+# the output are files of their own, so that a restart waits for what runs
+# instead of running it again.  Its environment carries no credentials, and a
+# mark by which all that descends from it is found.  To find another kind of
+# check: a row in HINTS, or a function in FINDERS.
+
+CHECK_SECONDS = 600.0          # of one check, unless told otherwise: a test suite takes minutes
+MAX_CHECK_SECONDS = 86_400.0
+MAX_CHECKS = 50                # of one verification
+OUTPUT_KEPT = 65_536           # bytes of the end of a check's output that are looked at
+OUTPUT_SHOWN = 8_000           # characters of it that are stored
+MANIFEST_BYTES = 1_000_000     # a project's file that is longer is not read for checks
+CHECK_LOOK = 0.05              # seconds between two looks at a running check; an adopted one costs more
+ADOPTED_LOOK = 0.5
+KEEPER_SECONDS = 2.0           # a check's output is complete when nothing can write to it any more
+CHECK_MARK = "AEGIS_CHECK"     # the variable that marks a check's processes
+
+# The inner command's exit status is written whole or not at all, before anybody can see it.
+CHECK_SCRIPT = 'status=$1; shift; "$@"; code=$?; echo "$code" > "$status.part" && mv "$status.part" "$status"'
+CREDENTIAL = re.compile(
+    r"AEGIS_.*|CLAUDE.*|ANTHROPIC_.*|.*(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE_KEY).*",
+    re.IGNORECASE)
+CHECK_ENV = {"CI": "1", "TERM": "dumb", "NO_COLOR": "1", "PAGER": "cat", "GIT_PAGER": "cat", "GIT_TERMINAL_PROMPT": "0"}
+
+
+class Check(NamedTuple):
+    """A check that is to be run; `skip` says why it cannot be."""
+
+    name: str
+    words: Tuple[str, ...]
+    timeout: float = CHECK_SECONDS
+    skip: Optional[str] = None
+    found: bool = True
+
+
+class Hint(NamedTuple):
+    """A file that asks for a check."""
+
+    name: str                  # of the check; its first hint counts
+    file: str                  # in the project's directory; a pattern
+    says: Optional[str]        # what must stand in the file, at the beginning of a line
+    tools: Tuple[str, ...]     # programs, any of which will do
+    words: Tuple[str, ...]     # the arguments
+
+
+HINTS = (
+    Hint("ruff", "ruff.toml", None, ("ruff",), ("check", ".")),
+    Hint("ruff", ".ruff.toml", None, ("ruff",), ("check", ".")),
+    Hint("ruff", "pyproject.toml", r"\[tool\.ruff\b", ("ruff",), ("check", ".")),
+    Hint("flake8", ".flake8", None, ("flake8",), ()),
+    Hint("flake8", "setup.cfg", r"\[flake8\]", ("flake8",), ()),
+    Hint("black", "pyproject.toml", r"\[tool\.black\]", ("black",), ("--check", "-q", ".")),
+    Hint("mypy", "mypy.ini", None, ("mypy",), (".",)),
+    Hint("mypy", ".mypy.ini", None, ("mypy",), (".",)),
+    Hint("mypy", "pyproject.toml", r"\[tool\.mypy\]", ("mypy",), (".",)),
+    Hint("mypy", "setup.cfg", r"\[mypy\]", ("mypy",), (".",)),
+    Hint("pyright", "pyrightconfig.json", None, ("pyright",), ()),
+    Hint("pyright", "pyproject.toml", r"\[tool\.pyright\]", ("pyright",), ()),
+    Hint("pytest", "pytest.ini", None, ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "conftest.py", None, ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "pyproject.toml", r"\[tool\.pytest\b", ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "setup.cfg", r"\[tool:pytest\]", ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "tox.ini", r"\[pytest\]", ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "test_*.py", None, ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "tests/test_*.py", None, ("pytest", "pytest-3"), ("-q",)),
+    Hint("pytest", "tests/conftest.py", None, ("pytest", "pytest-3"), ("-q",)),
+    Hint("tsc", "tsconfig.json", None, ("tsc",), ("--noEmit",)),
+    Hint("deno test", "deno.json", None, ("deno",), ("test",)),
+    Hint("deno test", "deno.jsonc", None, ("deno",), ("test",)),
+    Hint("cargo check", "Cargo.toml", None, ("cargo",), ("check", "--all-targets")),
+    Hint("cargo test", "Cargo.toml", None, ("cargo",), ("test",)),
+    Hint("go build", "go.mod", None, ("go",), ("build", "./...")),
+    Hint("go vet", "go.mod", None, ("go",), ("vet", "./...")),
+    Hint("go test", "go.mod", None, ("go",), ("test", "./...")),
+    Hint("maven", "pom.xml", None, ("./mvnw", "mvn"), ("-q", "-B", "verify")),
+    Hint("gradle", "build.gradle", None, ("./gradlew", "gradle"), ("--console=plain", "check")),
+    Hint("gradle", "build.gradle.kts", None, ("./gradlew", "gradle"), ("--console=plain", "check")),
+    Hint("dotnet test", "*.sln", None, ("dotnet",), ("test",)),
+    Hint("mix test", "mix.exs", None, ("mix",), ("test",)),
+    Hint("rspec", ".rspec", None, ("rspec",), ()),
+    Hint("phpunit", "phpunit.xml", None, ("phpunit",), ()),
+    Hint("phpunit", "phpunit.xml.dist", None, ("phpunit",), ()),
+    Hint("swift test", "Package.swift", None, ("swift",), ("test",)),
+)
+# what scripts, targets and recipes that check something are called, in the order in which they are run
+TARGETS = ("lint", "format:check", "typecheck", "type-check", "check-types", "check", "build", "test")
+LOCKS = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lock": "bun", "bun.lockb": "bun"}   # file -> its tool
+TOOL_PLACES = (".venv/bin", "venv/bin", "node_modules/.bin", "vendor/bin")
+MAKE_RULE = re.compile(r"^([A-Za-z0-9][\w.-]*(?:[ \t]+[A-Za-z0-9][\w.-]*){0,20})[ \t]*::?(?!=)", re.MULTILINE)
+RECIPE_LINE = re.compile(r"^@?([A-Za-z][\w-]*)[^:=\n]{0,200}:(?!=)", re.MULTILINE)
+
+
+def read_manifest(work_dir: str, name: str) -> Optional[str]:
+    """Read a project's file; None when it is not there, or no plain file of a bearable size."""
+    path = os.path.join(work_dir, name)
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MANIFEST_BYTES:
+            return None
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def find_tool(work_dir: str, tools: Sequence[str]) -> Optional[str]:
+    """Find a check's program: the project's own before the box's."""
+    for tool in tools:
+        places = [tool] if "/" in tool else [f"{place}/{tool}" for place in TOOL_PLACES]
+        own = next((one for one in (os.path.join(work_dir, place) for place in places)
+                    if os.path.isfile(one) and os.access(one, os.X_OK)), None)
+        found = own or (None if "/" in tool else shutil.which(tool))
+        if found:
+            return found
+    return None
+
+
+def check_with(work_dir: str, name: str, tools: Sequence[str], words: Sequence[str]) -> Check:
+    """Make a check of a tool; a tool that is not installed makes it one that is skipped."""
+    program = find_tool(work_dir, tools)
+    if program is None:
+        return Check(name, (tools[-1], *words), skip=f"{tools[-1]} is not installed")
+    return Check(name, (program, *words))
+
+
+def find_npm(work_dir: str) -> List[Check]:
+    """Find the scripts of a package.json that check something."""
+    raw = read_manifest(work_dir, "package.json")
+    if raw is None:
+        return []
+    try:
+        scripts = json.loads(raw).get("scripts") or {}
+        wanted = [name for name in TARGETS if isinstance(scripts.get(name), str)]
+    except (ValueError, AttributeError, RecursionError):
+        return [Check("npm", ("npm", "test"), skip="package.json cannot be read as JSON")]
+    runner = next((tool for lock, tool in LOCKS.items() if os.path.exists(os.path.join(work_dir, lock))), "npm")
+    return [check_with(work_dir, f"{runner} {name}", (runner,), ("run", name)) for name in wanted
+            if "no test specified" not in scripts[name]]   # what `npm init` writes
+
+
+def find_make(work_dir: str) -> List[Check]:
+    """Find the targets of a Makefile that check something."""
+    raw = next((text_ for text_ in (read_manifest(work_dir, name) for name in ("GNUmakefile", "makefile", "Makefile"))
+                if text_ is not None), "")
+    targets = {word for found in MAKE_RULE.finditer(raw) for word in found[1].split()}
+    return [check_with(work_dir, f"make {name}", ("make",), (name,)) for name in TARGETS if name in targets]
+
+
+def find_just(work_dir: str) -> List[Check]:
+    """Find the recipes of a justfile that check something."""
+    raw = read_manifest(work_dir, "justfile") or read_manifest(work_dir, "Justfile") or ""
+    recipes = {found[1] for found in RECIPE_LINE.finditer(raw)}
+    return [check_with(work_dir, f"just {name}", ("just",), (name,)) for name in TARGETS if name in recipes]
+
+
+def find_hinted(work_dir: str) -> List[Check]:
+    """Find the checks that HINTS tell of."""
+    found: Dict[str, Check] = {}
+    for hint in HINTS:
+        if hint.name in found:
+            continue
+        if "*" in hint.file:
+            there = next(Path(work_dir).glob(hint.file), None) is not None
+        elif hint.says is None:
+            there = os.path.isfile(os.path.join(work_dir, hint.file))
+        else:
+            there = re.search(f"^{hint.says}", read_manifest(work_dir, hint.file) or "", re.MULTILINE) is not None
+        if there:
+            found[hint.name] = check_with(work_dir, hint.name, hint.tools, hint.words)
+    return list(found.values())
+
+
+FINDERS: Tuple[Callable[[str], List[Check]], ...] = (find_npm, find_make, find_just, find_hinted)
+
+
+def find_checks(work_dir: str, seconds: float) -> List[Check]:
+    """Find the checks that a project's own files ask for."""
+    return [one._replace(timeout=seconds) for finder in FINDERS for one in finder(work_dir)][:MAX_CHECKS]
+
+
+def read_checks(given: Sequence[Json], seconds: float) -> List[Check]:
+    """Read the checks that a caller gives: a command line for the shell, or words.  Raises ApiError 400."""
+    checks: Dict[str, Check] = {}
+    for index, one in enumerate(given):
+        try:
+            found = validate(CHECK_FIELDS, one)
+        except ApiError as error:
+            raise faulty({f"checks.{index}.{name}": wrong for name, wrong in error.more["fields"].items()}) from None
+        command = found["command"]
+        words = ("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command)
+        name = found["name"] or clip(command if isinstance(command, str) else shlex.join(words), 60)
+        if name in checks:
+            raise faulty({f"checks.{index}.name": f"{name!r} is there twice: give each check a name of its own"})
+        checks[name] = Check(name, words, found["timeout"] or seconds, found=False)
+    return list(checks.values())
+
+
+CHECK_FIELDS: Dict[str, Field] = dict(
+    name=text("Name of the check.", 100, default=None, minLength=1, pattern=r"^[^\x00-\x1f\x7f]+$"),
+    command={"type": ["string", "array"], "description": "A line for the shell, or a program with its words.",
+             "items": text("A word.", 10_000, pattern=r"^[^\x00]*$"), "maxItems": 200, "minItems": 1,
+             "maxLength": 20_000, "minLength": 1, "pattern": r"^\s*[^\s\x00][^\x00]*$"},
+    timeout=number("Seconds it may take.", 0.01, MAX_CHECK_SECONDS, default=None),
+)
+
+
+def shown_command(check: Check) -> str:
+    """Write a check's command as a person would type it."""
+    if check.words[:2] == ("/bin/sh", "-c"):
+        return check.words[2]
+    words = check.words if not check.found else (os.path.basename(check.words[0]), *check.words[1:])
+    return shlex.join(words)
+
+
+def check_environment(check_id: str) -> Dict[str, str]:
+    """Choose a check's environment: ours without credentials, for a program that nobody watches."""
+    kept = {name: value for name, value in agent_environment(os.environ, {}).items() if not CREDENTIAL.fullmatch(name)}
+    return {**kept, **CHECK_ENV, CHECK_MARK: check_id}
+
+
+class Running(NamedTuple):
+    """A check's processes: its own, and the one that keeps the end of its output."""
+
+    check: Any      # subprocess.Popen
+    keeper: Any
+
+
+def start_check(row: CheckRow, work_dir: str, folder: Path) -> Running:
+    """Start a check's process group.  Raises OSError."""
+    status, output = folder / f"{row.id}.status", folder / f"{row.id}.output"
+    environment = check_environment(row.id)
+    reader, writer = os.pipe()
+    try:
+        with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as kept:
+            keeper = subprocess.Popen(["tail", "-c", str(OUTPUT_KEPT)], stdin=reader, stdout=kept,
+                                      stderr=subprocess.DEVNULL, start_new_session=True,
+                                      env={**environment, CHECK_MARK: ""})
+        check = subprocess.Popen(["/bin/sh", "-c", CHECK_SCRIPT, "aegis-check", str(status), *row.words], cwd=work_dir,
+                                 env=environment, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+                                 start_new_session=True)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return Running(check, keeper)
+
+
+def marked_processes(check_id: str) -> List[int]:
+    """List the processes of a check, those that left its group too: by the mark in their environment."""
+    mark = f"{CHECK_MARK}={check_id}".encode()
+    if not os.path.isdir("/proc/self"):
+        listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
+        return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0") and not is_zombie(int(name)):
+                    found.append(int(name))
+    return found
+
+
+def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
+    """Kill what is left of a check's processes, and give the end of its output."""
+    group = row.pid if row.pid and row.pid in marked_processes(row.id) else None
+    if group:
+        terminate(group, 0.5)
+    for _ in range(5):
+        left = marked_processes(row.id)
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if not left:
+            break
+        time.sleep(0.02)
+    until = time.monotonic() + KEEPER_SECONDS
+    while row.keeper and alive(row.keeper) and not is_zombie(row.keeper) and time.monotonic() < until:
+        if running and running.keeper.poll() is not None:
+            break
+        time.sleep(0.005)
+    if running:
+        running.check.poll()   # collected
+    return last_lines(read_tail(folder / f"{row.id}.output", OUTPUT_KEPT))
+
+
+def last_lines(said: str) -> str:
+    """Reduce an output to its last lines, without what would move a terminal's cursor."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f]", "", said)
+    shown = plain[-OUTPUT_SHOWN:]
+    return shown if len(shown) == len(plain) or "\n" not in shown else shown.partition("\n")[2]
+
+
+def read_status(row: CheckRow, folder: Path) -> Optional[int]:
+    """Read a check's exit status; None while it has none."""
+    try:
+        return int((folder / f"{row.id}.status").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def forget_files(row: CheckRow, folder: Path) -> None:
+    """Remove a check's files."""
+    for kind in ("status", "status.part", "output"):
+        with contextlib.suppress(OSError):
+            (folder / f"{row.id}.{kind}").unlink()
+
+
+def judge_status(row: CheckRow, code: int, output: str) -> Json:
+    """Turn an exit status into a state, and why."""
+    if code == 0:
+        return {"state": "passed"}
+    if code in (126, 127) and row.found:
+        return {"state": "skipped", "reason": f"its tool cannot be run: {clip(output.strip()[-200:], 200)}"}
+    return {"state": "failed", "reason": f"killed by signal {code - 128}" if code > 128 else f"exit status {code}"}
+
+
+# ============================================================================
+# VERIFY. Rounds of checks, and mending between them.
+# ============================================================================
+# A verification is one round of checks; with fix: N, what failed goes to the
+# agent as a prompt, and when its turn has ended the same checks are run again,
+# N times at most.  Every step is stored before and after it is done, and done
+# by one thread per verification, which a restart begins anew where it was: a
+# check that still runs is waited for, one that vanished without a result with
+# its box is run again.  Lock: none; a row is changed by its own thread alone.
+#
+#     checking -> passed | failed
+#     checking -> fixing -> checking       (fix, and a check failed)
+#     either   -> cancelled
+
+OVER = ("passed", "failed", "cancelled")
+CHECKS_AT_ONCE = max(2, os.cpu_count() or 1)   # of all verifications: more would only slow each other down
+FIX_SHOWN = 3_000          # characters of each failed check's output that the agent is shown
+CANCEL_SECONDS = 15.0      # how long a cancelled verification may take to end its processes
+
+
+class Verifier:
+    """Runs verifications.  cancelled: ids that are to end; single set operations only, so no lock."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.folder = context.run_dir
+        self.slots = threading.BoundedSemaphore(CHECKS_AT_ONCE)
+        self.cancelled: "set[str]" = set()
+
+    def start(self) -> None:
+        """Go on with the verifications that the last Aegis left."""
+        for row in self.context.store.rows(VerifyRow, "verifies", "ended_at IS NULL ORDER BY created_at"):
+            spawn("aegis-verify", self.run, row.id)
+
+    def begin(self, session: SessionRow, checks: Sequence[Check], parallel: bool, fix: int,
+              key: Optional[str] = None) -> VerifyRow:
+        """Store a verification and begin it; the same key gives the same one.  Raises ApiError 409 while one runs."""
+        store = self.context.store
+        known = store.row(VerifyRow, "verifies", "idempotency = ?", key) if key else None
+        if known:
+            return same_verify(self.context, known, checks, parallel, fix)
+        row = VerifyRow(new_id("vr-"), session.id, session.work_dir, "checking", None, int(parallel), fix, 0, None, key,
+                        time.time(), None)
+        rows = [new_check(row, place, one) for place, one in enumerate(checks)]
+        told = {"verifyId": row.id, "checks": [one.name for one in rows], "fix": fix}
+        try:
+            self.context.bus.commit([insert("verifies", row._asdict()), *insert_checks(rows)],
+                                    [Draft("verify.started", session.id, told)])
+        except sqlite3.IntegrityError as error:
+            other = store.row(VerifyRow, "verifies", "session = ? AND ended_at IS NULL", session.id)
+            if other and key and other.idempotency == key:
+                return other
+            raise ApiError(409, "VERIFY_RUNNING", f"session {session.id} is being verified: wait for it, or cancel it",
+                           verifyId=other.id if other else None) from error
+        spawn("aegis-verify", self.run, row.id)
+        return row
+
+    def run(self, verify_id: str) -> None:
+        """Do one step after the other until it is over: the body of a verification's thread."""
+        while not self.context.stopping.is_set():
+            try:
+                row = find_verify(self.context, verify_id)
+                if row.ended_at is not None:
+                    break
+                STEPS["cancelled" if verify_id in self.cancelled else row.state](self, row)
+            except ApiError as error:   # the store refuses: what was done is known by its files
+                self.context.log.note("warning", "verification waits", verify=verify_id, error=error)
+                self.context.stopping.wait(1.0)
+            except Exception:
+                self.context.log.note("error", "verification failed", verify=verify_id, trace=traceback.format_exc())
+                with contextlib.suppress(ApiError):
+                    self.finish(find_verify(self.context, verify_id), "failed", "internal error; the log tells more")
+                    break
+                self.context.stopping.wait(1.0)
+        self.cancelled.discard(verify_id)
+
+    def check_round(self, row: VerifyRow) -> None:
+        """Run what is left of a round's checks, then decide what follows."""
+        left = [one for one in checks_of(self.context, row.id, row.round) if one.ended_at is None]
+        if row.parallel:
+            threads = [spawn("aegis-check", self.check_safely, one, row.work_dir) for one in left]
+            for thread in threads:
+                thread.join()
+        else:
+            for one in left:
+                self.check_safely(one, row.work_dir)
+        checks = checks_of(self.context, row.id, row.round)
+        if self.quits(row.id) or any(one.ended_at is None for one in checks):
+            return
+        passed, reason = judge_checks(checks)
+        if passed or row.round >= row.fix or not any(one.state in FAILED_CHECKS for one in checks):
+            self.finish(row, "passed" if passed else "failed", reason)
+        else:
+            self.ask_to_fix(row, checks)
+
+    def quits(self, verify_id: str) -> bool:
+        """Tell whether a verification is to stop: cancelled, or Aegis stops."""
+        return verify_id in self.cancelled or self.context.stopping.is_set()
+
+    def check_safely(self, row: CheckRow, work_dir: str) -> None:
+        """Run one check when there is room; what the store refuses is found by the next look at the round."""
+        while not self.slots.acquire(timeout=0.2):
+            if self.quits(row.verify):
+                return
+        try:
+            self.run_check(row, work_dir)
+        except ApiError as error:
+            self.context.log.note("warning", "check not recorded yet", check=row.id, error=error)
+            self.context.stopping.wait(1.0)
+        finally:
+            self.slots.release()
+
+    def run_check(self, row: CheckRow, work_dir: str) -> None:
+        """Run one check, or wait for one that runs already."""
+        if self.quits(row.verify):
+            return
+        running = None
+        if row.state == "queued":
+            row = self.change(row, state="running", started_at=time.time())
+            try:
+                running = start_check(row, work_dir, self.folder)
+            except OSError as error:
+                self.end(row, {"state": "failed", "reason": f"could not be started: {error}"}, "")
+                return
+            row = self.change(row, pid=running.check.pid, keeper=running.keeper.pid)
+        result = self.await_check(row, running)
+        if result is None:
+            return
+        output = end_check(row, self.folder, running)
+        code = result.get("exit_code")
+        self.end(row, {**(judge_status(row, code, output) if code is not None else {}), **result}, output)
+
+    def await_check(self, row: CheckRow, running: Optional[Running]) -> Optional[Json]:
+        """Wait for a check's end; gives what ended it, None when it is to be left as it is."""
+        deadline, pause = time.monotonic() + row.timeout - (time.time() - (row.started_at or 0)), CHECK_LOOK
+        while True:
+            code = read_status(row, self.folder)
+            if code is not None:
+                return {"exit_code": code}
+            if running and running.check.poll() is not None:
+                code = read_status(row, self.folder)   # it ended between the two looks
+                return {"exit_code": code if code is not None else 128 - min(running.check.returncode, 0)}
+            if running is None and not marked_processes(row.id):
+                code = read_status(row, self.folder)
+                if code is None:   # it vanished with the box, or never began: nobody knows what it came to
+                    self.change(row, state="queued", started_at=None, pid=None, keeper=None)
+                    forget_files(row, self.folder)
+                return None if code is None else {"exit_code": code}
+            if row.verify in self.cancelled:
+                return {"state": "cancelled", "reason": "cancelled"}
+            if time.monotonic() > deadline:
+                return {"state": "timed_out", "reason": f"it took more than {row.timeout:g} s"}
+            if self.context.stopping.wait(pause if running else ADOPTED_LOOK):
+                return None
+
+    def change(self, row: CheckRow, **changes: Any) -> CheckRow:
+        """Store a change of a check."""
+        self.context.bus.commit([update("checks", row.id, changes)])
+        return row._replace(**changes)
+
+    def end(self, row: CheckRow, result: Json, output: str) -> None:
+        """Store a check's end, and tell it."""
+        now = time.time()
+        changes = {"ended_at": now, "output": output, "pid": None, "keeper": None, **result}
+        told = wire_check(row._replace(**changes))
+        draft = Draft("verify.check", find_verify(self.context, row.verify).session,
+                      {"verifyId": row.verify, "round": row.round,
+                       **{name: told[name] for name in ("name", "state", "exitCode", "seconds", "reason")}})
+        self.context.bus.commit([update("checks", row.id, changes)], [draft])
+        forget_files(row, self.folder)
+
+    def ask_to_fix(self, row: VerifyRow, checks: Sequence[CheckRow]) -> None:
+        """Send what failed to the agent; the prompt's key makes it one prompt, however often this is tried."""
+        try:
+            session = find_live(self.context, row.session)
+            prompt = enqueue(session, "prompt", fix_prompt(checks), f"{row.id} round {row.round}")
+        except ApiError as error:
+            if error.status == 503:
+                raise
+            self.finish(row, "failed", f"{judge_checks(checks)[1]}; it could not be mended: {error.message}")
+            return
+        told = {"verifyId": row.id, "promptId": prompt.id, "round": row.round,
+                "failed": [one.name for one in checks if one.state in FAILED_CHECKS]}
+        self.context.bus.commit([update("verifies", row.id, {"state": "fixing", "prompt": prompt.id})],
+                                [Draft("verify.fixing", row.session, told)])
+
+    def await_fix(self, row: VerifyRow) -> None:
+        """Wait for the agent's turn to end, then begin the next round with the same checks."""
+        prompt = await_turn(self.context, row.session, row.prompt or "", lambda: self.quits(row.id))
+        if prompt.ended_at is None:
+            self.context.stopping.wait(0.1)
+            return
+        if prompt.state != "done":
+            self.finish(row, "failed", f"the agent's turn did not end well: {prompt.reason}")
+            return
+        checks = [one._replace(id=new_id("ck-"), round=row.round + 1, state="queued", reason=None, exit_code=None,
+                               output="", started_at=None, ended_at=None)
+                  for one in checks_of(self.context, row.id, row.round) if one.state != "skipped"]
+        changes = {"state": "checking", "round": row.round + 1, "prompt": None}
+        self.context.bus.commit([update("verifies", row.id, changes), *insert_checks(checks)])
+
+    def stop(self, row: VerifyRow) -> None:
+        """End a cancelled verification: its processes, and the prompt that waits or is worked on."""
+        for one in checks_of(self.context, row.id, row.round):
+            if one.state == "running":
+                self.end(one, {"state": "cancelled", "reason": "cancelled"}, end_check(one, self.folder, None))
+            elif one.ended_at is None:
+                self.end(one, {"state": "cancelled", "reason": "cancelled"}, "")
+        if row.prompt:
+            cancel_turn(self.context, row.session, row.prompt)
+        self.finish(row, "cancelled", "cancelled")
+
+    def finish(self, row: VerifyRow, state: str, reason: Optional[str]) -> None:
+        """Store a verification's end, and tell it."""
+        checks = checks_of(self.context, row.id, row.round)
+        told = {"verifyId": row.id, "state": state, "passed": state == "passed", "round": row.round, "reason": reason,
+                "checks": [{"name": one.name, "state": one.state} for one in checks]}
+        changes = {"state": state, "reason": reason, "ended_at": time.time()}
+        self.context.bus.commit([update("verifies", row.id, changes)], [Draft("verify.completed", row.session, told)])
+
+
+STEPS: Dict[str, Callable[[Verifier, VerifyRow], None]] = {
+    "checking": Verifier.check_round, "fixing": Verifier.await_fix, "cancelled": Verifier.stop,
+}
+FAILED_CHECKS = ("failed", "timed_out")
+
+
+def new_check(row: VerifyRow, place: int, check: Check) -> CheckRow:
+    """Make the row of a check that is about to run, or is skipped."""
+    skipped = row.created_at if check.skip else None
+    return CheckRow(new_id("ck-"), row.id, 0, place, check.name, shown_command(check), list(check.words),
+                    int(check.found), check.timeout, "skipped" if check.skip else "queued", check.skip, None, "", None,
+                    None, skipped, skipped)
+
+
+def insert_checks(rows: Sequence[CheckRow]) -> List[Statement]:
+    """Write the statements that add checks."""
+    return [insert("checks", one._asdict()) for one in rows]
+
+
+def same_verify(context: Context, known: VerifyRow, checks: Sequence[Check], parallel: bool, fix: int) -> VerifyRow:
+    """Give the verification that a key began.  Raises ApiError 409 when another one was wanted then."""
+    wanted = [(one.name, list(one.words)) for one in checks if not one.found]
+    stored = [(one.name, one.words) for one in checks_of(context, known.id, 0) if not one.found]
+    if (wanted, int(parallel), fix) != (stored, known.parallel, known.fix):
+        raise ApiError(409, "IDEMPOTENCY_CONFLICT",
+                       f"this Idempotency-Key began verification {known.id} from another body")
+    return known
+
+
+def find_verify(context: Context, verify_id: str) -> VerifyRow:
+    """Find a verification.  Raises ApiError 404."""
+    found = context.store.row(VerifyRow, "verifies", "id = ?", verify_id)
+    if found is None:
+        raise ApiError(404, "VERIFY_NOT_FOUND", f"there is no verification {clip(verify_id, 60)}")
+    return found
+
+
+def checks_of(context: Context, verify_id: str, round_: int) -> List[CheckRow]:
+    """List the checks of a round, in order."""
+    return context.store.rows(CheckRow, "checks", "verify = ? AND round = ? ORDER BY place", verify_id, round_)
+
+
+def judge_checks(checks: Sequence[CheckRow]) -> Tuple[bool, Optional[str]]:
+    """Tell whether a round passed, and if not, why: nothing that was not checked has passed."""
+    failed = [one.name for one in checks if one.state in FAILED_CHECKS]
+    if failed:
+        return False, f"failed: {', '.join(failed)}"
+    if any(one.state == "passed" for one in checks):
+        return True, None
+    return False, "nothing was checked: " + ("; ".join(f"{one.name}: {one.reason}" for one in checks)
+                                             or "no checks were given, and none found in workDir")
+
+
+def fix_prompt(checks: Sequence[CheckRow]) -> str:
+    """Write the prompt that tells the agent what failed."""
+    told = ["The project's checks were run, and these failed. Mend what is wrong in the project; do not weaken or "
+            "remove a check. The same checks are run again when you are done."]
+    for one in checks:
+        if one.state in FAILED_CHECKS:
+            shown = one.output[-FIX_SHOWN:].strip("\n") or "(no output)"
+            told.append(f"{one.name}: {one.reason}\nCommand: {one.command}\nThe end of its output:\n{shown}")
+    return "\n\n".join(told)
+
+
+def await_turn(context: Context, session_id: str, prompt_id: str, over: Callable[[], bool]) -> PromptRow:
+    """Wait until a prompt's turn has ended, the session has, or `over` says stop; its `answer` is what came of it."""
+    while True:
+        session = find_session(context, session_id)
+        prompt = find_prompt(session, prompt_id)
+        if prompt.ended_at is not None or over() or not session.live:
+            return prompt
+        session.wait(lambda: over() or not session.live
+                     or not any(one.id == prompt_id for one in session.facts.prompts), 1.0)
+
+
+def cancel_turn(context: Context, session_id: str, prompt_id: str) -> None:
+    """Take a prompt out of its session's queue, or else interrupt its turn."""
+    with contextlib.suppress(ApiError):
+        session = find_live(context, session_id)
+        prompt = find_prompt(session, prompt_id)
+        if prompt.state == "queued" and prompt.typed_at is None:
+            cancel_prompt(session, prompt_id)
+        elif prompt.ended_at is None:
+            interrupt_quietly(context, session)
+
+
+def cancel_verify(verifier: Verifier, verify_id: str) -> Tuple[VerifyRow, bool]:
+    """End a verification; tells whether it was running.  Raises ApiError 404."""
+    row = find_verify(verifier.context, verify_id)
+    if row.ended_at is not None:
+        return row, False
+    verifier.cancelled.add(verify_id)
+    with contextlib.suppress(ApiError):
+        find_live(verifier.context, row.session).stir()
+    await_event(verifier.context, ("verify.completed",),
+                lambda: find_verify(verifier.context, verify_id).ended_at is not None, CANCEL_SECONDS)
+    row = find_verify(verifier.context, verify_id)
+    return row, row.state == "cancelled"
+
+
+def await_event(context: Context, types: Sequence[str], until: Callable[[], bool], seconds: float,
+                caller: Optional[Caller] = None) -> bool:
+    """Wait for an event of some types that makes `until` true; False when the time is over, or the caller left."""
+    listener, deadline = Listener(types), time.monotonic() + seconds
+    context.bus.listen(listener)
+    try:
+        (caller or Caller()).when_left(lambda: listener.queue.put(None))
+        while not until():
+            left = deadline - time.monotonic()
+            if left <= 0 or context.stopping.is_set():
+                return False
+            with contextlib.suppress(queue.Empty):
+                if listener.queue.get(timeout=left) is None and not listener.cut:
+                    return until()
+                listener.cut = False   # what it missed, `until` knows
+        return True
+    finally:
+        context.bus.leave(listener)
+
+
+def wire_check(row: CheckRow) -> Json:
+    """Give a check its shape on the wire."""
+    spent = None if row.started_at is None else max(0.0, (row.ended_at or time.time()) - row.started_at)
+    passed = {"passed": True, "failed": False, "timed_out": False}.get(row.state)
+    return {"name": row.name, "command": row.command, "state": row.state, "passed": passed, "exitCode": row.exit_code,
+            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "output": row.output,
+            "reason": row.reason, "found": bool(row.found)}
+
+
+def wire_verify(context: Context, row: VerifyRow) -> Json:
+    """Give a verification its shape on the wire, with the checks of its last round."""
+    checks = context.store.rows(CheckRow, "checks", "verify = ? ORDER BY round, place", row.id)
+    rounds = [[one for one in checks if one.round == number_] for number_ in range(row.round + 1)]
+    return {
+        "id": row.id, "sessionId": row.session, "workDir": row.work_dir, "state": row.state,
+        "passed": None if row.ended_at is None else row.state == "passed", "reason": row.reason,
+        "checks": [wire_check(one) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
+        "round": row.round, "promptId": row.prompt,
+        "earlier": [[wire_check(one) for one in round_] for round_ in rounds[:-1]],
+        "startedAt": iso(row.created_at), "endedAt": iso(row.ended_at),
+        "seconds": round((row.ended_at or time.time()) - row.created_at, 3),
+    }
+
+
+def checks_for(session: SessionRow, given: Optional[Sequence[Json]], seconds: float) -> List[Check]:
+    """Choose the checks of a verification: given, else the session's own, else found in its directory."""
+    if given is None:
+        given = session.launch.get("checks") or None
+    if given is not None:
+        return read_checks(given, seconds)
+    if not os.path.isdir(session.work_dir):
+        raise ApiError(409, "WORKDIR_GONE", f"its working directory {session.work_dir} is gone")
+    return find_checks(session.work_dir, seconds)
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -7497,7 +8255,7 @@ class App:
         context.bus = Bus(context.store, settings.keep_events)
         context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
-        self.monitor, self.watch = Monitor(context), Watch(context)
+        self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -7513,6 +8271,7 @@ class App:
         self.monitor.start()
         self.watch.start()
         spawn("aegis-sweep", sweep_memory, self.context)
+        self.context.verifier.start()
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -7637,6 +8396,7 @@ class Access:
 
 ID = text("The session's id.", 64)
 PROMPT_ID = text("The prompt's id.", 64)
+VERIFY_ID = text("The verification's id.", 64)
 TEMPLATE_ID = text("The template's id or name.", 100)
 PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
 LABEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}"
@@ -7697,6 +8457,8 @@ NEW_SESSION: Dict[str, Field] = dict(
     },
     labels=LABELS,
     worktree=flag("Work in a git worktree and branch of the session's own.", default=False),
+    checks=many("What verifies its work, unless a verification names its own checks.",
+                anything("name, command (a line for the shell, or words) and timeout."), MAX_CHECKS, default=None),
     **POLICY,
     **LIMITS,
 )
@@ -7743,6 +8505,12 @@ def paged(about: str, default: int) -> Dict[str, Field]:
 
 ENTRIES: Dict[str, Field] = dict(
     prefix=text("Only entries whose keys begin with this.", MAX_KEY, default=""), **paged("Entries on a page.", 50))
+
+
+WAIT_DONE: Dict[str, Field] = dict(
+    wait=choice("Hold the answer until it is over.", "done", default=None),
+    timeout=number("Seconds to hold it at most.", 0, 3600, default=60),
+)
 
 
 def snake(name: str) -> str:
@@ -7851,6 +8619,8 @@ def wanted_from(ask: Ask, fields: Json, keyed: bool = True) -> Wanted:
                            fields={"command": str(error)}) from None
     policy = wanted_policy(ask.context, given.pop("permissions"), given.pop("permission_profile"))
     limits = {name: given.pop(snake(name)) for name in LIMITS}
+    given["checks"] = given["checks"] or ()
+    read_checks(given["checks"], CHECK_SECONDS)
     return Wanted(
         command=command or None,
         policy=policy,
@@ -8590,6 +9360,66 @@ def delete_session_memory(ask: Ask, id: str, key: str, if_version: Optional[int]
     return {"key": key, "deleted": True, "version": forget(ask.context, id, key, if_version).version}
 
 
+def verify_session(ask: Ask, id: str, checks: Optional[List[Json]], parallel: bool, fix: int, timeout: float,
+                   wait: bool, wait_seconds: float) -> Any:
+    """Verify a session's work: run checks (given, its own, or the project's) and say which pass."""
+    context, session = ask.context, find_session(ask.context, id)
+    if fix:
+        find_live(context, id)
+    key = f"{id}:{ask.idempotency_key}" if ask.idempotency_key else None
+
+    def work() -> Json:
+        row = context.verifier.begin(session.row, checks_for(session.row, checks, timeout), parallel, fix, key)
+        return verified(ask, row.id, wait_seconds if wait else None)
+    return Later(work, wait)
+
+
+def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
+    """Give a verification, when it is over or the time is."""
+    context = ask.context
+
+    def over() -> bool:
+        return find_verify(context, verify_id).ended_at is not None
+    in_time = seconds is None or await_event(context, ("verify.completed",), over, seconds, ask.caller)
+    told = wire_verify(context, find_verify(context, verify_id))
+    return told if seconds is None else {**told, "timedOut": not in_time}
+
+
+def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
+    """List a session's verifications, newest first."""
+    find_session(ask.context, id)
+    return Later(lambda: verifies_page(ask.context, id, None, page, limit))
+
+
+def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
+    """List verifications, newest first."""
+    return Later(lambda: verifies_page(ask.context, None, state, page, limit))
+
+
+def verifies_page(context: Context, session_id: Optional[str], state: Optional[str], page: int, limit: int) -> Json:
+    """Give a page of verifications."""
+    where, args = "(? IS NULL OR session = ?) AND (? IS NULL OR state = ?)", (session_id, session_id, state, state)
+    total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
+    rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
+                              limit, (page - 1) * limit)
+    return {"verifies": [wire_verify(context, row) for row in rows], "pagination": pagination(page, limit, total)}
+
+
+def get_verify(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
+    """Get a verification; `wait=done` holds until it is over."""
+    find_verify(ask.context, id)
+    return Later(lambda: verified(ask, id, timeout if wait else None), wait is not None)
+
+
+def cancel_verify_handler(ask: Ask, id: str) -> Any:
+    """Cancel a verification: its processes end, and the agent's mending too."""
+    def work() -> Json:
+        row, was_running = cancel_verify(ask.context.verifier, id)
+        return {**wire_verify(ask.context, row), "cancelled": was_running}
+    find_verify(ask.context, id)
+    return Later(work)
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -8947,6 +9777,43 @@ ROUTES = (
         tool="replace_template",
     ),
     Route("DELETE /v1/templates/:id", delete_template, "sessions:write", dict(id=TEMPLATE_ID), tool="delete_template"),
+    Route(
+        "POST /v1/sessions/:id/verify",
+        verify_session,
+        "sessions:write",
+        dict(
+            id=ID,
+            checks=many("Checks in place of the session's own and of those found in workDir.",
+                        anything("name, command (a line for the shell, or words) and timeout."), MAX_CHECKS,
+                        minItems=1, default=None),
+            parallel=flag("Run the checks at once.", default=False),
+            fix=whole("Send what fails to the agent and verify again, at most so often.", 0, 10, default=0),
+            timeout=number("Seconds that a check may take, if it says no other.", 0.01, MAX_CHECK_SECONDS,
+                           default=CHECK_SECONDS),
+            wait=flag("Answer with the result; false answers at once.", default=True),
+            waitSeconds=number("Seconds to hold the answer at most.", 0, 86_400, default=3600),
+        ),
+        tool="verify_session",
+        alias=True,
+    ),
+    Route(
+        "GET /v1/sessions/:id/verify",
+        list_session_verifies,
+        "sessions:read",
+        dict(id=ID, **paged("Verifications on a page.", 10)),
+        tool="list_session_verifies",
+        alias=True,
+    ),
+    Route(
+        "GET /v1/verify",
+        list_verifies,
+        "sessions:read",
+        dict(state=choice("Only those in this state.", *STEPS, *OVER[:2], default=None),
+             **paged("Verifications on a page.", 10)),
+        tool="list_verifies",
+    ),
+    Route("GET /v1/verify/:id", get_verify, "sessions:read", dict(id=VERIFY_ID, **WAIT_DONE), tool="get_verify"),
+    Route("DELETE /v1/verify/:id", cancel_verify_handler, "sessions:write", dict(id=VERIFY_ID), tool="cancel_verify"),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory"),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory"),
     Route("GET /v1/memory/*key", get_memory, "memory:read", dict(key=MEMORY_KEY), tool="get_memory"),

@@ -5278,6 +5278,351 @@ def test_the_memory_survives_a_crash(house):
 
 
 # ============================================================================
+# CHECKS. A project's own checks, found and run.
+# ============================================================================
+
+NPM = json.dumps({"scripts": {"test": "jest", "lint": "eslint .", "build": "tsc", "start": "node .",
+                              "$(touch x)": "y"}})
+SETSID = f"{sys.executable} -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])'"
+FOUND = [   # files -> names and commands of what is found, with every tool installed
+    ({}, []),
+    ({"README.md": "make test"}, []),
+    ({"package.json": NPM}, [("npm lint", "npm run lint"), ("npm build", "npm run build"),
+                             ("npm test", "npm run test")]),
+    ({"package.json": NPM, "yarn.lock": ""}, [("yarn lint", "yarn run lint"), ("yarn build", "yarn run build"),
+                                             ("yarn test", "yarn run test")]),
+    ({"package.json": '{"scripts": {"test": "echo \\"Error: no test specified\\" && exit 1"}}'}, []),
+    ({"package.json": "{}"}, []), ({"package.json": '{"scripts": {"test": 5}}'}, []),
+    ({"Makefile": "CC := gcc\nall: x\n\ncheck test: all\n\tcc\ntest-x:\n.PHONY: lint\n"},
+     [("make check", "make check"), ("make test", "make test")]),
+    ({"GNUmakefile": "lint::\n\tx\n", "Makefile": "test:\n\tx\n"}, [("make lint", "make lint")]),
+    ({"Makefile": "test := 1\nlint ?= 2\n\ttest: x\n"}, []),
+    ({"justfile": "set x := 'y'\ntest *ARGS: build\n  x\n@lint:\n  y\n"}, [("just lint", "just lint"),
+                                                                            ("just test", "just test")]),
+    ({"pyproject.toml": "[tool.ruff]\n[tool.mypy]\n[tool.pytest.ini_options]\n[tool.black]\n"},
+     [("ruff", "ruff check ."), ("black", "black --check -q ."), ("mypy", "mypy ."), ("pytest", "pytest -q")]),
+    ({"pyproject.toml": "# [tool.ruff]\n"}, []), ({"ruff.toml": "", "mypy.ini": ""}, [("ruff", "ruff check ."),
+                                                                                     ("mypy", "mypy .")]),
+    ({"test_x.py": ""}, [("pytest", "pytest -q")]), ({"tests/test_x.py": ""}, [("pytest", "pytest -q")]),
+    ({"setup.cfg": "[tool:pytest]\n[mypy]\n[flake8]\n"}, [("flake8", "flake8"), ("mypy", "mypy ."),
+                                                          ("pytest", "pytest -q")]),
+    ({"Cargo.toml": ""}, [("cargo check", "cargo check --all-targets"), ("cargo test", "cargo test")]),
+    ({"go.mod": ""}, [("go build", "go build ./..."), ("go vet", "go vet ./..."), ("go test", "go test ./...")]),
+    ({"pom.xml": ""}, [("maven", "mvn -q -B verify")]),
+    ({"build.gradle.kts": ""}, [("gradle", "gradle --console=plain check")]),
+    ({"build.gradle": "", "gradlew": "!"}, [("gradle", "gradlew --console=plain check")]),
+    ({"tsconfig.json": "{}"}, [("tsc", "tsc --noEmit")]), ({"mix.exs": ""}, [("mix test", "mix test")]),
+    ({"app.sln": ""}, [("dotnet test", "dotnet test")]), ({"deno.json": ""}, [("deno test", "deno test")]),
+]
+
+
+def project(place: Path, files: Dict[str, str]) -> Path:
+    """Write a project's files; `!` makes one that can be run."""
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(content)
+        (place / name).chmod(0o755 if content == "!" else 0o644)
+    return place
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """Install every tool that a check may need."""
+    place = tmp_path / "bin"
+    names = {tool for hint in aegis.HINTS for tool in hint.tools if "/" not in tool} | {"npm", "yarn", "make", "just"}
+    project(place, {name: "!" for name in names})
+    monkeypatch.setenv("PATH", str(place))
+    return place
+
+
+@pytest.mark.parametrize("files, wanted", FOUND, ids=lambda value: ",".join(value) if isinstance(value, dict) else "")
+def test_a_projects_checks_are_found(tools, tmp_path, files, wanted):
+    found = aegis.find_checks(str(project(tmp_path / "w", files or {"x": ""})), 5.0)
+    assert [(one.name, aegis.shown_command(one)) for one in found] == wanted
+    assert all(one.skip is None and one.timeout == 5.0 for one in found)
+    for tool in tools.iterdir():
+        tool.unlink()
+    again = aegis.find_checks(str(tmp_path / "w"), 5.0)
+    assert [one.name for one in again] == [name for name, _ in wanted]
+    assert all("is not installed" in one.skip for one in again if "gradlew" not in str(one.words))
+
+
+def test_a_projects_own_tools_come_first_and_odd_files_harm_nobody(tools, tmp_path):
+    work = project(tmp_path / "w", {"pytest.ini": "", ".venv/bin/pytest": "!", "package.json": "[1"})
+    (work / "Makefile").mkdir()
+    os.mkfifo(str(work / "justfile"))
+    found = {one.name: one for one in aegis.find_checks(str(work), 5.0)}
+    assert found["pytest"].words[0] == str(work / ".venv/bin/pytest")
+    assert found["npm"].skip == "package.json cannot be read as JSON" and set(found) == {"npm", "pytest"}
+    project(work, {"package.json": "[" * 100_000, "GNUmakefile": "a " * 400_000 + "\n" + "test " * 200_000})
+    assert [one.name for one in aegis.find_checks(str(work), 5.0)] == ["npm", "pytest"]
+    assert aegis.find_checks(str(tmp_path / "nowhere"), 5.0) == []
+
+
+@pytest.mark.parametrize("said, shown", [
+    ("", ""), ("plain\n", "plain\n"), ("\x1b[31mred\x1b[0m\x1b]0;title\x07 \x1b[2Jx", "red x"),
+    ("50%\r100%\n", "50%100%\n"),
+    ("x" * 9_000, "x" * 8_000), ("first\n" + "second\n" * 2_000, "second\n" * 1_142), ("a\tb\0c", "a\tbc"),
+])
+def test_an_output_is_reduced_to_its_last_lines(said, shown):
+    assert aegis.last_lines(said) == shown
+
+
+# ============================================================================
+# VERIFY. Rounds of checks, and mending between them.
+# ============================================================================
+
+CRASHES = int(os.environ.get("AEGIS_TEST_CRASHES", "2"))   # rounds of kill -9 in the middle of each long-lived thing
+
+
+def check(command: Any, name: Optional[str] = None, **more: Any) -> Json:
+    """Describe a check."""
+    return {"command": command, **({"name": name} if name else {}), **more}
+
+
+def verify(talk: Talk, *checks: Json, **more: Any) -> Json:
+    """Verify a session's work."""
+    return talk.ask("POST verify", {"checks": list(checks), **more})
+
+
+def states(told: Json) -> Json:
+    """Reduce a verification to the states of its checks."""
+    return {one["name"]: one["state"] for one in told["checks"]}
+
+
+def test_verify_session_says_pass_or_fail_for_each(talk):
+    told = verify(talk, check("echo fine", "good"), check("echo out; echo err >&2; exit 3", "bad"),
+                  check("kill -9 $$", "shot"), check(["printf", "%s", "a b;$(c)"], "words"), check("exit 127", "gone"))
+    assert states(told) == {"good": "passed", "bad": "failed", "shot": "failed", "words": "passed", "gone": "failed"}
+    good, bad, shot, words, gone = told["checks"]
+    assert (good["passed"], good["exitCode"], good["output"], good["command"]) == (True, 0, "fine\n", "echo fine")
+    assert (bad["passed"], bad["exitCode"], bad["reason"]) == (False, 3, "exit status 3")
+    assert sorted(bad["output"].split()) == ["err", "out"] and words["output"] == "a b;$(c)"
+    assert (shot["exitCode"], shot["reason"]) == (137, "killed by signal 9") and gone["exitCode"] == 127
+    assert (told["passed"], told["state"], told["reason"]) == (False, "failed", "failed: bad, shot, gone")
+    assert told["timedOut"] is False and 0 <= good["seconds"] < 5 and told["endedAt"] and told["round"] == 0
+    assert talk.ask("POST verify", {"checks": [check("true")]})["passed"] is True
+    assert talk.wait("verify.completed", verifyId=told["id"])["passed"] is False
+
+
+def test_verify_session_finds_the_projects_checks_and_runs_them_in_its_directory(make, tmp_path):
+    work = project(tmp_path / "w", {"Makefile": "lint:\n\tpwd > seen\ntest:\n\tfalse\n", "go.mod": "",
+                                    "node_modules/.bin/go": "!"})
+    (work / "node_modules/.bin/go").write_text("#!/no/such/interpreter\n")
+    talk = make(workDir=str(work))
+    told = talk.ask("POST verify")
+    assert states(told) == {"make lint": "passed", "make test": "failed", "go build": "skipped", "go vet": "skipped",
+                            "go test": "skipped"}
+    assert (work / "seen").read_text().strip() == str(work) and told["passed"] is False
+    assert "cannot be run" in told["checks"][-1]["reason"] and told["checks"][0]["found"] is True
+
+
+def test_verify_session_says_that_nothing_was_checked(make, tmp_path):
+    told = make(workDir=str(tmp_path)).ask("POST verify")
+    assert (told["passed"], told["state"], told["checks"]) == (False, "failed", [])
+    assert "none found" in told["reason"]
+
+
+def test_verify_session_takes_the_sessions_own_checks(server, make):
+    talk = make(checks=[check("echo own", "own", timeout=5)])
+    assert states(talk.ask("POST verify")) == {"own": "passed"} and states(verify(talk, check("true", "mine"))) == {
+        "mine": "passed"}
+    child = Talk(server, server.ask(f"POST /v1/sessions/{talk.id}/spawn", {}))
+    assert child.ask("POST verify")["checks"][0]["timeout"] == 5
+    child.kill()
+    with template(server, session={"workDir": str(server.work), "checks": [check("true", "templated")]}) as made:
+        assert states(make(workDir=None, template=made["id"]).ask("POST verify")) == {"templated": "passed"}
+    talk.kill()
+    assert states(talk.ask("POST verify")) == {"own": "passed"}, "an ended session's work can be verified"
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"checks": []}, "checks"), ({"checks": "make"}, "checks"), ({"checks": [{}]}, "checks.0.command"),
+    ({"checks": [check("")]}, "checks.0.command"), ({"checks": [check([])]}, "checks.0.command"),
+    ({"checks": [check("true\0")]}, "checks.0.command"), ({"checks": [check(["a", 5])]}, "checks.0.command"),
+    ({"checks": [check("true", "a"), check("false", "a")]}, "checks.1.name"),
+    ({"fix": -1}, "fix"), ({"fix": 11}, "fix"),
+    ({"checks": [check("true", timeout=0)]}, "checks.0.timeout"),
+    ({"checks": [check("true", zebra=1)]}, "checks.0.zebra"),
+    ({"checks": [check("true", "a\nb")]}, "checks.0.name"),
+    ({"parallel": "yes"}, "parallel"), ({"timeout": 0}, "timeout"),
+])
+def test_verify_session_refuses_what_is_no_check(talk, body, field):
+    answer = talk.call("POST verify", body)
+    assert answer.status == 400 and field in answer.json["fields"], answer.json
+    check_envelope(answer)
+    if "checks" in body and field != "checks":
+        made = talk.server.call("POST /v1/sessions", {"workDir": str(talk.server.work), "checks": body["checks"]})
+        assert made.status == 400 and field in made.json["fields"]
+
+
+def test_verify_session_kills_all_of_what_takes_too_long(talk, tmp_path):
+    began = time.monotonic()
+    hard = (f"trap '' TERM HUP INT; echo begun; sleep 300 & {SETSID} sleep 300 & "
+            f"({SETSID} sleep 300 & echo $! > {tmp_path}/pid); sleep 300")
+    leaving = f"sleep 0.3 & {SETSID} sleep 300 & echo left"
+    told = verify(talk, check(hard, "hard", timeout=0.6), check(leaving, "leaves"))
+    assert states(told) == {"hard": "timed_out", "leaves": "passed"} and time.monotonic() - began < 8
+    assert told["checks"][0]["output"] == "begun\n" and "0.6 s" in told["checks"][0]["reason"]
+    assert told["checks"][1]["output"] == "left\n"
+    assert not alive(int((tmp_path / "pid").read_text())) and "sleep 300" not in command_lines()
+
+
+def test_verify_session_bounds_the_output(talk):
+    told = verify(talk, check("yes 0123456789 | head -c 60000000; echo end", "loud"))
+    assert states(told) == {"loud": "passed"} and len(told["checks"][0]["output"]) <= 8_000
+    assert told["checks"][0]["output"].endswith("0123456789\nend\n") or told["checks"][0]["output"].endswith("end\n")
+
+
+def test_verify_session_runs_checks_at_once_when_told(talk, tmp_path):
+    pair = [check(f"touch {tmp_path}/{mine}; while ! test -e {tmp_path}/{other}; do sleep 0.02; done", mine)
+            for mine, other in ("ab", "ba")]
+    assert verify(talk, *pair, parallel=True, timeout=WITHIN)["passed"] is True
+    for name in "ab":
+        (tmp_path / name).unlink()
+    assert states(verify(talk, *pair, timeout=0.5)) == {"a": "timed_out", "b": "passed"}
+
+
+@alone
+def test_verify_session_gives_checks_no_credentials(house):
+    own = house(AEGIS_AUTH_TOKEN="t0ken", ANTHROPIC_API_KEY="hush", GITHUB_TOKEN="hush", DB_PASSWORD="hush",
+                HARMLESS="yes")
+    told = own.open().ask("POST verify", {"checks": [check("env; cat", "env")]})
+    said = told["checks"][0]["output"]
+    assert told["passed"] is True and "HARMLESS=yes" in said and "CI=1" in said and "PATH=" in said
+    assert "hush" not in said and "t0ken" not in said and "TMUX=" not in said
+
+
+def test_verify_session_answers_at_once_when_told(server, make, tmp_path):
+    talk = make()
+    told = verify(talk, check(f"while ! test -e {tmp_path}/go; do sleep 0.02; done"), wait=False)
+    assert (told["state"], told["passed"], told["checks"][0]["passed"]) == ("checking", None, None)
+    assert talk.refusal("POST verify", {"checks": [check("true")]}) == (409, "VERIFY_RUNNING")
+    assert verify(make(), check("true"), waitSeconds=60)["passed"] is True, "other sessions are not held up"
+    (tmp_path / "go").touch()
+    assert server.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=20")["passed"] is True
+
+
+def test_get_verify_holds_until_it_is_over_or_the_time_is(server, make, tmp_path):
+    told = verify(make(), check(f"while ! test -e {tmp_path}/go; do sleep 0.02; done", "waits"), wait=False)
+    early = server.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=0.1")
+    assert early["timedOut"] is True and early["state"] == "checking" and early["checks"][0]["state"] == "running"
+    (tmp_path / "go").touch()
+    done = server.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=20")
+    assert (done["timedOut"], done["passed"], states(done)) == (False, True, {"waits": "passed"})
+    assert server.refusal("GET /v1/verify/nobody") == (404, "VERIFY_NOT_FOUND")
+
+
+def test_verify_session_with_an_idempotency_key_verifies_once(make, tmp_path):
+    talk, body = make(), {"checks": [check(f"echo x >> {tmp_path}/ran")]}
+    one, two = (talk.call("POST verify", body, Idempotency_Key="once").json for _ in range(2))
+    assert one["id"] == two["id"] and (tmp_path / "ran").read_text() == "x\n"
+    other = talk.call("POST verify", {"checks": [check("false")]}, Idempotency_Key="once")
+    assert (other.status, other.json["code"]) == (409, "IDEMPOTENCY_CONFLICT")
+
+
+def test_list_session_verifies_and_list_verifies_page_newest_first(server, make):
+    talk = make()
+    ids = [verify(talk, check(command))["id"] for command in ("true", "false", "true")]
+    listed = talk.ask("GET verify?limit=2")
+    assert [one["id"] for one in listed["verifies"]] == ids[:0:-1] and listed["pagination"]["total"] == 3
+    failed = server.ask("GET /v1/verify?state=failed&limit=100")["verifies"]
+    assert ids[1] in [one["id"] for one in failed] and {one["state"] for one in failed} == {"failed"}
+    assert server.refusal("GET /v1/sessions/nobody/verify") == (404, "SESSION_NOT_FOUND")
+
+
+def test_list_verifies_refuses_an_unknown_state(server):
+    assert server.refusal("GET /v1/verify?state=sleepy") == (400, "INVALID_REQUEST")
+
+
+def test_cancel_verify_ends_its_processes(server, make, tmp_path):
+    talk = make()
+    told = verify(talk, check(f"echo $$ > {tmp_path}/pid; sleep 300", "long"), check("true", "later"), wait=False)
+    pid = int(eventually(lambda: (tmp_path / "pid").read_text().strip()))
+    ended = server.ask(f"DELETE /v1/verify/{told['id']}")
+    assert (ended["state"], ended["cancelled"], ended["passed"]) == ("cancelled", True, False) and not alive(pid)
+    assert states(ended) == {"long": "cancelled", "later": "cancelled"}
+    assert server.ask(f"DELETE /v1/verify/{told['id']}")["cancelled"] is False
+    assert verify(talk, check("true"))["passed"] is True
+
+
+def test_verify_session_has_the_agent_mend_what_failed(make, tmp_path):
+    talk = make()
+    told = verify(talk, check(f"echo broken-{{{{x}}}}; test -e {tmp_path}/mended", "flag"),
+                  check("echo steady", "good"), fix=3, wait=False)
+    fixing = talk.wait("verify.fixing")
+    assert fixing["failed"] == ["flag"] and fixing["verifyId"] == told["id"]
+    talk.wait("prompt.done", promptId=fixing["promptId"])
+    talk.wait("verify.fixing", round=1)
+    (tmp_path / "mended").touch()     # what the agent's work comes to
+    done = talk.wait("verify.completed")
+    assert (done["passed"], done["round"]) == (True, 2)
+    found = talk.ask("GET verify")["verifies"][0]
+    assert states(found) == {"flag": "passed", "good": "passed"} and len(found["earlier"]) == 2
+    prompts = talk.prompts()
+    assert len(prompts) == 2 and all("flag: exit status 1" in one and "broken-{{x}}" in one for one in prompts)
+    assert "steady" not in prompts[0]
+
+
+def test_verify_session_gives_up_after_so_many_rounds_or_when_the_agent_cannot(make):
+    talk = make()
+    told = verify(talk, check("false", "never"), fix=1)
+    assert (told["passed"], told["round"], told["reason"]) == (False, 1, "failed: never")
+    told = verify(talk, check("echo '[[error 500]]'; false", "never"), fix=2)
+    assert told["passed"] is False and "did not end well" in told["reason"] and told["round"] == 0
+    talk.kill()
+    assert talk.refusal("POST verify", {"checks": [check("false")], "fix": 1}) == (409, "SESSION_ENDED")
+
+
+def test_cancel_verify_interrupts_the_mending(server, make):
+    talk = make()
+    told = verify(talk, check("echo '[[hang]]'; false", "never"), fix=2, wait=False)
+    talk.wait("prompt.started", promptId=talk.wait("verify.fixing")["promptId"])
+    assert server.ask(f"DELETE /v1/verify/{told['id']}")["state"] == "cancelled"
+    assert talk.read()["status"] == "idle"
+
+
+@alone
+def test_a_verification_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
+    own, rng = house(), random.Random(3)
+    for number in range(CRASHES):
+        talk, book = own.open(), own.root / f"book{number}"
+        note = lambda name, rest: check(f"echo {name} >> {book}; {rest}", name)  # noqa: E731
+        told = verify(talk, note("slow", "sleep 0.5; echo heard"),
+                      note("bad", f"sleep 0.2; test $(grep -c bad {book}) = 2"),
+                      note("last", "sleep 0.2"), fix=1, wait=False, parallel=number % 2 == 1)
+        threading.Event().wait(rng.uniform(0, 2.2))
+        own.crash()
+        threading.Event().wait(rng.choice((0, 0.7)))
+        own.start()
+        done = own.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=30")
+        assert done["timedOut"] is False and done["passed"] is True, done
+        assert (states(done), done["round"]) == ({"slow": "passed", "bad": "passed", "last": "passed"}, 1)
+        assert [one["state"] for one in done["earlier"][0]] == ["passed", "failed", "passed"]
+        assert sorted(book.read_text().split()) == ["bad", "bad", "last", "last", "slow", "slow"], "none was run twice"
+        assert done["checks"][0]["output"] == "heard\n" and len(talk.prompts()) == 1
+        completed = [one for one in own.events.told(talk.id) if one["type"] == "verify.completed"]
+        assert len(completed) == 1
+        talk.kill()
+    left = [path.name for path in (own.state / "run").iterdir() if path.suffix in (".status", ".output")]
+    assert left == []
+
+
+@alone
+def test_a_check_that_vanished_with_its_box_is_run_again(house):
+    own = house()
+    talk, book = own.open(), own.root / "book"
+    told = verify(talk, check(f"echo $$ >> {book}; test $(wc -l < {book}) = 2 || sleep 300", "long"), wait=False)
+    pid = int(eventually(lambda: book.read_text().strip()))
+    own.crash()
+    os.killpg(pid, signal.SIGKILL) if os.getpgid(pid) == pid else os.killpg(os.getpgid(pid), signal.SIGKILL)
+    eventually(lambda: not alive(pid))
+    own.start()
+    done = own.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=30")
+    assert done["passed"] is True and len(book.read_text().split()) == 2
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
