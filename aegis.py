@@ -34,6 +34,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     MEMORY        what agents and callers leave for one another
     CHECKS        a project's own checks, found and run
     VERIFY        rounds of checks, and mending between them
+    PIPELINES     stages of work, each when what it depends on is done
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -48,6 +49,7 @@ for each event stream - aegis-tmux (reads the control client) - aegis-exits (pro
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
+aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
@@ -215,6 +217,7 @@ SETTINGS = (
         "stall_seconds", "seconds", "300", "A session that shows no life for so long while it works, or waits so long "
         "for a decision, is stalled."
     ),
+    Setting("pipeline_stages", "int", "8", "How many stages of all pipelines may work at once, each with an agent."),
     Setting("resume_all", "onoff", "off", "At start, bring back the sessions that were alive when the box went down."),
     Setting("heartbeat_seconds", "seconds", "15", "Pause between the comments that keep event streams alive."),
     Setting("keep_events", "int", "100000", "How many events stay stored for replay."),
@@ -737,6 +740,20 @@ MIGRATIONS = (
         ended_at REAL);
     CREATE INDEX checks_of ON checks(verify, round, place);
     """,
+    """
+    CREATE TABLE pipelines (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, reason TEXT, parallel INTEGER NOT NULL,
+        keep INTEGER NOT NULL, idempotency TEXT, wanted TEXT NOT NULL, created_at REAL NOT NULL, ended_at REAL);
+    CREATE INDEX pipelines_newest ON pipelines(created_at DESC);
+    CREATE UNIQUE INDEX pipelines_idempotency ON pipelines(idempotency) WHERE idempotency IS NOT NULL;
+    CREATE TABLE stages (
+        id TEXT PRIMARY KEY, pipeline TEXT NOT NULL, place INTEGER NOT NULL, name TEXT NOT NULL,
+        depends_on TEXT NOT NULL, spec TEXT NOT NULL, state TEXT NOT NULL, reason TEXT, attempt INTEGER NOT NULL,
+        starts INTEGER NOT NULL, text TEXT, session TEXT, prompt TEXT, verify TEXT, base TEXT NOT NULL, output TEXT,
+        began_at REAL, started_at REAL, ended_at REAL);
+    CREATE INDEX stages_of ON stages(pipeline, place);
+    CREATE INDEX stages_in ON stages(session) WHERE session IS NOT NULL;
+    """,
 )
 
 
@@ -886,6 +903,45 @@ class CheckRow(NamedTuple):
     ended_at: Optional[float]
 
 
+class PipelineRow(NamedTuple):
+    """One pipeline."""
+
+    id: str
+    name: str
+    state: str                     # running, done, failed, cancelled
+    reason: Optional[str]
+    parallel: int                  # stages that may work at once
+    keep: int                      # 1: sessions live on when their stages are over
+    idempotency: Optional[str]
+    wanted: str                    # the body's digest, for a repeated idempotency key
+    created_at: float
+    ended_at: Optional[float]
+
+
+class StageRow(NamedTuple):
+    """One stage of a pipeline."""
+
+    id: str
+    pipeline: str
+    place: int                     # from 0
+    name: str
+    depends_on: List[str]
+    spec: Json                     # prompt, variables, wanted, same, retries, timeout, verify, stops
+    state: str                     # waiting, running, verifying, done, failed, skipped, cancelled
+    reason: Optional[str]
+    attempt: int                   # from 1; 0 before the first
+    starts: int                    # sessions that this attempt has begun: more than one only after a restart
+    text: Optional[str]            # the prompt, filled
+    session: Optional[str]
+    prompt: Optional[str]
+    verify: Optional[str]
+    base: Optional[Json]           # usage and cost of the session before this stage's turn
+    output: Optional[str]          # the turn's final answer
+    began_at: Optional[float]      # of the first attempt
+    started_at: Optional[float]    # of this one
+    ended_at: Optional[float]
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -898,7 +954,7 @@ class Event(NamedTuple):
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
                           "worktree", "known", "variables", "body", "content",
-                          "words"))
+                          "words", "depends_on", "spec", "base"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -1063,6 +1119,9 @@ EVENT_TYPES = {
     "prompt.failed": "it was cancelled, interrupted or failed; `reason` says which",
     "turn.started": "a turn began, whoever typed its prompt",
     "turn.ended": "a turn ended; `outcome` is done, interrupted or error",
+    "pipeline.started": "a pipeline began; names its stages",
+    "pipeline.stage": "a stage changed its state; carries stage, state, attempt and reason",
+    "pipeline.completed": "a pipeline ended: `state` is done, failed or cancelled",
     "verify.started": "a verification began; names its checks",
     "verify.check": "one of its checks ended; carries name, state, exit code and seconds",
     "verify.fixing": "what failed was sent to the agent as a prompt",
@@ -3865,6 +3924,8 @@ class Context:
         self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
         self.verifier: Any = None                      # see VERIFY
+        self.runner: Any = None                        # see PIPELINES
+        self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
         self.lists: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}   # answers of list, by query, with the store's version
@@ -4662,6 +4723,13 @@ def save_books(session: Session) -> None:
         if session.unsaved and session.live:
             session.context.bus.commit([update("sessions", session.row.id, {"ledger": session.row.ledger})])
             session.unsaved = False
+
+
+def unsettled(session: Session) -> bool:
+    """Tell whether a turn ended so recently that its last lines do not stand in the transcript yet."""
+    with session.lock:   # a turn's end that is just being told is waited for
+        last = session.closed_ids[-1] if session.closed_ids else None
+    return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
 
 
 def entry_time(entry: Entry) -> float:
@@ -6973,6 +7041,11 @@ def fill(text_: str, value_of: Callable[[str], str], most: int = MAX_FILLED) -> 
     return "".join(filled)
 
 
+def escaped(text_: str) -> str:
+    """Write a text so that filling gives it back as it is."""
+    return re.sub(r"(?<!\\)(\\*)\{\{", lambda found: "\\" * (2 * len(found[1]) + 1) + "{{", text_)
+
+
 def strings(value: Any, where: str, depth: int = 0) -> Iterator[Tuple[str, str]]:
     """List the strings inside a JSON value, each with the place where it stands.  Raises ApiError 400."""
     if depth > MAX_DEPTH:
@@ -8033,6 +8106,567 @@ def checks_for(session: SessionRow, given: Optional[Sequence[Json]], seconds: fl
 
 
 # ============================================================================
+# PIPELINES. Stages of work, each when what it depends on is done.
+# ============================================================================
+# plan_stages() is pure: from the states of the stages it says what to start, what to
+# skip, and when all is over.  The runner round it is thin: each change stands
+# in the database before it is done, sessions and prompts are made under keys
+# of the stage's own, so that a restart finds them instead of making others.
+# One thread decides, woken by events; a start takes a thread of its own.
+# Lock: Runner.lock, taken before Session.lock: between reading stages and
+# storing what was decided about them.
+#
+#     waiting -> running -> [verifying] -> done
+#        ^          |            |
+#        +- retry --+------------+-------> failed
+#     waiting -> skipped (another stage failed and stops all)
+#     any     -> cancelled
+
+MAX_STAGES = 100
+MAX_RETRIES = 10
+ACTIVE_STAGES = ("running", "verifying")
+STAGE_STATES = ("waiting", *ACTIVE_STAGES, "done", "failed", "skipped", "cancelled")
+PIPELINE_STATES = ("running", "done", "failed", "cancelled")
+LAUNCHES = 3               # sessions of one attempt: a restart may lose one before its agent runs
+RUNNER_LOOK = 60.0         # seconds after which the runner looks without being told
+AGAIN_SECONDS = 1.0        # until it tries again what was refused for the moment
+WAKES = frozenset(("prompt.done", "prompt.failed", "session.exited", "session.killed", "verify.completed"))
+
+
+class Step(NamedTuple):
+    """What the plan needs to know of a stage."""
+
+    name: str
+    depends_on: Sequence[str]
+    state: str
+    stops: bool                # its failure ends the pipeline
+
+
+class Plan(NamedTuple):
+    """What follows from the states of all stages."""
+
+    start: List[str]
+    skip: List[str]
+    outcome: Optional[str]     # done or failed, when nothing is left to do
+    hungry: bool               # more could start if there were room
+
+
+def plan_stages(steps: Sequence[Step], room: int) -> Plan:
+    """Decide what to start next, in `room` for so many at once.  A failure that does not stop counts as done."""
+    states = {one.name: one.state for one in steps}
+    waiting = [one for one in steps if one.state == "waiting"]
+    active = sum(one.state in ACTIVE_STAGES for one in steps)
+    if any(one.state == "failed" and one.stops for one in steps):
+        return Plan([], [one.name for one in waiting], None if active else "failed", False)
+    ready = [one.name for one in waiting if all(states[name] in ("done", "failed") for name in one.depends_on)]
+    start = ready[:max(0, room - active)]
+    return Plan(start, [], None if waiting or active else "done", len(ready) > len(start))
+
+
+def graph_faults(depends_on: Mapping[str, Sequence[str]]) -> Dict[str, str]:
+    """Find unknown names and cycles among stages: what is wrong, by stage."""
+    faults = {}
+    for name, others in depends_on.items():
+        unknown = next((other for other in others if other not in depends_on), None)
+        if unknown is not None:
+            faults[name] = f"depends on {clip(unknown, 70)!r}, which is no stage of this pipeline"
+    over: "set[str]" = set()
+    while not faults:
+        ready = [name for name in depends_on if name not in over and over.issuperset(depends_on[name])]
+        if not ready:
+            break
+        over.update(ready)
+    left = [name for name in depends_on if name not in over]
+    if not faults and left:
+        circle = [left[0]]
+        while circle[-1] not in circle[:-1]:
+            circle.append(next(other for other in depends_on[circle[-1]] if other not in over))
+        circle = circle[circle.index(circle[-1]):]
+        faults[circle[0]] = f"depends on itself: {' -> '.join(circle)}"
+    return faults
+
+
+def ancestors(name: str, depends_on: Mapping[str, Sequence[str]]) -> "set[str]":
+    """List all stages that are over before one begins."""
+    found: "set[str]" = set()
+    open_ = list(depends_on[name])
+    while open_:
+        other = open_.pop()
+        if other not in found:
+            found.add(other)
+            open_ += depends_on[other]
+    return found
+
+
+def blanks_faults(spec: Json, before: "set[str]") -> List[str]:
+    """Say what is wrong with the blanks of a stage's prompt and variables; `before` are the stages it may quote."""
+    faults = []
+    for where, text_ in (("prompt", spec["prompt"]), *((f"variables.{name}", value)
+                                                      for name, value in spec["variables"].items())):
+        try:
+            for name in named_in(text_):
+                if name.startswith("stages.") and name.split(".")[1] not in before:
+                    faults.append(f"{where} quotes {name}, and does not depend on that stage")
+                elif "." not in name and (where != "prompt" or name not in spec["variables"]):
+                    faults.append(f"{where} uses {{{{{name}}}}}, which is no variable of this stage")
+        except Unfilled as wrong:
+            faults.append(f"{where}: {wrong}")
+    return faults
+
+
+def stage_text(context: Context, stage: StageRow, stages: Sequence[StageRow], session_id: str) -> str:
+    """Fill a stage's prompt.  Raises Unfilled."""
+    outputs = {f"stages.{one.name}.output": one.output or "" for one in stages if one.state in ("done", "failed")}
+    sources = (outputs.get, memory_text(context, session_id))
+    values = {name: fill(value, lookup({}, *sources)) for name, value in stage.spec["variables"].items()}
+    filled = fill(stage.spec["prompt"], lookup(values, *sources), MAX_PROMPT)
+    if not filled.strip():
+        raise Unfilled("its prompt came to nothing")
+    return filled
+
+
+class Inbox(Listener):
+    """Hears of the sessions that work for pipelines; what it queues are the pipelines' ids."""
+
+    def __init__(self) -> None:
+        super().__init__(tuple(WAKES))
+        self.pipelines: Dict[str, str] = {}    # session -> its pipeline; single dict operations only
+
+    def offer(self, event: Event) -> None:
+        """Queue the pipeline that an event is about."""
+        if event.type in WAKES and event.session in self.pipelines:
+            self.queue.put(self.pipelines[event.session])   # type: ignore[arg-type]
+
+    def poke(self, pipeline_id: str) -> None:
+        """Have a pipeline looked at."""
+        self.queue.put(pipeline_id)   # type: ignore[arg-type]
+
+
+class Runner:
+    """Drives pipelines.  lock guards the stages between their reading and the storing of what was decided."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.lock = threading.RLock()
+        self.inbox = Inbox()
+        self.starts = threading.BoundedSemaphore(BATCH_STARTS)
+        self.starting: "set[str]" = set()            # stages whose start a thread is at
+        self.active: Dict[str, int] = {}             # stages at work, by pipeline
+        self.hungry: Dict[str, None] = {}            # pipelines that could start more, the longest waiting first
+        self.due: Dict[str, float] = {}              # pipeline -> when it must be looked at, in Unix seconds
+
+    def start(self) -> None:
+        """Go on with the pipelines that the last Aegis left."""
+        self.context.bus.listen(self.inbox)
+        for row in self.context.store.rows(PipelineRow, "pipelines", "ended_at IS NULL ORDER BY created_at"):
+            for stage in stages_of(self.context, row.id):
+                if stage.session:
+                    self.inbox.pipelines[stage.session] = row.id
+            self.active[row.id] = sum(one.state in ACTIVE_STAGES for one in stages_of(self.context, row.id))
+            self.inbox.poke(row.id)
+        self.end_left_over()
+        spawn("aegis-pipelines", self._run)
+
+    def _run(self) -> None:
+        while not self.context.stopping.is_set():
+            now = time.time()
+            pause = min([RUNNER_LOOK, *(at - now for at in list(self.due.values()))])
+            told = {pipeline for pipeline, at in list(self.due.items()) if at <= now}
+            with contextlib.suppress(queue.Empty):
+                if not told:
+                    told.add(self.inbox.queue.get(timeout=max(0.0, pause)))   # type: ignore[arg-type]
+                while True:
+                    told.add(self.inbox.queue.get_nowait())   # type: ignore[arg-type]
+            for pipeline_id in told - {None}:
+                self.advance_safely(pipeline_id)
+            for pipeline_id in list(self.hungry):
+                if sum(self.active.values()) >= self.context.settings.pipeline_stages:
+                    break
+                self.advance_safely(pipeline_id)
+
+    def advance_safely(self, pipeline_id: str) -> None:
+        """Bring a pipeline forward; what fails is tried again."""
+        try:
+            self.due.pop(pipeline_id, None)
+            self.hungry.pop(pipeline_id, None)
+            self.advance(pipeline_id)
+        except ApiError as error:
+            self.context.log.note("warning", "pipeline waits", pipeline=pipeline_id, error=error)
+            self.due[pipeline_id] = time.time() + AGAIN_SECONDS
+        except Exception:
+            self.context.log.note("error", "pipeline failed", pipeline=pipeline_id, trace=traceback.format_exc())
+            self.due[pipeline_id] = time.time() + RUNNER_LOOK
+
+    def advance(self, pipeline_id: str) -> None:
+        """See what a pipeline's stages have come to, and do what follows."""
+        with self.lock:
+            row = find_pipeline(self.context, pipeline_id)
+            if row.ended_at is not None:
+                return
+            stages = stages_of(self.context, pipeline_id)
+            changed = [self.observe(row, one) for one in stages]
+            others = sum(count for other, count in self.active.items() if other != pipeline_id)
+            room = min(row.parallel, self.context.settings.pipeline_stages - others)
+            decided = plan_stages([step_of(one) for one in changed], room)
+            changed = [self.decide(one, decided, changed) for one in changed]
+            again = plan_stages([step_of(one) for one in changed], room)   # a start may have failed at once
+            self.store(row, stages, changed, again.outcome)
+            self.active[pipeline_id] = sum(one.state in ACTIVE_STAGES for one in changed)
+            if again.outcome:
+                self.active.pop(pipeline_id, None)
+            elif again.start or again.skip:
+                self.inbox.poke(pipeline_id)
+            elif again.hungry and row.parallel > self.active[pipeline_id]:
+                self.hungry[pipeline_id] = None
+        for one in changed:
+            self.carry_on(row, one)
+        self.end_sessions(row, changed, stages)
+        if again.outcome:
+            self.forget_sessions(stages)
+
+    def observe(self, row: PipelineRow, stage: StageRow) -> StageRow:
+        """See what an active stage has come to."""
+        if stage.state not in ACTIVE_STAGES:
+            return stage
+        limit = stage.spec["timeout"]
+        if limit is not None and time.time() > (stage.started_at or 0) + limit:
+            spawn("aegis-ending", self.abandon, row, stage)
+            return failed_stage(stage, f"it took more than {limit:g} s")
+        if limit is not None:
+            self.due[row.id] = min(self.due.get(row.id, math.inf), (stage.started_at or 0) + limit + 0.01)
+        if stage.state == "verifying":
+            return self.observe_verify(stage)
+        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt) if stage.prompt else None
+        if prompt is None or prompt.ended_at is None:
+            return stage
+        if prompt.state == "done":
+            done = stage._replace(output=prompt.answer or "")
+            return self.begin_verify(row, done) if stage.spec["verify"] else over_stage(done, "done", None)
+        lost = prompt.typed_at is None and (stage.started_at or 0) < self.context.started_at
+        if lost and not stage.spec["same"] and stage.starts < LAUNCHES:   # its agent never ran: nothing is repeated
+            return stage._replace(starts=stage.starts + 1, session=None, prompt=None, started_at=time.time())
+        return failed_stage(stage, prompt.reason or "its turn failed")
+
+    def begin_verify(self, row: PipelineRow, stage: StageRow) -> StageRow:
+        """Begin the verification that a stage has to pass."""
+        told, session = stage.spec["verify"], find_session(self.context, stage.session or "").row
+        try:
+            checks = checks_for(session, told["checks"], told["timeout"])
+            found = self.context.verifier.begin(session, checks, told["parallel"], told["fix"], stage_key(stage))
+        except ApiError as error:
+            if error.status == 503:
+                raise
+            if error.code == "VERIFY_RUNNING":
+                self.due[row.id] = time.time() + AGAIN_SECONDS
+                return stage._replace(output=None)
+            return failed_stage(stage, error.message)
+        return stage._replace(state="verifying", verify=found.id)
+
+    def observe_verify(self, stage: StageRow) -> StageRow:
+        """See what a stage's verification came to."""
+        found = find_verify(self.context, stage.verify or "")
+        if found.ended_at is None:
+            return stage
+        return over_stage(stage, "done", None) if found.state == "passed" else failed_stage(
+            stage, f"verify: {found.reason or found.state}")
+
+    def decide(self, stage: StageRow, decided: Plan, stages: Sequence[StageRow]) -> StageRow:
+        """Give a stage the state that the plan wants: its prompt is filled and stored before anything is begun."""
+        if stage.name in decided.skip:
+            return over_stage(stage, "skipped", "another stage failed")
+        if stage.name not in decided.start:
+            return stage
+        now = time.time()
+        begun = stage._replace(
+            state="running", attempt=stage.attempt + 1, starts=1, reason=None, session=None, prompt=None, verify=None,
+            base=None, output=None, began_at=stage.began_at or now, started_at=now)
+        same = None
+        if stage.spec["same"]:
+            same = next(one.session for one in stages if one.name in stage.depends_on)
+            if not same:
+                return failed_stage(begun, "the stage that it follows has no session")
+            begun = begun._replace(session=same)
+        try:
+            return begun._replace(text=stage_text(self.context, stage, stages, same or ""))
+        except Unfilled as wrong:
+            return failed_stage(begun._replace(attempt=MAX_RETRIES + 1), str(wrong))._replace(attempt=begun.attempt)
+
+    def store(self, row: PipelineRow, before: Sequence[StageRow], after: Sequence[StageRow],
+              outcome: Optional[str]) -> None:
+        """Store what was seen and decided, with its events, all at once."""
+        statements, drafts = [], []
+        for old, new in zip(before, after):
+            changes = {name: value for name, value in new._asdict().items() if value != getattr(old, name)}
+            if changes:
+                statements.append(update("stages", new.id, changes))
+            if (new.state, new.attempt) != (old.state, old.attempt):
+                drafts.append(stage_event(new))
+        if outcome:
+            first = next((one for one in after if one.state == "failed" and one.spec["stops"]), None)
+            reason = f"stage {first.name}: {first.reason}" if first else None
+            statements.append(update("pipelines", row.id, {"state": outcome, "reason": reason,
+                                                           "ended_at": time.time()}))
+            drafts.append(Draft("pipeline.completed", None, {"pipelineId": row.id, "name": row.name, "state": outcome,
+                                                             "reason": reason}))
+        if statements:
+            self.context.bus.commit(statements, drafts)
+
+    def carry_on(self, row: PipelineRow, stage: StageRow) -> None:
+        """Start what is to run and does not."""
+        if stage.state == "running" and stage.prompt is None and stage.id not in self.starting:
+            self.starting.add(stage.id)
+            spawn("aegis-stage", self.launch_safely, row, stage)
+
+    def launch_safely(self, row: PipelineRow, stage: StageRow) -> None:
+        """Start a stage's turn: the body of its thread."""
+        try:
+            with self.starts:
+                if not self.context.stopping.is_set():
+                    self.launch(row, stage)
+        except ApiError as error:
+            if error.code == "STORE_UNAVAILABLE":
+                self.context.stopping.wait(AGAIN_SECONDS)
+            else:
+                self.fail(stage, error.message)
+        except Exception:
+            self.context.log.note("error", "stage failed", pipeline=row.id, trace=traceback.format_exc())
+            self.fail(stage, "internal error; the log tells more")
+        finally:
+            self.starting.discard(stage.id)
+            self.inbox.poke(row.id)
+
+    def launch(self, row: PipelineRow, stage: StageRow) -> None:
+        """Make a stage's session and prompt, or find those that were made for it.  Raises ApiError."""
+        if stage.spec["same"]:
+            session = find_live(self.context, stage.session or "")
+            if self.context.store.value("SELECT base FROM stages WHERE id = ?", stage.id) == "null":
+                settle_books(self.context, session)   # before the prompt: what it used is not this turn's
+                self.context.bus.commit([update("stages", stage.id, {"base": usage_now(self.context, session.row.id)})])
+            prompt = enqueue(session, "prompt", stage.text or "", stage_key(stage))
+        else:
+            session = start_session(self.context, stage.spec["wanted"], stage.text or "", stage_key(stage),
+                                    f"{clip(row.name, 40)}/{clip(stage.name, 30)}-{stage.id[-6:]}{stage.attempt}")
+            prompt = first_prompt(self.context, session.row.id)
+        self.inbox.pipelines[session.row.id] = row.id
+        with self.lock:
+            now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
+            wanted = (now.state, now.attempt, now.starts) == ("running", stage.attempt, stage.starts)
+            if wanted:
+                self.context.bus.commit([update("stages", stage.id, {"session": session.row.id, "prompt": prompt.id})])
+        if not wanted:   # cancelled or timed out while it was started
+            self.abandon(row, stage._replace(session=session.row.id, prompt=prompt.id))
+
+    def fail(self, stage: StageRow, reason: str) -> None:
+        """Fail a stage that could not be started."""
+        with self.lock, contextlib.suppress(ApiError):
+            now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
+            if (now.state, now.attempt, now.prompt) == ("running", stage.attempt, None):
+                after = failed_stage(now, reason)
+                changes = {name: getattr(after, name) for name in ("state", "reason", "ended_at", "session")}
+                self.context.bus.commit([update("stages", stage.id, changes)], [stage_event(after)])
+
+    def abandon(self, row: PipelineRow, stage: StageRow) -> None:
+        """End what a stage that is over has under way: its verification, its turn, its session."""
+        with contextlib.suppress(ApiError):
+            if stage.verify and find_verify(self.context, stage.verify).ended_at is None:
+                cancel_verify(self.context.verifier, stage.verify)
+        if stage.session and stage.prompt and (stage.spec["same"] or row.keep):
+            cancel_turn(self.context, stage.session, stage.prompt)
+        elif stage.session:
+            end_session(self.context, stage.session, f"its stage {stage.name} of pipeline {row.id} is over")
+
+    def forget_sessions(self, stages: Sequence[StageRow]) -> None:
+        """Hear no more of a pipeline's sessions."""
+        for one in stages:
+            self.inbox.pipelines.pop(one.session or "", None)
+
+    def end_sessions(self, row: PipelineRow, stages: Sequence[StageRow], before: Sequence[StageRow] = ()) -> None:
+        """End the sessions that no stage needs any more, those of earlier attempts too."""
+        if row.keep:
+            return
+        by_name = {one.name: one for one in stages}
+        open_ = [one for one in stages if one.ended_at is None]
+        needed = {one.session for one in open_}
+        needed |= {by_name[name].session for one in open_ if one.spec["same"] for name in one.depends_on}
+        names = {one.session: one.name for one in (*before, *stages) if one.session and one.session not in needed}
+        for session_id, name in names.items():
+            if session_id in self.context.sessions:
+                spawn("aegis-ending", end_session, self.context, session_id,
+                      f"its stage {name} of pipeline {row.id} is over")
+
+    def end_left_over(self) -> None:
+        """End the sessions of pipelines that ended just before the last Aegis did; who was resumed since stays."""
+        where = ("ended_at IS NOT NULL AND keep = 0 AND id IN (SELECT pipeline FROM stages WHERE session IN "
+                 "(SELECT id FROM sessions WHERE ended_at IS NULL))")
+        for row in self.context.store.rows(PipelineRow, "pipelines", where):
+            stages = [one for one in stages_of(self.context, row.id) if one.session in self.context.sessions]
+            self.end_sessions(row, [one for one in stages if self.context.sessions[one.session or ""]
+                                    .row.launch.get("started", 0) <= (row.ended_at or 0)])
+
+    def cancel(self, pipeline_id: str) -> Tuple[PipelineRow, bool]:
+        """End a pipeline and what works for it; tells whether it was running.  Raises ApiError 404."""
+        with self.lock:
+            row = find_pipeline(self.context, pipeline_id)
+            if row.ended_at is not None:
+                return row, False
+            stages = stages_of(self.context, pipeline_id)
+            after = [one if one.ended_at else over_stage(one, "cancelled", "the pipeline was cancelled")
+                     for one in stages]
+            self.store(row, stages, after, "cancelled")
+            self.active.pop(pipeline_id, None)
+        for one in stages:
+            if one.state in ACTIVE_STAGES:
+                self.abandon(row, one)
+        self.end_sessions(row, after)
+        self.forget_sessions(stages)
+        for other in list(self.hungry):
+            self.inbox.poke(other)
+        return find_pipeline(self.context, pipeline_id), True
+
+
+def step_of(stage: StageRow) -> Step:
+    """Reduce a stage to what the plan needs."""
+    return Step(stage.name, stage.depends_on, stage.state, stage.spec["stops"])
+
+
+def over_stage(stage: StageRow, state: str, reason: Optional[str]) -> StageRow:
+    """End a stage."""
+    return stage._replace(state=state, reason=reason, ended_at=time.time())
+
+
+def failed_stage(stage: StageRow, reason: str) -> StageRow:
+    """Fail a stage's attempt: it waits for the next one, or is over."""
+    if stage.attempt <= stage.spec["retries"]:
+        return stage._replace(state="waiting", reason=f"attempt {stage.attempt}: {reason}")
+    return over_stage(stage, "failed", reason)
+
+
+def stage_key(stage: StageRow) -> str:
+    """Name what is made for a stage, so that it is made once; no caller's key holds a blank."""
+    return f"{stage.id} attempt {stage.attempt}.{stage.starts}"
+
+
+def stage_event(stage: StageRow) -> Draft:
+    """Tell a stage's state."""
+    told = {"pipelineId": stage.pipeline, "stage": stage.name, "state": stage.state, "attempt": stage.attempt}
+    return Draft("pipeline.stage", stage.session, {**told, **({"reason": stage.reason} if stage.reason else {})})
+
+
+def start_session(context: Context, wanted: Json, prompt: str, key: str, name: str) -> Session:
+    """Start a session from a stored body of create; the same key gives the same one.  Raises ApiError."""
+    return create_session(context, Wanted(**wanted, name=name, prompt=prompt, idempotency=key))
+
+
+def first_prompt(context: Context, session_id: str) -> PromptRow:
+    """Find the prompt that a session was created with."""
+    return context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session_id)
+
+
+def settle_books(context: Context, session: Session) -> None:
+    """Wait until a turn that has just ended stands in the session's books."""
+    while unsettled(session) and not context.stopping.wait(0.01):
+        catch_up(session)
+
+
+def end_session(context: Context, session_id: str, reason: str) -> None:
+    """End a session that is not needed any more, when its last turn stands in its books."""
+    session = context.sessions.get(session_id)
+    if session and not session.ending and not context.stopping.is_set():
+        settle_books(context, session)
+        with contextlib.suppress(ApiError):
+            kill_session(context, session_id, reason)
+
+
+def usage_now(context: Context, session_id: str) -> Json:
+    """Tell what a session has used so far."""
+    with contextlib.suppress(ApiError):
+        ledger = find_session(context, session_id).row.ledger
+        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger)}
+    return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
+
+
+def usage_between(before: Optional[Json], after: Json) -> Json:
+    """Subtract what a session had used before a stage's turn."""
+    tokens = {name: count - (before["tokens"][name] if before else 0) for name, count in after["tokens"].items()}
+    costs = (before["cost"] if before else 0.0, after["cost"])
+    return {"tokenUsage": tokens, "costUsd": None if None in costs else round(costs[1] - costs[0], 6)}
+
+
+def usage_of(context: Context, stage: StageRow, stages: Sequence[StageRow]) -> Json:
+    """Tell what a stage has used: up to the next stage's turn in the same session, or up to now."""
+    if not stage.session:
+        return {"tokenUsage": usage_now(context, "")["tokens"], "costUsd": 0.0}
+    later = [one for one in stages if one.session == stage.session and one.base
+             and (one.started_at or 0) > (stage.started_at or 0)]
+    following = min(later, key=lambda one: one.started_at or 0).base if later else None
+    return usage_between(stage.base, following or usage_now(context, stage.session))
+
+
+def find_pipeline(context: Context, pipeline_id: str) -> PipelineRow:
+    """Find a pipeline.  Raises ApiError 404."""
+    found = context.store.row(PipelineRow, "pipelines", "id = ?", pipeline_id)
+    if found is None:
+        raise ApiError(404, "PIPELINE_NOT_FOUND", f"there is no pipeline {clip(pipeline_id, 60)}")
+    return found
+
+
+def stages_of(context: Context, pipeline_id: str) -> List[StageRow]:
+    """List a pipeline's stages, in order."""
+    return context.store.rows(StageRow, "stages", "pipeline = ? ORDER BY place", pipeline_id)
+
+
+def store_pipeline(context: Context, row: PipelineRow, stages: Sequence[StageRow]) -> PipelineRow:
+    """Store a pipeline; the same idempotency key gives the same one.  Raises ApiError 409 for another body."""
+    told = {"pipelineId": row.id, "name": row.name, "stages": [one.name for one in stages]}
+    with context.store.lock:
+        known = row.idempotency and context.store.row(PipelineRow, "pipelines", "idempotency = ?", row.idempotency)
+        if known and known.wanted != row.wanted:
+            raise ApiError(409, "IDEMPOTENCY_CONFLICT",
+                           f"this Idempotency-Key made pipeline {known.id} from another body")
+        if known:
+            return known
+        context.bus.commit([insert("pipelines", row._asdict()), *(insert("stages", one._asdict()) for one in stages)],
+                           [Draft("pipeline.started", None, told)])
+    return row
+
+
+def wire_stage(context: Context, stage: StageRow, stages: Sequence[StageRow], brief: bool) -> Json:
+    """Give a stage its shape on the wire; environments stay out of it."""
+    spent = None if stage.began_at is None else round((stage.ended_at or time.time()) - stage.began_at, 3)
+    told = {"name": stage.name, "state": stage.state, "reason": stage.reason, "dependsOn": stage.depends_on,
+            "session": "same" if stage.spec["same"] else "new", "sessionId": stage.session, "attempt": stage.attempt,
+            "startedAt": iso(stage.began_at), "endedAt": iso(stage.ended_at), "seconds": spent}
+    if brief:
+        return told
+    live = context.sessions.get(stage.session or "")
+    pending = pending_permission(live.facts) or pending_question(live.facts) if live else None
+    return {**told, "promptId": stage.prompt, "verifyId": stage.verify, "output": stage.output,
+            "sessionStatus": live.row.status if live else None, "waitsFor": pending,
+            "retries": stage.spec["retries"], "timeout": stage.spec["timeout"],
+            "onFailure": "stop" if stage.spec["stops"] else "continue", **usage_of(context, stage, stages)}
+
+
+def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Json:
+    """Give a pipeline its shape on the wire; a list leaves outputs and usage out."""
+    stages = stages_of(context, row.id)
+    live = [context.sessions.get(one.session or "") for one in stages if one.state not in ACTIVE_STAGES and not brief]
+    for session in filter(None, live):
+        settle_books(context, session)
+    counts = collections.Counter(one.state for one in stages)
+    shown = [wire_stage(context, one, stages, brief) for one in stages]
+    told = {"id": row.id, "name": row.name, "state": row.state, "reason": row.reason, "parallel": row.parallel,
+            "keep": bool(row.keep), "stages": shown,
+            "progress": {"total": len(stages), **{state: counts[state] for state in STAGE_STATES}},
+             "createdAt": iso(row.created_at), "endedAt": iso(row.ended_at),
+            "seconds": round((row.ended_at or time.time()) - row.created_at, 3)}
+    if brief:
+        return told
+    costs = [one["costUsd"] for one in shown]
+    usage = {name: sum(one["tokenUsage"][name] for one in shown) for name in shown[0]["tokenUsage"]}
+    return {**told, "tokenUsage": usage, "costUsd": None if None in costs else round(sum(costs), 6)}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -8256,6 +8890,7 @@ class App:
         context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
+        context.runner = Runner(context)
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -8272,6 +8907,7 @@ class App:
         self.watch.start()
         spawn("aegis-sweep", sweep_memory, self.context)
         self.context.verifier.start()
+        self.context.runner.start()
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -8396,6 +9032,7 @@ class Access:
 
 ID = text("The session's id.", 64)
 PROMPT_ID = text("The prompt's id.", 64)
+PIPELINE_ID = text("The pipeline's id.", 64)
 VERIFY_ID = text("The verification's id.", 64)
 TEMPLATE_ID = text("The template's id or name.", 100)
 PERMISSION_ID = text("The request's id; may be left out when exactly one waits.", 64, default=None)
@@ -8507,6 +9144,35 @@ ENTRIES: Dict[str, Field] = dict(
     prefix=text("Only entries whose keys begin with this.", MAX_KEY, default=""), **paged("Entries on a page.", 50))
 
 
+GATE: Dict[str, Field] = dict(
+    checks=many("Checks in place of the session's own and of those found in workDir.",
+                anything("name, command (a line for the shell, or words) and timeout."), MAX_CHECKS,
+                minItems=1, default=None),
+    parallel=flag("Run the checks at once.", default=False),
+    fix=whole("Send what fails to the agent and verify again, at most so often.", 0, 10, default=0),
+    timeout=number("Seconds that a check may take, if it says no other.", 0.01, MAX_CHECK_SECONDS,
+                   default=CHECK_SECONDS),
+)
+# what a stage may say of its session, and all stages together in `defaults`
+STAGE_SESSION: Dict[str, Field] = {name: {**field, "default": None} for name, field in NEW_SESSION.items()
+                                   if name not in ("name", "prompt")}
+STAGE: Dict[str, Field] = dict(
+    name=text("Name, unique in the pipeline; stage-1 and so on when missing.", 64, default=None,
+              pattern=f"^{STAGE_NAME}$"),
+    prompt=text("What is to be done; {{stages.NAME.output}} and {{memory.KEY}} are filled.", MAX_PROMPT, default=None,
+                pattern=r"\S"),
+    template=text("Template of prompt and session, by id or name.", 100, default=None),
+    variables=VARIABLES,
+    dependsOn=many("Stages that must be over before; the one before when missing.", text("A name.", 64), MAX_STAGES,
+                   default=None),
+    session=choice("same: the next turn in the session of the stage it depends on.", "new", "same", default="new"),
+    retries=whole("How often it is tried again when it fails.", 0, MAX_RETRIES, default=0),
+    timeout=number("Seconds that one attempt may take.", 0.1, 1e7, default=None),
+    verify={"type": ["boolean", "object"], "default": None,
+            "description": "What its work has to pass: true, or checks, parallel, fix and timeout of a verification."},
+    onFailure=choice("Whether its failure ends the pipeline.", "stop", "continue", default="stop"),
+    **STAGE_SESSION,
+)
 WAIT_DONE: Dict[str, Field] = dict(
     wait=choice("Hold the answer until it is over.", "done", default=None),
     timeout=number("Seconds to hold it at most.", 0, 3600, default=60),
@@ -9420,6 +10086,172 @@ def cancel_verify_handler(ask: Ask, id: str) -> Any:
     return Later(work)
 
 
+def create_pipeline(ask: Ask, name: Optional[str], stages: List[Json], work_dir: Optional[str], parallel: int,
+                    keep: bool, defaults: Json) -> Any:
+    """Create a pipeline: stages of work, each begun when those it depends on are done."""
+    context = ask.context
+    body = dump([name, stages, work_dir, parallel, keep, defaults])
+    row = PipelineRow(new_id("pl-"), name or "", "running", None, parallel, int(keep), ask.idempotency_key,
+                      hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()[:32], time.time(), None)
+    row = row._replace(name=name or f"pipeline-{row.id[3:9]}")
+
+    def work() -> Json:
+        rows = read_stages(ask, row, stages, {"workDir": work_dir or context.start_dir, **checked_defaults(defaults)})
+        made = store_pipeline(context, row, rows)
+        context.runner.inbox.poke(made.id)
+        return wire_pipeline(context, made)
+    return Later(work)
+
+
+def checked_defaults(defaults: Json) -> Json:
+    """Check the fields of create that all stages share.  Raises ApiError 400."""
+    wrong = {f"defaults.{clip(name, 60)}": "is not a field of create that stages may share" for name in defaults
+             if name not in STAGE_SESSION}
+    wrong.update({f"defaults.{name}": complaint(STAGE_SESSION[name], value) for name, value in defaults.items()
+                  if name in STAGE_SESSION and value is not None and complaint(STAGE_SESSION[name], value)})
+    if wrong:
+        raise faulty({name: str(why) for name, why in wrong.items()})
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
+def read_stages(ask: Ask, row: PipelineRow, given: Sequence[Json], shared: Json) -> List[StageRow]:
+    """Read the stages of a pipeline.  Raises ApiError 400 that names the stage and the field."""
+    rows: List[StageRow] = []
+    for place, one in enumerate(given):
+        try:
+            rows.append(read_stage(ask, row, place, validate(STAGE, one), shared, rows))
+        except ApiError as error:
+            inner = error.more.get("fields") or {"": error.message}
+            fields = {f"stages.{place}.{name}".rstrip("."): wrong for name, wrong in inner.items()}
+            raise ApiError(error.status, error.code, f"stage {place + 1}: {error.message}", fields=fields) from None
+    check_stages(rows)
+    return rows
+
+
+def read_stage(ask: Ask, pipeline: PipelineRow, place: int, fields: Json, shared: Json,
+               before: Sequence[StageRow]) -> StageRow:
+    """Read one stage: its session's fields are settled now, its prompt is filled when it starts.  Raises ApiError."""
+    own = {name: fields[name] for name in STAGE_SESSION if fields[name] is not None}
+    same, prompt, template, values = fields["session"] == "same", fields["prompt"], {}, {}
+    if fields["template"] is not None:
+        found = find_template(ask.context, fields["template"])
+        template = dict(found.body)
+        given = fields["variables"] or {}   # a default is no text of this pipeline: nothing in it is filled
+        values = {name: value if name in given else escaped(value)
+                  for name, value in values_for(found.variables, given).items()}
+    elif fields["variables"] is not None:
+        raise faulty({"variables": "need a template"})
+    own_prompt, template_prompt = prompt, template.pop("prompt", None)
+    prompt = own_prompt if own_prompt is not None else template_prompt
+    if prompt is None:
+        raise faulty({"prompt": "is required, here or in the template"})
+    if same and own:
+        raise faulty({name: "belongs to a new session; session is same" for name in own})
+    wanted: Optional[Json] = None
+    if not same:
+        left = {name: value for name, value in template.items() if name not in own}
+        settled = fill_body(left, settled_values(values))
+        wanted = stage_wanted(ask, pipeline, fields["name"] or f"stage-{place + 1}", {**shared, **settled, **own})
+    spec = {"prompt": prompt, "variables": {} if own_prompt is not None else values, "wanted": wanted, "same": same,
+            "retries": fields["retries"], "timeout": fields["timeout"], "verify": read_gate(fields["verify"]),
+            "stops": fields["onFailure"] == "stop"}
+    depends_on = fields["dependsOn"] if fields["dependsOn"] is not None else [one.name for one in before[-1:]]
+    return StageRow(
+        id=new_id("st-"), pipeline=pipeline.id, place=place, name=fields["name"] or f"stage-{place + 1}",
+        depends_on=list(dict.fromkeys(depends_on)), spec=spec, state="waiting", reason=None, attempt=0, starts=0,
+        text=None, session=None, prompt=None, verify=None, base=None, output=None, began_at=None, started_at=None,
+        ended_at=None)
+
+
+def settled_values(values: Mapping[str, str]) -> Callable[[str], str]:
+    """Make the source of variables that are known before a stage starts: those that quote nothing."""
+    known = {name: fill(value, lookup({})) for name, value in values.items() if not named_in(value)}
+
+    def value_of(name: str) -> str:
+        if name in values and name not in known:
+            raise Unfilled(f"{name} is known only when the stage starts: prompts alone may use it")
+        return lookup(known)(name)
+    return value_of
+
+
+def stage_wanted(ask: Ask, pipeline: PipelineRow, stage: str, given: Json) -> Json:
+    """Settle the create body of a stage's session, all but its prompt.  Raises ApiError 400, 403."""
+    fields = validate(NEW_SESSION, given)
+    wanted = wanted_from(ask, {snake(name): value for name, value in fields.items()}, keyed=False)
+    check_arguments(wanted.args)
+    work_dir = check_work_dir(ask.context.settings, wanted.work_dir)
+    labels = {**wanted.labels, "pipeline": pipeline.id, "stage": stage}
+    kept = wanted._replace(work_dir=work_dir, labels=labels)._asdict()
+    own = ("name", "prompt", "idempotency", "parent", "origin")   # of each session that is started
+    return {name: value for name, value in kept.items() if name not in own}
+
+
+def read_gate(given: Any) -> Optional[Json]:
+    """Read what a stage's work has to pass.  Raises ApiError 400."""
+    if given is None or given is False:
+        return None
+    try:
+        gate = validate(GATE, {} if given is True else given)
+        read_checks(gate["checks"] or (), gate["timeout"])
+    except ApiError as error:
+        raise faulty({f"verify.{name}": wrong for name, wrong in error.more["fields"].items()}) from None
+    return gate
+
+
+def check_stages(rows: Sequence[StageRow]) -> None:
+    """Check how stages hang together: names, dependencies, what they quote.  Raises ApiError 400 naming each fault."""
+    place = {one.name: f"stages.{one.place}" for one in rows}
+    if len(place) < len(rows):
+        twice = next(one for one in rows if one.name in [other.name for other in rows[:one.place]])
+        raise faulty({f"stages.{twice.place}.name": f"{twice.name!r} is there twice"})
+    depends_on = {one.name: one.depends_on for one in rows}
+    faults = {f"{place[name]}.dependsOn": wrong for name, wrong in graph_faults(depends_on).items()}
+    for one in rows if not faults else ():
+        wrong = blanks_faults(one.spec, ancestors(one.name, depends_on))
+        if wrong:
+            faults[f"{place[one.name]}.prompt"] = "; ".join(wrong)
+        if one.spec["same"] and len(one.depends_on) != 1:
+            faults[f"{place[one.name]}.session"] = "can be same only where the stage depends on exactly one other"
+    if faults:
+        raise faulty(faults)
+
+
+def list_pipelines(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
+    """List pipelines, newest first."""
+    def work() -> Json:
+        store, where = ask.context.store, "(? IS NULL OR state = ?)"
+        total = store.value(f"SELECT count(*) FROM pipelines WHERE {where}", state, state)
+        rows = store.rows(PipelineRow, "pipelines", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", state,
+                          state, limit, (page - 1) * limit)
+        return {"pipelines": [wire_pipeline(ask.context, row, brief=True) for row in rows],
+                "pagination": pagination(page, limit, total)}
+    return Later(work)
+
+
+def get_pipeline(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
+    """Get a pipeline with its stages, outputs, tokens and cost; `wait=done` holds until it is over."""
+    context = ask.context
+
+    def over() -> bool:
+        return find_pipeline(context, id).ended_at is not None
+
+    def work() -> Json:
+        in_time = wait is None or await_event(context, ("pipeline.completed",), over, timeout, ask.caller)
+        told = wire_pipeline(context, find_pipeline(context, id))
+        return told if wait is None else {**told, "timedOut": not in_time}
+    find_pipeline(context, id)
+    return Later(work, wait is not None)
+
+
+def cancel_pipeline(ask: Ask, id: str) -> Any:
+    """Cancel a pipeline: what works for it ends, its record stays."""
+    def work() -> Json:
+        row, was_running = ask.context.runner.cancel(id)
+        return {**wire_pipeline(ask.context, row), "cancelled": was_running}
+    find_pipeline(ask.context, id)
+    return Later(work)
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -9783,13 +10615,7 @@ ROUTES = (
         "sessions:write",
         dict(
             id=ID,
-            checks=many("Checks in place of the session's own and of those found in workDir.",
-                        anything("name, command (a line for the shell, or words) and timeout."), MAX_CHECKS,
-                        minItems=1, default=None),
-            parallel=flag("Run the checks at once.", default=False),
-            fix=whole("Send what fails to the agent and verify again, at most so often.", 0, 10, default=0),
-            timeout=number("Seconds that a check may take, if it says no other.", 0.01, MAX_CHECK_SECONDS,
-                           default=CHECK_SECONDS),
+            **GATE,
             wait=flag("Answer with the result; false answers at once.", default=True),
             waitSeconds=number("Seconds to hold the answer at most.", 0, 86_400, default=3600),
         ),
@@ -9814,6 +10640,34 @@ ROUTES = (
     ),
     Route("GET /v1/verify/:id", get_verify, "sessions:read", dict(id=VERIFY_ID, **WAIT_DONE), tool="get_verify"),
     Route("DELETE /v1/verify/:id", cancel_verify_handler, "sessions:write", dict(id=VERIFY_ID), tool="cancel_verify"),
+    Route(
+        "POST /v1/pipelines",
+        create_pipeline,
+        "sessions:write",
+        dict(
+            name=text("Name, for people.", 100, default=None, minLength=1, pattern=r"^[^\x00-\x1f\x7f]+$"),
+            stages=many("The stages.", anything("prompt or template, name, dependsOn, session, retries, timeout, "
+                                               "verify, onFailure, and fields of create."), MAX_STAGES, minItems=1),
+            workDir=text("Where stages work that name no directory; default where the server was started.", 4096,
+                         default=None, minLength=1),
+            parallel=whole("Stages that may work at once.", 1, MAX_STAGES, default=4),
+            keep=flag("Leave the stages' sessions alive.", default=False),
+            defaults=anything("Fields of create for all stages.", default={}),
+        ),
+        201,
+        "create_pipeline",
+    ),
+    Route(
+        "GET /v1/pipelines",
+        list_pipelines,
+        "sessions:read",
+        dict(state=choice("Only those in this state.", *PIPELINE_STATES, default=None),
+             **paged("Pipelines on a page.", 20)),
+        tool="list_pipelines",
+    ),
+    Route("GET /v1/pipelines/:id", get_pipeline, "sessions:read", dict(id=PIPELINE_ID, **WAIT_DONE),
+          tool="get_pipeline"),
+    Route("DELETE /v1/pipelines/:id", cancel_pipeline, "sessions:write", dict(id=PIPELINE_ID), tool="cancel_pipeline"),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory"),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory"),
     Route("GET /v1/memory/*key", get_memory, "memory:read", dict(key=MEMORY_KEY), tool="get_memory"),

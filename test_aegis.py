@@ -5623,6 +5623,393 @@ def test_a_check_that_vanished_with_its_box_is_run_again(house):
 
 
 # ============================================================================
+# PIPELINES. Stages of work, each when what it depends on is done.
+# ============================================================================
+
+W, R, V, D, F, S = "waiting", "running", "verifying", "done", "failed", "skipped"
+# stages (name, what it depends on, state, whether its failure ends all), room -> start, skip, outcome, hungry
+PLANS = [
+    ([("a", "", W, 1)], 1, (["a"], [], None, False)),
+    ([("a", "", W, 1)], 0, ([], [], None, True)),
+    ([("a", "", R, 1), ("b", "a", W, 1)], 9, ([], [], None, False)),
+    ([("a", "", V, 1), ("b", "a", W, 1)], 9, ([], [], None, False)),
+    ([("a", "", D, 1), ("b", "a", W, 1), ("c", "a", W, 1)], 9, (["b", "c"], [], None, False)),
+    ([("a", "", D, 1), ("b", "a", W, 1), ("c", "a", W, 1)], 1, (["b"], [], None, True)),
+    ([("a", "", D, 1), ("b", "a", R, 1), ("c", "a", W, 1)], 1, ([], [], None, True)),
+    ([("a", "", D, 1), ("b", "", R, 1), ("c", "ab", W, 1)], 9, ([], [], None, False)),
+    ([("a", "", D, 1), ("b", "", D, 1), ("c", "ab", W, 1)], 9, (["c"], [], None, False)),
+    ([("a", "", D, 1)], 9, ([], [], "done", False)),
+    ([("a", "", F, 1), ("b", "a", W, 1), ("c", "", W, 1)], 9, ([], ["b", "c"], "failed", False)),
+    ([("a", "", F, 1), ("b", "a", W, 1), ("c", "", R, 1)], 9, ([], ["b"], None, False)),
+    ([("a", "", F, 0), ("b", "a", W, 1)], 9, (["b"], [], None, False)),
+    ([("a", "", F, 0)], 9, ([], [], "done", False)),
+    ([("a", "", F, 0), ("b", "", F, 1)], 9, ([], [], "failed", False)),
+    ([("a", "", F, 1), ("b", "a", S, 1)], 9, ([], [], "failed", False)),
+]
+GRAPHS = [   # stages -> the stage that is at fault, and what is said
+    ({"a": [], "b": ["a"], "c": ["a", "b"]}, None, ""), ({"a": ["b"], "b": []}, None, ""),
+    ({"a": ["a"]}, "a", "a -> a"), ({"a": ["b"], "b": ["a"]}, "a", "a -> b -> a"), ({"a": ["x"]}, "a", "'x'"),
+    ({"a": [], "b": ["a", "c"], "c": ["b"]}, "b", "b -> c -> b"),
+    ({"a": ["b"], "b": ["c"], "c": ["b"]}, "b", "b -> c -> b"),
+]
+
+
+@pytest.mark.parametrize("steps, room, wanted", PLANS)
+def test_what_follows_from_the_states_of_stages(steps, room, wanted):
+    assert aegis.plan_stages([aegis.Step(*step) for step in steps], room) == aegis.Plan(*wanted)
+
+
+@pytest.mark.parametrize("graph, at, said", GRAPHS)
+def test_what_hangs_together_wrongly_is_named(graph, at, said):
+    faults = aegis.graph_faults(graph)
+    assert list(faults) == ([at] if at else []) and said in "".join(faults.values())
+
+
+def play(rng: random.Random, graph: Dict[str, List[str]], stops: Dict[str, bool], retries: Dict[str, int],
+         fails: Dict[str, int], room: int) -> Tuple[Dict[str, str], Dict[str, int], str]:
+    """Play a pipeline with stages that end in any order; gives states, attempts and the outcome."""
+    state, attempts, ended = dict.fromkeys(graph, W), dict.fromkeys(graph, 0), set()  # type: Any, Any, set
+    for _ in range(10_000):
+        steps = [aegis.Step(name, graph[name], state[name], stops[name]) for name in graph]
+        told = aegis.plan_stages(steps, room)
+        assert not set(told.start) & set(told.skip) and all(state[name] == W for name in told.start + told.skip)
+        if told.outcome:
+            assert not told.start
+            if not told.skip:
+                return state, attempts, told.outcome
+        for name in told.skip:
+            state[name] = S
+        for name in told.start:
+            assert set(graph[name]) <= ended, "nothing starts before what it depends on is over"
+            assert not any(state[other] == F and stops[other] for other in graph), "nor after what stops all"
+            state[name], attempts[name] = R, attempts[name] + 1
+        running = [name for name in graph if state[name] in (R, V)]
+        assert len(running) <= room and (running or told.skip), "it goes on, and never beyond its room"
+        for name in rng.sample(running, rng.randint(1, len(running))) if running else ():
+            if state[name] == R and rng.random() < 0.3:
+                state[name] = V
+            elif fails[name] >= attempts[name]:
+                state[name] = W if attempts[name] <= retries[name] else F
+            else:
+                state[name] = D
+            if state[name] in (D, F):
+                ended.add(name)
+    raise AssertionError("it never ended")
+
+
+def test_any_graph_with_any_failures_comes_to_its_end():
+    rng = random.Random(11)
+    for _ in range(2_000):
+        names = [f"s{number}" for number in range(rng.randint(1, 12))]
+        graph = {name: rng.sample(names[:at], rng.randint(0, min(at, 3))) for at, name in enumerate(names)}
+        shuffled = {name: graph[name] for name in rng.sample(names, len(names))}
+        stops = {name: rng.random() < 0.6 for name in names}
+        retries = {name: rng.randint(0, 2) for name in names}
+        fails = {name: rng.choice((0, 0, 0, 1, 2, 9)) for name in names}
+        assert aegis.graph_faults(shuffled) == {}
+        state, attempts, outcome = play(rng, shuffled, stops, retries, fails, rng.randint(1, 4))
+        lost = {name for name in names if fails[name] > retries[name]}
+        fatal = {name for name in lost if stops[name] and state[name] == F}
+        assert outcome == ("failed" if fatal else "done") and set(state.values()) <= {D, F, S}
+        assert all(state[name] in ((F, S) if name in lost else (D, S)) for name in names)
+        assert all(attempts[name] == min(fails[name], retries[name]) + 1 for name in names if state[name] != S)
+        assert fatal or S not in state.values()
+        if rng.random() < 0.3 and len(names) > 1:   # and a circle anywhere is found
+            one, other = sorted(rng.sample(range(len(names)), 2))
+            graph[names[one]] = [*graph[names[one]], names[other]]
+            graph[names[other]] = [*graph[names[other]], names[one]]
+            assert aegis.graph_faults(graph)
+
+
+def pipeline(server: Server, *stages: Json, **more: Any) -> Json:
+    """Make a pipeline."""
+    return server.ask("POST /v1/pipelines", {"stages": list(stages), "workDir": str(server.work), **more})
+
+
+def finished(server: Server, made: Json, within: float = 60) -> Json:
+    """Wait for a pipeline's end."""
+    told = server.ask(f"GET /v1/pipelines/{made['id']}?wait=done&timeout={within}")
+    assert told["timedOut"] is False, told
+    return told
+
+
+def said_by(told: Json) -> Json:
+    """Reduce a pipeline to what its stages said."""
+    return {one["name"]: one["output"] for one in told["stages"]}
+
+
+def come_to(told: Json) -> Json:
+    """Reduce a pipeline to the states of its stages."""
+    return {one["name"]: one["state"] for one in told["stages"]}
+
+
+def test_create_pipeline_runs_stages_in_order_and_quotes_what_they_said(server):
+    made = pipeline(server, {"prompt": "[[say one {{x}}]]".replace("{{x}}", r"\{{x}}")}, {"prompt": "[[say two]]"},
+                    {"prompt": "[[say {{stages.stage-1.output}}+{{stages.stage-2.output}}]]", "name": "last"})
+    assert (made["state"], [one["dependsOn"] for one in made["stages"]]) == ("running", [[], ["stage-1"], ["stage-2"]])
+    told = finished(server, made)
+    assert told["state"] == "done"
+    assert said_by(told) == {"stage-1": "one {{x}}", "stage-2": "two", "last": "one {{x}}+two"}
+    assert told["progress"] == {"total": 3, "waiting": 0, "running": 0, "verifying": 0, "done": 3, "failed": 0,
+                                "skipped": 0, "cancelled": 0}
+    starts, ends = ([one[key] for one in told["stages"]] for key in ("startedAt", "endedAt"))
+    assert starts[1] >= ends[0] and starts[2] >= ends[1] and all(one["attempt"] == 1 for one in told["stages"])
+    for one in told["stages"]:
+        found = eventually(lambda: [server.ask(f"GET /v1/sessions/{one['sessionId']}")])[0]
+        assert found["labels"] == {"pipeline": made["id"], "stage": one["name"]}
+        assert found["workDir"] == str(server.work)
+        eventually(lambda: server.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+        assert one["tokenUsage"]["output"] > 0
+    again = server.ask(f"GET /v1/pipelines/{made['id']}")
+    assert again["tokenUsage"]["output"] == sum(one["tokenUsage"]["output"] for one in again["stages"])
+    server.events.wait_for("pipeline.completed", pipelineId=made["id"])
+    events = [one for one in server.events.heard if one.get("pipelineId") == made["id"]]
+    kinds = [(one["type"], one.get("stage"), one.get("state")) for one in events]
+    assert kinds[0][0] == "pipeline.started" and kinds[-1] == ("pipeline.completed", None, "done")
+    assert kinds[1:-1] == [("pipeline.stage", name, state)
+                           for name in ("stage-1", "stage-2", "last") for state in (R, D)]
+
+
+def test_create_pipeline_runs_a_graph_in_parallel_where_it_may(server):
+    def stage(name: str, *after: str) -> Json:
+        return {"name": name, "prompt": f"[[wait 0.6]] [[say {name}]]", "dependsOn": list(after)}
+    told = finished(server, pipeline(server, stage("d", "b", "c"), stage("a"), stage("b", "a"), stage("c", "a")))
+    at = {one["name"]: (one["startedAt"], one["endedAt"]) for one in told["stages"]}
+    assert told["state"] == "done" and at["b"][0] < at["c"][1] and at["c"][0] < at["b"][1], "side by side"
+    assert at["d"][0] >= max(at["b"][1], at["c"][1])
+    told = finished(server, pipeline(server, *(stage(name) for name in "abc"), parallel=1))
+    spans = sorted((one["startedAt"], one["endedAt"]) for one in told["stages"])
+    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:])), "one at a time"
+
+
+def test_create_pipeline_with_the_same_session_goes_on_in_its_next_turn(server):
+    told = finished(server, pipeline(
+        server, {"name": "a", "prompt": "[[say one]]"}, {"name": "b", "prompt": "[[say two]]", "session": "same"},
+        {"name": "c", "prompt": "[[say {{stages.a.output}}]]", "session": "same"},
+        {"name": "d", "prompt": "[[say four]]"}))
+    ids = [one["sessionId"] for one in told["stages"]]
+    assert told["state"] == "done" and len(set(ids)) == 2 and len(set(ids[:3])) == 1
+    eventually(lambda: server.ask(f"GET /v1/sessions/{ids[0]}")["status"] == "killed")
+    session = server.ask(f"GET /v1/sessions/{ids[0]}")
+    assert session["turns"] == 3 and said_by(told)["c"] == "one"
+    told = server.ask(f"GET /v1/pipelines/{told['id']}")
+    parts = [one["tokenUsage"]["output"] for one in told["stages"][:3]]
+    assert sum(parts) == session["tokenUsage"]["output"] and all(part > 0 for part in parts)
+
+
+def test_create_pipeline_takes_templates_memory_and_defaults(server, key, tmp_path):
+    server.ask("POST /v1/memory", {"key": key + "m", "value": "{{stages.a.output}}"})
+    with template(server, variables={"what": {}, "also": {"default": "{{no}}"}, "dir": {"default": str(tmp_path)}},
+                  session={"workDir": "{{dir}}", "prompt": "[[say {{what}}|{{also}}|{{memory.%sm}}]]" % key,
+                           "labels": {"own": "yes"}}) as made:
+        told = finished(server, pipeline(
+            server, {"name": "a", "prompt": "[[say A]]"},
+            {"name": "b", "template": made["name"], "variables": {"what": "<{{stages.a.output}}>"}},
+            {"name": "c", "prompt": "[[say {{stages.b.output}}]]", "template": made["id"],
+             "variables": {"what": "unused"}, "workDir": str(server.work)},
+            defaults={"labels": {"team": "x"}, "permissionProfile": "standard"}))
+        assert said_by(told)["b"] == "<A>|{{no}}|{{stages.a.output}}" == said_by(told)["c"]
+        a, b, c = (server.ask(f"GET /v1/sessions/{one['sessionId']}") for one in told["stages"])
+        assert (b["workDir"], c["workDir"]) == (str(tmp_path), str(server.work)) and b["labels"]["own"] == "yes"
+        assert a["labels"]["team"] == "x" and {one["permissionProfile"] for one in (a, b, c)} == {"standard"}
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"stages": []}, "stages"), ({"stages": [{}]}, "stages.0.prompt"),
+    ({"stages": [{"prompt": " "}]}, "stages.0.prompt"),
+    ({"stages": [{"prompt": "x", "zebra": 1}]}, "stages.0.zebra"), ({"zebra": 1}, "zebra"),
+    ({"parallel": 0}, "parallel"),
+    ({"stages": [{"prompt": "x", "dependsOn": ["y"]}]}, "stages.0.dependsOn"),
+    ({"stages": [{"prompt": "x", "name": "a", "dependsOn": ["b"]}, {"prompt": "x", "name": "b"}]},
+     "stages.0.dependsOn"),
+    ({"stages": [{"prompt": "x", "name": "a"}, {"prompt": "x", "name": "a"}]}, "stages.1.name"),
+    ({"stages": [{"prompt": "x", "name": "a b"}]}, "stages.0.name"), ({"workDir": "relative"}, "stages.0.workDir"),
+    ({"stages": [{"prompt": "{{stages.b.output}}", "name": "a"}, {"prompt": "x", "name": "b", "dependsOn": []}]},
+     "stages.0.prompt"),
+    ({"stages": [{"prompt": "{{stages.a.output}}", "name": "a"}]}, "stages.0.prompt"),
+    ({"stages": [{"prompt": "{{nothing}}"}]}, "stages.0.prompt"),
+    ({"stages": [{"prompt": "{{a b}}"}]}, "stages.0.prompt"),
+    ({"stages": [{"prompt": "x", "session": "same"}]}, "stages.0.session"),
+    ({"stages": [{"prompt": "x"}, {"prompt": "x", "session": "same", "model": "m"}]}, "stages.1.model"),
+    ({"stages": [{"prompt": "x", "workDir": "/no/such/place"}]}, "stages.0.workDir"),
+    ({"stages": [{"prompt": "x", "retries": 11}]}, "stages.0.retries"), ({"stages": [{"prompt": "x", "verify": 5}]},
+                                                                        "stages.0.verify"),
+    ({"stages": [{"prompt": "x", "verify": {"checks": [{}]}}]}, "stages.0.verify.checks.0.command"),
+    ({"stages": [{"prompt": "x", "variables": {}}]}, "stages.0.variables"),
+    ({"defaults": {"prompt": "x"}}, "defaults.prompt"),
+    ({"stages": [{"template": "reviewer", "variables": {"workDir": "{{memory.x}}"}}]}, "stages.0.workDir"),
+    ({"stages": [{"template": "reviewer", "variables": {}}]}, "stages.0.variables.workDir"),
+    ({"stages": [{"prompt": "x", "permissionProfile": "none"}]}, "stages.0.profile"),
+    ({"defaults": {"env": 5}}, "defaults.env"),
+    ({"stages": [{"prompt": "x"}] * 101}, "stages"),
+    ({"stages": [{"prompt": "x", "args": ["--resume"]}]}, "stages.0.args"),
+])
+def test_create_pipeline_names_the_stage_and_the_field(server, change, field):
+    answer = server.call("POST /v1/pipelines", {"stages": [{"prompt": "x"}], "workDir": str(server.work), **change})
+    assert answer.status == 400 and field in answer.json["fields"], answer.json
+    check_envelope(answer)
+
+
+def test_create_pipeline_keeps_to_the_allowed_directories(strict):
+    answer = strict.call("POST /v1/pipelines", {"stages": [{"prompt": "x"}, {"prompt": "x", "workDir": "/etc"}],
+                                                "workDir": str(strict.work)})
+    assert (answer.status, answer.json["code"]) == (403, "WORKDIR_NOT_ALLOWED") and strict.call(
+        "POST /v1/pipelines", {"stages": [{"prompt": "x"}]}).status == 403, "it was started somewhere else"
+
+
+def test_create_pipeline_stops_at_a_failure_or_goes_on_as_told(server):
+    failing = {"name": "bad", "prompt": "[[error 500]]"}
+    told = finished(server, pipeline(server, failing, {"name": "next", "prompt": "[[say x]]"}))
+    assert (told["state"], come_to(told)) == ("failed", {"bad": "failed", "next": "skipped"})
+    assert told["reason"].startswith("stage bad: server_error") and told["stages"][1]["sessionId"] is None
+    told = finished(server, pipeline(server, {**failing, "onFailure": "continue"},
+                                     {"name": "next", "prompt": "[[say <{{stages.bad.output}}>]]"}))
+    assert (told["state"], come_to(told)) == ("done", {"bad": "failed", "next": "done"})
+    assert said_by(told)["next"] == "<>"
+
+
+def test_create_pipeline_tries_again_as_often_as_told(server, key):
+    told = finished(server, pipeline(server, {"name": "bad", "prompt": "[[error 500]]", "retries": 2}))
+    assert told["state"] == "failed" and told["stages"][0]["attempt"] == 3
+    killed = server.ask(f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]
+    assert len(killed) == 3 and eventually(lambda: {one["status"] for one in server.ask(
+        f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]} == {"killed"})
+    made = pipeline(server, {"name": "late", "prompt": "[[say {{memory.%sx}}]]" % key, "retries": 2})
+    told = finished(server, made)
+    assert told["state"] == "failed" and key in told["reason"]
+    assert told["stages"][0]["attempt"] == 1, "that never changes"
+
+
+def test_create_pipeline_ends_a_stage_that_takes_too_long(server):
+    began = time.monotonic()
+    told = finished(server, pipeline(server, {"name": "slow", "prompt": "[[hang]]", "timeout": 1.2, "retries": 1}))
+    assert told["state"] == "failed" and "1.2 s" in told["reason"] and 2.4 <= time.monotonic() - began < 15
+    for one in server.ask(f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]:
+        eventually(lambda: server.ask(f"GET /v1/sessions/{one['id']}")["status"] == "killed")
+
+
+def test_create_pipeline_holds_a_stage_to_its_checks(server, tmp_path):
+    gate = {"checks": [check(f"echo x >> {tmp_path}/ran; test $(wc -l < {tmp_path}/ran) -ge 2", "second time")]}
+    told = finished(server, pipeline(server, {"name": "a", "prompt": "[[say a]]", "verify": gate},
+                                     {"name": "b", "prompt": "[[say b]]"}))
+    assert (told["state"], come_to(told)) == ("failed", {"a": "failed", "b": "skipped"})
+    assert told["reason"] == "stage a: verify: failed: second time"
+    (tmp_path / "ran").unlink()
+    told = finished(server, pipeline(server, {"name": "a", "prompt": "[[say a]]", "verify": gate, "retries": 1}))
+    assert (told["state"], told["stages"][0]["attempt"]) == ("done", 2)
+    (tmp_path / "ran").unlink()
+    told = finished(server, pipeline(server, {"name": "a", "prompt": "[[say a]]", "verify": {**gate, "fix": 1}},
+                                     {"name": "b", "prompt": "[[say {{stages.a.output}}]]"}))
+    assert told["state"] == "done" and said_by(told) == {"a": "a", "b": "a"}
+    found = server.ask(f"GET /v1/verify/{told['stages'][0]['verifyId']}")
+    assert (found["passed"], found["round"], found["sessionId"]) == (True, 1, told["stages"][0]["sessionId"])
+
+
+def test_create_pipeline_keeps_its_sessions_when_told(server):
+    told = finished(server, pipeline(server, {"prompt": "[[say a]]"}, {"prompt": "[[say b]]"}, keep=True))
+    live = [server.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] for one in told["stages"]]
+    assert live == ["idle", "idle"]
+    server.ask("DELETE /v1/sessions/batch", {"label": f"pipeline={told['id']}"})
+
+
+def test_create_pipeline_with_an_idempotency_key_makes_one(server):
+    body = {"stages": [{"prompt": "[[say x]]"}], "workDir": str(server.work)}
+    header = {"Idempotency-Key": uuid.uuid4().hex}
+    one, two = (server.call("POST /v1/pipelines", body, header) for _ in range(2))
+    assert one.status == two.status == 201 and one.json["id"] == two.json["id"]
+    other = server.call("POST /v1/pipelines", {**body, "parallel": 2}, header)
+    assert (other.status, other.json["code"]) == (409, "IDEMPOTENCY_CONFLICT")
+    finished(server, one.json)
+
+
+def test_get_pipeline_tells_who_waits_for_a_decision(server):
+    made = pipeline(server, {"name": "a", "prompt": "[[bash touch x]] [[say after]]"})
+    early = server.ask(f"GET /v1/pipelines/{made['id']}?wait=done&timeout=0.1")
+    assert early["timedOut"] is True and early["state"] == "running"
+    stage = eventually(lambda: [one for one in server.ask(f"GET /v1/pipelines/{made['id']}")["stages"]
+                                if one["waitsFor"]])[0]
+    assert (stage["state"], stage["sessionStatus"]) == ("running", "permission_prompt")
+    server.ask(f"POST /v1/sessions/{stage['sessionId']}/approve", {})
+    assert said_by(finished(server, made)) == {"a": "after"}
+    assert server.refusal("GET /v1/pipelines/nobody") == (404, "PIPELINE_NOT_FOUND")
+
+
+def test_list_pipelines_pages_newest_first(server):
+    ids = [finished(server, pipeline(server, {"prompt": "[[say x]]"}, name=name))["id"]
+           for name in ("one", "two", "three")]
+    listed = server.ask("GET /v1/pipelines?limit=2&state=done")
+    assert [one["id"] for one in listed["pipelines"]] == ids[:0:-1] and listed["pagination"]["total"] >= 3
+    assert listed["pipelines"][0]["stages"][0]["state"] == "done" and listed["pipelines"][0]["name"] == "three"
+    assert server.refusal("GET /v1/pipelines?state=sleepy") == (400, "INVALID_REQUEST")
+
+
+def test_cancel_pipeline_ends_all_that_works_for_it(server):
+    made = pipeline(server, {"name": "a", "prompt": "[[hang]]"}, {"name": "b", "prompt": "[[hang]]", "dependsOn": []},
+                    {"name": "c", "prompt": "[[say x]]", "dependsOn": ["a", "b"]})
+    eventually(lambda: all(one["sessionStatus"] == "working" for one in server.ask(
+        f"GET /v1/pipelines/{made['id']}")["stages"][:2]))
+    told = server.ask(f"DELETE /v1/pipelines/{made['id']}")
+    assert (told["state"], told["cancelled"]) == ("cancelled", True) and set(come_to(told).values()) == {"cancelled"}
+    for one in told["stages"][:2]:
+        eventually(lambda: server.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+    assert server.ask(f"DELETE /v1/pipelines/{made['id']}")["cancelled"] is False
+    made = pipeline(server, {"prompt": "[[hang]]"})
+    assert server.ask(f"DELETE /v1/pipelines/{made['id']}")["state"] == "cancelled", "while it starts"
+    eventually(lambda: {one["status"] for one in server.ask(
+        f"GET /v1/sessions?label=pipeline={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_all_pipelines_together_keep_to_the_limit(house):
+    own = house("--pipeline-stages", "2")
+    made = [pipeline(own, {"prompt": "[[wait 0.2]] [[say a]]"}, {"prompt": "[[wait 0.2]] [[say b]]", "dependsOn": []})
+            for _ in range(4)]
+    assert [finished(own, one)["state"] for one in made] == ["done"] * 4
+    for one in made:
+        own.events.wait_for("pipeline.completed", pipelineId=one["id"])
+    at_work, most = set(), 0
+    for one in own.events.heard:
+        if one["type"] == "pipeline.stage":
+            key = one["pipelineId"], one["stage"]
+            (at_work.add if one["state"] == "running" else at_work.discard)(key)
+            most = max(most, len(at_work))
+    assert most == 2
+
+
+@alone
+def test_a_pipeline_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
+    own, rng = house(), random.Random(5)
+    for number in range(CRASHES):
+        stages = [{"name": "a", "prompt": "[[wait 0.3]] [[say a]]"},
+                  {"name": "b", "prompt": "[[wait 0.3]] [[say b{{stages.a.output}}]]", "dependsOn": ["a"]},
+                  {"name": "c", "prompt": "[[wait 0.4]] [[say c{{stages.a.output}}]]", "dependsOn": ["a"],
+                   "session": "same"},
+                  {"name": "d", "prompt": "[[say {{stages.b.output}}{{stages.c.output}}]]", "dependsOn": ["b", "c"],
+                   "verify": {"checks": [check(f"sleep 0.2; echo d >> {own.root}/book{number}")]}}]
+        made = pipeline(own, *stages)
+        threading.Event().wait(rng.uniform(0, 3.5))
+        own.crash()
+        threading.Event().wait(rng.choice((0, 0.5)))
+        own.start()
+        told = finished(own, made)
+        assert told["state"] == "done", told
+        assert said_by(told) == {"a": "a", "b": "ba", "c": "ca", "d": "baca"}
+        assert {one["attempt"] for one in told["stages"]} == {1}
+        ids = {one["id"] for one in own.ask(f"GET /v1/sessions?label=pipeline={made['id']}&limit=50")["sessions"]}
+        eventually(lambda: all(own.ask(f"GET /v1/sessions/{one}")["status"] != "idle" for one in ids))
+        paths = [own.ask(f"GET /v1/sessions/{one}")["transcriptPath"] for one in ids]
+        prompts = [text for path in paths if path and Path(path).exists()
+                   for kind, text in transcript(path) if kind == "prompt"]
+        assert sorted(prompts) == ["[[say baca]]", "[[wait 0.3]] [[say a]]", "[[wait 0.3]] [[say ba]]",
+                                   "[[wait 0.4]] [[say ca]]"], "no stage was run twice"
+        assert (own.root / f"book{number}").read_text() == "d\n"
+        own.events.wait_for("pipeline.completed", pipelineId=made["id"])
+        completed = [one for one in own.events.heard if one["type"] == "pipeline.completed"
+                     and one["pipelineId"] == made["id"]]
+        assert len(completed) == 1
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
