@@ -7887,6 +7887,43 @@ def test_real_turn_survives_a_restart_of_aegis(model):
 
 
 @real_client
+def test_real_verification_has_the_client_mend_what_failed(claude, start, tmp_path):
+    talk = start(workDir=str(tmp_path), permissionProfile="autonomous")
+    mending = f"[[bash touch {tmp_path}/mended]] [[say mended]]"
+    flag = check(f"test -e {tmp_path}/mended || {{ echo '{mending}'; false; }}", "flag")
+    told = verify(talk, flag, check("true"), fix=2)
+    assert (told["passed"], told["round"]) == (True, 1)
+    assert [one["state"] for one in told["earlier"][0]] == ["failed", "passed"]
+    assert talk.read()["output"] == "mended" and talk.get()["turns"] == 1
+
+
+@real_client
+def test_real_pipeline_runs_a_pair_side_by_side_and_survives_a_crash(model, tmp_path):
+    own = lab(model).start()
+    try:
+        gate = {"checks": [check(f"test -e {tmp_path}/made", "made")]}
+        made = pipeline(
+            own, {"name": "first", "prompt": f"[[bash touch {tmp_path}/made]] [[say one]]", "verify": gate},
+            {"name": "left", "prompt": "[[wait 3]] [[say L{{stages.first.output}}]]", "dependsOn": ["first"]},
+            {"name": "right", "prompt": "[[wait 3]] [[say R{{stages.first.output}}]]", "dependsOn": ["first"]},
+            {"name": "last", "prompt": "[[say {{stages.left.output}}{{stages.right.output}}]]",
+             "dependsOn": ["left", "right"], "session": "new"},
+            defaults={"permissionProfile": "autonomous"}, workDir=str(tmp_path))
+        for name in ("left", "right"):
+            own.events.wait_for("pipeline.stage", stage=name, state="running", within=60)
+        own.crash().start()
+        told = finished(own, made)
+        assert (told["state"], {one["attempt"] for one in told["stages"]}) == ("done", {1}), told
+        assert said_by(told)["last"] == "waitedwaited", "a pause is an answer to the stand-in"
+        left, right = told["stages"][1:3]
+        assert left["startedAt"] < right["endedAt"] and right["startedAt"] < left["endedAt"]
+        assert [prompt for prompt in model.heard if prompt.startswith("[[wait 3]]")].count("[[wait 3]] [[say Lone]]") == 1
+        assert all(one["tokenUsage"]["output"] > 0 for one in told["stages"])
+    finally:
+        own.close()
+
+
+@real_client
 def test_real_users_own_files_are_not_touched(claude, start):
     home = claude.root / "home"
     start().say("[[say x]]")
