@@ -328,6 +328,8 @@ class Settings:
                 shown = "(hidden)" if setting.secret else repr(raw)
                 raise ValueError(f"AEGIS_{setting.name.upper()} (--{setting.name.replace('_', '-')}) "
                                  f"is {shown}: it {error}") from None
+        if self.pipeline_stages < 1:
+            raise ValueError("AEGIS_PIPELINE_STAGES (--pipeline-stages) is 0: it must be at least 1")
         if self.port > 65535:
             raise ValueError(f"AEGIS_PORT (--port) is {self.port}: it must be at most 65535")
         self.state_dir = os.path.realpath(os.path.expanduser(self.state_dir))

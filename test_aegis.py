@@ -604,6 +604,7 @@ def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, 
     (("--port", "x"), {}, "port"),
     (("--port", "70000"), {}, "port"),
     ((), {"AEGIS_PORT": "-1"}, "AEGIS_PORT"),
+    (("--pipeline-stages", "0"), {}, "AEGIS_PIPELINE_STAGES"),
     (("--log-level", "loud"), {}, "log"),
     ((), {"AEGIS_AGENT": "cat"}, "AEGIS_AGENT"),
     (("--ready-seconds", "0"), {}, "ready"),
@@ -5868,6 +5869,15 @@ def test_create_pipeline_stops_at_a_failure_or_goes_on_as_told(server):
     assert said_by(told)["next"] == "<>"
 
 
+def test_create_pipeline_fails_with_a_session_that_somebody_ends(server):
+    made = pipeline(server, {"prompt": "[[hang]]"}, {"prompt": "[[say x]]"})
+    stage = eventually(lambda: [one for one in server.ask(f"GET /v1/pipelines/{made['id']}")["stages"]
+                                if one["sessionStatus"] == "working"])[0]
+    server.ask(f"DELETE /v1/sessions/{stage['sessionId']}")
+    told = finished(server, made)
+    assert come_to(told) == {"stage-1": "failed", "stage-2": "skipped"} and "killed" in told["reason"]
+
+
 def test_create_pipeline_tries_again_as_often_as_told(server, key):
     told = finished(server, pipeline(server, {"name": "bad", "prompt": "[[error 500]]", "retries": 2}))
     assert told["state"] == "failed" and told["stages"][0]["attempt"] == 3
@@ -7917,7 +7927,8 @@ def test_real_pipeline_runs_a_pair_side_by_side_and_survives_a_crash(model, tmp_
         assert said_by(told)["last"] == "waitedwaited", "a pause is an answer to the stand-in"
         left, right = told["stages"][1:3]
         assert left["startedAt"] < right["endedAt"] and right["startedAt"] < left["endedAt"]
-        assert [prompt for prompt in model.heard if prompt.startswith("[[wait 3]]")].count("[[wait 3]] [[say Lone]]") == 1
+        assert sorted(one for one in model.heard[-4:] if "[[wait 3]]" in one) == [
+            "[[wait 3]] [[say Lone]]", "[[wait 3]] [[say Rone]]"], "each was asked once"
         assert all(one["tokenUsage"]["output"] > 0 for one in told["stages"])
     finally:
         own.close()
