@@ -7865,7 +7865,8 @@ class Verifier:
 
     def await_check(self, row: CheckRow, running: Optional[Running]) -> Optional[Json]:
         """Wait for a check's end; gives what ended it, None when it is to be left as it is."""
-        deadline, pause = time.monotonic() + row.timeout - (time.time() - (row.started_at or 0)), CHECK_LOOK
+        spent = max(0.0, time.time() - (row.started_at or 0))   # 0 when the clock was set back meanwhile
+        deadline, pause = time.monotonic() + row.timeout - spent, CHECK_LOOK
         while True:
             code = read_status(row, self.folder)
             if code is not None:

@@ -6019,6 +6019,22 @@ def test_a_pipeline_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
         assert len(completed) == 1
 
 
+@alone
+def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts(house):
+    own = house()
+    for _ in range(CRASHES):
+        made = pipeline(own, {"name": "a", "prompt": "[[say a]]"},
+                        {"name": "b", "prompt": "[[say b{{stages.a.output}}]]"})
+        own.events.wait_for("session.created", labels={"pipeline": made["id"], "stage": "a"})
+        own.crash().start()
+        told = finished(own, made)
+        assert (told["state"], said_by(told)) == ("done", {"a": "a", "b": "ba"}), told
+        ids = [one["id"] for one in own.ask(f"GET /v1/sessions?label=pipeline={made['id']}&limit=50")["sessions"]]
+        begun = [one for one in (own.ask(f"GET /v1/sessions/{each}") for each in ids) if one["pid"] or one["turns"]]
+        assert sorted((one["labels"]["stage"], one["turns"]) for one in begun) == [("a", 1), ("b", 1)]
+        assert len(ids) - len(begun) <= 1, "one may have died before its agent was started"
+
+
 # ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
