@@ -5986,6 +5986,44 @@ def test_all_pipelines_together_keep_to_the_limit(house):
     assert most == 2
 
 
+def forget_note(own: Server, sql: str, *args: Any) -> None:
+    """Take back what a server had noted just before it died."""
+    own.crash()
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    assert database.execute(sql, args).rowcount == 1
+    database.commit()
+    database.close()
+    own.start()
+
+
+@alone
+def test_what_was_begun_and_not_noted_yet_is_found_after_a_crash(house):
+    own = house()
+    book = own.root / "book"
+    gate = {"checks": [check(f"echo x >> {book}; sleep 1", "gate")]}
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]"},
+                    {"name": "b", "prompt": "[[wait 1]] [[say b]]", "session": "same", "verify": gate})
+    for name in "ab":
+        own.events.wait_for("prompt.started", after=own.events.wait_for(
+            "pipeline.stage", stage=name, state="running")["id"])
+        eventually(lambda: [one for one in own.ask(f"GET /v1/pipelines/{made['id']}")["stages"]
+                            if one["name"] == name and one["promptId"]])
+        session = "NULL" if name == "a" else "session"
+        forget_note(own, f"UPDATE stages SET session = {session}, prompt = NULL WHERE name = ?", name)
+    own.events.wait_for("pipeline.stage", stage="b", state="verifying")
+    eventually(book.exists)
+    forget_note(own, "UPDATE stages SET state = 'running', verify = NULL WHERE name = 'b'")
+    told = finished(own, made)
+    assert (told["state"], said_by(told)) == ("done", {"a": "a", "b": "b"}) and book.read_text() == "x\n"
+    sessions = own.ask(f"GET /v1/sessions?label=pipeline={made['id']}")["sessions"]
+    assert [(one["id"], one["turns"]) for one in sessions] == [(told["stages"][0]["sessionId"], 2)]
+    talk = own.open()
+    begun = verify(talk, check("echo '[[wait 1]] [[say mended]]'; false", "never"), fix=1, wait=False)
+    talk.wait("prompt.started", promptId=talk.wait("verify.fixing")["promptId"])
+    forget_note(own, "UPDATE verifies SET state = 'checking', prompt = NULL WHERE id = ?", begun["id"])
+    assert own.ask(f"GET /v1/verify/{begun['id']}?wait=done&timeout=30")["round"] == 1 and len(talk.prompts()) == 1
+
+
 @alone
 def test_a_pipeline_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
     own, rng = house(), random.Random(5)
