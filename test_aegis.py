@@ -6025,6 +6025,29 @@ def test_what_was_begun_and_not_noted_yet_is_found_after_a_crash(house):
 
 
 @alone
+def test_a_stage_whose_agent_never_took_its_prompt_is_begun_again_after_a_crash(house):
+    own = house()
+    made = pipeline(own, {"name": "a", "prompt": "[[say a]]", "args": ["--demo-boot", "slow:2"]})
+    first = eventually(lambda: own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"])
+    window = own.ask(f"GET /v1/sessions/{first}")["window"]
+    own.crash()
+    own.tmux("kill-window", "-t", window)
+    own.start()
+    told = finished(own, made)
+    assert (told["state"], told["stages"][0]["attempt"], said_by(told)) == ("done", 1, {"a": "a"})
+    assert told["stages"][0]["sessionId"] != first and own.ask(f"GET /v1/sessions/{first}")["status"] == "exited"
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]]"})
+    own.events.wait_for("prompt.started", after=own.events.wait_for("pipeline.started", pipelineId=made["id"])["id"])
+    first = own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"]
+    window = own.ask(f"GET /v1/sessions/{first}")["window"]
+    own.crash()
+    own.tmux("kill-window", "-t", window)
+    own.start()
+    told = finished(own, made)
+    assert told["state"] == "failed" and told["stages"][0]["sessionId"] == first, "what was taken is not run again unasked"
+
+
+@alone
 def test_a_pipeline_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
     own, rng = house(), random.Random(5)
     for number in range(CRASHES):
