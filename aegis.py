@@ -4712,13 +4712,6 @@ def catch_up(session: Session) -> None:
         session.context.look_later(session, 0.5)
 
 
-def unsettled(session: Session) -> bool:
-    """Tell whether a turn ended so recently that its last lines do not stand in the transcript yet."""
-    with session.lock:   # a turn's end that is just being told is waited for
-        last = session.closed_ids[-1] if session.closed_ids else None
-    return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
-
-
 def save_books(session: Session) -> None:
     """Store how far the transcript was read and what it cost, unless another change just did."""
     with session.lock:
