@@ -56,6 +56,7 @@ AEGIS = HERE / "aegis.py"
 README = HERE / "README.md"
 WITHIN = 20.0        # seconds until something that should happen at once counts as lost
 LANES = 5             # tests marked alone that run at once, beside the others: most of the time they wait
+OUTSIDE = dict(os.environ)    # as it was: tests change theirs (PATH, and pytest a variable as long as a test's name)
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
 REAL_TURNS = int(os.environ.get("AEGIS_TEST_REAL_TURNS", "10"))   # and on the real client
 
@@ -340,7 +341,7 @@ class Server:
 def clean_environment(root: Path) -> Dict[str, str]:
     """Give a deliberate environment with a home of its own, and sockets that go with it."""
     (root / "home").mkdir(exist_ok=True)
-    return {"PATH": os.environ["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8", "TERM": "xterm-256color",
+    return {"PATH": OUTSIDE["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8", "TERM": "xterm-256color",
             "TMUX_TMPDIR": str(root), "AEGIS_STATE_DIR": str(root / "s")}
 
 
@@ -6628,7 +6629,7 @@ class Actor:
         self.pty, child = os.openpty()
         self.process = subprocess.Popen(
             [sys.executable, str(AEGIS), "demo-agent", *chosen, *flags, "--settings", str(path)], stdin=child,
-            stdout=child, stderr=child, cwd=str(self.cwd), env={**os.environ, "CLAUDE_CONFIG_DIR": str(self.home)},
+            stdout=child, stderr=child, cwd=str(self.cwd), env={**OUTSIDE, "CLAUDE_CONFIG_DIR": str(self.home)},
             start_new_session=True)
         os.close(child)
         threading.Thread(target=self._watch, daemon=True).start()
