@@ -4467,12 +4467,14 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
         prompt = change.prompt(
             prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark
         )
-    if not type_into(context, session, keystrokes(session.agent, prompt)):
+    strokes = keystrokes(session.agent, prompt)
+    watched = session.agent.reports and prompt.kind != "prompt"
+    if not type_into(context, session, strokes[:-1] if watched else strokes):
         return  # the pane is dead: the end of its process is told by the exits
-    if session.agent.reports:
-        confirm(context, session, prompt)
-    else:
+    if not session.agent.reports:
         start_unreported(session, prompt.id, "typed; this agent does not report")
+    elif not watched or enter_seen(context, session, prompt):
+        confirm(context, session, prompt)
 
 
 # What the client would not take as text.  A first word like a command's runs it; some words end the agent.
@@ -4609,6 +4611,28 @@ def is_draft_of(prompt: PromptRow, draft: str) -> bool:
     """Tell whether what stands in the box is a prompt we typed: whole, scrolled, or collapsed."""
     shown = canonical(re.sub(r"^!", "", draft))
     return bool(shown) and (shown in canonical(prompt.text) or re.search(r"\[Pasted text #\d+", draft) is not None)
+
+
+def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
+    """Press Enter on a command or shell line once it stands in the box; False when it never does.
+
+    The agent need not report it, so that an empty box is the only proof that it was taken: on a busy machine the box
+    is empty too because nothing was read yet.
+    """
+    deadline = time.monotonic() + BOX_SECONDS + GIVE_UP_SECONDS
+    while time.monotonic() < deadline and session.live and not session.ending and not context.stopping.is_set():
+        reading = look(context, session)
+        if reading.kind == "idle" and is_draft_of(prompt, reading.draft):
+            press(context, session, *ENTER.keys)
+            return True
+        if reading.kind not in ("idle", "working", "unknown"):
+            context.look_later(session, 0.0)
+        if taken(session, prompt.id, LOOK_SECONDS):
+            return False
+    if session.live and not session.ending and not context.stopping.is_set():
+        fail_delivery(context, session, prompt.id,
+                      "it was typed but never stood in the agent's box; look at the pane before you send it again")
+    return False
 
 
 def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
