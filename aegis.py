@@ -3998,6 +3998,7 @@ class Session:
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
         )  # agent's id of the last prompt in the transcript
+        self.transcript_final = ""                     # what its turn said last, as far as it was read
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
         self.policy = stored_policy(row.policy)
@@ -4699,16 +4700,15 @@ def end_unreported(session: Session, prompt_id: str, reading: Reading) -> None:
 
 def digest(session: Session, entries: Sequence[Entry]) -> None:
     """Let new transcript lines prove what hooks did not tell: a prompt taken, a turn ended or interrupted."""
-    final = ""
     for entry in entries:
         if entry.kind == "prompt":
-            session.transcript_prompt = entry.prompt_id
+            session.transcript_prompt, session.transcript_final = entry.prompt_id, ""
             _digest_prompt(session, entry)
         elif entry.kind == "text" and entry.final:
-            final = entry.text
+            session.transcript_final = entry.text   # the line of the turn's end may be written a good while later
         elif entry.kind in ("interrupt", "end"):
             session.settled_prompt = session.transcript_prompt
-            _digest_end(session, entry, final)
+            _digest_end(session, entry, session.transcript_final)
 
 
 def catch_up(session: Session) -> None:
