@@ -4349,6 +4349,7 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
 BOX_SECONDS = 5.0        # how long an agent that should be idle may take to show its empty box
 REPORT_SECONDS = 0.2     # a report comes 30-60 ms after Enter; then the screen is looked at
 GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
+AT_BOX = frozenset(("idle", "working", "unknown", "dead"))   # readings that show no dialog to look into
 LOOK_SECONDS = 0.015     # pause between looks at a screen that is about to change
 
 
@@ -4572,7 +4573,7 @@ def await_box(context: Context, session: Session) -> bool:
         if reading.kind == "idle" and cleaned < 14:
             cleaned += 1
             clear_box(context, session, reading, cleaned)
-        elif reading.kind not in ("idle", "working", "unknown", "dead"):
+        elif reading.kind not in AT_BOX:
             break
         time.sleep(LOOK_SECONDS)
     else:
@@ -4621,18 +4622,19 @@ def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
     is empty too because nothing was read yet.
     """
     deadline = time.monotonic() + BOX_SECONDS + GIVE_UP_SECONDS
-    while time.monotonic() < deadline and session.live and not session.ending and not context.stopping.is_set():
+    while not taken(session, prompt.id, LOOK_SECONDS):
+        if session.ending or not session.live or context.stopping.is_set():
+            return False
         reading = look(context, session)
         if reading.kind == "idle" and is_draft_of(prompt, reading.draft):
             press(context, session, *ENTER.keys)
             return True
-        if reading.kind not in ("idle", "working", "unknown"):
+        if reading.kind not in AT_BOX:
             context.look_later(session, 0.0)
-        if taken(session, prompt.id, LOOK_SECONDS):
+        if time.monotonic() > deadline:
+            fail_delivery(context, session, prompt.id,
+                          "it was typed but never stood in the agent's box; look at the pane before you send it again")
             return False
-    if session.live and not session.ending and not context.stopping.is_set():
-        fail_delivery(context, session, prompt.id,
-                      "it was typed but never stood in the agent's box; look at the pane before you send it again")
     return False
 
 
@@ -4659,7 +4661,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         elif prompt.kind != "prompt" and reading.kind != "working":
             end_unreported(session, prompt.id, reading)
             return
-        elif reading.kind not in ("idle", "working", "unknown", "dead"):
+        elif reading.kind not in AT_BOX:
             context.look_later(session, 0.0)
         if time.monotonic() - began > GIVE_UP_SECONDS + patience:
             fail_delivery(
@@ -4708,7 +4710,7 @@ def digest(session: Session, entries: Sequence[Entry]) -> None:
             session.transcript_final = entry.text   # the line of the turn's end may be written a good while later
         elif entry.kind in ("interrupt", "end"):
             session.settled_prompt = session.transcript_prompt
-            _digest_end(session, entry, session.transcript_final)
+            _digest_end(session, entry)
 
 
 def catch_up(session: Session) -> None:
@@ -4775,9 +4777,9 @@ def _digest_prompt(session: Session, entry: Entry) -> None:
             change.set(failure=None)
 
 
-def _digest_end(session: Session, entry: Entry, final: str) -> None:
+def _digest_end(session: Session, entry: Entry) -> None:
     with session.lock:
-        current = session.facts.current
+        current, final = session.facts.current, session.transcript_final
         if current is None and final and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
             with session.changing("transcript", "a turn while Aegis was away", entry.text) as change:
                 change.columns["output"] = final

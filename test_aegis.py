@@ -56,7 +56,7 @@ AEGIS = HERE / "aegis.py"
 README = HERE / "README.md"
 WITHIN = 20.0        # seconds until something that should happen at once counts as lost
 LANES = 5             # tests marked alone that run at once, beside the others: most of the time they wait
-OUTSIDE = dict(os.environ)    # as it was: tests change theirs (PATH, and pytest a variable as long as a test's name)
+OUTSIDE = dict(os.environ)    # as it was: a test may change its own, PATH for one, while others start programs
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
 REAL_TURNS = int(os.environ.get("AEGIS_TEST_REAL_TURNS", "10"))   # and on the real client
 
@@ -4939,7 +4939,7 @@ def test_any_text_can_be_written_and_no_value_is_read():
 
 
 @pytest.mark.parametrize("text", ["\\" * 1_000_000, "{" * 1_000_000, "{{" * 300_000, "{{a" * 300_000, " {{ " * 200_000,
-                                  "{{" + " " * 1_000_000, r"\{{" * 300_000])
+                                  "{{" + " " * 1_000_000, r"\{{" * 300_000], ids=lambda text: text[:9])
 def test_a_huge_text_is_read_in_time(text):
     began = time.monotonic()
     with contextlib.suppress(aegis.Unfilled):
@@ -7855,7 +7855,7 @@ def test_real_what_is_denied_stays_denied_while_aegis_is_away(model):
     own = lab(model).start()
     try:
         talk = own.open(permissionMode="bypassPermissions", permissions={"deny": ["Bash(touch denied*)"]}, env=SANDBOX)
-        window = talk.get()["window"]
+        window, conversation = talk.get()["window"], talk.get()["conversationId"]
         own.crash()
         own.tmux("send-keys", "-t", window, "-l", "[[bash touch denied-1]] [[bash touch other]] [[say away]]")
 
@@ -7865,8 +7865,9 @@ def test_real_what_is_denied_stays_denied_while_aegis_is_away(model):
         eventually(submitted)
         eventually(lambda: (own.work / "other").exists())
         assert not (own.work / "denied-1").exists()
+        eventually(lambda: any(map(ended_turn, own.root.rglob(f"{conversation}.jsonl"))))
         own.start()
-        eventually(lambda: (talk.read()["output"] or "").endswith("away"))     # the turn may go on beyond the start
+        assert talk.read()["output"].endswith("away")
     finally:
         own.close()
 
