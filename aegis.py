@@ -225,6 +225,10 @@ SETTINGS = (
         "log_level", "choice:debug|info|warning|error", "info", "What is logged on stderr; info has a line per request."
     ),
     Setting("log_format", "choice:text|json", "text", "Shape of a log line."),
+    Setting(
+        "prices", "json", "{}", "Prices of models that Aegis has no or no right price for: a JSON object (or @FILE) of "
+        '`{"input": DOLLARS, "output": DOLLARS}` per million tokens, by the beginning of the model\'s name.'
+    ),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -755,6 +759,69 @@ MIGRATIONS = (
         began_at REAL, started_at REAL, ended_at REAL);
     CREATE INDEX stages_of ON stages(pipeline, place);
     CREATE INDEX stages_in ON stages(session) WHERE session IS NOT NULL;
+    """,
+    # usage: tokens by session, UTC day and model; session '' holds the sum of all.  tallies: how many, and how long, by
+    # UTC day and bucket; two views say what is measured, triggers keep count in the transaction of what they measure.
+    """
+    CREATE TABLE usage (
+        session TEXT NOT NULL, day TEXT NOT NULL, model TEXT NOT NULL, input INTEGER NOT NULL, output INTEGER NOT NULL,
+        cache_read INTEGER NOT NULL, cache_write INTEGER NOT NULL, hour INTEGER NOT NULL, messages INTEGER NOT NULL,
+        PRIMARY KEY (session, day, model)) WITHOUT ROWID;
+    CREATE INDEX usage_when ON usage(day, session);
+    CREATE TABLE usage_files (
+        session TEXT NOT NULL, path TEXT NOT NULL, offset INTEGER NOT NULL, recent TEXT NOT NULL,
+        PRIMARY KEY (session, path)) WITHOUT ROWID;
+    CREATE TABLE unbooked (session TEXT PRIMARY KEY) WITHOUT ROWID;
+    INSERT INTO unbooked SELECT id FROM sessions WHERE ledger LIKE '%_tokens%';
+    CREATE TABLE bounds (bucket INTEGER PRIMARY KEY, upto REAL NOT NULL);
+    INSERT INTO bounds VALUES (0, 0.005), (1, 0.01), (2, 0.025), (3, 0.05), (4, 0.1), (5, 0.25), (6, 0.5), (7, 1),
+        (8, 2.5), (9, 5), (10, 10), (11, 30), (12, 60), (13, 120), (14, 300), (15, 600), (16, 1800), (17, 3600),
+        (18, 14400), (19, 86400), (20, 9e999);
+    CREATE TABLE tallies (
+        day TEXT NOT NULL, name TEXT NOT NULL, label TEXT NOT NULL, bucket INTEGER NOT NULL, count INTEGER NOT NULL,
+        total REAL NOT NULL, PRIMARY KEY (day, name, label, bucket)) WITHOUT ROWID;
+    CREATE INDEX prompts_of ON prompts(session);
+    CREATE VIEW prompt_times AS
+        SELECT id, session, date(ended_at, 'unixepoch') AS day, 'turn' AS name,
+            CASE WHEN state = 'done' THEN state WHEN reason = 'interrupted' THEN reason ELSE 'error' END AS label,
+            max(0.0, ended_at - coalesce(started_at, submitted_at)) AS seconds
+        FROM prompts WHERE ended_at IS NOT NULL AND coalesce(started_at, submitted_at) IS NOT NULL
+        UNION ALL SELECT id, session, date(submitted_at, 'unixepoch'), 'send', kind, max(0.0, submitted_at - created_at)
+        FROM prompts WHERE submitted_at IS NOT NULL AND typed_at IS NOT NULL
+        UNION ALL SELECT id, session, date(submitted_at, 'unixepoch'), 'type', kind, max(0.0, submitted_at - typed_at)
+        FROM prompts WHERE submitted_at IS NOT NULL AND typed_at IS NOT NULL;
+    CREATE VIEW permission_times AS
+        SELECT id, session, date(decided_at, 'unixepoch') AS day, 'decision' AS name,
+            CASE WHEN tool IN ('AskUserQuestion', 'ExitPlanMode') THEN 'question' ELSE 'permission' END || '/' || state
+                || '/' || substr(coalesce(decided_by, 'unknown'), 1, 20) AS label,
+            max(0.0, decided_at - asked_at) AS seconds
+        FROM permissions WHERE state <> 'pending' AND decided_at IS NOT NULL;
+    CREATE TRIGGER prompts_sent AFTER UPDATE OF submitted_at ON prompts
+        WHEN OLD.submitted_at IS NULL AND NEW.submitted_at IS NOT NULL BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM prompt_times WHERE id = NEW.id AND name <> 'turn'
+            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    CREATE TRIGGER prompts_over AFTER UPDATE OF ended_at ON prompts
+        WHEN OLD.ended_at IS NULL AND NEW.ended_at IS NOT NULL BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM prompt_times WHERE id = NEW.id AND name = 'turn'
+            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    CREATE TRIGGER permissions_decided AFTER UPDATE OF state ON permissions
+        WHEN OLD.state = 'pending' AND NEW.state <> 'pending' BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM permission_times WHERE id = NEW.id
+            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    CREATE TRIGGER permissions_made AFTER INSERT ON permissions WHEN NEW.state <> 'pending' BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM permission_times WHERE id = NEW.id
+            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place,
+        count(*), sum(seconds) FROM (SELECT * FROM prompt_times UNION ALL SELECT * FROM permission_times)
+        GROUP BY day, name, label, place;
     """,
 )
 
@@ -2148,12 +2215,17 @@ def read_plain_screen(text: str) -> Reading:
 # Dollars per million tokens: input, output; published prices of 2026-11.  Cache reads cost 0.1 of
 # input, cache writes 1.25 (5 minutes) or 2 (1 hour).  A model that is not here is unpriced, never guessed.
 PRICES_DATE = "2026-11"
-PRICES: Tuple[Tuple[str, float, float], ...] = (
+Price = Tuple[str, float, float]
+PRICES: Tuple[Price, ...] = (
     ("claude-opus-4-5", 5.0, 25.0), ("claude-opus-4-1", 15.0, 75.0), ("claude-opus-4-2025", 15.0, 75.0),
     ("claude-sonnet-4-5", 3.0, 15.0), ("claude-sonnet-4-2025", 3.0, 15.0), ("claude-haiku-4-5", 1.0, 5.0),
     ("claude-3-7-sonnet", 3.0, 15.0), ("claude-3-5-sonnet", 3.0, 15.0), ("claude-3-5-haiku", 0.8, 4.0),
 )
 USAGE_KEYS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+USAGE_COLUMNS = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens",
+                 "cache_write": "cache_creation_input_tokens", "hour": "hour", "messages": "messages"}
+MAX_MODELS, OTHER_MODELS = 50, "(other models)"   # of one session: their names come from a file that an agent writes
+Booked = Dict[Tuple[str, str], Dict[str, int]]    # UTC day, model -> what is not stored yet
 READ_BLOCK = 1_000_000   # bytes read forwards at once: more would only cost memory
 TAIL_BLOCK = 65_536      # bytes read at once from a transcript's end
 TAIL_KEPT = 100_000      # characters of a session's last messages that are remembered for the next reader
@@ -2180,13 +2252,13 @@ class Entry(NamedTuple):
     decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
 
 
-def parse_line(raw: bytes) -> List[Entry]:
-    """Read one line; what it does not know it leaves out."""
+def parse_line(raw: bytes, subagent: bool = False) -> List[Entry]:
+    """Read one line; what it does not know it leaves out, and a subagent's where it is not asked for."""
     try:
         line = whole_text(json.loads(raw), raw)
     except ValueError:
         return []
-    if not isinstance(line, dict) or line.get("isSidechain"):
+    if not isinstance(line, dict) or (line.get("isSidechain") and not subagent):
         return []
     kind = line.get("type")
     if kind == "attachment":
@@ -2275,20 +2347,41 @@ def new_ledger() -> Json:
     return {"offset": 0, "models": {}, "recent": {}}
 
 
-def count_usage(ledger: Json, entries: Sequence[Entry]) -> Json:
-    """Add the usage of new lines to the books; a message that was counted is counted anew, not twice."""
+def entry_time(entry: Entry) -> float:
+    """Read an entry's own timestamp as Unix time, to the millisecond upwards; now, when it has none."""
+    try:
+        return datetime.datetime.fromisoformat((entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
+    except ValueError:
+        return time.time()
+
+
+def utc_day(moment: float) -> str:
+    """Name the UTC day of a moment; the future counts as today."""
+    return _iso_second(int(min(moment, time.time())))[:10]
+
+
+def count_usage(ledger: Json, entries: Sequence[Entry], booked: Optional[Booked] = None) -> Json:
+    """Add the usage of new lines to the books; a message that was counted is counted anew, not twice.
+
+    What a conversation held before this session had it (`since`) is not its own.  Each change goes into `booked`, too.
+    """
     models = {name: dict(counts) for name, counts in ledger["models"].items()}
-    recent = dict(ledger["recent"])
+    recent, booked = dict(ledger["recent"]), {} if booked is None else booked
     for entry in entries:
-        if entry.kind != "usage" or not entry.usage:
+        if entry.kind != "usage" or not entry.usage or (ledger.get("since") and entry_time(entry) < ledger["since"]):
             continue
-        counts = models.setdefault(entry.model, {})
-        for key, amount in recent.pop(entry.message, {}).items():
-            counts[key] = counts.get(key, 0) - amount
-        amounts = usage_amounts(entry.usage)
-        for key, amount in amounts.items():
-            counts[key] = counts.get(key, 0) + amount
-        recent[entry.message] = amounts
+        model = clip(entry.model, 100)
+        model = model if model in models or len(models) < MAX_MODELS else OTHER_MODELS
+        again = entry.message in recent
+        counts, known = models.setdefault(model, {}), dict(recent.pop(entry.message, {}))
+        day = known.pop("day", None) or utc_day(entry_time(entry)) 
+        amounts, tally = usage_amounts(entry.usage), booked.setdefault((day, model), {})
+        tally["messages"] = tally.get("messages", 0) + (not again)
+        for sign, part in ((-1, known), (1, amounts)):
+            for key, amount in part.items():
+                counts[key] = counts.get(key, 0) + sign * amount
+                tally[key] = tally.get(key, 0) + sign * amount
+        recent[entry.message] = {**amounts, "day": day}
         for old in list(recent)[:-8]:
             del recent[old]
     return {**ledger, "models": models, "recent": recent}
@@ -2296,9 +2389,24 @@ def count_usage(ledger: Json, entries: Sequence[Entry]) -> Json:
 
 def usage_amounts(usage: Json) -> Dict[str, int]:
     """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
-    amounts = {key: usage[key] for key in USAGE_KEYS if isinstance(usage.get(key), int) and usage[key]}
-    hour = (usage.get("cache_creation") or {}).get("ephemeral_1h_input_tokens")
-    return {**amounts, "hour": hour} if isinstance(hour, int) and hour else amounts
+    amounts = {key: usage[key] for key in USAGE_KEYS if _is_amount(usage.get(key))}
+    written = usage.get("cache_creation")
+    hour = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
+    return {**amounts, "hour": hour} if _is_amount(hour) else amounts
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10 ** 12
+
+
+def usage_statements(session_id: str, booked: Booked) -> List[Statement]:
+    """Write the statements that add usage to a session's days and to everybody's."""
+    columns = ", ".join(USAGE_COLUMNS)
+    grown = ", ".join(f"{name} = {name} + excluded.{name}" for name in USAGE_COLUMNS)
+    sql = (f"INSERT INTO usage (session, day, model, {columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
+           f"ON CONFLICT (session, day, model) DO UPDATE SET {grown}")
+    return [(sql, (whose, day, model, *(counts.get(key, 0) for key in USAGE_COLUMNS.values())))
+            for (day, model), counts in booked.items() if any(counts.values()) for whose in (session_id, "")]
 
 
 def token_usage(ledger: Json) -> Json:
@@ -2308,20 +2416,39 @@ def token_usage(ledger: Json) -> Json:
     return dict(zip(names, (total[key] for key in USAGE_KEYS)))
 
 
-def cost_usd(ledger: Json) -> Optional[float]:
+def cost_usd(ledger: Json, prices: Sequence[Price] = PRICES) -> Optional[float]:
     """Price the books in dollars; None when a model that was used has no known price."""
-    total = 0.0
-    for model, counts in ledger["models"].items():
-        price = next(((paid, got) for prefix, paid, got in PRICES if model.startswith(prefix)), None)
-        if price is None:
-            if any(counts.values()):
-                return None
-            continue
-        hour = counts.get("hour", 0)
-        written = 1.25 * (counts.get("cache_creation_input_tokens", 0) - hour) + 2.0 * hour
-        read = counts.get("input_tokens", 0) + 0.1 * counts.get("cache_read_input_tokens", 0) + written
-        total += (read * price[0] + counts.get("output_tokens", 0) * price[1]) / 1e6
-    return round(total, 6)
+    costs = [cost_of(model, counts, prices) for model, counts in ledger["models"].items() if any(counts.values())]
+    return None if None in costs else round(sum(cost or 0.0 for cost in costs), 6)
+
+
+def price_of(model: str, prices: Sequence[Price]) -> Optional[Price]:
+    """Find a model's price: that of the first name in the table that it begins with."""
+    return next((price for price in prices if model.startswith(price[0])), None)
+
+
+def cost_of(model: str, counts: Mapping[str, int], prices: Sequence[Price]) -> Optional[float]:
+    """Price what one model used in dollars; None when its price is not known."""
+    price = price_of(model, prices)
+    if price is None:
+        return None
+    hour = counts.get("hour", 0)
+    written = 1.25 * (counts.get("cache_creation_input_tokens", 0) - hour) + 2.0 * hour
+    read = counts.get("input_tokens", 0) + 0.1 * counts.get("cache_read_input_tokens", 0) + written
+    return (read * price[1] + counts.get("output_tokens", 0) * price[2]) / 1e6
+
+
+def read_prices(given: Json) -> Tuple[Price, ...]:
+    """Give the table of prices with an operator's own before it.  Raises ApiError naming the bad one."""
+    own = []
+    for model, price in given.items():
+        rates = [price.get(kind) for kind in ("input", "output")] if isinstance(price, dict) and len(price) == 2 else []
+        if not model or len(rates) != 2 or not all(TYPES["number"][0](rate) and 0 <= rate < 1e6 for rate in rates):
+            raise ApiError(400, "INVALID_SETTING", f"AEGIS_PRICES (--prices) has no price for {clip(model, 60)!r}: it "
+                           'must hold {"input": DOLLARS, "output": DOLLARS} per million tokens for each model')
+        own.append((model, float(rates[0]), float(rates[1])))
+    own.sort(key=lambda price: -len(price[0]))   # the longest name that fits is the nearest
+    return (*own, *PRICES)
 
 
 def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
@@ -3922,6 +4049,7 @@ class Context:
         self.sessions: Dict[str, "Session"] = {}       # live ones by id; single dict operations only, so no lock
         self.panes: Dict[str, "Session"] = {}          # live ones by tmux pane
         self.profiles = read_profiles(settings.profiles)
+        self.prices = read_prices(settings.prices)
         self.kick: Callable[["Session"], None] = lambda session: None       # delivery may go on
         self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
@@ -4006,6 +4134,9 @@ class Session:
         self.rested_since = time.monotonic()            # when it last was anything but idle
         self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
         self.unsaved = False                            # the ledger in memory is newer than the stored one
+        self.booked: Booked = {}                        # what of its usage is not stored yet
+        self.files: Optional[Dict[str, Tuple[int, Json]]] = None   # subagents' transcripts: read up to, last messages
+        self.files_unsaved: Dict[str, None] = {}
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
@@ -4117,12 +4248,15 @@ class Change:
         if self.columns or self.statements or self.drafts:
             if session.unsaved:
                 self.columns.setdefault("ledger", row.ledger)
+            if "ledger" in self.columns:
+                self.statements += books_statements(session)
             if self.columns:
                 self.columns["updated_at"] = now
                 self.statements.insert(0, update("sessions", row.id, self.columns))
             session.context.bus.commit(self.statements, self.drafts)
         session.row, session.facts = row._replace(**self.columns), self.facts
-        session.unsaved = session.unsaved and "ledger" not in self.columns
+        if "ledger" in self.columns:
+            books_are_stored(session)
         session.closed_ids.extend(self.closed)
         session.active_at = now
         session.evidence.append(self.why)
@@ -4147,6 +4281,19 @@ class Change:
         if verdict.status == "idle":
             told["output"] = clip(self.columns.get("output", row.output) or "", 2_000)
         self.tell(f"session.{verdict.status}", **told)
+
+
+def books_statements(session: Session) -> List[Statement]:
+    """Write the statements that store a session's usage by day, in the transaction that stores its ledger."""
+    files = session.files or {}
+    return usage_statements(session.row.id, session.booked) + [
+        ("INSERT OR REPLACE INTO usage_files VALUES (?, ?, ?, ?)",
+         (session.row.id, path, files[path][0], dump(files[path][1]))) for path in session.files_unsaved]
+
+
+def books_are_stored(session: Session) -> None:
+    """Forget what a commit has just stored; called with the session's lock held since before it."""
+    session.booked, session.files_unsaved, session.unsaved = {}, {}, False
 
 
 def wire_permission(request: PermissionRow) -> Json:
@@ -4231,7 +4378,7 @@ def view(context: Context, row: SessionRow, facts: Facts, active_at: Optional[fl
         "conversationId": row.conversation, "transcriptPath": row.parts[-1] if row.parts else None,
         "window": row.window, "pid": row.pid, "attach": attach_command(context, row),
         "queueLength": len(facts.waiting), "turns": row.turns, "tokenUsage": token_usage(row.ledger),
-        "costUsd": cost_usd(row.ledger), "pendingPermission": pending_permission(facts),
+        "costUsd": cost_usd(row.ledger, context.prices), "pendingPermission": pending_permission(facts),
         "pendingPermissions": [wire_permission(one) for one in facts.pending if one.tool not in QUESTION_TOOLS],
         "pendingQuestion": pending_question(facts),
     }
@@ -4245,9 +4392,9 @@ def wire_prompt(prompt: PromptRow, position: Optional[int] = None) -> Json:
             "startedAt": iso(prompt.started_at), "endedAt": iso(prompt.ended_at)}
 
 
-def budget_spent(row: SessionRow) -> Optional[str]:
+def budget_spent(row: SessionRow, prices: Sequence[Price]) -> Optional[str]:
     """Tell which budget a session has passed, or None."""
-    usage, cost = token_usage(row.ledger), cost_usd(row.ledger)
+    usage, cost = token_usage(row.ledger), cost_usd(row.ledger, prices)
     tokens = usage["input"] + usage["output"] + usage["cacheWrite"]
     if tokens > row.limits.get("maxTokens", math.inf):
         return f"its budget is spent: {tokens:,} tokens of {row.limits['maxTokens']:,} (maxTokens)"
@@ -4295,19 +4442,21 @@ def locate_transcript(session: Session) -> None:
     )
     if found:
         with session.transcript_lock:
-            follow_conversation(session, conversation, str(found))
+            forked = row.launch.get("started") if row.forked_from and not row.parts else None
+            follow_conversation(session, conversation, str(found), forked)
 
 
-def follow_conversation(session: Session, conversation: str, path: str) -> None:
+def follow_conversation(session: Session, conversation: str, path: str, since: Optional[float]) -> None:
     """Read on in another transcript: the first one, the one that /clear began, or one of before, where it was left.
 
-    Called with the transcript's lock held.
+    Of one that held a conversation already, usage counts from `since` on.  Called with the transcript's lock held.
     """
     with session.changing("agent", "conversation", conversation) as change:
         parts, ledger = session.row.parts, session.row.ledger
         if not parts or parts[-1] != path:
             left = {**ledger.get("left", {}), **({parts[-1]: ledger["offset"]} if parts else {})}
-            ledger = {**ledger, "offset": left.pop(path, 0), "left": left}
+            since = None if path in left else since
+            ledger = {**ledger, "offset": left.pop(path, 0), "left": left, "since": since}
             change.columns.update(parts=[*(one for one in parts if one != path), path], ledger=ledger)
         change.columns["conversation"] = conversation
 
@@ -4365,7 +4514,7 @@ def enqueue(session: Session, kind: str, text_: str, key: Optional[str]) -> Prom
                 return known
         if not session.live or session.ending:
             raise ApiError(409, "SESSION_ENDED", f"session {session.row.id} is {session.row.status}")
-        spent = budget_spent(session.row)
+        spent = budget_spent(session.row, context.prices)
         if spent:
             raise ApiError(409, "BUDGET_SPENT", f"{spent}: raise it with PATCH /v1/sessions/{session.row.id}")
         prompt = new_prompt(context, session.row.id, kind, text_, key)
@@ -4726,24 +4875,68 @@ def catch_up(session: Session) -> None:
                 break
             entries = [entry for line in lines for entry in parse_line(line)]
             with session.lock:
-                ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
+                booked = {day: dict(counts) for day, counts in session.booked.items()}
+                ledger = {**count_usage(session.row.ledger, entries, booked), "offset": offset}
                 ledger["prompt"] = next(
                     (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
                 )
                 digest(session, entries)   # first: what a store refuses now is read again
                 session.context.witness(session, entries)
                 session.row, session.unsaved = session.row._replace(ledger=ledger), True
+                session.booked = booked
                 session.changed.notify_all()
     if session.unsaved:
         session.context.look_later(session, 0.5)
+
+
+def count_subagents(session: Session) -> None:
+    """Add what subagents used: each writes a transcript of its own beside its session's.  Costs O(new bytes)."""
+    with session.transcript_lock:
+        for path, size in subagent_files(session.row.parts):
+            if session.files is None:
+                known = session.context.store.pairs("SELECT path, offset, recent FROM usage_files WHERE session = ?",
+                                                    session.row.id)
+                session.files = {where: (offset, json.loads(recent)) for where, offset, recent in known}
+            if size > session.files.get(path, (0, {}))[0]:
+                count_subagent(session, session.files, path)
+
+
+def subagent_files(parts: Sequence[str]) -> List[Tuple[str, int]]:
+    """List the transcripts of the subagents of a session's last conversations, with their sizes."""
+    found = []
+    for part in parts[-3:]:
+        with contextlib.suppress(OSError), os.scandir(f"{part[:-len('.jsonl')]}/subagents") as entries:
+            found += [(entry.path, entry.stat().st_size) for entry in entries
+                      if entry.name.endswith(".jsonl") and entry.is_file(follow_symlinks=False)]
+    return found
+
+
+def count_subagent(session: Session, files: Dict[str, Tuple[int, Json]], path: str) -> None:
+    """Read one subagent's new lines into its session's books."""
+    offset, recent = files.get(path, (0, {}))
+    while True:
+        end, lines = read_new_lines(path, offset)
+        if end == offset:
+            return
+        entries = [entry for line in lines for entry in parse_line(line, subagent=True)]
+        with session.lock:
+            booked = {day: dict(counts) for day, counts in session.booked.items()}
+            ledger = count_usage({**session.row.ledger, "recent": recent}, entries, booked)
+            recent = dict(list(ledger["recent"].items())[-2:])
+            session.row = session.row._replace(ledger={**ledger, "recent": session.row.ledger["recent"]})
+            session.booked, session.unsaved = booked, True
+            files[path], session.files_unsaved[path] = (end, recent), None
+            session.changed.notify_all()
+        offset = end
 
 
 def save_books(session: Session) -> None:
     """Store how far the transcript was read and what it cost, unless another change just did."""
     with session.lock:
         if session.unsaved and session.live:
-            session.context.bus.commit([update("sessions", session.row.id, {"ledger": session.row.ledger})])
-            session.unsaved = False
+            kept = update("sessions", session.row.id, {"ledger": session.row.ledger})
+            session.context.bus.commit([kept, *books_statements(session)])
+            books_are_stored(session)
 
 
 def unsettled(session: Session) -> bool:
@@ -4751,14 +4944,6 @@ def unsettled(session: Session) -> bool:
     with session.lock:   # a turn's end that is just being told is waited for
         last = session.closed_ids[-1] if session.closed_ids else None
     return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
-
-
-def entry_time(entry: Entry) -> float:
-    """Read an entry's own timestamp as Unix time, to the millisecond upwards; now, when it has none."""
-    try:
-        return datetime.datetime.fromisoformat((entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
-    except ValueError:
-        return time.time()
 
 
 def _digest_prompt(session: Session, entry: Entry) -> None:
@@ -5745,6 +5930,8 @@ def receive_hook(session: Session, body: Json) -> Answer:
     """Take one report of the agent; what is unknown is no error, for agents learn new ones."""
     name = str(body.get("hook_event_name") or "")
     learn_paths(session, body)
+    if name == "SubagentStop":
+        session.context.look_later(session, 0.0)   # counts what it used
     if body.get("agent_id") and name not in SUBAGENT_HOOKS:
         session.note("hook", f"{name} of a subagent", str(body.get("agent_id")))
         return {}
@@ -5768,7 +5955,8 @@ def learn_paths(session: Session, body: Json) -> None:
         return
     with session.transcript_lock:   # nothing of the old one is missed, and no offset of it is taken for the new one's
         catch_up(session)
-        follow_conversation(session, conversation, path)
+        old = body.get("source") in ("fork", "resume") or (session.row.forked_from and not session.row.parts)
+        follow_conversation(session, conversation, path, time.time() if old else None)
 
 
 # -- screens
@@ -5794,6 +5982,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         return reading
     status = read_status_file(session)
     catch_up(session)
+    count_subagents(session)
     save_books(session)
     with session.lock:
         if not session.live or session.ending:
@@ -6046,6 +6235,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
     if session.agent.reports:
         with contextlib.suppress(ApiError):
             catch_up(session)
+            count_subagents(session)
     with session.lock:
         if not session.live:
             return
@@ -6915,8 +7105,9 @@ def check_budget(context: Context, session: Session, now: float) -> None:
     if "maxTokens" not in limits and "maxCostUsd" not in limits:
         return
     catch_up(session)
-    spent = told = budget_spent(session.row)
-    if spent is None and "maxCostUsd" in limits and cost_usd(session.row.ledger) is None:
+    count_subagents(session)
+    spent = told = budget_spent(session.row, context.prices)
+    if spent is None and "maxCostUsd" in limits and cost_usd(session.row.ledger, context.prices) is None:
         told = "a model that it uses has no known price: maxCostUsd cannot be held"
     if told == session.budget_told:
         return
@@ -8603,7 +8794,7 @@ def usage_now(context: Context, session_id: str) -> Json:
     """Tell what a session has used so far."""
     with contextlib.suppress(ApiError):
         ledger = find_session(context, session_id).row.ledger
-        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger)}
+        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger, context.prices)}
     return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
 
 
@@ -8696,6 +8887,16 @@ def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Js
 # start finds both ends: live rows without a pane have exited (or, when the box
 # was down, are brought back), panes of ended rows are closed, and everything
 # else goes on.  Stopping Aegis stops no agent.
+
+
+def book_earlier_usage(context: Context) -> None:
+    """Book what was counted before usage was kept by day, under the day of each session's last change."""
+    for session_id, updated_at, text_ in context.store.pairs(
+            "SELECT id, updated_at, ledger FROM sessions WHERE id IN (SELECT session FROM unbooked)"):
+        ledger = json.loads(text_)
+        booked = {(utc_day(updated_at), model): counts for model, counts in ledger["models"].items()}
+        context.bus.commit([*usage_statements(session_id, booked),
+                            ("DELETE FROM unbooked WHERE session = ?", (session_id,))])
 
 
 def adopt_all(context: Context) -> None:
@@ -8924,6 +9125,7 @@ class App:
         self.context.base_url = base_url
         self.context.tmux.start()
         self.context.exits.start()
+        book_earlier_usage(self.context)
         adopt_all(self.context)
         self.monitor.start()
         self.watch.start()
@@ -9423,7 +9625,7 @@ def get_session_stats(ask: Ask) -> Json:
     live = context.sessions
     ledgers = [live[row[3]].row.ledger if row[3] in live else json.loads(row[2]) for row in rows]
     usage = [token_usage(ledger) for ledger in ledgers]
-    costs = [cost_usd(ledger) for ledger in ledgers]
+    costs = [cost_usd(ledger, context.prices) for ledger in ledgers]
     return {
         "total": len(rows),
         "active": len(context.sessions),
@@ -9510,7 +9712,7 @@ def read_now(context: Context, session: Session, limit: int, mark: Optional[Tupl
     with session.lock:
         row, facts = session.row, session.facts
     return {"id": row.id, "name": row.name, "status": row.status, "statusReason": row.reason, "output": row.output,
-            "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger), "turns": row.turns,
+            "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger, context.prices), "turns": row.turns,
             "queueLength": len(facts.waiting), "messages": messages_now(session, row, limit, mark),
             "pendingPermission": pending_permission(facts), "pendingQuestion": pending_question(facts)}
 
@@ -9773,7 +9975,8 @@ def update_session(ask: Ask, id: str, labels: Optional[Json], **limits: Any) -> 
         if labels is not None:
             change.columns["labels"] = labels
             change.statements += label_statements(id, labels)
-        if session.budget_told and not budget_spent(session.row._replace(limits=change.columns["limits"])):
+        if session.budget_told and not budget_spent(
+                session.row._replace(limits=change.columns["limits"]), ask.context.prices):
             change.set(failure=None)
             session.budget_told = None
         change.tell("session.updated", name=session.row.name, labels=change.columns.get("labels", session.row.labels),
