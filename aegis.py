@@ -35,6 +35,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     CHECKS        a project's own checks, found and run
     VERIFY        rounds of checks, and mending between them
     PIPELINES     stages of work, each when what it depends on is done
+    METRICS       what was used, how long it took, and the same for Prometheus
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -122,6 +123,7 @@ if __name__ == "__main__" and not sys.flags.optimize:
     hand_over(os.path.abspath(__file__), sys.argv[1:])
 
 import argparse
+import bisect
 import collections
 import contextlib
 import datetime
@@ -155,7 +157,7 @@ import uuid
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = "0.3.0-alpha"
 
@@ -416,6 +418,7 @@ def clip(text: str, length: int) -> str:
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
+TROUBLES = 50         # last warnings and errors that diagnostics shows
 LOG_BACKLOG = 5_000   # lines kept for a stderr that does not take them; more are dropped, and counted
 
 
@@ -426,11 +429,16 @@ class Log:
         self.threshold, self.shape, self.handle = LEVELS[level], shape, handle
         self.lines: "collections.deque[Tuple[float, str, str, Json]]" = collections.deque()
         self.dropped, self.closed = 0, False
+        self.counts = {"warning": 0, "error": 0}
+        self.troubles: "collections.deque[Tuple[float, str, str, Json]]" = collections.deque(maxlen=TROUBLES)
         self.some = threading.Event()    # set when there is something to write
         self.writer: Optional[threading.Thread] = None
 
     def note(self, level: str, message: str, **fields: Any) -> None:
         """Log one line: a message and its fields."""
+        if level in self.counts:
+            self.counts[level] += 1
+            self.troubles.append((time.time(), level, message, fields))
         if LEVELS[level] < self.threshold:
             return
         if len(self.lines) >= LOG_BACKLOG:
@@ -1425,6 +1433,9 @@ class Tmux:
         self.birth_lock = threading.Lock()     # one thread starts a server at a time
         self.resizes_hidden = True             # tmux before 3.2 tells a program its new size only in a current window
         self.error: Optional[str] = None       # why there is no control client; None when there is one
+        self.connects = 0                      # how often the control client was started
+        self.lost: Optional[Tuple[float, str]] = None   # when one was lost last, and why
+        self.version = ""                      # of the server
         self.closed = False
         self.serial = itertools.count(1)
         self.hurry = threading.Event()         # somebody waits for an answer: read on at once
@@ -1436,8 +1447,8 @@ class Tmux:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
         self._connect()
         spawn("aegis-tmux", self._read_forever)
-        self.server_pid, version = self.run(("display-message", "-p", "#{pid} #{version}"))[-1].split()
-        self.resizes_hidden = tuple(map(int, re.findall(r"\d+", version)[:2])) >= (3, 2)
+        self.server_pid, self.version = self.run(("display-message", "-p", "#{pid} #{version}"))[-1].split()
+        self.resizes_hidden = tuple(map(int, re.findall(r"\d+", self.version)[:2])) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
         """Give a tmux command line for this server."""
@@ -1461,6 +1472,7 @@ class Tmux:
             raise TmuxError("start", self.error) from error
         with self.lock:
             self.client, self.error, self.waiters = client, None, collections.deque()
+            self.connects += 1
 
     def _read_forever(self) -> None:
         pause = 0.05
@@ -1498,7 +1510,7 @@ class Tmux:
 
     def _drop(self, why: str) -> None:
         with self.lock:
-            client, self.client, self.error = self.client, None, why
+            client, self.client, self.error, self.lost = self.client, None, why, (time.time(), why)
             waiters, self.waiters = self.waiters, collections.deque()
         for waiter in waiters:
             waiter.errors.append(why)
@@ -2374,7 +2386,7 @@ def count_usage(ledger: Json, entries: Sequence[Entry], booked: Optional[Booked]
         model = model if model in models or len(models) < MAX_MODELS else OTHER_MODELS
         again = entry.message in recent
         counts, known = models.setdefault(model, {}), dict(recent.pop(entry.message, {}))
-        day = known.pop("day", None) or utc_day(entry_time(entry)) 
+        day = known.pop("day", None) or utc_day(entry_time(entry))
         amounts, tally = usage_amounts(entry.usage), booked.setdefault((day, model), {})
         tally["messages"] = tally.get("messages", 0) + (not again)
         for sign, part in ((-1, known), (1, amounts)):
@@ -4055,6 +4067,7 @@ class Context:
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
         self.verifier: Any = None                      # see VERIFY
         self.runner: Any = None                        # see PIPELINES
+        self.traffic: Any = None                       # see METRICS
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -8880,6 +8893,462 @@ def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Js
 
 
 # ============================================================================
+# METRICS. What was used, how long it took, and the same for Prometheus.
+# ============================================================================
+# Usage and times are durable: they stand in tables that are kept in the
+# transactions of what they count, so a restart neither loses nor repeats any.
+# They are summed by UTC day and model, never over sessions or events.  API
+# counts are this process's own and begin anew with it.  To add a figure for
+# Prometheus: a Family in families().
+
+HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
+TOKEN_KINDS = (("input", "input"), ("output", "output"), ("cache_read", "cacheRead"), ("cache_write", "cacheWrite"))
+USAGE_SUMS = ", ".join(f"sum({name})" for name in USAGE_COLUMNS)
+FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
+
+
+class Traffic:
+    """Counts requests.  note() is for the accepting thread, which alone writes `quick` and so needs no lock."""
+
+    def __init__(self) -> None:
+        self.quick: Dict[Tuple[str, int], List[float]] = {}   # route, status -> a count for each bound, then seconds
+        self.slow: Dict[Tuple[str, int], List[float]] = {}    # guarded by lock
+        self.lock = threading.Lock()
+
+    @staticmethod
+    def note(cells: Dict[Tuple[str, int], List[float]], route: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        cell = cells.get((route, status))
+        if cell is None:
+            cell = cells[route, status] = [0] * (len(HTTP_BOUNDS) + 1) + [0.0]
+        cell[bisect.bisect_left(HTTP_BOUNDS, seconds)] += 1
+        cell[-1] += seconds
+
+    def note_slow(self, route: str, status: int, seconds: float) -> None:
+        """Count one request that a thread of its own answered."""
+        with self.lock:
+            self.note(self.slow, route, status, seconds)
+
+    def counts(self) -> Dict[Tuple[str, int], "Times"]:
+        """Give what was counted so far, by route and status."""
+        with self.lock:
+            slow = {key: list(cell) for key, cell in self.slow.items()}
+        quick = {key: list(cell) for key, cell in self.quick.copy().items()}
+        empty = [0] * (len(HTTP_BOUNDS) + 1) + [0.0]
+        both = {key: [a + b for a, b in zip(slow.get(key, empty), quick.get(key, empty))] for key in {**slow, **quick}}
+        return {key: Times(HTTP_BOUNDS, [int(count) for count in cell[:-1]], cell[-1]) for key, cell in both.items()}
+
+
+class Times(NamedTuple):
+    """How long things took: a count for each bound and one for what is beyond, and all seconds together."""
+
+    bounds: Sequence[float]
+    counts: List[int]
+    total: float
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> Optional[float]:
+        """Estimate the time within which a share of them was done, evenly spread within a bucket."""
+        below, wanted = 0, share * self.count
+        for place, count in enumerate(self.counts):
+            if count and below + count >= wanted:
+                low = self.bounds[place - 1] if place else 0.0
+                high = self.bounds[place] if place < len(self.bounds) else low
+                return low + (high - low) * (wanted - below) / count
+            below += count
+        return None
+
+    def wire(self) -> Json:
+        """Give them their shape on the wire; quantiles are estimates from buckets."""
+        quantiles = {f"p{percent}Seconds": self.quantile(percent / 100) for percent in (50, 90, 99)}
+        told = {"avgSeconds": self.total / self.count if self.count else None, **quantiles}
+        return {"count": self.count, "totalSeconds": round(self.total, 6),
+                **{name: None if value is None else round(value, 6) for name, value in told.items()}}
+
+
+def together(times: Iterable[Times], bounds: Sequence[float]) -> Times:
+    """Add times up."""
+    counts, total = [0] * (len(bounds) + 1), 0.0
+    for one in times:
+        counts, total = [a + b for a, b in zip(counts, one.counts)], total + one.total
+    return Times(bounds, counts, total)
+
+
+class Span(NamedTuple):
+    """What a reader of metrics wants to see: days from first to last, of one session or all, of one model or all."""
+
+    first: str = FIRST_DAY
+    last: str = LAST_DAY
+    session: Optional[str] = None
+    model: Optional[str] = None
+
+    @property
+    def narrow(self) -> bool:
+        """Tell whether it leaves out days or models."""
+        return (self.first, self.last, self.model) != (FIRST_DAY, LAST_DAY, None)
+
+
+Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
+
+
+def usage_by(store: Store, span: Span, group: str, where: str = "1", *args: Any) -> List[Tuple[str, List[Usage]]]:
+    """Sum usage by day, session or nothing, and by model below that."""
+    whose = "session <> ''" if group == "session" else "session = ?"
+    mine = () if group == "session" else (span.session or "",)
+    rows = store.pairs(
+        f"SELECT {group}, model, {USAGE_SUMS} FROM usage WHERE {whose} AND day BETWEEN ? AND ? "
+        f"AND (? IS NULL OR model = ?) AND {where} GROUP BY 1, 2 ORDER BY 1, 2",
+        *mine, span.first, span.last, span.model, span.model, *args)
+    found: Dict[str, List[Usage]] = {}
+    for key, model, *amounts in rows:
+        found.setdefault(key, []).append((model, dict(zip(USAGE_COLUMNS.values(), amounts))))
+    return list(found.items())
+
+
+def bill(used: Sequence[Usage], prices: Sequence[Price]) -> Json:
+    """Give tokens and cost of what some models used; the cost is null when a part has no known price, and says which.
+
+    pricedCostUsd is the cost of the rest.
+    """
+    tokens = {wire: sum(counts.get(USAGE_COLUMNS[name], 0) for _, counts in used) for name, wire in TOKEN_KINDS}
+    costs = {model: cost_of(model, counts, prices) for model, counts in used if tokens_of(counts)}
+    unpriced = sorted(model for model, cost in costs.items() if cost is None)
+    priced = round(sum(cost for cost in costs.values() if cost is not None), 6)
+    return {
+        "tokenUsage": tokens, "totalTokens": sum(tokens.values()), "costUsd": None if unpriced else priced,
+        "pricedCostUsd": priced, "unpricedModels": unpriced,
+        "unpricedTokens": sum(tokens_of(counts) for model, counts in used if model in unpriced),
+        "messages": sum(counts.get("messages", 0) for _, counts in used),
+    }
+
+
+def tokens_of(counts: Mapping[str, int]) -> int:
+    """Sum tokens of all kinds."""
+    return sum(counts.get(USAGE_COLUMNS[name], 0) for name, _ in TOKEN_KINDS)
+
+
+def times_by_label(store: Store, span: Span) -> Dict[Tuple[str, str], Times]:
+    """Give durable times by name and label: of all from the tallies, of one session from its own rows."""
+    bounds = [row[0] for row in store.pairs("SELECT upto FROM bounds ORDER BY bucket")][:-1]
+    if span.session is None:
+        rows = store.pairs("SELECT name, label, bucket, sum(count), sum(total) FROM tallies WHERE day BETWEEN ? AND ? "
+                           "GROUP BY 1, 2, 3", span.first, span.last)
+    else:
+        rows = [row for view in ("prompt_times", "permission_times") for row in store.pairs(
+            "SELECT name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place, count(*), "
+            f"sum(seconds) FROM {view} WHERE session = ? AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
+            span.session, span.first, span.last)]
+    found: Dict[Tuple[str, str], Times] = {}
+    for name, label, place, count, total in rows:
+        known = found.setdefault((name, label), Times(bounds, [0] * (len(bounds) + 1), 0.0))
+        known.counts[place] += count
+        found[name, label] = known._replace(total=known.total + total)
+    return found
+
+
+def store_all_books(context: Context) -> None:
+    """Store what live sessions have used and nobody has stored yet."""
+    for session in list(context.sessions.values()):
+        if session.unsaved:
+            save_books(session)
+
+
+def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> Json:
+    """Give all figures as JSON."""
+    store_all_books(context)
+    store, prices = context.store, context.prices
+    models = [one for _, used in usage_by(store, span, "''") for one in used]
+    sessions, total = metered_sessions(context, span, page, limit)
+    return {
+        "generatedAt": iso(time.time()), "timezone": "UTC", **span_view(span), **bill(models, prices),
+        "byModel": [{"model": one[0], **bill([one], prices), "price": price_view(one[0], prices)} for one in models],
+        "byDay": metered_days(context, span, days), "bySession": sessions,
+        "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)},
+        "sessions": {"active": len(context.sessions), "total": store.value("SELECT count(*) FROM sessions"),
+                     "byStatus": dict(live_states(context))},
+        **times_view(context, times_by_label(store, span)),
+        "api": traffic_view(context),
+        "prices": {"date": PRICES_DATE, "unit": "USD per million tokens", "own": len(prices) - len(PRICES)},
+    }
+
+
+def span_view(span: Span) -> Json:
+    """Say what was asked for."""
+    return {"from": None if span.first == FIRST_DAY else span.first, "to": None if span.last == LAST_DAY else span.last,
+            "session": span.session, "model": span.model}
+
+
+def price_view(model: str, prices: Sequence[Price]) -> Optional[Json]:
+    """Give a model's price per million tokens; None when it is not known."""
+    price = price_of(model, prices)
+    return None if price is None else {"input": price[1], "output": price[2]}
+
+
+def live_states(context: Context) -> "collections.Counter[str]":
+    """Count live sessions by state."""
+    return collections.Counter(session.row.status for session in list(context.sessions.values()))
+
+
+def metered_days(context: Context, span: Span, days: int) -> List[Json]:
+    """Give usage and turns by day: the last days of the span on which there was any, oldest first."""
+    store, whose = context.store, span.session or ""
+    turned: Dict[str, int] = dict(store.pairs(
+        "SELECT day, sum(count) FROM tallies WHERE name = 'turn' AND day BETWEEN ? AND ? GROUP BY day"
+        if span.session is None else
+        "SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND session = ? "
+        "GROUP BY day", *(span.first, span.last, *([whose] if span.session else []))))
+    used = {row[0] for row in store.pairs("SELECT DISTINCT day FROM usage WHERE session = ? AND day BETWEEN ? AND ?",
+                                          whose, span.first, span.last)}
+    shown = sorted({*used, *turned})[-days:]
+    if not shown:
+        return []
+    found = dict(usage_by(store, span._replace(first=shown[0]), "day"))
+    return [{"day": day, **bill(found.get(day, []), context.prices), "turns": turned.get(day, 0)} for day in shown]
+
+
+def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tuple[List[Json], int]:
+    """Give one page of usage by session, newest first, and how many there are: with usage in the span, or all."""
+    store = context.store
+    used = ("EXISTS (SELECT 1 FROM usage WHERE session = sessions.id AND day BETWEEN ? AND ? "
+            "AND (? IS NULL OR model = ?))" if span.narrow else "1")
+    args = (span.first, span.last, span.model, span.model) if span.narrow else ()
+    where = f"(? IS NULL OR id = ?) AND {used}"
+    rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
+                       "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", span.session, span.session, *args, limit,
+                       (page - 1) * limit)
+    total = len(rows) if span.session else store.value(
+        "SELECT count(DISTINCT session) FROM usage WHERE session <> '' AND day BETWEEN ? AND ? "
+        "AND (? IS NULL OR model = ?)", *args) if span.narrow else store.value("SELECT count(*) FROM sessions")
+    marks, ids = ", ".join("?" * len(rows)), [row[0] for row in rows]
+    found = dict(usage_by(store, span, "session", f"session IN ({marks})", *ids))
+    turned = dict(store.pairs(
+        f"SELECT session, count(*) FROM prompt_times WHERE session IN ({marks}) AND name = 'turn' "
+        "AND day BETWEEN ? AND ? GROUP BY 1", *ids, span.first, span.last)) if span.narrow else {}
+    return [{"id": row[0], "name": row[1], "agent": row[2], "status": row[3], "createdAt": iso(row[4]),
+             "turns": turned.get(row[0], 0) if span.narrow else row[5],
+             **bill(found.get(row[0], []), context.prices)} for row in rows], total
+
+
+def times_view(context: Context, found: Mapping[Tuple[str, str], Times]) -> Json:
+    """Give turns, latencies and permission times their shape on the wire."""
+    bounds = next(iter(found.values())).bounds if found else ()
+    named = {name: together((one for (kind, _), one in found.items() if kind == name), bounds)
+             for name in ("turn", "send", "type", "decision")}
+    turns = {label: one for (name, label), one in found.items() if name == "turn"}
+    asked = [one.asked_at for session in list(context.sessions.values()) for one in session.facts.pending]
+    return {
+        "turns": {"total": named["turn"].count,
+                  "byOutcome": {name: turns[name].count if name in turns else 0
+                                for name in ("done", "interrupted", "error")}},
+        "latencies": {"turn": named["turn"].wire(), "sendToSubmitted": named["send"].wire(),
+                      "typedToSubmitted": named["type"].wire(), "hookToDecision": named["decision"].wire()},
+        "permissions": {"pending": len(asked), "oldestPendingSeconds": max(map(age, asked), default=None),
+                        "decided": named["decision"].count, "waiting": named["decision"].wire(),
+                        "decisions": [{**decision_labels(label), **one.wire()}
+                                      for (name, label), one in sorted(found.items()) if name == "decision"]},
+    }
+
+
+def decision_labels(label: str) -> Dict[str, str]:
+    """Read a decision's label: permission or question, what was decided, by whom."""
+    kind, state, by = label.split("/", 2)
+    return {"kind": kind, "state": state, "decidedBy": by}
+
+
+def traffic_view(context: Context) -> Json:
+    """Give API counts and latencies by route, since this process began."""
+    routes: Dict[str, Dict[int, Times]] = {}
+    for (route, status), times in context.traffic.counts().items():
+        routes.setdefault(route, {})[status] = times
+    shown = [{"route": route or None, "byStatus": {str(status): one.count for status, one in sorted(statuses.items())},
+              **together(statuses.values(), HTTP_BOUNDS).wire()} for route, statuses in sorted(routes.items())]
+    failed = sum(one.count for statuses in routes.values() for status, one in statuses.items() if status >= 500)
+    return {"since": iso(context.started_at), "requests": sum(one["count"] for one in shown), "serverErrors": failed,
+            "byRoute": shown}
+
+
+class Family(NamedTuple):
+    """One metric as Prometheus knows it: its samples are labels with a number, or with Times."""
+
+    name: str
+    kind: str        # counter, gauge, histogram
+    about: str
+    samples: Sequence[Tuple[Mapping[str, str], Any]]
+
+
+def exposition(context: Context, open_metrics: bool) -> str:
+    """Write all figures in Prometheus's text format 0.0.4, or as OpenMetrics 1.0."""
+    store_all_books(context)
+    told = [line for family in families(context) if family.samples for line in family_lines(family, open_metrics)]
+    return "\n".join([*told, *(["# EOF"] if open_metrics else []), ""])
+
+
+def family_lines(family: Family, open_metrics: bool) -> Iterator[str]:
+    """Write one metric; OpenMetrics names a counter without the _total of its samples."""
+    total = open_metrics and family.kind == "counter"
+    name = family.name[:-len("_total")] if total else family.name
+    about = family.about.replace("\\", "\\\\").replace("\n", "\\n")
+    yield from (f"# HELP {name} {about}", f"# TYPE {name} {family.kind}")
+    for labels, value in family.samples:
+        if not isinstance(value, Times):
+            yield f"{family.name}{label_text(labels)} {number_text(value)}"
+            continue
+        for bound, count in zip((*value.bounds, math.inf), itertools.accumulate(value.counts)):
+            yield f"{name}_bucket{label_text({**labels, 'le': number_text(float(bound))})} {count}"
+        yield f"{name}_sum{label_text(labels)} {number_text(value.total)}"
+        yield f"{name}_count{label_text(labels)} {value.count}"
+
+
+def label_text(labels: Mapping[str, str]) -> str:
+    """Write labels; a value may hold anything."""
+    escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+               for name, value in labels.items()}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if labels else ""
+
+
+def number_text(value: Any) -> str:
+    """Write a number as both formats read it."""
+    return "+Inf" if value == math.inf else repr(value)
+
+
+def families(context: Context) -> List[Family]:
+    """Gather what Prometheus is told."""
+    return [*usage_families(context), *session_families(context), *time_families(context), *traffic_families(context),
+            *process_families(context)]
+
+
+def usage_families(context: Context) -> List[Family]:
+    """Tell tokens and cost by model; the least used of too many models are one."""
+    used = [one for _, models in usage_by(context.store, Span(), "''") for one in models]
+    used.sort(key=lambda one: -tokens_of(one[1]))
+    costs = [(model, cost_of(model, counts, context.prices)) for model, counts in used[:SHOWN_MODELS]]
+    rest = [counts for _, counts in used[SHOWN_MODELS:]]
+    folded = {key: sum(counts.get(key, 0) for counts in rest) for key in USAGE_COLUMNS.values()}
+    shown = used[:SHOWN_MODELS] + ([(OTHER_MODELS, folded)] if rest else [])
+    told = bill(used, context.prices)
+    return [
+        Family("aegis_tokens_total", "counter", "Tokens used, by model and kind, of all sessions ever.",
+               [({"model": model, "kind": name}, counts.get(USAGE_COLUMNS[name], 0))
+                for model, counts in shown for name, _ in TOKEN_KINDS]),
+        Family("aegis_messages_total", "counter", "Answers of the models' API, by model.",
+               [({"model": model}, counts.get("messages", 0)) for model, counts in shown]),
+        Family("aegis_cost_usd_total", "counter", "Cost in dollars of the models whose price is known, by model.",
+               [({"model": model}, cost) for model, cost in costs if cost is not None]),
+        Family("aegis_unpriced_tokens_total", "counter", "Tokens of models whose price is not known.",
+               [({}, told["unpricedTokens"])]),
+    ]
+
+
+def session_families(context: Context) -> List[Family]:
+    """Tell of live sessions; the newest have series of their own."""
+    live = list(context.sessions.values())
+    newest = sorted(live, key=lambda one: -one.row.created_at)[:SHOWN_SESSIONS]
+    named = [({"session": one.row.id, "name": one.row.name}, one.row) for one in newest]
+    states = live_states(context)
+    costs = [(labels, cost_usd(row.ledger, context.prices)) for labels, row in named]
+    return [
+        Family("aegis_sessions", "gauge", "Live sessions, by state.",
+               [({"state": state}, states[state]) for state in STATES if state not in ENDED]),
+        Family("aegis_sessions_created_total", "counter", "Sessions ever made.",
+               [({}, context.store.value("SELECT count(*) FROM sessions"))]),
+        Family("aegis_prompts_queued", "gauge", "Prompts that no agent has taken yet.",
+               [({}, sum(len(one.facts.waiting) for one in live))]),
+        Family("aegis_permissions_pending", "gauge", "Permission requests and questions that wait for an answer.",
+               [({}, sum(len(one.facts.pending) for one in live))]),
+        Family("aegis_session_tokens_total", "counter", "Tokens used by a live session, by kind.",
+               [({**labels, "kind": name}, token_usage(row.ledger)[wire])
+                for labels, row in named for name, wire in TOKEN_KINDS]),
+        Family("aegis_session_cost_usd_total", "counter", "Cost in dollars of a live session whose models have prices.",
+               [(labels, cost) for labels, cost in costs if cost is not None]),
+        Family("aegis_session_turns_total", "counter", "Turns of a live session.",
+               [(labels, row.turns) for labels, row in named]),
+    ]
+
+
+def time_families(context: Context) -> List[Family]:
+    """Tell how long turns, prompts and decisions took."""
+    found = sorted(times_by_label(context.store, Span()).items())
+
+    def of(name: str, label: str) -> List[Tuple[Mapping[str, str], Times]]:
+        return [({label: worth}, times) for (kind, worth), times in found if kind == name]
+    decided = [({**decision_labels(label), "by": decision_labels(label)["decidedBy"]}, times)
+               for (name, label), times in found if name == "decision"]
+    for labels, _ in decided:
+        del labels["decidedBy"]
+    return [
+        Family("aegis_turns_total", "counter", "Turns that ended, by outcome.",
+               [(labels, times.count) for labels, times in of("turn", "outcome")]),
+        Family("aegis_turn_duration_seconds", "histogram", "How long turns took, by outcome.", of("turn", "outcome")),
+        Family("aegis_prompt_submit_seconds", "histogram", "From a prompt's acceptance to the agent's report of it.",
+               of("send", "kind")),
+        Family("aegis_prompt_delivery_seconds", "histogram", "From typing a prompt to the agent's report of it.",
+               of("type", "kind")),
+        Family("aegis_permission_decisions_total", "counter", "Decided requests, by kind, state and who decided.",
+               [(labels, times.count) for labels, times in decided]),
+        Family("aegis_permission_wait_seconds", "histogram", "How long requests waited for their decision.", decided),
+    ]
+
+
+def traffic_families(context: Context) -> List[Family]:
+    """Tell of API requests by the row that answered them; what no row answered has an empty route."""
+    counts = sorted(context.traffic.counts().items())
+    routes: Dict[str, List[Times]] = {}
+    for (route, _), times in counts:
+        routes.setdefault(route, []).append(times)
+    return [
+        Family("aegis_http_requests_total", "counter", "API requests answered, by route and status.",
+               [({"route": route, "status": str(status)}, times.count) for (route, status), times in counts]),
+        Family("aegis_http_request_duration_seconds", "histogram", "How long answers took, waits included.",
+               [({"route": route}, together(times, HTTP_BOUNDS)) for route, times in routes.items()]),
+    ]
+
+
+def process_families(context: Context) -> List[Family]:
+    """Tell of the process; what this system does not tell is left out."""
+    taken = process_readings()
+    readings: Tuple[Tuple[str, str, str, Any], ...] = (
+        ("process_cpu_seconds_total", "counter", "CPU seconds of this process.", taken["cpuSeconds"]),
+        ("process_resident_memory_bytes", "gauge", "Resident memory of this process.", taken["rssBytes"]),
+        ("process_open_fds", "gauge", "Open file descriptors of this process.", taken["openFds"]),
+        ("process_threads", "gauge", "Threads of this process.", taken["threads"]),
+        ("process_start_time_seconds", "gauge", "When this process began, as Unix time.", context.started_at),
+        ("aegis_event_listeners", "gauge", "Event streams that are open.", len(context.bus.listeners)),
+        ("aegis_events_total", "counter", "Events ever told.", context.bus.last),
+        ("aegis_tmux_healthy", "gauge", "1 while the tmux control client works.", int(context.tmux.error is None)),
+        ("aegis_tmux_connects_total", "counter", "Starts of the tmux control client.", context.tmux.connects),
+    )
+    lines = [({"level": level}, count) for level, count in context.log.counts.items()]
+    return [
+        Family("aegis_build_info", "gauge", "1, with the version.",
+               [({"version": __version__, "python": sys.version.split()[0]}, 1)]),
+        Family("aegis_log_lines_total", "counter", "Warnings and errors logged since the start, by level.", lines),
+        *(Family(name, kind, about, [({}, value)]) for name, kind, about, value in readings if value is not None),
+    ]
+
+
+def process_readings() -> Json:
+    """Measure this process; None where the system does not tell.  On macOS memory is the most it ever had."""
+    import resource
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    fds = None
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            fds = fds if fds is not None else len(os.listdir(folder)) - 1   # one is the listing's own
+    try:
+        rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        rss = peak
+    return {"rssBytes": rss, "peakRssBytes": peak, "cpuSeconds": round(used.ru_utime + used.ru_stime, 3),
+            "threads": threading.active_count(), "openFds": fds}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -9113,7 +9582,7 @@ class App:
         context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
-        context.runner = Runner(context)
+        context.runner, context.traffic = Runner(context), Traffic()
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -9416,6 +9885,7 @@ class Ask(NamedTuple):
     last_event_id: Optional[str] = None
     secret: Optional[str] = None              # of an agent's report
     caller: Caller = Caller()                 # tells when they hang up; this one never does
+    form: str = "json"                        # of the answer, where a row has several: json, text, openmetrics
 
 
 class Later(NamedTuple):
@@ -9426,9 +9896,10 @@ class Later(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A value that is JSON text already."""
+    """A value that is text already: JSON, if it says nothing else."""
 
     text: str
+    kind: str = "application/json; charset=utf-8"
 
 
 class Stream(NamedTuple):
@@ -10477,6 +10948,33 @@ def cancel_pipeline(ask: Ask, id: str) -> Any:
     return Later(work)
 
 
+DAY_FORM = r"^\d{4}-\d\d-\d\d$"
+TEXT_KINDS = {"text": "text/plain; version=0.0.4; charset=utf-8",
+              "openmetrics": "application/openmetrics-text; version=1.0.0; charset=utf-8"}
+
+
+def get_metrics(ask: Ask, **given: Any) -> Any:
+    """Tell tokens and cost by model, day and session, turns, latencies, permission times and API counts."""
+    context, session = ask.context, given["session"]
+    first, last = (checked_day(name, given[name]) for name in ("from", "to"))
+    if first and last and first > last:
+        raise ApiError(400, "INVALID_REQUEST", f"from ({first}) is after to ({last})", fields={"from": "is after to"})
+    if session is not None:
+        find_session(context, session)
+    if ask.form != "json":
+        return Later(lambda: Encoded(exposition(context, ask.form == "openmetrics"), TEXT_KINDS[ask.form]))
+    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"])
+    return Later(lambda: metrics(context, span, given["days"], given["page"], given["limit"]))
+
+
+def checked_day(field: str, day: Optional[str]) -> Optional[str]:
+    """Check that a day is one of the calendar.  Raises ApiError 400."""
+    try:
+        return day and datetime.date.fromisoformat(day).isoformat()
+    except ValueError:
+        raise ApiError(400, "INVALID_REQUEST", f"{field}: there is no day {day}", fields={field: "is no day"}) from None
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -10538,6 +11036,7 @@ class Route(NamedTuple):
     alias: bool = False                 # also answers without /v1
     whole_body: Optional[str] = None    # the body, unchecked, is this one field
     read_only: bool = True              # never changes anything, whatever its method
+    texts: bool = False                 # also answers as text, to whoever asks for that or for the path without /v1
 
 
 ROUTES = (
@@ -10932,6 +11431,22 @@ ROUTES = (
         tool="delete_session_memory",
     ),
     Route(
+        "GET /v1/metrics",
+        get_metrics,
+        "sessions:read",
+        {
+            "from": text("First UTC day, as 2026-01-31.", 10, default=None, pattern=DAY_FORM),
+            "to": text("Last UTC day.", 10, default=None, pattern=DAY_FORM),
+            "session": text("Only this session.", 64, default=None),
+            "model": text("Tokens and cost of this model only.", 100, default=None),
+            "days": whole("Days in byDay: the last ones with any usage.", 1, 3_660, default=90),
+            **paged("Sessions on a page of bySession.", 50),
+        },
+        tool="get_metrics",
+        alias=True,
+        texts=True,
+    ),
+    Route(
         "POST /hooks/:id",
         receive_hook_handler,
         "hook",
@@ -11234,6 +11749,22 @@ def parse_query(query: str) -> Dict[str, str]:
         raise ApiError(400, "BAD_ENCODING", "the query is not percent-encoded UTF-8") from None
     except ValueError as error:
         raise ApiError(400, "BAD_REQUEST", f"the query cannot be read: {error}") from None
+
+
+FORMS = {"application/json": "json", "text/plain": "text", "application/openmetrics-text": "openmetrics"}
+
+
+def wished_form(path: str, accept: str) -> str:
+    """Tell in which form an answer is wished that may be JSON or text; the path without /v1 is for Prometheus."""
+    wishes: Dict[str, float] = {}
+    for part in accept.lower().split(","):
+        kind, *parameters = (word.strip() for word in part.split(";"))
+        weights = [word[2:] for word in parameters if re.fullmatch(r"q=[01](\.\d{0,3})?", word)]
+        wishes[kind] = max(wishes.get(kind, 0.0), float(weights[0]) if weights else 1.0)
+    named = [(weight, kind) for kind, weight in wishes.items() if kind in FORMS and weight > 0]
+    if named:
+        return FORMS[max(named, key=lambda one: one[0])[1]]
+    return "text" if not path.startswith("/v1/") or wishes.get("text/*") else "json"
 
 
 class Connection:
@@ -11541,7 +12072,8 @@ class Server(ThreadingHTTPServer):
         if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
-                  connection.caller)
+                  connection.caller,
+                  wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
             body = parse_body(head.headers, raw)
@@ -11577,7 +12109,8 @@ class Server(ThreadingHTTPServer):
             f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
         ]
         if status != 204:
-            lines.append(f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(payload)}\r\n")
+            kind = value.kind if isinstance(value, Encoded) else "application/json; charset=utf-8"
+            lines.append(f"Content-Type: {kind}\r\nContent-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if head and self.access.origins:
             lines.append(self._cors(head))
@@ -11675,12 +12208,16 @@ class Server(ThreadingHTTPServer):
         self.returned.append(connection)
         self._wake()
 
-    def _note(self, connection: Connection, status: int, size: int, began: float) -> None:
-        head = connection.head
+    def _note(self, connection: Connection, status: int, size: int, began: float, threaded: bool = False) -> None:
+        head, traffic, route = connection.head, self.app.context.traffic, connection.route
+        took, row = time.perf_counter() - began, route.route if route and head else ""
+        if threaded:
+            traffic.note_slow(row, status, took)
+        else:
+            traffic.note(traffic.quick, row, status, took)
         what = f"{head.method} {clip(head.path, 200)}" if head else "unreadable request"
         level = "debug" if what.startswith("POST /hooks/") and status == 200 else "info"   # agents report all the time
-        spent = round((time.perf_counter() - began) * 1e3, 1)
-        self.log.note(level, what, status=status, ms=spent, bytes=size, id=connection.request_id)
+        self.log.note(level, what, status=status, ms=round(took * 1e3, 1), bytes=size, id=connection.request_id)
 
     # -- in a thread
 
@@ -11725,7 +12262,7 @@ class Server(ThreadingHTTPServer):
             status, value, extra = error.status, error.body(), error.headers
         close = not head.keep_alive or self.ending
         data = self._response(connection, status, value, close, extra)
-        self._note(connection, status, len(data), began)
+        self._note(connection, status, len(data), began, threaded=True)
         connection.head = None
         try:
             connection.sock.settimeout(SLOW_SECONDS)
@@ -11739,7 +12276,7 @@ class Server(ThreadingHTTPServer):
         """Write events until the client leaves or lags."""
         head, sock = connection.head, connection.sock
         assert head is not None
-        self._note(connection, 200, 0, began)
+        self._note(connection, 200, 0, began, threaded=True)
         extra = self._cors(head) if self.access.origins else ""
         top = (f"HTTP/1.1 200 OK\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}{extra}"
                "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\nretry: 2000\n")
