@@ -2362,14 +2362,14 @@ def new_ledger() -> Json:
 def entry_time(entry: Entry) -> float:
     """Read an entry's own timestamp as Unix time, to the millisecond upwards; now, when it has none."""
     try:
-        return datetime.datetime.fromisoformat((entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
-    except ValueError:
+        return datetime.datetime.fromisoformat(str(entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
+    except (ValueError, OverflowError):
         return time.time()
 
 
 def utc_day(moment: float) -> str:
     """Name the UTC day of a moment; the future counts as today."""
-    return _iso_second(int(min(moment, time.time())))[:10]
+    return _iso_second(int(max(0.0, min(moment, time.time()))))[:10]
 
 
 def count_usage(ledger: Json, entries: Sequence[Entry], booked: Optional[Booked] = None) -> Json:
@@ -2380,7 +2380,9 @@ def count_usage(ledger: Json, entries: Sequence[Entry], booked: Optional[Booked]
     models = {name: dict(counts) for name, counts in ledger["models"].items()}
     recent, booked = dict(ledger["recent"]), {} if booked is None else booked
     for entry in entries:
-        if entry.kind != "usage" or not entry.usage or (ledger.get("since") and entry_time(entry) < ledger["since"]):
+        if entry.kind != "usage" or not isinstance(entry.usage, dict) or not entry.usage:
+            continue
+        if ledger.get("since") and entry_time(entry) < ledger["since"]:
             continue
         model = clip(entry.model, 100)
         model = model if model in models or len(models) < MAX_MODELS else OTHER_MODELS

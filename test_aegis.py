@@ -6189,8 +6189,8 @@ def check_family(name: str, kind: str, series: Series) -> None:
     assert not name.endswith("_total")
     plain = {labels for which, labels in series if which == name + "_count"}
     for labels in plain:
-        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items() if which == name + "_bucket"
-                   and tuple(pair for pair in one if pair[0] != "le") == labels]
+        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
+                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
         assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
         assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
         assert len({bound for bound, _ in buckets}) == len(buckets) > 5
@@ -6426,7 +6426,8 @@ def test_get_metrics_for_prometheus_is_strictly_well_formed(server, make):
     ("/v1/metrics", "*/*", "application/json"), ("/v1/metrics", "text/plain", "text/plain; version=0.0.4"),
     ("/v1/metrics", "text/plain;q=0.5, application/json", "application/json"),
     ("/metrics", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
-     "application/openmetrics-text; version=1.0.0"), ("/metrics", "text/plain;q=0, application/json", "application/json")])
+     "application/openmetrics-text; version=1.0.0"),
+    ("/metrics", "text/plain;q=0, application/json", "application/json")])
 def test_get_metrics_answers_in_the_form_that_is_asked_for(server, path, accept, kind):
     said_, type_ = scrape(server, path, accept)
     assert type_.startswith(kind)
