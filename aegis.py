@@ -38,12 +38,13 @@ Rooms, top to bottom; a room uses only rooms above it:
     METRICS       what was used, how long it took, and the same for Prometheus
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
+    DIAGNOSTICS   what state this box and this process are in, and what to do
     HANDLERS      one function for each endpoint
     ROUTES        the one table, and what follows from it
     HTTP          the server
     DEMO AGENT    a stand-in with Claude Code's surface
     BENCH         the figures, measured on this box
-    COMMAND LINE  serve, bench, selftest, demo-agent
+    COMMAND LINE  serve, doctor, bench, selftest, demo-agent
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
@@ -51,7 +52,7 @@ aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-d
 session, while it types) - aegis-sweep (memory that expired) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
-aegis-log - and short ones for an exit, an audit, a trust question.
+aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Tmux.lock, Monitor.lock and Exits.lock are leaves.  A session's lock is never held while tmux or a
@@ -326,6 +327,7 @@ class Settings:
 
     def __init__(self, given: Mapping[str, str]) -> None:
         """Take texts by name.  Raises ValueError naming the setting and the fix."""
+        self.sources: Mapping[str, str] = {}   # flag or env, by name; the rest are defaults
         for setting in SETTINGS:
             raw = given.get(setting.name, setting.default)
             try:
@@ -4070,6 +4072,10 @@ class Context:
         self.verifier: Any = None                      # see VERIFY
         self.runner: Any = None                        # see PIPELINES
         self.traffic: Any = None                       # see METRICS
+        self.probes: Any = None                        # see DIAGNOSTICS
+        self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
+        self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
+        self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -6353,6 +6359,7 @@ class Monitor:
 
     def _run(self) -> None:
         while not self.closed:
+            self.context.rounds["aegis-monitor"] = time.monotonic()
             for session in self.due(time.monotonic()):
                 try:
                     inspect(self.context, session)
@@ -7190,6 +7197,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self.context.stopping.wait(self.pause if self.context.sessions else WATCH_SECONDS):
+            self.context.rounds["aegis-watch"] = time.monotonic()
             for session in list(self.context.sessions.values()):
                 if session.live and not session.ending:
                     self.look(session, time.monotonic())
@@ -7631,6 +7639,7 @@ def sweep_memory(context: Context) -> None:
     """Delete what has expired, now and then: the body of its thread."""
     pause = 0.0
     while not context.stopping.wait(pause):
+        context.rounds["aegis-sweep"] = time.monotonic()
         with contextlib.suppress(ApiError):
             now = time.time()
             if context.store.value("SELECT 1 FROM memory WHERE expires_at <= ?", now):
@@ -8497,6 +8506,7 @@ class Runner:
 
     def _run(self) -> None:
         while not self.context.stopping.is_set():
+            self.context.rounds["aegis-pipelines"] = time.monotonic()
             now = time.time()
             pause = min([RUNNER_LOOK, *(at - now for at in list(self.due.values()))])
             told = {pipeline for pipeline, at in list(self.due.items()) if at <= now}
@@ -9713,6 +9723,415 @@ class Access:
                 "this needs the header `Authorization: Bearer TOKEN` with the server's token",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+# ============================================================================
+# DIAGNOSTICS. What state this box and this process are in, and what to do.
+# ============================================================================
+# A Finding is one thing that was looked at: ok, a warning or a problem, with
+# one line that says what to do.  The server finds for /v1/diagnostics, and
+# `doctor` by itself where no server answers, so most finders take plain
+# values.  Nothing here waits for a program without a limit: an agent's version
+# is asked for once, in a thread, and remembered until its file changes.
+
+PROBE_SECONDS = 5.0        # until a program that does not tell its version is given up
+PROBE_AGAIN = 600.0        # seconds after which one that told none is asked again
+PATIENCE_FOR_PROBE = 2.0   # what one answer waits for versions that are being asked for
+DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the first, act below the second
+TMUX_AT_LEAST = (3, 0)
+WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines")
+CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
+               "CLAUDE_CODE_USE_VERTEX")
+SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
+    r"((?:authorization[\"']?\s*[=:]\s*[\"']?)?(?:bearer|basic)\s+"
+    r"|(?:token|secret|passw(?:or)?d|api[_-]?key|authorization)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
+    r"|\b(?:sk|pk|ghp|gho|xox[abp]|whsec)[-_][A-Za-z0-9_-]{8,}|\b\d{6,12}:[A-Za-z0-9_-]{30,}", re.IGNORECASE)
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    state: str      # ok, warning, problem
+    message: str    # what was found, and what to do if it is not ok: one line
+
+
+def masked(text_: str, secrets_: Iterable[str] = ()) -> str:
+    """Take secrets out of a text: those that are known, and what looks like one."""
+    for secret in secrets_:
+        text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
+    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", text_)
+
+
+def known_secrets(context: Context) -> List[str]:
+    """List the secrets that no answer may hold."""
+    chosen = [getattr(context.settings, one.name) for one in SETTINGS if one.secret]
+    given = [value for one in chosen for value in (one if isinstance(one, tuple) else (one,)) if isinstance(value, str)]
+    return [one for one in (*given, *(s.row.secret for s in list(context.sessions.values()))) if one]
+
+
+def settings_view(context: Context) -> List[Json]:
+    """List the settings with their values, secrets masked, and where each came from."""
+    hidden, told = known_secrets(context), []
+    for one in SETTINGS:
+        value = getattr(context.settings, one.name)
+        shown = ("(hidden)" if value else "") if one.secret else masked_value(value, hidden)
+        told.append({"name": one.name, "value": shown, "source": context.settings.sources.get(one.name, "default"),
+                     "secret": one.secret})
+    return told
+
+
+def masked_value(value: Any, hidden: Sequence[str]) -> Any:
+    """Take secrets out of a setting's value, whatever its shape."""
+    if isinstance(value, str):
+        return masked(value, hidden)
+    if isinstance(value, (tuple, list)):
+        return [masked_value(one, hidden) for one in value]
+    if isinstance(value, dict):
+        return {name: masked_value(one, hidden) for name, one in value.items()}
+    return value
+
+
+class Probes:
+    """Versions of programs, each asked for once.  lock guards known, and is a leaf."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.known: Dict[Tuple[Any, ...], Json] = {}
+
+    def tell(self, words: Sequence[str], patience: float = PATIENCE_FOR_PROBE) -> Json:
+        """Give a program's path and version; one that is still being asked is waited for a little."""
+        path = shutil.which(words[0]) if words else None
+        if path is None:
+            return {"path": None, "version": None, "error": "not found"}
+        about = os.stat(path)
+        key = (tuple(words), path, about.st_mtime_ns, about.st_size)
+        with self.lock:
+            found = self.known.get(key)
+            if found is None or (found["error"] and found["done"].is_set() and time.monotonic() > found["again"]):
+                self.known = {kept: one for kept, one in self.known.items() if kept[0] != key[0]}
+                found = self.known[key] = {"version": None, "error": "it has not told its version yet",
+                                           "done": threading.Event(), "again": time.monotonic() + PROBE_AGAIN}
+                spawn("aegis-probe", self._ask, (path, *words[1:]), found)
+        found["done"].wait(patience)
+        return {"path": path, "version": found["version"], "error": found["error"]}
+
+    @staticmethod
+    def _ask(words: Sequence[str], found: Json) -> None:
+        try:
+            found["version"] = ask_version(words)
+            found["error"] = None
+        except OSError as error:
+            found["error"] = str(error)
+        finally:
+            found["done"].set()
+
+
+def ask_version(words: Sequence[str], option: str = "--version") -> str:
+    """Ask a program for its version.  Raises OSError when it tells none in time; what it started ends with it."""
+    asked = subprocess.Popen([*words, option], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, cwd="/", start_new_session=True)
+    out = asked.stdout
+    assert out is not None
+    try:
+        with selectors.DefaultSelector() as selector:   # select() takes no handle above 1023
+            selector.register(out, selectors.EVENT_READ)
+            ready = selector.select(PROBE_SECONDS)
+        said = os.read(out.fileno(), 4_096).decode("utf-8", "replace").strip() if ready else ""
+    finally:
+        out.close()
+        with contextlib.suppress(OSError):
+            os.killpg(asked.pid, signal.SIGKILL)
+        asked.wait()
+    if not said:
+        raise OSError(f"it did not tell its version within {PROBE_SECONDS:g} s" if not ready else "it tells no version")
+    return clip(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", said.split("\n")[0]), 100)
+
+
+def diagnostics(context: Context, full: bool) -> Json:
+    """Give all that is known of this process and its box."""
+    agents = agents_view(context)
+    findings = find_in_server(context, agents, full)
+    return {
+        "status": max((one.state for one in findings), key=("ok", "warning", "problem").index),
+        "generatedAt": iso(time.time()), "startedAt": iso(context.started_at),
+        "uptimeSeconds": int(max(0.0, time.time() - context.started_at)), "pid": os.getpid(),
+        "versions": {"aegis": __version__, "python": sys.version.split()[0], "tmux": context.tmux.version,
+                     "sqlite": sqlite3.sqlite_version, "os": system_name(), "agents": agents},
+        "schemaVersion": context.store.value("PRAGMA user_version"),
+        "tmux": tmux_view(context), "resources": resources_view(context), "queues": queues_view(context),
+        "workers": workers_view(context), "settings": settings_view(context), "recentErrors": troubles_view(context),
+        "checks": [one._asdict() for one in findings],
+    }
+
+
+def system_name() -> str:
+    """Name the operating system and the machine."""
+    about = os.uname()
+    return f"{about.sysname} {about.release} {about.machine}"
+
+
+def agents_view(context: Context) -> Json:
+    """Tell each agent's program and version; a shell is not asked for one, for it may be any command."""
+    told: Json = {"demo": {"path": sys.executable, "version": __version__, "error": None}}
+    for name, agent in AGENTS.items():
+        words = agent.program(context.settings)
+        if name == "claude":
+            told[name] = context.probes.tell(words)
+        elif name not in told:
+            path = shutil.which(words[0]) if words else None
+            told[name] = {"path": path, "version": None, "error": None if path else "not found"}
+    return told
+
+
+def tmux_view(context: Context) -> Json:
+    """Tell how the tmux driver does."""
+    tmux = context.tmux
+    return {"healthy": tmux.error is None, "mode": "control" if tmux.client is not None else "one-shot",
+            "error": tmux.error, "program": tmux.program, "version": tmux.version, "socket": tmux.socket_name,
+            "serverPid": int(tmux.server_pid) if tmux.server_pid.isdigit() else None,
+            "reconnects": max(0, tmux.connects - 1), "panes": len(context.panes),
+            "lastError": None if tmux.lost is None else {"at": iso(tmux.lost[0]), "message": tmux.lost[1]}}
+
+
+def resources_view(context: Context) -> Json:
+    """Tell what this process takes, and what the box has left."""
+    connections, in_threads = context.connections()
+    return {**process_readings(), "connections": connections, "requestsInThreads": in_threads,
+            "loadAverage": load_average(), "cpus": os.cpu_count(),
+            "stateDir": str(context.state_dir), "diskFreeBytes": disk_free(str(context.state_dir)),
+            "databaseBytes": file_size(context.store.path), "walBytes": file_size(Path(f"{context.store.path}-wal"))}
+
+
+def load_average() -> Optional[List[float]]:
+    """Tell how many wanted a processor in the last 1, 5 and 15 minutes; None where the system does not tell."""
+    try:
+        return [round(one, 2) for one in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def disk_free(path: str) -> int:
+    """Tell how many bytes a user may still write where a path lies."""
+    about = os.statvfs(path)
+    return about.f_bavail * about.f_frsize
+
+
+def file_size(path: Path) -> Optional[int]:
+    """Tell how long a file is; None when there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def queues_view(context: Context) -> Json:
+    """Tell what waits: prompts, held requests, events, log lines, and what other rooms have queued."""
+    live, listeners = list(context.sessions.values()), list(context.bus.listeners)
+    lags = [one.queue.qsize() for one in listeners]
+    return {
+        "prompts": sum(len(one.facts.waiting) for one in live), "holds": sum(len(one.holds) for one in live),
+        "pending": sum(len(one.facts.pending) for one in live),
+        "events": {"listeners": len(listeners), "maxLag": max(lags, default=0), "limit": BUS_QUEUE,
+                   "last": context.bus.last},
+        "log": {"lines": len(context.log.lines), "dropped": context.log.dropped},
+        **{name: count() for name, count in context.queues.items()},
+    }
+
+
+def workers_view(context: Context) -> List[Json]:
+    """Tell of the threads that must live as long as the server, with the age of their last rounds."""
+    alive_ = collections.Counter(thread.name for thread in threading.enumerate())
+    now, rounds = time.monotonic(), dict(context.rounds)
+    return [{"name": name, "alive": alive_[name] > 0,
+             "lastRoundSeconds": round(now - rounds[name], 1) if name in rounds else None} for name in WORKERS]
+
+
+def troubles_view(context: Context) -> List[Json]:
+    """List the last warnings and errors of the log, newest first, without secrets."""
+    hidden = known_secrets(context)
+    return [{"at": iso(at), "level": level, "message": masked(message, hidden),
+             "fields": {name: clip(masked(str(value), hidden), 2_000) for name, value in fields.items()}}
+            for at, level, message, fields in reversed(list(context.log.troubles))]
+
+
+# -- what to do
+
+
+def find_in_server(context: Context, agents: Json, full: bool) -> List[Finding]:
+    """Look at everything, from within the server."""
+    tmux, dead = context.tmux, [one["name"] for one in workers_view(context) if not one["alive"]]
+    return [
+        find_python(), find_tmux(tmux.program, tmux.version),
+        Finding("tmux client", "warning", f"no control client ({tmux.error}): it is started again by itself")
+        if tmux.error else Finding("tmux client", "ok", "control mode"),
+        find_agent(context.settings, agents["claude"]["version"], agents["claude"]["error"])
+        if context.settings.agent == "claude" else find_other_agent(context.settings),
+        *find_login(context.settings), find_state_dir(str(context.state_dir)), find_disk(str(context.state_dir)),
+        find_locale(), find_files_limit(),
+        *([find_database(context.store.path)] if full else []),
+        find_clock(context.store.value("SELECT max(at) FROM events")),
+        Finding("workers", "problem", f"{', '.join(dead)} ended: restart Aegis, the agents go on")
+        if dead else Finding("workers", "ok", f"{len(WORKERS)} alive"),
+    ]
+
+
+def find_locally(settings: Settings, port_says: Finding) -> List[Finding]:
+    """Look at everything without a server."""
+    path = Path(settings.state_dir) / "aegis.db"
+    try:
+        version, wrong = ask_version([settings.tmux], "-V"), ""
+    except OSError as error:
+        version, wrong = "", error.strerror or str(error)
+    found = [find_python(), find_tmux(settings.tmux, version.rpartition(" ")[2], wrong)]
+    if settings.agent == "claude":
+        told = Probes().tell(settings.claude_cmd, PROBE_SECONDS + 1.0)
+        found.append(find_agent(settings, told["version"], told["error"]))
+    else:
+        found.append(find_other_agent(settings))
+    newest = read_only(path, "SELECT max(at) FROM events") if path.exists() else None
+    return [*found, *find_login(settings), port_says, find_state_dir(settings.state_dir),
+            find_disk(settings.state_dir), find_locale(), find_files_limit(),
+            *([find_database(path)] if path.exists() else []),
+            find_clock(newest if isinstance(newest, float) else None)]
+
+
+def find_python() -> Finding:
+    """Look at the interpreter."""
+    version = sys.version.split()[0]
+    if sys.version_info < (3, 9):
+        return Finding("python", "problem", f"{version} is too old: run Aegis with Python 3.9 or newer")
+    return Finding("python", "ok", version)
+
+
+def find_tmux(program: str, version: str, wrong: str = "") -> Finding:
+    """Look at the tmux program."""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if wrong or not numbers:
+        return Finding("tmux", "problem", f"{program} cannot be run ({wrong or 'it tells no version'}): "
+                       "install tmux 3.0 or newer, or set AEGIS_TMUX")
+    if numbers < TMUX_AT_LEAST:
+        return Finding("tmux", "problem", f"{version} is too old: install tmux 3.0 or newer")
+    if version.startswith("3.3a"):
+        return Finding("tmux", "warning", "3.3a crashes when a text is pasted into a dead pane; Aegis looks before it "
+                       "pastes, people may not: update to 3.4 when you can")
+    return Finding("tmux", "ok", version)
+
+
+def find_agent(settings: Settings, version: Optional[str], error: Optional[str]) -> Finding:
+    """Look at Claude Code's program."""
+    program = settings.claude_cmd[0] if settings.claude_cmd else "nothing"
+    if error == "not found":
+        return Finding("agent", "problem", f"{program} is not on the PATH: npm install -g @anthropic-ai/claude-code, "
+                       "or set AEGIS_CLAUDE_CMD")
+    if error:
+        return Finding("agent", "warning", f"{program}: {error}; run `{program} --version` in a terminal and see why")
+    return Finding("agent", "ok", f"claude {version}")
+
+
+def find_other_agent(settings: Settings) -> Finding:
+    """Look at the program of an agent that is not asked for its version."""
+    words = AGENTS[settings.agent].program(settings)
+    if not words or shutil.which(words[0]) is None:
+        return Finding("agent", "problem", f"{words[0] if words else 'nothing'} is not on the PATH: install it, or set "
+                       f"AEGIS_{settings.agent.upper()}_CMD")
+    return Finding("agent", "ok", settings.agent)
+
+
+def find_login(settings: Settings) -> List[Finding]:
+    """Look whether Claude Code can be logged in: no file of the user's is opened."""
+    if settings.agent != "claude":
+        return []
+    given = [name for name in CREDENTIALS if os.environ.get(name)]
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    if given:
+        return [Finding("login", "ok", f"{given[0]} is set")]
+    if os.path.exists(os.path.join(home, ".credentials.json")):
+        return [Finding("login", "ok", f"credentials stand in {home}")]
+    if sys.platform == "darwin":
+        return [Finding("login", "ok", "not to be seen from here: macOS keeps credentials in the keychain")]
+    return [Finding("login", "warning", f"no credentials are in {home} or the environment: run `claude` once and "
+                    "/login, or set ANTHROPIC_API_KEY")]
+
+
+def find_state_dir(path: str) -> Finding:
+    """Look at the state directory's owner and mode."""
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        return Finding("state directory", "ok", f"{path} will be made")
+    except OSError as error:
+        return Finding("state directory", "problem", f"{path}: {error.strerror}; choose another with --state-dir")
+    if not stat.S_ISDIR(about.st_mode):
+        return Finding("state directory", "problem", f"{path} is no directory: choose another with --state-dir")
+    if about.st_uid != os.getuid():
+        return Finding("state directory", "problem", f"{path} belongs to user {about.st_uid}: choose your own with "
+                       "--state-dir")
+    if about.st_mode & 0o077:
+        return Finding("state directory", "problem", f"{path} is open to others ({about.st_mode & 0o777:o}): "
+                       f"chmod 700 {shlex.quote(path)}")
+    return Finding("state directory", "ok", path)
+
+
+def find_disk(path: str) -> Finding:
+    """Look at the space that is left where the state lies, or will lie."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    free = disk_free(path)
+    state = "problem" if free < DISK_OUT else "warning" if free < DISK_LOW else "ok"
+    advice = "" if state == "ok" else ": free some space, or choose another --state-dir"
+    return Finding("disk", state, f"{free / 1e9:.1f} GB free at {path}{advice}")
+
+
+def find_locale() -> Finding:
+    """Look whether names of files and the environment are UTF-8."""
+    coding = sys.getfilesystemencoding().lower()
+    named = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or ""
+    if coding in ("utf-8", "utf8") and (not named or "utf" in named.lower() or named in ("C", "POSIX")):
+        return Finding("locale", "ok", named or "none is set: UTF-8 is used")
+    return Finding("locale", "warning", f"{named or coding} is not UTF-8: set LANG=C.UTF-8, or people who attach see "
+                   "question marks")
+
+
+def find_files_limit() -> Finding:
+    """Look how many files may be open at once."""
+    import resource
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft != resource.RLIM_INFINITY and soft < 1_024:
+        return Finding("open files", "warning", f"only {soft} at once: `ulimit -n 4096` before the start lets more in")
+    return Finding("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"{soft} at once")
+
+
+def read_only(path: Path, sql: str) -> Any:
+    """Read one value from a database that a server may have open; gives the sqlite3.Error when it cannot be read."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
+            return (db.execute(sql).fetchone() or [None])[0]
+    except sqlite3.Error as error:
+        return error
+
+
+def find_database(path: Path) -> Finding:
+    """Look whether the database is whole."""
+    version = read_only(path, "PRAGMA user_version")
+    if isinstance(version, int) and version > len(MIGRATIONS):
+        return Finding("database", "problem", f"{path} is a newer Aegis's (schema {version}): update this one")
+    said = read_only(path, "PRAGMA quick_check(1)")
+    if said == "ok":
+        return Finding("database", "ok", f"{path} is whole ({(file_size(path) or 0) / 1e6:.1f} MB)")
+    return Finding("database", "problem", f"{path}: {clip(str(said), 200)}; stop Aegis, keep a copy, and save what "
+                   f"can be read: sqlite3 {shlex.quote(str(path))} .recover")
+
+
+def find_clock(newest: Optional[float]) -> Finding:
+    """Look at the clock: stored events must not lie in the future."""
+    ahead = (newest or 0.0) - time.time()
+    if time.time() < 1_750_000_000:
+        return Finding("clock", "problem", f"it says {iso(time.time())}: set it, sessions and usage are dated by it")
+    if ahead > 5.0:
+        return Finding("clock", "warning", f"the newest event lies {ahead:.0f} s in the future, so the clock was set "
+                       "back: have it kept by NTP")
+    return Finding("clock", "ok", str(iso(time.time())))
 
 
 # ============================================================================
@@ -10977,6 +11396,11 @@ def checked_day(field: str, day: Optional[str]) -> Optional[str]:
         raise ApiError(400, "INVALID_REQUEST", f"{field}: there is no day {day}", fields={field: "is no day"}) from None
 
 
+def get_diagnostics(ask: Ask, full: bool) -> Any:
+    """Tell versions, tmux health, resources, settings, queues, recent errors, and what to do about what is wrong."""
+    return Later(lambda: diagnostics(ask.context, full))
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -11449,6 +11873,13 @@ ROUTES = (
         texts=True,
     ),
     Route(
+        "GET /v1/diagnostics",
+        get_diagnostics,
+        "admin",
+        dict(full=flag("Check the database's integrity, too, which takes a while.", default=False)),
+        tool="get_diagnostics",
+    ),
+    Route(
         "POST /hooks/:id",
         receive_hook_handler,
         "hook",
@@ -11456,7 +11887,8 @@ ROUTES = (
         whole_body="report",
     ),
 )
-SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "hook"))
+SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "admin",
+                    "hook"))
 
 
 PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
@@ -11812,6 +12244,8 @@ class Server(ThreadingHTTPServer):
         self.known: Dict[bytes, Tuple[Head, Route, Dict[str, str]]] = {}   # request heads that passed every check
         self.outbox: Dict[Connection, None] = {}  # who is answered in this round: sent together
         self.boot, self.serial = secrets.token_hex(4), itertools.count(1)
+        app.context.probes = Probes()
+        app.context.connections = lambda: (len(self.parked) + self.busy, self.busy)
 
     def server_bind(self) -> None:
         """Bind without the name look-up that the standard server makes."""
@@ -14596,7 +15030,7 @@ def bench(argv: Sequence[str]) -> int:
 
 
 # ============================================================================
-# COMMAND LINE. serve, bench, selftest, demo-agent.
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
 # what to do, and an exit status of their own.
@@ -14609,7 +15043,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aegis.py",
         description="Serves the coding agents of this box over HTTP.",
-        epilog="Further commands: `aegis.py bench` measures this box, "
+        epilog="Further commands: `aegis.py doctor` says what is wrong and what to do, "
+        "`aegis.py bench` measures this box, "
         "`aegis.py selftest --screens DIR` replays captured screens, "
         "`aegis.py docs` prints the README's tables.  Only from the environment: "
         + "; ".join(f"AEGIS_{one.name.upper()}: {one.about}" for one in SETTINGS if not one.flag),
@@ -14636,10 +15071,13 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     given = {
         one.name: environ[f"AEGIS_{one.name.upper()}"] for one in SETTINGS if environ.get(f"AEGIS_{one.name.upper()}")
     }
-    given.update({one.name: value for one in SETTINGS if (value := getattr(options, one.name, None)) is not None})
+    sources = dict.fromkeys(given, "env")
+    flags = {one.name: value for one in SETTINGS if (value := getattr(options, one.name, None)) is not None}
     if options.demo:
-        given["agent"] = "demo"
+        flags["agent"] = "demo"
+    given.update(flags)
     settings = Settings(given)
+    settings.sources = {**sources, **dict.fromkeys(flags, "flag")}
     if not is_loopback(settings.host) and not settings.auth_token:
         raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
                          "for whoever reaches this API can run code as you")
@@ -14720,6 +15158,104 @@ class Stopper:
         self.server.stop()
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Say what is wrong with this box or the running server, and what to do about it."""
+    parser = argparse.ArgumentParser(prog="aegis.py doctor", description=doctor.__doc__,
+                                     epilog="Further flags are those of serving, such as --port and --state-dir.")
+    parser.add_argument("--url", help="the server to ask (AEGIS_URL; default: the one that the settings say)")
+    parser.add_argument("--token", help="its bearer token; better in AEGIS_TOKEN or AEGIS_AUTH_TOKEN, which `ps` hides")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    chosen, rest = parser.parse_known_args(argv)
+    try:
+        settings = read_settings(rest, os.environ)
+    except ValueError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    named = chosen.url or os.environ.get("AEGIS_URL") or ""
+    token = chosen.token or os.environ.get("AEGIS_TOKEN") or settings.auth_token
+    if not named and not is_served(settings.state_dir):
+        token = ""   # who listens there is not known: nobody gets it
+    url = named or agents_url(settings, settings.port)
+    answer, server = ask_server(url, token, bool(named))
+    findings = ([server, *told_findings(answer)] if answer else [server] if named else find_locally(settings, server))
+    bad = [one for one in findings if one.state == "problem"]
+    if chosen.json:
+        print(json.dumps({"url": url if answer else None, "ok": not bad, "checks": [one._asdict() for one in findings],
+                          "diagnostics": answer}, indent=2))
+    else:
+        print_findings(findings, answer)
+    return 1 if bad else 0
+
+
+def is_served(state_dir: str) -> bool:
+    """Tell whether a server runs on a state directory, without touching its lock."""
+    said = read_tail(Path(state_dir) / "lock", 20).strip()
+    return said.isdigit() and alive(int(said))
+
+
+def told_findings(answer: Json) -> List[Finding]:
+    """Read the findings in a server's diagnostics; it may be of another version."""
+    return [Finding(str(one.get("name")), str(one.get("state")), str(one.get("message"))) for one in answer["checks"]
+            if isinstance(one, dict)]
+
+
+def ask_server(url: str, token: str, named: bool) -> Tuple[Optional[Json], Finding]:
+    """Ask a server for its diagnostics; gives what it said, and what to say of the server itself."""
+    import http.client
+
+    def problem(what: str) -> Tuple[None, Finding]:
+        return None, Finding("server", "problem", what)
+    place = urllib.parse.urlsplit(url)
+    try:
+        usual = {"http": 80, "https": 443}[place.scheme]
+        line = http.client.HTTPConnection(place.hostname or "", place.port or usual, timeout=30.0)
+    except (ValueError, KeyError):
+        return problem(f"{url} is no URL of a server: give one like http://127.0.0.1:9100")
+    try:
+        if place.scheme == "https":
+            import ssl
+            line.connect()
+            line.sock = ssl.create_default_context().wrap_socket(line.sock, server_hostname=place.hostname)
+        line.request("GET", f"{place.path.rstrip('/')}/v1/diagnostics?full=true",
+                     headers={"Authorization": f"Bearer {token}"} if token else {})
+        got = line.getresponse()
+        told = json.loads(got.read(16_000_000))
+    except ConnectionRefusedError:
+        if named:
+            return problem(f"nothing listens at {url}: start Aegis there")
+        return None, Finding("server", "ok", f"none runs, and {url} is free for one")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return problem(f"what is at {url} does not answer as Aegis does ({error or type(error).__name__}): "
+                       "choose another --port")
+    finally:
+        line.close()
+    if got.status == 200 and isinstance(told, dict) and isinstance(told.get("checks"), list):
+        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {url}")
+    if got.status in (401, 403):
+        return problem(f"the server at {url} refuses ({got.status}): give its token, or a key of the scope admin, as "
+                       "AEGIS_TOKEN")
+    return problem(f"what is at {url} answers {got.status}: it is no Aegis of this version; choose another --port")
+
+
+def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:
+    """Print findings for people: a line for each, coloured on a terminal unless NO_COLOR is set."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    marks = {"ok": ("ok     ", "32"), "warning": ("warning", "33"), "problem": ("PROBLEM", "31")}
+    coding = sys.stdout.encoding or "ascii"
+    for one in findings:
+        mark, colour = marks.get(one.state, (one.state, "33"))
+        plain = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", f"{one.name:16} {one.message}")   # it may quote anything
+        shown = plain.encode(coding, "replace").decode(coding)
+        print((f"\033[{colour}m{mark}\033[0m" if coloured else mark) + f"  {shown}")
+    if answer:
+        tmux, taken = answer["tmux"], answer["resources"]
+        print(f"\nup {answer['uptimeSeconds']} s, pid {answer['pid']}, {(taken['rssBytes'] or 0) / 1e6:.0f} MB, "
+              f"{taken['threads']} threads, {taken['connections']} connections, tmux by {tmux['mode']} with "
+              f"{tmux['panes']} panes, {len(answer['recentErrors'])} recent warnings")
+    bad = sum(one.state == "problem" for one in findings)
+    print("\n" + ("all is well" if not bad else "one thing is to be mended" if bad == 1 else f"{bad} are to be mended"))
+
+
 def print_docs(argv: Sequence[str]) -> int:
     """Print the README's generated tables."""
     for title, table in (("Settings", settings_table()), ("Endpoints", endpoints_table()), ("Events", events_table())):
@@ -14778,7 +15314,8 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
 
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "bench": bench, "docs": print_docs, "selftest": selftest, "demo-agent": demo_agent_main,
+    "serve": serve, "doctor": doctor, "bench": bench, "docs": print_docs, "selftest": selftest,
+    "demo-agent": demo_agent_main,
 }
 
 

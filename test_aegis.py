@@ -6536,6 +6536,112 @@ def test_a_server_for_others_checks_the_token(house):
 
 
 # ============================================================================
+# DIAGNOSTICS. What state this box and this process are in.
+# ============================================================================
+
+
+def test_get_diagnostics_tells_versions_resources_queues_and_workers(server, talk):
+    told = server.ask("GET /v1/diagnostics?full=true")
+    assert told["versions"]["python"] == sys.version.split()[0] and told["schemaVersion"] == len(aegis.MIGRATIONS)
+    assert told["versions"]["tmux"] in server.tmux("display-message", "-p", "#{version}")
+    assert told["versions"]["agents"]["claude"]["error"] == "not found"
+    assert told["pid"] == server.process.pid and told["tmux"]["mode"] == "control" and told["tmux"]["panes"] >= 1
+    taken = told["resources"]
+    assert taken["rssBytes"] > 1_000_000 and taken["openFds"] > 5 and taken["connections"] >= 1
+    assert taken["diskFreeBytes"] > 0 and taken["databaseBytes"] == (server.state / "aegis.db").stat().st_size
+    assert {one["name"] for one in told["workers"]} == set(aegis.WORKERS) and all(o["alive"] for o in told["workers"])
+    assert set(aegis.WORKERS) <= set(re.findall(r"aegis-[a-z]+", aegis.__doc__)), "the thread map knows them all"
+    assert told["queues"]["events"]["listeners"] >= 1 and told["queues"]["prompts"] >= 0
+    assert {one["name"]: one["state"] for one in told["checks"]}["database"] == "ok"
+    sources = {one["name"]: one["source"] for one in told["settings"]}
+    assert (sources["port"], sources["state_dir"], sources["host"]) == ("flag", "env", "default")
+
+
+def test_get_diagnostics_holds_no_secret(strict):
+    talk = strict.open(name="secretive", ready=False)
+    answer = strict.call("GET /v1/diagnostics")
+    token = {one["name"]: one for one in answer.json["settings"]}["auth_token"]
+    assert token == {"name": "auth_token", "value": "(hidden)", "source": "env", "secret": True}
+    secrets_ = [strict.auth["Authorization"].split()[1], *database(strict, "SELECT secret FROM sessions")]
+    assert len(secrets_) >= 2 and not [one for one in secrets_ if one.encode() in answer.raw]
+    talk.kill()
+
+
+def database(server: Server, sql: str) -> List[str]:
+    """Read one column of a server's database."""
+    with contextlib.closing(sqlite3.connect(str(server.state / "aegis.db"))) as db:
+        return [row[0] for row in db.execute(sql) if row[0]]
+
+
+def test_get_diagnostics_counts_what_tmux_lost_and_recent_errors(house_once):
+    own = house_once
+    for pid in own.tmux("list-clients", "-F", "#{client_pid}").split():
+        os.kill(int(pid), signal.SIGKILL)
+    told = eventually(lambda: (now := own.ask("GET /v1/diagnostics"))["tmux"]["reconnects"] == 1 and now)
+    assert told["tmux"]["healthy"] and told["tmux"]["lastError"]["message"] and told["tmux"]["lastError"]["at"]
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        db.execute("INSERT INTO events (type, at, data) VALUES ('session.idle', ?, '{}')", (time.time() + 3600,))
+        db.commit()
+    own.start()
+    checks = {one["name"]: one for one in own.ask("GET /v1/diagnostics")["checks"]}
+    assert checks["clock"]["state"] == "warning" and "NTP" in checks["clock"]["message"]
+
+
+@pytest.fixture
+def house_once() -> Iterator[Server]:
+    """A server of a test's own."""
+    with houses() as start:
+        yield start()
+
+
+@pytest.mark.parametrize("said_, kept", [
+    ("Authorization: Bearer abcdef123", "Authorization: Bearer (hidden)"), ("x bearer abcdef123", "x bearer (hidden)"),
+    ("Authorization: abcdef123", "Authorization: (hidden)"),
+    ("GET /v1/events?token=abc.def&x=1", "GET /v1/events?token=(hidden)&x=1"),
+    ('{"password": "hunter22"}', '{"password": "(hidden)"}'), ("key sk-ant-api03-abcdefgh", "key (hidden)"),
+    ("bot 12345678:AAF-abcdefghijklmnopqrstuvwxyz012345", "bot (hidden)"), ("the own-secret here", "the (hidden) here"),
+    ("tokens: input 5", "tokens: input 5"), ("no such file", "no such file")])
+def test_what_looks_like_a_secret_is_masked(said_, kept):
+    assert aegis.masked(said_, ["own-secret"]) == kept
+
+
+def program(path: Path, body: str) -> str:
+    """Write a shell script; gives its path."""
+    path.write_text("#!/bin/sh\n" + body, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_version_is_asked_for_once_until_the_program_changes(tmp_path):
+    file, probes = tmp_path / "agent", aegis.Probes()
+    words = [program(file, f"echo x >> {tmp_path}/asked; echo '1.2.3 (Agent)'; echo more\n"), "--flag"]
+    assert [probes.tell(words, 20.0)["version"] for _ in range(3)] == ["1.2.3 (Agent)"] * 3
+    assert (tmp_path / "asked").read_text() == "x\n"
+    program(file, "echo 1.2.40\n")
+    assert probes.tell(words, 20.0)["version"] == "1.2.40"
+    program(file, "exit 3\n# and so it is another size\n")
+    assert probes.tell(words, 20.0)["error"] == "it tells no version"
+    assert probes.tell([str(tmp_path / "nowhere")])["error"] == "not found"
+
+
+def test_a_program_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(aegis, "PROBE_SECONDS", 0.2)
+    mark = f"sleep 4{os.getpid() % 10_000}"
+    probes, words = aegis.Probes(), [program(tmp_path / "agent", f"{mark} & {mark}\n")]
+    assert probes.tell(words, 0.0)["error"] == "it has not told its version yet"
+    eventually(lambda: "did not tell its version" in probes.tell(words, 5.0)["error"])
+    eventually(lambda: mark not in command_lines())
+
+
+@pytest.mark.parametrize("version, state", [("2.9a", "problem"), ("", "problem"), ("3.0", "ok"), ("3.1c", "ok"),
+                                            ("3.3a", "warning"), ("3.4", "ok"), ("next-3.6", "ok")])
+def test_a_tmux_is_judged_by_its_version(version, state):
+    found = aegis.find_tmux("tmux", version)
+    assert found.state == state and (state == "ok" or "3." in found.message)
+
+
+# ============================================================================
 # ROUTES. Every endpoint, held against the one table.
 # ============================================================================
 
@@ -7402,7 +7508,7 @@ def test_bench_prints_its_table(_):
 
 
 # ============================================================================
-# COMMAND LINE. serve, bench, selftest, demo-agent.
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent.
 # ============================================================================
 
 
@@ -7418,6 +7524,90 @@ def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path)
     done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path),
                           stdout=subprocess.PIPE, cwd="/")
     assert done.returncode == 0 and [path.name for path in copy.parent.iterdir()] == ["aegis.py"]
+
+
+def doctored(*words: str, root: Path, **env: str) -> Tuple[int, Dict[str, Json]]:
+    """Run doctor; gives its exit code and its findings by name."""
+    done = run_aegis("doctor", "--json", *words, root=root, **env)
+    assert not done.stderr, done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] == (done.returncode == 0)
+    return done.returncode, {one["name"]: one for one in told["checks"]}
+
+
+def free_port() -> str:
+    """Find a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_doctor_looks_by_itself_where_no_server_answers(tmp_path):
+    code, found = doctored("--demo", "--port", free_port(), root=tmp_path)
+    assert code == 0 and "none runs" in found["server"]["message"]
+    assert "will be made" in found["state directory"]["message"] and not (tmp_path / "s").exists(), "it only looks"
+    claude = program(tmp_path / "claude", "echo 2.9.9\n")
+    code, found = doctored("--port", free_port(), root=tmp_path, AEGIS_CLAUDE_CMD=claude, ANTHROPIC_API_KEY="k")
+    assert code == 0 and found["agent"]["message"] == "claude 2.9.9" and found["login"]["state"] == "ok"
+
+
+def test_doctor_says_what_to_do_about_each_problem(tmp_path):
+    state = tmp_path / "s"
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    (state / "aegis.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5_000)
+    code, found = doctored("--port", free_port(), "--tmux", str(tmp_path / "no-tmux"), root=tmp_path,
+                           AEGIS_CLAUDE_CMD="no-such-claude")
+    wanted = {"tmux": "AEGIS_TMUX", "agent": "AEGIS_CLAUDE_CMD", "state directory": "chmod 700", "database": ".recover"}
+    assert code == 1 and {name for name, one in found.items() if one["state"] == "problem"} == set(wanted)
+    assert [name for name, advice in wanted.items() if advice not in found[name]["message"]] == []
+
+
+def test_doctor_asks_the_server_that_runs(server, strict):
+    code, found = doctored("--port", str(server.port), root=server.root)
+    assert code == 0 and "answers" in found["server"]["message"] and found["workers"]["state"] == "ok"
+    code, found = doctored("--port", str(strict.port), root=strict.root)
+    assert code == 1 and "AEGIS_TOKEN" in found["server"]["message"]
+    token = strict.auth["Authorization"].split()[1]
+    assert doctored("--url", f"http://127.0.0.1:{strict.port}/", root=server.root, AEGIS_TOKEN=token)[0] == 0
+    done = run_aegis("doctor", "--port", str(server.port), root=server.root, TERM="xterm")
+    assert done.returncode == 0 and "all is well" in done.stdout and "\033" not in done.stdout, "no terminal"
+
+
+def test_doctor_gives_no_token_to_a_stranger_at_its_port(tmp_path):
+    heard: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        def answer() -> None:
+            line, _ = stranger.accept()
+            with line:
+                heard.append(line.recv(65_536))
+                line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        port = str(stranger.getsockname()[1])
+        code, found = doctored("--demo", "--port", port, root=tmp_path, AEGIS_AUTH_TOKEN="s3cr3t")
+        thread.join(10)
+    assert code == 1 and "--port" in found["server"]["message"] and heard and b"s3cr3t" not in heard[0]
+    assert "python" in found, "the box is looked at all the same"
+
+
+@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 1), (("--port", "x"), 2), (("--nonsense",), 2)])
+def test_doctor_refuses_what_it_does_not_know_in_one_line(tmp_path, words, status):
+    done = run_aegis("doctor", *words, root=tmp_path)
+    assert done.returncode == status and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("env, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_doctor_is_coloured_on_a_terminal_only_if_that_is_wanted(monkeypatch, capsys, env, coloured):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    aegis.print_findings([aegis.Finding("a", "problem", "one\nline \x1b[2J"), aegis.Finding("b", "ok", "x")], None)
+    said_ = capsys.readouterr().out
+    assert ("\033[31m" in said_) == coloured and "\x1b[2J" not in said_ and "one thing is to be mended" in said_
+    assert "one line" in said_
 
 
 # ============================================================================
