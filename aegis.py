@@ -4463,8 +4463,7 @@ def locate_transcript(session: Session) -> None:
     )
     if found:
         with session.transcript_lock:
-            forked = row.launch.get("started") if row.forked_from and not row.parts else None
-            follow_conversation(session, conversation, str(found), forked)
+            follow_conversation(session, conversation, str(found), own_since(row, str(found), None))
 
 
 def follow_conversation(session: Session, conversation: str, path: str, since: Optional[float]) -> None:
@@ -4480,6 +4479,19 @@ def follow_conversation(session: Session, conversation: str, path: str, since: O
             ledger = {**ledger, "offset": left.pop(path, 0), "left": left, "since": since}
             change.columns.update(parts=[*(one for one in parts if one != path), path], ledger=ledger)
         change.columns["conversation"] = conversation
+
+
+def own_since(row: SessionRow, path: str, now: Optional[float]) -> Optional[float]:
+    """Tell from when on the usage in a transcript that was just found is its session's own; None means all of it.
+
+    A fork's begins with a copy of another's, and a conversation that somebody resumed in the terminal is an old one.
+    """
+    if not row.parts:
+        return (now or row.launch.get("started")) if row.forked_from else None
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if any(re.search(rb'"type": ?"assistant"', line) for line in file):
+            return now or row.updated_at
+    return None
 
 
 class AgentStatus(NamedTuple):
@@ -5976,8 +5988,8 @@ def learn_paths(session: Session, body: Json) -> None:
         return
     with session.transcript_lock:   # nothing of the old one is missed, and no offset of it is taken for the new one's
         catch_up(session)
-        old = body.get("source") in ("fork", "resume") or (session.row.forked_from and not session.row.parts)
-        follow_conversation(session, conversation, path, time.time() if old else None)
+        begins = body.get("hook_event_name") in ("SessionStart", "UserPromptSubmit")   # nothing was answered since
+        follow_conversation(session, conversation, path, own_since(session.row, path, time.time() if begins else None))
 
 
 # -- screens

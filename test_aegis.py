@@ -6305,6 +6305,19 @@ def test_get_metrics_counts_no_copied_history_in_a_fork(server, make):
     fork.kill()
 
 
+def test_only_what_a_session_used_itself_counts_in_a_conversation_that_it_found(tmp_path):
+    old, fresh = tmp_path / "old.jsonl", tmp_path / "fresh.jsonl"
+    old.write_bytes(said("a", 1) + b"\n")
+    fresh.write_bytes(line("user", "hi") + b"\n")
+    row = aegis.SessionRow(**{**dict.fromkeys(aegis.SessionRow._fields), "parts": ["first"], "updated_at": 40.0,
+                              "launch": {"started": 30.0}})
+    assert aegis.own_since(row, str(old), 50.0) == 50.0 and aegis.own_since(row, str(old), None) == 40.0
+    assert aegis.own_since(row, str(fresh), 50.0) is None and aegis.own_since(row, str(tmp_path / "no"), 50.0) is None
+    assert aegis.own_since(row._replace(parts=[]), str(old), None) is None, "its first one, whoever tells of it"
+    fork = row._replace(parts=[], forked_from="other")
+    assert aegis.own_since(fork, str(fresh), 50.0) == 50.0 and aegis.own_since(fork, str(fresh), None) == 30.0
+
+
 def test_get_metrics_counts_subagents_and_decisions(server, make):
     talk = make()
     talk.send("[[agents touch a ;; touch b]] [[say both]]")
@@ -7806,6 +7819,7 @@ CALLS = {
         "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
+    "agent": lambda rest: ("Agent", {"description": "Look", "prompt": rest, "subagent_type": "general-purpose"}),
 }
 
 
@@ -8309,6 +8323,25 @@ def test_real_plan_is_refused_with_words_and_then_approved(start):
     talk.wait("session.idle")
     assert talk.read()["output"] == "planned"
     assert any("think again" in one["text"] for one in talk.read("limit=20")["messages"])
+
+
+@real_client
+def test_real_usage_counts_subagents_and_no_copied_history(start):
+    talk = start("[[agent look around]] [[say one]]")
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    # it works in the background: the turn that tells of it may follow by itself
+    eventually(lambda: len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 1
+               and talk.get()["tokenUsage"]["output"] >= 80 and talk.settle())
+    used = settled_usage(talk, path)
+    fork = Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/fork", {}))
+    fork.say("[[say two]]")
+    eventually(lambda: fork.get()["tokenUsage"]["output"] == 20)
+    told = {one["id"]: one["tokenUsage"] for one in talk.server.ask("GET /v1/metrics")["bySession"]}
+    assert told[talk.id] == used and told[fork.id]["output"] == 20
+    versions = talk.server.ask("GET /v1/diagnostics")["versions"]
+    assert re.search(r"\d+\.\d+\.\d+", versions["agents"]["claude"]["version"])
+    fork.kill()
 
 
 @real_client
