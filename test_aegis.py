@@ -8332,7 +8332,7 @@ def test_real_usage_counts_subagents_and_no_copied_history(start):
     path = talk.get()["transcriptPath"]
     # it works in the background: the turn that tells of it may follow by itself
     eventually(lambda: len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 1
-               and talk.get()["tokenUsage"]["output"] >= 80 and talk.settle())
+               and talk.get()["tokenUsage"]["output"] >= 80 and talk.status == "idle")
     used = settled_usage(talk, path)
     fork = Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/fork", {}))
     fork.say("[[say two]]")
