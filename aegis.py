@@ -9138,16 +9138,14 @@ def metered_days(context: Context, span: Span, days: int) -> List[Json]:
 def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tuple[List[Json], int]:
     """Give one page of usage by session, newest first, and how many there are: with usage in the span, or all."""
     store = context.store
-    used = ("EXISTS (SELECT 1 FROM usage WHERE session = sessions.id AND day BETWEEN ? AND ? "
-            "AND (? IS NULL OR model = ?))" if span.narrow else "1")
-    args = (span.first, span.last, span.model, span.model) if span.narrow else ()
-    where = f"(? IS NULL OR id = ?) AND {used}"
+    used = "FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?)"
+    args: Tuple[Any, ...] = (
+        (span.session,) if span.session else (span.first, span.last, span.model, span.model) if span.narrow else ())
+    where = "id = ?" if span.session else f"id IN (SELECT session {used})" if span.narrow else "1"
     rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
-                       "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", span.session, span.session, *args, limit,
-                       (page - 1) * limit)
-    total = len(rows) if span.session else store.value(
-        "SELECT count(DISTINCT session) FROM usage WHERE session <> '' AND day BETWEEN ? AND ? "
-        "AND (? IS NULL OR model = ?)", *args) if span.narrow else store.value("SELECT count(*) FROM sessions")
+                       "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit, (page - 1) * limit)
+    counted = "1" if span.session else f"count(DISTINCT session) {used}" if span.narrow else "count(*) FROM sessions"
+    total = store.value(f"SELECT {counted}", *(() if span.session else args))
     marks, ids = ", ".join("?" * len(rows)), [row[0] for row in rows]
     found = dict(usage_by(store, span, "session", f"session IN ({marks})", *ids))
     turned = dict(store.pairs(
