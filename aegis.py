@@ -810,24 +810,24 @@ MIGRATIONS = (
         WHEN OLD.submitted_at IS NULL AND NEW.submitted_at IS NOT NULL BEGIN
         INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
             FROM prompt_times WHERE id = NEW.id AND name <> 'turn'
-            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
         END;
     CREATE TRIGGER prompts_over AFTER UPDATE OF ended_at ON prompts
         WHEN OLD.ended_at IS NULL AND NEW.ended_at IS NOT NULL BEGIN
         INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
             FROM prompt_times WHERE id = NEW.id AND name = 'turn'
-            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
         END;
     CREATE TRIGGER permissions_decided AFTER UPDATE OF state ON permissions
         WHEN OLD.state = 'pending' AND NEW.state <> 'pending' BEGIN
         INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
             FROM permission_times WHERE id = NEW.id
-            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
         END;
     CREATE TRIGGER permissions_made AFTER INSERT ON permissions WHEN NEW.state <> 'pending' BEGIN
         INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
             FROM permission_times WHERE id = NEW.id
-            ON CONFLICT DO UPDATE SET count = count + 1, total = total + excluded.total;
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
         END;
     INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place,
         count(*), sum(seconds) FROM (SELECT * FROM prompt_times UNION ALL SELECT * FROM permission_times)
