@@ -9749,6 +9749,7 @@ PROBE_AGAIN = 600.0        # seconds after which one that told none is asked aga
 PATIENCE_FOR_PROBE = 2.0   # what one answer waits for versions that are being asked for
 DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the first, act below the second
 TMUX_AT_LEAST = (3, 0)
+NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
                "CLAUDE_CODE_USE_VERTEX")
@@ -9980,7 +9981,7 @@ def find_in_server(context: Context, agents: Json, full: bool) -> List[Finding]:
         *find_login(context.settings), find_state_dir(str(context.state_dir)), find_disk(str(context.state_dir)),
         find_locale(), find_files_limit(),
         *([find_database(context.store.path)] if full else []),
-        find_clock(context.store.value("SELECT max(at) FROM events")),
+        find_clock(context.store.value(NEWEST_EVENT)),
         Finding("workers", "problem", f"{', '.join(dead)} ended: restart Aegis, the agents go on")
         if dead else Finding("workers", "ok", f"{len(WORKERS)} alive"),
     ]
@@ -9999,7 +10000,7 @@ def find_locally(settings: Settings, port_says: Finding) -> List[Finding]:
         found.append(find_agent(settings, told["version"], told["error"]))
     else:
         found.append(find_other_agent(settings))
-    newest = read_only(path, "SELECT max(at) FROM events") if path.exists() else None
+    newest = read_only(path, NEWEST_EVENT) if path.exists() else None
     return [*found, *find_login(settings), port_says, find_state_dir(settings.state_dir),
             find_disk(settings.state_dir), find_locale(), find_files_limit(),
             *([find_database(path)] if path.exists() else []),
