@@ -35,7 +35,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     CHECKS        a project's own checks, found and run
     VERIFY        rounds of checks, and mending between them
     PIPELINES     stages of work, each when what it depends on is done
-    METRICS       what was used, how long it took, and the same for Prometheus
+    METRICS       what was used, and how long it took
+    PROMETHEUS    the same figures in its text format, and as OpenMetrics
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     DIAGNOSTICS   what state this box and this process are in, and what to do
@@ -2407,7 +2408,7 @@ def usage_amounts(usage: Json) -> Dict[str, int]:
     """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
     amounts = {key: usage[key] for key in USAGE_KEYS if _is_amount(usage.get(key))}
     written = usage.get("cache_creation")
-    hour = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
+    hour: Any = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
     return {**amounts, "hour": hour} if _is_amount(hour) else amounts
 
 
@@ -8917,16 +8918,14 @@ def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Js
 
 
 # ============================================================================
-# METRICS. What was used, how long it took, and the same for Prometheus.
+# METRICS. What was used, and how long it took.
 # ============================================================================
 # Usage and times are durable: they stand in tables that are kept in the
 # transactions of what they count, so a restart neither loses nor repeats any.
 # They are summed by UTC day and model, never over sessions or events.  API
-# counts are this process's own and begin anew with it.  To add a figure for
-# Prometheus: a Family in families().
+# counts are this process's own and begin anew with it.
 
 HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
 TOKEN_KINDS = (("input", "input"), ("output", "output"), ("cache_read", "cacheRead"), ("cache_write", "cacheWrite"))
 USAGE_SUMS = ", ".join(f"sum({name})" for name in USAGE_COLUMNS)
 FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
@@ -8972,13 +8971,13 @@ class Times(NamedTuple):
     total: float
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many there were."""
         return sum(self.counts)
 
     def quantile(self, share: float) -> Optional[float]:
         """Estimate the time within which a share of them was done, evenly spread within a bucket."""
-        below, wanted = 0, share * self.count
+        below, wanted = 0, share * self.number
         for place, count in enumerate(self.counts):
             if count and below + count >= wanted:
                 low = self.bounds[place - 1] if place else 0.0
@@ -8990,8 +8989,8 @@ class Times(NamedTuple):
     def wire(self) -> Json:
         """Give them their shape on the wire; quantiles are estimates from buckets."""
         quantiles = {f"p{percent}Seconds": self.quantile(percent / 100) for percent in (50, 90, 99)}
-        told = {"avgSeconds": self.total / self.count if self.count else None, **quantiles}
-        return {"count": self.count, "totalSeconds": round(self.total, 6),
+        told = {"avgSeconds": self.total / self.number if self.number else None, **quantiles}
+        return {"count": self.number, "totalSeconds": round(self.total, 6),
                 **{name: None if value is None else round(value, 6) for name, value in told.items()}}
 
 
@@ -9164,13 +9163,13 @@ def times_view(context: Context, found: Mapping[Tuple[str, str], Times]) -> Json
     turns = {label: one for (name, label), one in found.items() if name == "turn"}
     asked = [one.asked_at for session in list(context.sessions.values()) for one in session.facts.pending]
     return {
-        "turns": {"total": named["turn"].count,
-                  "byOutcome": {name: turns[name].count if name in turns else 0
+        "turns": {"total": named["turn"].number,
+                  "byOutcome": {name: turns[name].number if name in turns else 0
                                 for name in ("done", "interrupted", "error")}},
         "latencies": {"turn": named["turn"].wire(), "sendToSubmitted": named["send"].wire(),
                       "typedToSubmitted": named["type"].wire(), "hookToDecision": named["decision"].wire()},
         "permissions": {"pending": len(asked), "oldestPendingSeconds": max(map(age, asked), default=None),
-                        "decided": named["decision"].count, "waiting": named["decision"].wire(),
+                        "decided": named["decision"].number, "waiting": named["decision"].wire(),
                         "decisions": [{**decision_labels(label), **one.wire()}
                                       for (name, label), one in sorted(found.items()) if name == "decision"]},
     }
@@ -9187,11 +9186,22 @@ def traffic_view(context: Context) -> Json:
     routes: Dict[str, Dict[int, Times]] = {}
     for (route, status), times in context.traffic.counts().items():
         routes.setdefault(route, {})[status] = times
-    shown = [{"route": route or None, "byStatus": {str(status): one.count for status, one in sorted(statuses.items())},
+    shown = [{"route": route or None, "byStatus": {str(status): one.number for status, one in sorted(statuses.items())},
               **together(statuses.values(), HTTP_BOUNDS).wire()} for route, statuses in sorted(routes.items())]
-    failed = sum(one.count for statuses in routes.values() for status, one in statuses.items() if status >= 500)
+    failed = sum(one.number for statuses in routes.values() for status, one in statuses.items() if status >= 500)
     return {"since": iso(context.started_at), "requests": sum(one["count"] for one in shown), "serverErrors": failed,
             "byRoute": shown}
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+# A Family is one metric with its samples.  Every value of a label is a series
+# that a Prometheus keeps for months, so their number is bounded: only live
+# sessions have series of their own.  To add a metric: a Family in one of the
+# functions below families().
+
+SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # series of their own; further models are one, further sessions have none
 
 
 class Family(NamedTuple):
@@ -9223,7 +9233,7 @@ def family_lines(family: Family, open_metrics: bool) -> Iterator[str]:
         for bound, count in zip((*value.bounds, math.inf), itertools.accumulate(value.counts)):
             yield f"{name}_bucket{label_text({**labels, 'le': number_text(float(bound))})} {count}"
         yield f"{name}_sum{label_text(labels)} {number_text(value.total)}"
-        yield f"{name}_count{label_text(labels)} {value.count}"
+        yield f"{name}_count{label_text(labels)} {value.number}"
 
 
 def label_text(labels: Mapping[str, str]) -> str:
@@ -9304,14 +9314,14 @@ def time_families(context: Context) -> List[Family]:
         del labels["decidedBy"]
     return [
         Family("aegis_turns_total", "counter", "Turns that ended, by outcome.",
-               [(labels, times.count) for labels, times in of("turn", "outcome")]),
+               [(labels, times.number) for labels, times in of("turn", "outcome")]),
         Family("aegis_turn_duration_seconds", "histogram", "How long turns took, by outcome.", of("turn", "outcome")),
         Family("aegis_prompt_submit_seconds", "histogram", "From a prompt's acceptance to the agent's report of it.",
                of("send", "kind")),
         Family("aegis_prompt_delivery_seconds", "histogram", "From typing a prompt to the agent's report of it.",
                of("type", "kind")),
         Family("aegis_permission_decisions_total", "counter", "Decided requests, by kind, state and who decided.",
-               [(labels, times.count) for labels, times in decided]),
+               [(labels, times.number) for labels, times in decided]),
         Family("aegis_permission_wait_seconds", "histogram", "How long requests waited for their decision.", decided),
     ]
 
@@ -9324,7 +9334,7 @@ def traffic_families(context: Context) -> List[Family]:
         routes.setdefault(route, []).append(times)
     return [
         Family("aegis_http_requests_total", "counter", "API requests answered, by route and status.",
-               [({"route": route, "status": str(status)}, times.count) for (route, status), times in counts]),
+               [({"route": route, "status": str(status)}, times.number) for (route, status), times in counts]),
         Family("aegis_http_request_duration_seconds", "histogram", "How long answers took, waits included.",
                [({"route": route}, together(times, HTTP_BOUNDS)) for route, times in routes.items()]),
     ]

@@ -6131,79 +6131,8 @@ def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts
 
 
 # ============================================================================
-# METRICS. What was used, how long it took, and the same for Prometheus.
+# METRICS. What was used, and how long it took.
 # ============================================================================
-
-SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
-LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
-Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
-
-
-def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
-    """Read the inside of the braces, whole."""
-    found, place = [], 0
-    while place < len(raw):
-        pair = LABEL_PAIR.match(raw, place)
-        assert pair, raw[place:]
-        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
-        found.append((pair.group(1), worth))
-        place = pair.end()
-    assert len(dict(found)) == len(found), raw
-    return tuple(sorted(found))
-
-
-def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
-    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
-    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
-    kinds: Dict[str, str] = {}
-    series: Series = {}
-    helped = current = ""
-    for one in text.split("\n")[:-1]:
-        if one.startswith("# HELP "):
-            helped = one.split(" ")[2]
-            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
-        elif one.startswith("# TYPE "):
-            _, _, current, kind = one.split(" ")
-            assert current == helped and kind in ("counter", "gauge", "histogram"), one
-            kinds[current] = kind
-        else:
-            found = SAMPLE.match(one)
-            assert found, one
-            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
-            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
-            assert name in [current + ending for ending in endings] and key not in series, one
-            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
-            series[key] = float(found["value"])
-    for name, kind in kinds.items():
-        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
-    return kinds, series
-
-
-def check_family(name: str, kind: str, series: Series) -> None:
-    """Hold one metric against what its type promises."""
-    assert series and all(value == value for value in series.values()), name
-    if kind == "counter":
-        assert name.endswith("_total") and min(series.values()) >= 0
-    if kind != "histogram":
-        return
-    assert not name.endswith("_total")
-    plain = {labels for which, labels in series if which == name + "_count"}
-    for labels in plain:
-        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
-                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
-        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
-        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
-        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
-
-
-def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
-    """Read metrics as text; gives the content type, too."""
-    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
-    answer = line.getresponse()
-    assert answer.status == 200
-    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
-
 
 def used_in(*paths: str) -> Json:
     """Sum a conversation's usage from the files that the agent wrote, subagents' included: once for each message."""
@@ -6419,6 +6348,93 @@ def test_get_metrics_pages_through_sessions(server, make):
     assert server.ask("GET /v1/metrics?to=1999-12-31")["pagination"]["total"] == 0
 
 
+def test_requests_are_counted_by_route_from_every_thread():
+    traffic = aegis.Traffic()
+    for number in range(100):
+        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
+    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
+               for _ in range(4)]
+    [one.start() for one in workers], [one.join() for one in workers]
+    found = traffic.counts()["GET /a", 200]
+    assert found.number == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
+    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+
+SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
+LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
+Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
+    """Read the inside of the braces, whole."""
+    found, place = [], 0
+    while place < len(raw):
+        pair = LABEL_PAIR.match(raw, place)
+        assert pair, raw[place:]
+        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
+        found.append((pair.group(1), worth))
+        place = pair.end()
+    assert len(dict(found)) == len(found), raw
+    return tuple(sorted(found))
+
+
+def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
+    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
+    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
+    kinds: Dict[str, str] = {}
+    series: Series = {}
+    helped = current = ""
+    for one in text.split("\n")[:-1]:
+        if one.startswith("# HELP "):
+            helped = one.split(" ")[2]
+            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
+        elif one.startswith("# TYPE "):
+            _, _, current, kind = one.split(" ")
+            assert current == helped and kind in ("counter", "gauge", "histogram"), one
+            kinds[current] = kind
+        else:
+            found = SAMPLE.match(one)
+            assert found, one
+            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
+            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
+            assert name in [current + ending for ending in endings] and key not in series, one
+            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
+            series[key] = float(found["value"])
+    for name, kind in kinds.items():
+        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
+    return kinds, series
+
+
+def check_family(name: str, kind: str, series: Series) -> None:
+    """Hold one metric against what its type promises."""
+    assert series and all(value == value for value in series.values()), name
+    if kind == "counter":
+        assert name.endswith("_total") and min(series.values()) >= 0
+    if kind != "histogram":
+        return
+    assert not name.endswith("_total")
+    plain = {labels for which, labels in series if which == name + "_count"}
+    for labels in plain:
+        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
+                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
+        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
+        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
+
+
+def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
+    """Read metrics as text; gives the content type, too."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
+    answer = line.getresponse()
+    assert answer.status == 200
+    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
+
+
 def test_get_metrics_for_prometheus_is_strictly_well_formed(server, make):
     awkward = 'a "quoted" \\ name{x="y"} 語'
     talk = make(name=awkward)
@@ -6456,18 +6472,6 @@ def test_get_metrics_answers_in_the_form_that_is_asked_for(server, path, accept,
         assert said_.endswith("\n# EOF\n") and "# TYPE aegis_sessions_created counter" in said_
     else:
         parse_exposition(said_)
-
-
-def test_requests_are_counted_by_route_from_every_thread():
-    traffic = aegis.Traffic()
-    for number in range(100):
-        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
-    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
-               for _ in range(4)]
-    [one.start() for one in workers], [one.join() for one in workers]
-    found = traffic.counts()["GET /a", 200]
-    assert found.count == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
-    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
 
 
 # ============================================================================
