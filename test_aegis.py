@@ -6134,6 +6134,7 @@ def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts
 # METRICS. What was used, and how long it took.
 # ============================================================================
 
+
 def used_in(*paths: str) -> Json:
     """Sum a conversation's usage from the files that the agent wrote, subagents' included: once for each message."""
     last: Dict[str, Json] = {}
