@@ -5917,6 +5917,8 @@ def weigh_turn(
                 change.prompt(current, state="started", started_at=seen_at)
         return
     if reading.kind != "idle" or age(began) < QUIET_SECONDS or session.facts.busy:
+        if current.state == "submitted":   # a pane that draws without a rest is not looked at by itself
+            session.context.look_later(session, 0.3)
         return
     calm = time.monotonic() - session.output_at
     fresh = status is not None and (status.at > began or age(began) == math.inf)
@@ -12325,6 +12327,8 @@ class DemoAgent:
             self.say_lines([f"● UserPromptSubmit operation blocked by hook: {answer.get('reason', '')}"])
             self.prompt_id = before
             return
+        for seconds in re.findall(r"\[\[late ([\d.]+)\]\]", text_):
+            time.sleep(float(seconds))
         if self.stash and not self.draft:
             self.draft, self.stash = self.stash, []
         if self.turn:
@@ -12675,6 +12679,11 @@ class DemoAgent:
         yield float(argument)
         self.silent = False
         return (yield from self.answer_later("was quiet"))
+
+    def do_late(self, argument: str) -> Script:
+        """Play [[late SECONDS]]: the prompt was reported so long before anything shows of it."""
+        yield 0
+        return ""
 
     def do_hang(self, argument: str) -> Script:
         """Play [[hang]]."""

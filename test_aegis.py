@@ -3819,6 +3819,12 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == turns + 1
 
 
+def test_a_turn_that_shows_late_and_then_draws_without_a_rest_has_started(talk):
+    talk.send("[[late 0.2]] [[hang]]")
+    talk.wait("prompt.started")
+    assert talk.ask("POST interrupt")["interrupted"] is True
+
+
 @alone
 def test_a_conversation_that_is_gone_back_to_is_read_on_where_it_was_left(make):
     talk = make()
