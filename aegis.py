@@ -3995,6 +3995,7 @@ class Session:
         self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
         self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
         self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
+        self.glimpses: Dict[str, Tuple[Reading, float]] = {}   # requests -> the last look, and since when looks agree
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
         )  # agent's id of the last prompt in the transcript
@@ -4815,6 +4816,7 @@ def _digest_end(session: Session, entry: Entry) -> None:
 
 CLAIM_SECONDS = 2.0      # without any evidence for so long, the agent took our answer
 LIKELY_SECONDS = 0.6     # a sign that fits our answer is believed after so long without proof to the contrary
+STEADY_SECONDS, STEADY_LOOKS = 0.03, 10   # looks so far apart that agree show a screen which nobody is drawing
 DIFF_CHARACTERS, DIFF_LINES = 60_000, 1_500   # of each side: difflib's cost grows with their product
 
 OURS, LIKELY, TERMINAL = "ours", "likely", "terminal"   # whose answer the agent took
@@ -5133,7 +5135,7 @@ def settle(session: Session, request_id: str, state: str, by: str, why: str) -> 
             change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
             record_closed(change, closed)
         hold = session.holds.pop(request_id, None)
-        for kept in (session.dialogs, session.outcomes):
+        for kept in (session.dialogs, session.outcomes, session.glimpses):
             kept.pop(request_id, None)   # type: ignore[attr-defined]
         session.decided_at = time.time()
     if hold:
@@ -5214,6 +5216,35 @@ def same_dialog(one: Optional[Reading], other: Reading) -> bool:
         other.title, [row.label for row in other.options], uncursored(other.excerpt))
 
 
+def alike(one: Reading, other: Reading) -> bool:
+    """Tell whether two looks agree: on the dialog, or on there being none."""
+    return one.kind == other.kind and (not one.options or same_dialog(one, other))
+
+
+def steady_look(context: Context, session: Session) -> Reading:
+    """Read a session's screen once two looks agree: one alone may meet it half drawn.  Raises TmuxError."""
+    reading = look(context, session)
+    for _ in range(STEADY_LOOKS):
+        context.stopping.wait(STEADY_SECONDS)
+        before, reading = reading, look(context, session)
+        if alike(before, reading):
+            break
+    return reading
+
+
+def seen_twice(session: Session, request_id: str, reading: Reading) -> bool:
+    """Tell whether the look before agreed about a request's dialog; the next look is asked for when it did not."""
+    now = time.monotonic()
+    before, at = session.glimpses.get(request_id, (None, now))
+    if before is None or not alike(before, reading):
+        before, at = reading, now
+    session.glimpses[request_id] = (reading, at)
+    if now - at >= STEADY_SECONDS:
+        return True
+    session.context.look_later(session, 2 * STEADY_SECONDS)
+    return False
+
+
 def uncursored(excerpt: str) -> str:
     """Take the cursor out of a dialog's text, and the hint at its bottom, which depends on the row it is on."""
     lines = [line for line in excerpt.split("\n") if not HINT.search(line)]
@@ -5274,6 +5305,8 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
         reading = look(context, session)
         if not same_dialog(bound, reading):
+            reading = steady_look(context, session)
+        if not same_dialog(bound, reading):
             return reading if entered else None
         row, now = place_of(reading, wanted), place_of(reading, is_selected)
         if row is None or now is None:
@@ -5303,7 +5336,7 @@ def find_dialog(context: Context, session: Session, request_id: str) -> Optional
         request = session.facts.request(request_id)
         if request is None:
             return None
-        reading = look(context, session)
+        reading = steady_look(context, session)
         if reading.options and speaks_of(reading, request):
             session.dialogs[request_id] = reading
     return session.dialogs.get(request_id)
@@ -5327,13 +5360,20 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
 
 
+def stands(reading: Reading, bound: Reading, changed: bool) -> bool:
+    """Tell whether a dialog still stands; once keys have changed it, any dialog of its kind is taken for it."""
+    return reading.kind in ("permission_prompt", "asking") and (changed or same_dialog(bound, reading))
+
+
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
     """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
     until = time.monotonic() + 10.0
     tabbed, typed, seen_at = False, False, time.monotonic()
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.06):
         reading = look(context, session)
-        if reading.kind not in ("permission_prompt", "asking") or (not tabbed and not same_dialog(bound, reading)):
+        if not stands(reading, bound, tabbed):
+            reading = steady_look(context, session)
+        if not stands(reading, bound, tabbed):
             return typed
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
         if row is None or now is None or time.monotonic() - seen_at < 0.3:
@@ -5494,7 +5534,7 @@ def answer_page(context: Context, session: Session, question: Json, labels: Sequ
     """Answer one page of a question on the screen: each label's row, then on to the next page."""
     known = [row["label"] for row in question["options"]]
     for label in labels:
-        reading = look(context, session)
+        reading = steady_look(context, session)
         if label not in known:
             return write_answer(context, session, reading, label, question["multiSelect"])
         if choose_row(context, session, reading, lambda row: row.label == label) is None:
@@ -5540,7 +5580,7 @@ def answer_by_keys(context: Context, session: Session, request: PermissionRow, g
     with session.key_lock:
         well = all(answer_page(context, session, question, labels)
                    for question, labels in zip(questions_of(request), given))
-        reading = look(context, session)
+        reading = steady_look(context, session)
         if well and any(re.match("Submit answers", row.label) for row in reading.options):
             choose_row(context, session, reading, lambda row: row.label.startswith("Submit answers"))
         see_outcome(session, request, OURS if well else TERMINAL)
@@ -5884,18 +5924,20 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool)
         bound = session.dialogs.get(request.id)
         if dialog and request.id in session.holds:
             session.dialog_seen = True
+            session.glimpses.pop(request.id, None)
         elif dialog and bound is None and speaks_of(reading, request):
-            session.dialogs[request.id] = reading
+            if seen_twice(session, request.id, reading):
+                session.dialogs[request.id] = reading
         elif dialog and bound is not None and same_dialog(bound, reading):
-            continue
+            session.glimpses.pop(request.id, None)
         elif dialog or (
             reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
         ):
             fresh = time.monotonic() - session.adopted_at < ADOPT_SECONDS
             if bound is None and request.id not in session.holds and (fresh or waits):
                 session.context.look_later(session, 0.2)   # asked just before the restart, it is yet to be drawn
-                continue
-            dialog_left(session, request, reading)
+            elif seen_twice(session, request.id, reading):
+                dialog_left(session, request, reading)
 
 
 def dialog_left(session: Session, request: PermissionRow, reading: Reading) -> None:
