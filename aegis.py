@@ -1799,6 +1799,17 @@ def alive(pid: int) -> bool:
     return True
 
 
+def birth_of(pid: int) -> Optional[str]:
+    """Tell when a process began; with its pid that names it for good, for pids are given out again."""
+    if os.path.isdir("/proc/self"):
+        try:
+            return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+        except (OSError, IndexError):
+            return None
+    listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return listed.stdout.strip() or None
+
+
 # ============================================================================
 # SCREENS. The text of a terminal -> what the agent is doing.
 # ============================================================================
@@ -6575,7 +6586,8 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
     context.panes[pane.pane] = session
     try:
         with session.changing("tmux", "window opened", pane.window) as change:
-            change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
+            change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid,
+                                  launch={**row.launch, "birth": birth_of(pane.pid)})
     except ApiError:   # an agent that is not in the books must not run
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
@@ -6654,8 +6666,7 @@ def kill_session(context: Context, session_id: str, reason: str = "killed by the
         settle_worktree(context, session, worktree)
         return session.row, False
     part_from_children(context, session, children)
-    if session.row.pid:
-        terminate(session.row.pid)
+    end_agent(session)
     finish_surely(context, session, "killed", reason)
     settle_worktree(context, session, worktree)
     return session.row, True
@@ -6677,6 +6688,13 @@ def part_from_children(context: Context, session: Session, children: str) -> Non
                 window = context.tmux.break_pane(child.row.pane, child.row.name)
                 with child.changing("tmux", "a window of its own", window) as change:
                     change.columns["window"] = window
+
+
+def end_agent(session: Session) -> None:
+    """End a session's agent with all that it started; its pid may have been given to a stranger since."""
+    pid = session.row.pid
+    if pid and birth_of(pid) in (None, session.row.launch.get("birth")):   # None: what it started may still run
+        terminate(pid)
 
 
 def terminate(pid: int, grace: float = 2.0) -> None:
@@ -8763,7 +8781,8 @@ def adopt_all(context: Context) -> None:
     for tag, pane in panes.items():
         if context.store.value("SELECT 1 FROM sessions WHERE id = ?", tag):
             context.log.note("warning", "closing the window of an ended session", session=tag)
-            terminate(pane.pid)
+            if not pane.dead:
+                terminate(pane.pid)
             context.tmux.close_pane(pane.pane, pane.session)
         else:
             context.log.note(
@@ -8816,8 +8835,10 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
     context.panes[pane.pane] = session
     if not pane.session:   # Aegis died between the opening of the pane and this
         context.tmux.tag(pane.pane, row.id)
-    context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
-    session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
+    found = {"window": pane.window, "pane": pane.pane, "pid": pane.pid,
+             "launch": {**row.launch, "birth": birth_of(pane.pid)}}
+    context.bus.commit([update("sessions", row.id, found)])
+    session.row = session.row._replace(**found)
     session.adopted_at = time.monotonic()
     catch_up(session)
     locate_transcript(session)
@@ -8938,8 +8959,7 @@ def audit(context: Context) -> None:
 
 def end_lost(context: Context, session: Session) -> None:
     """End a session whose window is gone; its agent may not have noticed."""
-    if session.row.pid and alive(session.row.pid):
-        terminate(session.row.pid)
+    end_agent(session)
     record_surely(context, session, lambda: finish(context, session, "exited", "its window was closed, or tmux ended"))
 
 

@@ -41,6 +41,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import uuid
@@ -308,8 +309,18 @@ class Server:
             answer = line.getresponse()
             text = answer.read()
             return Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+        except http.client.RemoteDisconnected as error:
+            error.args = (f"{error}; the server's exit code is {self.process.poll()}; its log: {self.tail()}",)
+            raise
         finally:
             line.close()
+
+    def tail(self) -> str:
+        """Give the end of the server's log, or what became of that."""
+        try:
+            return self.log.read_text("utf-8", "replace")[-2_000:]
+        except OSError as error:
+            return str(error)
 
     def ask(self, route: str, body: Any = None, headers: Optional[Json] = None) -> Any:
         """Make one request that must succeed, and give its JSON."""
@@ -4112,6 +4123,20 @@ def test_kill_session_takes_the_whole_process_family(house):
     child = int(eventually(lambda: (own.work / "child").read_text().strip()))
     talk.kill()
     assert not alive(child) and not alive(talk.get()["pid"])
+
+
+def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
+    try:
+        aegis.end_agent(types.SimpleNamespace(row=known))
+        assert stranger.poll() is None
+        known.launch["birth"] = aegis.birth_of(stranger.pid)
+        aegis.end_agent(types.SimpleNamespace(row=known))
+        assert stranger.wait(WITHIN) == -signal.SIGHUP
+    finally:
+        stranger.kill()
+    assert aegis.birth_of(stranger.pid) is None
 
 
 def test_kill_session_by_many_at_once_kills_once(make):
