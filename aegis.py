@@ -4104,6 +4104,8 @@ class Change:
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now, self.session.last_outcome = time.time(), outcome
+        if prompt.state == "queued":
+            prompt = self.prompt(prompt, state="submitted", submitted_at=now)
         if prompt.state == "submitted" and outcome == "done":
             prompt = self.prompt(prompt, state="started", started_at=now)
         self.prompt(prompt, state="done" if outcome == "done" else "failed", ended_at=now, answer=answer,
@@ -5725,12 +5727,16 @@ def failure_advice(kind: str, said: str) -> str:
 
 
 def ending_with(facts: Facts, prompt_id: str) -> List[PromptRow]:
-    """Find the open prompts that one Stop ends: the agent merges prompts, and names the last of them."""
+    """Find the open prompts that one Stop ends: the agent merges prompts, and names the last of them.
+
+    A shell line is reported by its Stop alone, which may come before our next look at the screen.
+    """
     open_ones = [prompt for prompt in facts.prompts if prompt.state in OPEN_STATES]
     known = [index for index, prompt in enumerate(open_ones) if prompt.agent_id == prompt_id]
     if known and prompt_id:
         return open_ones[: known[-1] + 1]
-    return [prompt for prompt in open_ones if prompt.agent_id is None] or (open_ones[:1] if not prompt_id else [])
+    return ([prompt for prompt in open_ones if prompt.agent_id is None] or (open_ones[:1] if not prompt_id else [])
+            or [prompt for prompt in facts.waiting if prompt.kind == "bash" and prompt.typed_at and not open_ones][:1])
 
 
 def on_session_end(session: Session, body: Json) -> Answer:

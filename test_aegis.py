@@ -3944,6 +3944,16 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == turns + 1
 
 
+def test_a_stop_ends_the_shell_line_that_was_typed_and_nothing_that_waits():
+    def prompt(kind: str, state: str = "queued", typed: Optional[float] = None, agent_id: str = "") -> Any:
+        return types.SimpleNamespace(kind=kind, state=state, typed_at=typed, agent_id=agent_id or None)
+    shell, waiting, open_ = prompt("bash", typed=1.0), prompt("prompt", typed=1.0), prompt("prompt", "started", 1.0, "a")
+    cases = [((shell, waiting), "new", [shell]), ((prompt("bash"), waiting), "new", []), ((waiting,), "new", []),
+             ((open_, shell), "a", [open_]), ((open_, shell), "new", []), ((open_,), "", [open_])]
+    for prompts, told, ended in cases:
+        assert aegis.ending_with(aegis.Facts(prompts=prompts), told) == ended, (prompts, told)
+
+
 def test_a_turn_that_shows_late_and_then_draws_without_a_rest_has_started(talk):
     talk.send("[[late 0.2]] [[hang]]")
     talk.wait("prompt.started")
