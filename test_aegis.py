@@ -302,7 +302,9 @@ class Server:
             line.request(method, path, raw, sent)
             answer = line.getresponse()
             text = answer.read()
-            return Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            told = Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            check_shape(method, path, told)
+            return told
         finally:
             line.close()
 
@@ -343,6 +345,49 @@ def clean_environment(root: Path) -> Dict[str, str]:
     (root / "home").mkdir(exist_ok=True)
     return {"PATH": OUTSIDE["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8", "TERM": "xterm-256color",
             "TMUX_TMPDIR": str(root), "AEGIS_STATE_DIR": str(root / "s")}
+
+
+def check_shape(method: str, path: str, answer: Answer) -> None:
+    """Hold an answer against what its row says that it gives, and a refusal against the published one."""
+    if answer.json is None or method in ("OPTIONS", "TRACE") or "/mcp" in path:
+        return
+    if answer.status >= 400:
+        wrong = list(misshapen(aegis.ERROR, answer.json, "answer", open_ended=True))
+    else:
+        route, _ = aegis.find_route(method, path.partition("?")[0])
+        wrong = list(misshapen(route.gives, answer.json, "answer")) if route.gives else []
+    assert wrong == [], f"{method} {path}: {wrong}"
+
+
+def misshapen(shape: Json, value: Any, where: str, open_ended: bool = False) -> Iterator[str]:
+    """List where a value departs from a published shape: JSON Schema, as far as the shapes use it.
+
+    Stricter than the schema: a field that is not described is told too, unless it is open-ended.
+    """
+    shape = aegis.SHAPES[shape["$ref"].rpartition("/")[2]] if "$ref" in shape else shape
+    if "anyOf" in shape:
+        found = [list(misshapen(one, value, where, open_ended)) for one in shape["anyOf"]]
+        yield from min(found, key=len)
+    kinds = shape.get("type", list(aegis.TYPES))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(aegis.TYPES[kind][0](value) for kind in kinds):
+        yield f"{where} is {value!r:.60}, not {' or '.join(kinds)}"
+        return
+    for word, holds in (("enum", lambda known: value in known), ("minimum", lambda low: value >= low),
+                        ("minLength", lambda low: len(value) >= low),
+                        ("format", lambda _: re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value))):
+        if word in shape and value is not None and not holds(shape[word]):
+            yield f"{where} is {value!r:.60}: {word} is {shape[word]}"
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from misshapen(shape.get("items", {}), item, f"{where}[{number}]", open_ended)
+    if isinstance(value, dict) and "properties" in shape:
+        yield from (f"{where}.{name} is missing" for name in shape.get("required", ()) if name not in value)
+        for name, item in value.items():
+            if name in shape["properties"]:
+                yield from misshapen(shape["properties"][name], item, f"{where}.{name}", open_ended)
+            elif not open_ended:
+                yield f"{where}.{name} is not described"
 
 
 def check_envelope(answer: Answer) -> None:
@@ -6311,6 +6356,77 @@ def test_what_is_not_there_is_404_in_the_envelope(server, path):
 
 
 # ============================================================================
+# OPENAPI. The table as a document.
+# ============================================================================
+
+
+@pytest.fixture(scope="module")
+def document(server) -> Json:
+    """The published document."""
+    return server.ask("GET /v1/openapi.json")
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """List a value and all that it holds."""
+    yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from inside(one)
+
+
+def test_get_openapi_describes_every_row_and_nothing_else(document):
+    told = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    assert told == {re.sub(r"[:*](\w+)", r"{\1}", one.route) for one in aegis.ROUTES if one.scope != "hook"}
+    assert document["openapi"].startswith("3.1.") and document["info"]["version"] == aegis.__version__
+
+
+def test_get_openapi_is_open_to_anyone_and_made_once(strict):
+    one, two = (strict.call("GET /v1/openapi.json", auth=False) for _ in range(2))
+    assert one.status == 200 and one.raw == two.raw
+
+
+def test_get_openapi_refers_to_nothing_that_is_not_there(document):
+    for one in inside(document):
+        if isinstance(one, dict) and isinstance(one.get("$ref"), str):
+            place = document
+            for step in one["$ref"].split("/")[1:]:
+                place = place[step]
+
+
+def test_get_openapi_names_fields_scopes_and_refusals(document):
+    create = document["paths"]["/v1/sessions"]["post"]
+    body = create["requestBody"]["content"]["application/json"]["schema"]
+    assert create["operationId"] == "create_session" and create["security"] == [{"bearer": ["sessions:write"]}]
+    assert body["additionalProperties"] is False and {"workDir", "prompt", "template"} <= set(body["properties"])
+    assert body["properties"]["prompt"]["maxLength"] == aegis.MAX_PROMPT
+    assert {"201", "400", "401", "403", "409", "502", "503", "default"} <= set(create["responses"])
+    assert create["x-tool"] == "create_session" and create["x-aliases"] == ["POST /sessions"]
+    assert {"$ref": "#/components/parameters/IdempotencyKey"} in create["parameters"]
+    read = document["paths"]["/v1/sessions/{id}/read"]["get"]
+    by_name = {one["name"]: one for one in read["parameters"]}
+    assert (by_name["id"]["in"], by_name["id"]["required"]) == ("path", True)
+    assert (by_name["wait"]["in"], by_name["wait"]["required"]) == ("query", False)
+    assert by_name["limit"]["schema"]["default"] == 20 and by_name["limit"]["schema"]["maximum"] == 1000
+    events = document["paths"]["/v1/events"]["get"]
+    assert list(events["responses"]["200"]["content"]) == ["text/event-stream"]
+    assert {"streamToken": []} in events["security"]
+    assert "security" not in document["paths"]["/v1/health"]["get"]
+
+
+def test_get_openapi_has_operation_ids_of_their_own(document):
+    ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+    assert len(set(ids)) == len(ids)
+
+
+def test_what_has_the_wrong_shape_is_found():
+    shape = aegis.record({"name": aegis.WORD, "many": aegis.listing(aegis.COUNT), "at": aegis.maybe(aegis.TIME)})
+    good = {"name": "a", "many": [1, 2], "at": None}
+    assert list(misshapen(shape, good, "it")) == []
+    for wrong in ({"name": ""}, {"name": None}, {"many": [1, -1]}, {"many": 1}, {"at": "today"}, {"more": 1}):
+        assert len(list(misshapen(shape, {**good, **wrong}, "it"))) == 1, wrong
+    assert len(list(misshapen(shape, {}, "it"))) == 3
+
+
+# ============================================================================
 # HTTP. The server, on raw sockets.
 # ============================================================================
 
@@ -7199,6 +7315,10 @@ def downward() -> List[str]:
     used = [*plain, *uses(symtable.symtable(SOURCE, "aegis.py", "exec"))]
     return [f"line {number} uses {name} of a lower room" for number, name in used
             if owner.get(name, 0) > room_of(number)]
+
+
+def test_every_row_says_what_it_gives():
+    assert [route.route for route in aegis.ROUTES if route.gives is None and route.scope != "hook"] == []
 
 
 def test_no_function_is_longer_than_a_screen():
