@@ -38,10 +38,13 @@ Rooms, top to bottom; a room uses only rooms above it:
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
+    SHAPES        what answers look like
     ROUTES        the one table, and what follows from it
+    OPENAPI       the table as a document
     HTTP          the server
     DEMO AGENT    a stand-in with Claude Code's surface
     BENCH         the figures, measured on this box
+    CLIENT        a caller of a running Aegis
     COMMAND LINE  serve, bench, selftest, demo-agent
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
@@ -3938,6 +3941,7 @@ class Context:
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
         self.verifier: Any = None                      # see VERIFY
         self.runner: Any = None                        # see PIPELINES
+        self.faces: Dict[str, Callable[..., Any]] = {}   # what else the API's table can tell; see HTTP
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -10344,6 +10348,11 @@ def cancel_pipeline(ask: Ask, id: str) -> Any:
     return Later(work)
 
 
+def get_openapi(ask: Ask) -> Encoded:
+    """Describe this API as OpenAPI 3.1."""
+    return Encoded(ask.context.faces["openapi"]())
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -10384,6 +10393,194 @@ def hung_up(session: Session, request_id: str) -> None:
 
 
 # ============================================================================
+# SHAPES. What answers look like.
+# ============================================================================
+# JSON Schema for what handlers give, for the published document; the tests
+# hold every answer against its row's shape, a running server never does.  A
+# shape with a name is published once and referred to.  To add one: shape()
+# with record() of its fields.  Clients must put up with fields they do not
+# know, so a record is open.  Pure.
+
+TEXT: Field = {"type": "string"}
+WORD: Field = {"type": "string", "minLength": 1}
+COUNT: Field = {"type": "integer", "minimum": 0}
+AMOUNT: Field = {"type": "number", "minimum": 0}
+YES: Field = {"type": "boolean"}
+TIME: Field = {"type": "string", "format": "date-time"}
+ANY: Field = {}
+OBJECT: Field = {"type": "object"}
+SHAPES: Dict[str, Field] = {}     # published shapes by name
+
+
+def maybe(shape_: Field) -> Field:
+    """Describe a value that may be null."""
+    if isinstance(shape_.get("type"), str) and "enum" not in shape_:
+        return {**shape_, "type": [shape_["type"], "null"]}
+    return {"anyOf": [shape_, {"type": "null"}]}
+
+
+def listing(item: Field) -> Field:
+    """Describe an array of something."""
+    return {"type": "array", "items": item}
+
+
+def one_of(*words: str) -> Field:
+    """Describe one of some words."""
+    return {"type": "string", "enum": list(words)}
+
+
+def each(names: str, shape_: Field) -> Dict[str, Field]:
+    """Give several fields, named in one line, the same shape."""
+    return dict.fromkeys(names.split(), shape_)
+
+
+def record(fields: Mapping[str, Field], sometimes: Mapping[str, Field] = {}) -> Field:
+    """Describe an object: fields that are always there, and those that sometimes are."""
+    return {"type": "object", "properties": {**fields, **sometimes}, "required": list(fields)}
+
+
+def shape(name: str, about: str, fields: Mapping[str, Field], sometimes: Mapping[str, Field] = {}) -> Field:
+    """Publish a record under a name, and give the reference to it."""
+    SHAPES[name] = {"description": about, **record(fields, sometimes)}
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+PAGINATION = shape("Pagination", "Which page of how many this is.", each("page limit total totalPages", COUNT))
+
+
+def page_of(noun: str, item: Field) -> Field:
+    """Describe one page of a list."""
+    return record({noun: listing(item), "pagination": PAGINATION})
+
+
+ERROR = shape(
+    "Error", "What every refusal looks like.",
+    {"error": {**WORD, "description": "A sentence for people."},
+     "code": {**WORD, "pattern": "^[A-Z][A-Z0-9_]+$", "description": "A word for programs."},
+     "statusCode": {"type": "integer", "minimum": 400, "maximum": 599}},
+    {"fields": {"type": "object", "additionalProperties": TEXT, "description": "What is wrong, by field."}})
+USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
+PERMISSION = shape(
+    "Permission", "An agent's request to use a tool.",
+    {**each("id sessionId tool", WORD), **each("summary", TEXT), **each("detail subagentId rule message", maybe(TEXT)),
+     "input": OBJECT, "suggestions": listing(ANY), "requestedAt": TIME, "decidedAt": maybe(TIME),
+     "state": one_of("pending", "approved", "rejected", "answered_in_terminal", "expired"),
+     "decidedBy": maybe(TEXT), "tookMs": maybe(COUNT)})
+QUESTION = shape(
+    "Question", "A question, a plan or a dialog that waits for an answer.",
+    {"id": {**maybe(TEXT), "description": "null for a dialog that no request stands for."}, "title": TEXT, "kind": WORD,
+     "options": listing(TEXT)},
+    {"tool": WORD, "plan": maybe(ANY), "requestedAt": TIME, "text": TEXT,
+     "questions": listing(record({**each("question header", TEXT), "multiSelect": YES,
+                                  "options": listing(record(each("label description", TEXT)))}))})
+WORKTREE_FIELDS = each("path branch root base", WORD)
+STATUS = one_of(*STATES)
+SESSION_FIELDS: Dict[str, Field] = {
+    **each("id name agent workDir", WORD), "status": STATUS, **each("createdAt updatedAt lastActivityAt", TIME),
+    **each("statusReason model permissionMode permissionProfile parentId forkedFrom conversationId transcriptPath "
+           "window attach", maybe(TEXT)),
+    **each("endedAt resetsAt", maybe(TIME)), "exitCode": maybe({"type": "integer"}), "pid": maybe(COUNT),
+    "labels": {"type": "object", "additionalProperties": TEXT}, "limits": OBJECT,
+    "worktree": maybe(record(WORKTREE_FIELDS)), **each("queueLength turns", COUNT), "tokenUsage": USAGE,
+    "costUsd": {**maybe(AMOUNT), "description": "null when a model's price is not known."},
+    "pendingPermission": maybe(PERMISSION), "pendingPermissions": listing(PERMISSION),
+    "pendingQuestion": maybe(QUESTION)}
+SESSION = shape("Session", "A session, live or ended.", SESSION_FIELDS)
+NEW = shape(
+    "CreatedSession", "A session that was just started, and how its first prompt fared.",
+    {**SESSION_FIELDS, "promptDelivery": maybe(record({"delivered": YES, "attempts": COUNT, "promptId": WORD,
+                                                       "state": WORD}, {"reason": TEXT}))})
+MESSAGE = shape(
+    "Message", "One message of the conversation.",
+    {"id": WORD, "role": one_of("user", "assistant", "system", "tool"), "text": TEXT, "timestamp": maybe(TEXT)},
+    {"tool": TEXT, "input": ANY, "toolUseId": TEXT})
+READ = shape(
+    "Read", "What a session says.",
+    {**each("id name", WORD), "status": STATUS, **each("statusReason output", maybe(TEXT)), "tokenUsage": USAGE,
+     "costUsd": maybe(AMOUNT), **each("turns queueLength", COUNT), "messages": listing(MESSAGE),
+     "pendingPermission": maybe(PERMISSION), "pendingQuestion": maybe(QUESTION)},
+    {"timedOut": {**YES, "description": "With `wait`: the time was over before the session needed its caller."}})
+PROMPT_STATE = one_of("queued", "submitted", "started", "done", "failed")
+PROMPT = shape(
+    "Prompt", "A prompt, from the queue to the end of its turn.",
+    {**each("promptId kind", WORD), "text": TEXT, "state": PROMPT_STATE, "reason": maybe(TEXT),
+     "position": maybe(COUNT), "attempts": COUNT, "createdAt": TIME,
+     **each("submittedAt startedAt endedAt", maybe(TIME))})
+SENT = shape(
+    "Sent", "Where a prompt is.",
+    {**each("id promptId", WORD), **each("delivered queued", YES), "position": maybe(COUNT), "state": PROMPT_STATE,
+     "attempts": COUNT, "status": STATUS}, {"reason": TEXT})
+DECIDED_SHAPE = shape(
+    "Decided", "What came of a decision.",
+    {**each("id permissionId decision", WORD), "decidedBy": maybe(TEXT), "status": STATUS, "permission": PERMISSION})
+POLICY_SHAPE = shape(
+    "Policy", "What an agent may do without being asked; what is not set is absent.", {},
+    {"profile": TEXT, **{flag_: {"type": ["boolean", "string"], "description": 'true, false or "ask".'}
+                         for flag_, _ in TOOL_KINDS.values()},
+     "rules": listing(record({"rule": WORD, "action": one_of(*ACTIONS)}))})
+TEMPLATE_SHAPE = shape(
+    "Template", "A named body of create with blanks.",
+    {**each("id name", WORD), "description": TEXT, "builtIn": YES, "variables": OBJECT, "session": OBJECT,
+     **each("createdAt updatedAt", maybe(TIME))})
+MEMORY_SHAPE = shape(
+    "MemoryEntry", "An entry of the memory.",
+    {"key": WORD, "value": ANY, **each("version size", COUNT), "sessionId": maybe(TEXT),
+     **each("createdAt updatedAt", TIME), "expiresAt": maybe(TIME)})
+CHECK = shape(
+    "Check", "One check of a verification.",
+    {**each("name command state", WORD), "passed": maybe(YES), "exitCode": maybe({"type": "integer"}),
+     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "output": TEXT, "reason": maybe(TEXT), "found": YES})
+VERIFY = shape(
+    "Verify", "A verification, with the checks of its last round and of those before.",
+    {**each("id sessionId workDir", WORD), "state": one_of(*STEPS, *OVER), "passed": maybe(YES),
+     **each("reason promptId", maybe(TEXT)), "checks": listing(CHECK), "earlier": listing(listing(CHECK)),
+     "parallel": YES, **each("fix round", COUNT), "startedAt": TIME, "endedAt": maybe(TIME), "seconds": AMOUNT},
+    each("timedOut cancelled", YES))
+STAGE_FIELDS: Dict[str, Field] = {
+    "name": WORD, "state": one_of(*STAGE_STATES), "reason": maybe(TEXT), "dependsOn": listing(WORD),
+    "session": one_of("new", "same"), "sessionId": maybe(TEXT), "attempt": COUNT,
+    **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)}
+STAGE_SHAPE = shape(
+    "Stage", "One stage of a pipeline; a list shows no more than its state.", STAGE_FIELDS,
+    {**each("promptId verifyId output", maybe(TEXT)), "sessionStatus": maybe(STATUS), "retries": COUNT,
+     "waitsFor": {"anyOf": [PERMISSION, QUESTION, {"type": "null"}]}, "timeout": maybe(AMOUNT),
+     "onFailure": one_of("stop", "continue"), "tokenUsage": USAGE, "costUsd": maybe(AMOUNT)})
+PIPELINE = shape(
+    "Pipeline", "A pipeline; a list leaves tokens and cost out.",
+    {**each("id name", WORD), "state": one_of(*PIPELINE_STATES), "reason": maybe(TEXT), "parallel": COUNT, "keep": YES,
+     "stages": listing(STAGE_SHAPE), "progress": record(each(f"total {' '.join(STAGE_STATES)}", COUNT)),
+     "createdAt": TIME, "endedAt": maybe(TIME), "seconds": AMOUNT},
+    {"tokenUsage": USAGE, "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+EVENT = shape(
+    "Event", "One event; what else it carries depends on its type.",
+    {"id": COUNT, "type": one_of(*EVENT_TYPES), "sessionId": maybe(TEXT), "timestamp": TIME})
+EVENTS_TEXT: Field = {**TEXT, "contentMediaType": "text/event-stream", "x-event": EVENT}
+HEALTH = record({
+    "status": one_of("ok", "degraded"), **each("version platform", WORD), "uptime": COUNT,
+    "sessions": record(each("active total", COUNT)), "tmux": record({"healthy": YES, "error": maybe(TEXT)}),
+    "timestamp": TIME})
+STATS = record({
+    **each("total active idle working stalled turns queued", COUNT), "byStatus": record(each(" ".join(STATES), COUNT)),
+    "tokenUsage": USAGE, "costUsd": maybe(AMOUNT)})
+EXPLANATION = record({
+    "id": WORD, "status": STATUS, "reason": maybe(TEXT), "since": maybe(TIME), "rule": maybe(TEXT),
+    "evidence": listing(record({**each("source rule", TEXT), "at": TIME, "detail": TEXT})),
+    "screen": maybe(record(each("kind rule draft excerpt", TEXT))),
+    "statusFile": maybe(record({"status": TEXT, "at": maybe(TIME), "waitingFor": maybe(TEXT)}))})
+WORKTREE = shape(
+    "Worktree", "A worktree of a session, and what removing it would lose.",
+    {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
+     **each("changes commits", COUNT)})
+KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
+FAULTS = listing({"anyOf": [ERROR], "description": "index and name or id say whose error it is."})
+PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
+                      **each("pending history", listing(PERMISSION)), "pagination": PAGINATION})
+POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),
+                     "status": STATUS})
+FORGOTTEN = record({"key": WORD, "deleted": YES, "version": COUNT})
+
+
+# ============================================================================
 # ROUTES. The one table, and what follows from it.
 # ============================================================================
 # A new endpoint is one handler and one row.  From the rows alone follow
@@ -10404,13 +10601,14 @@ class Route(NamedTuple):
     tool: Optional[str] = None          # the name under which agents are offered it
     alias: bool = False                 # also answers without /v1
     whole_body: Optional[str] = None    # the body, unchecked, is this one field
-    read_only: bool = True              # never changes anything, whatever its method
+    gives: Optional[Field] = None       # the shape of a successful answer
+    keyed: bool = False                 # heeds the header Idempotency-Key
 
 
 ROUTES = (
-    Route("GET /v1/health", get_health, None),
+    Route("GET /v1/health", get_health, None, gives=HEALTH),
     Route("POST /v1/sessions", create_session_handler, "sessions:write", templated(NEW_SESSION), 201,
-          "create_session", True),
+          "create_session", True, gives=NEW, keyed=True),
     Route(
         "GET /v1/sessions",
         list_sessions,
@@ -10423,15 +10621,18 @@ ROUTES = (
         ),
         tool="list_sessions",
         alias=True,
+        gives=page_of("sessions", SESSION),
     ),
-    Route("GET /v1/sessions/stats", get_session_stats, "sessions:read", tool="session_stats", alias=True),
+    Route("GET /v1/sessions/stats", get_session_stats, "sessions:read", tool="session_stats", alias=True, gives=STATS),
     Route(
         "POST /v1/sessions/batch",
         create_batch,
         "sessions:write",
-        dict(sessions=many("Bodies of create.", anything("A body of create."), BATCH_MAX, minItems=1)),
+        dict(sessions=many("Bodies of create.", anything("A body of create.", fields=templated(NEW_SESSION)), BATCH_MAX,
+                           minItems=1)),
         tool="create_sessions",
         alias=True,
+        gives=record({**each("created failed", COUNT), "sessions": listing(NEW), "errors": FAULTS}),
     ),
     Route(
         "DELETE /v1/sessions/batch",
@@ -10440,8 +10641,10 @@ ROUTES = (
         dict(ids=many("Ids of sessions.", ID, BATCH_MAX, default=[]), label=LABEL),
         tool="kill_sessions",
         alias=True,
+        gives=record({**each("killed failed", COUNT), "ids": listing(WORD), "errors": FAULTS}),
     ),
-    Route("GET /v1/sessions/:id", get_session, "sessions:read", dict(id=ID), tool="get_session", alias=True),
+    Route("GET /v1/sessions/:id", get_session, "sessions:read", dict(id=ID), tool="get_session", alias=True,
+          gives=SESSION),
     Route(
         "PATCH /v1/sessions/:id",
         update_session,
@@ -10453,6 +10656,7 @@ ROUTES = (
         ),
         tool="update_session",
         alias=True,
+        gives=SESSION,
     ),
     Route(
         "DELETE /v1/sessions/:id",
@@ -10473,6 +10677,7 @@ ROUTES = (
         ),
         tool="kill_session",
         alias=True,
+        gives=KILLED,
     ),
     Route(
         "POST /v1/sessions/:id/spawn",
@@ -10482,6 +10687,8 @@ ROUTES = (
         201,
         "spawn_session",
         True,
+        gives=NEW,
+        keyed=True,
     ),
     Route(
         "POST /v1/sessions/:id/fork",
@@ -10491,6 +10698,8 @@ ROUTES = (
         201,
         "fork_session",
         True,
+        gives=NEW,
+        keyed=True,
     ),
     Route(
         "POST /v1/sessions/:id/resume",
@@ -10500,17 +10709,21 @@ ROUTES = (
         200,
         "resume_session",
         True,
+        gives=NEW,
     ),
     Route(
-        "GET /v1/sessions/:id/children", list_children, "sessions:read", dict(id=ID), tool="list_children", alias=True
+        "GET /v1/sessions/:id/children", list_children, "sessions:read", dict(id=ID), tool="list_children", alias=True,
+        gives=record({"children": listing(SESSION)}),
     ),
-    Route("GET /v1/worktrees", list_worktrees, "sessions:read", tool="list_worktrees"),
+    Route("GET /v1/worktrees", list_worktrees, "sessions:read", tool="list_worktrees",
+          gives=record({"worktrees": listing(WORKTREE)})),
     Route(
         "DELETE /v1/worktrees/:id",
         delete_worktree,
         "sessions:write",
         dict(id=ID, force=flag("Remove it with the changes in it.", default=False)),
         tool="delete_worktree",
+        gives=record(each("id removed", WORD)),
     ),
     Route(
         "GET /v1/sessions/:id/read",
@@ -10530,6 +10743,7 @@ ROUTES = (
         ),
         tool="read_session",
         alias=True,
+        gives=READ,
     ),
     Route(
         "POST /v1/sessions/:id/send",
@@ -10539,6 +10753,8 @@ ROUTES = (
              expand=EXPAND),
         tool="send_prompt",
         alias=True,
+        gives=SENT,
+        keyed=True,
     ),
     Route(
         "POST /v1/sessions/:id/command",
@@ -10547,6 +10763,8 @@ ROUTES = (
         dict(id=ID, command=text("A slash command with its arguments.", 100_000, minLength=2, pattern=r"^[^\r\n]+$")),
         tool="run_slash_command",
         alias=True,
+        gives=SENT,
+        keyed=True,
     ),
     Route(
         "POST /v1/sessions/:id/bash",
@@ -10555,8 +10773,11 @@ ROUTES = (
         dict(id=ID, command=text("A shell command.", 100_000, minLength=1)),
         tool="run_bash",
         alias=True,
+        gives=SENT,
+        keyed=True,
     ),
-    Route("GET /v1/sessions/:id/queue", list_queue, "sessions:read", dict(id=ID), tool="list_queue", alias=True),
+    Route("GET /v1/sessions/:id/queue", list_queue, "sessions:read", dict(id=ID), tool="list_queue", alias=True,
+          gives=record({"queue": listing(PROMPT)})),
     Route(
         "GET /v1/sessions/:id/queue/:promptId",
         get_prompt,
@@ -10564,6 +10785,7 @@ ROUTES = (
         dict(id=ID, promptId=PROMPT_ID),
         tool="get_prompt",
         alias=True,
+        gives=PROMPT,
     ),
     Route(
         "DELETE /v1/sessions/:id/queue/:promptId",
@@ -10572,6 +10794,7 @@ ROUTES = (
         dict(id=ID, promptId=PROMPT_ID),
         tool="cancel_prompt",
         alias=True,
+        gives=PROMPT,
     ),
     Route(
         "POST /v1/sessions/:id/interrupt",
@@ -10580,9 +10803,11 @@ ROUTES = (
         dict(id=ID),
         tool="interrupt_session",
         alias=True,
+        gives=record({"id": WORD, "interrupted": YES, "status": STATUS, "reason": maybe(TEXT)}),
     ),
     Route(
-        "POST /v1/sessions/:id/escape", escape_session, "sessions:write", dict(id=ID), tool="press_escape", alias=True
+        "POST /v1/sessions/:id/escape", escape_session, "sessions:write", dict(id=ID), tool="press_escape", alias=True,
+        gives=record({"id": WORD, "sent": YES, "status": STATUS}),
     ),
     Route(
         "POST /v1/sessions/:id/approve",
@@ -10597,6 +10822,7 @@ ROUTES = (
         ),
         tool="approve_permission",
         alias=True,
+        gives=DECIDED_SHAPE,
     ),
     Route(
         "POST /v1/sessions/:id/reject",
@@ -10605,6 +10831,7 @@ ROUTES = (
         dict(id=ID, permissionId=PERMISSION_ID, message=text("What the agent is told.", 10_000, default=None)),
         tool="reject_permission",
         alias=True,
+        gives=DECIDED_SHAPE,
     ),
     Route(
         "POST /v1/sessions/:id/answer",
@@ -10631,6 +10858,7 @@ ROUTES = (
         ),
         tool="answer_question",
         alias=True,
+        gives=record({"id": WORD, "questionId": maybe(TEXT), "state": WORD, "answers": ANY, "status": STATUS}),
     ),
     Route(
         "GET /v1/sessions/:id/permissions",
@@ -10639,6 +10867,7 @@ ROUTES = (
         dict(id=ID, **paged("Decisions on a page.", 50)),
         tool="get_permissions",
         alias=True,
+        gives=PERMISSIONS,
     ),
     Route(
         "PUT /v1/sessions/:id/permissions",
@@ -10648,6 +10877,7 @@ ROUTES = (
         whole_body="policy",
         tool="set_permissions",
         alias=True,
+        gives=POLICY_SET,
     ),
     Route(
         "PUT /v1/sessions/:id/permission-profile",
@@ -10656,6 +10886,7 @@ ROUTES = (
         dict(id=ID, profile=text("restricted, standard, trusted, autonomous, plan, or one of your own.", 100)),
         tool="set_permission_profile",
         alias=True,
+        gives=POLICY_SET,
     ),
     Route(
         "GET /v1/sessions/:id/pane",
@@ -10668,6 +10899,7 @@ ROUTES = (
         ),
         tool="read_pane",
         alias=True,
+        gives=record({"id": WORD, "text": TEXT, **each("width height", maybe(COUNT)), "live": YES}),
     ),
     Route(
         "GET /v1/sessions/:id/explain",
@@ -10676,13 +10908,16 @@ ROUTES = (
         dict(id=ID),
         tool="explain_session",
         alias=True,
+        gives=EXPLANATION,
     ),
-    Route("GET /v1/sessions/:id/events", stream_session_events, "sessions:read", dict(id=ID, **STREAM), alias=True),
+    Route("GET /v1/sessions/:id/events", stream_session_events, "sessions:read", dict(id=ID, **STREAM), alias=True,
+          gives=EVENTS_TEXT),
     Route(
         "GET /v1/events",
         stream_events,
         "sessions:read",
         dict(session=text("Only this session's events.", 64, default=None), **STREAM, **LABELLED),
+        gives=EVENTS_TEXT,
     ),
     Route(
         "GET /v1/templates",
@@ -10690,17 +10925,22 @@ ROUTES = (
         "sessions:read",
         paged("Templates on a page.", 50),
         tool="list_templates",
+        gives=page_of("templates", TEMPLATE_SHAPE),
     ),
-    Route("POST /v1/templates", create_template, "sessions:write", TEMPLATE, 201, "create_template"),
-    Route("GET /v1/templates/:id", get_template, "sessions:read", dict(id=TEMPLATE_ID), tool="get_template"),
+    Route("POST /v1/templates", create_template, "sessions:write", TEMPLATE, 201, "create_template",
+          gives=TEMPLATE_SHAPE),
+    Route("GET /v1/templates/:id", get_template, "sessions:read", dict(id=TEMPLATE_ID), tool="get_template",
+          gives=TEMPLATE_SHAPE),
     Route(
         "PUT /v1/templates/:id",
         replace_template,
         "sessions:write",
         dict(id=TEMPLATE_ID, **TEMPLATE),
         tool="replace_template",
+        gives=TEMPLATE_SHAPE,
     ),
-    Route("DELETE /v1/templates/:id", delete_template, "sessions:write", dict(id=TEMPLATE_ID), tool="delete_template"),
+    Route("DELETE /v1/templates/:id", delete_template, "sessions:write", dict(id=TEMPLATE_ID), tool="delete_template",
+          gives=record({**each("id name", WORD), "deleted": YES})),
     Route(
         "POST /v1/sessions/:id/verify",
         verify_session,
@@ -10713,6 +10953,8 @@ ROUTES = (
         ),
         tool="verify_session",
         alias=True,
+        gives=VERIFY,
+        keyed=True,
     ),
     Route(
         "GET /v1/sessions/:id/verify",
@@ -10721,6 +10963,7 @@ ROUTES = (
         dict(id=ID, **paged("Verifications on a page.", 10)),
         tool="list_session_verifies",
         alias=True,
+        gives=page_of("verifies", VERIFY),
     ),
     Route(
         "GET /v1/verify",
@@ -10729,9 +10972,12 @@ ROUTES = (
         dict(state=choice("Only those in this state.", *STEPS, *OVER[:2], default=None),
              **paged("Verifications on a page.", 10)),
         tool="list_verifies",
+        gives=page_of("verifies", VERIFY),
     ),
-    Route("GET /v1/verify/:id", get_verify, "sessions:read", dict(id=VERIFY_ID, **WAIT_DONE), tool="get_verify"),
-    Route("DELETE /v1/verify/:id", cancel_verify_handler, "sessions:write", dict(id=VERIFY_ID), tool="cancel_verify"),
+    Route("GET /v1/verify/:id", get_verify, "sessions:read", dict(id=VERIFY_ID, **WAIT_DONE), tool="get_verify",
+          gives=VERIFY),
+    Route("DELETE /v1/verify/:id", cancel_verify_handler, "sessions:write", dict(id=VERIFY_ID), tool="cancel_verify",
+          gives=VERIFY),
     Route(
         "POST /v1/pipelines",
         create_pipeline,
@@ -10739,15 +10985,18 @@ ROUTES = (
         dict(
             name=text("Name, for people.", 100, default=None, minLength=1, pattern=r"^[^\x00-\x1f\x7f]+$"),
             stages=many("The stages.", anything("prompt or template, name, dependsOn, session, retries, timeout, "
-                                               "verify, onFailure, and fields of create."), MAX_STAGES, minItems=1),
+                                               "verify, onFailure, and fields of create.", fields=STAGE), MAX_STAGES,
+                        minItems=1),
             workDir=text("Where stages work that name no directory; default where the server was started.", 4096,
                          default=None, minLength=1),
             parallel=whole("Stages that may work at once.", 1, MAX_STAGES, default=4),
             keep=flag("Leave the stages' sessions alive.", default=False),
-            defaults=anything("Fields of create for all stages.", default={}),
+            defaults=anything("Fields of create for all stages.", fields=STAGE_SESSION, default={}),
         ),
         201,
         "create_pipeline",
+        gives=PIPELINE,
+        keyed=True,
     ),
     Route(
         "GET /v1/pipelines",
@@ -10756,19 +11005,24 @@ ROUTES = (
         dict(state=choice("Only those in this state.", *PIPELINE_STATES, default=None),
              **paged("Pipelines on a page.", 20)),
         tool="list_pipelines",
+        gives=page_of("pipelines", PIPELINE),
     ),
     Route("GET /v1/pipelines/:id", get_pipeline, "sessions:read", dict(id=PIPELINE_ID, **WAIT_DONE),
-          tool="get_pipeline"),
-    Route("DELETE /v1/pipelines/:id", cancel_pipeline, "sessions:write", dict(id=PIPELINE_ID), tool="cancel_pipeline"),
-    Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory"),
-    Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory"),
-    Route("GET /v1/memory/*key", get_memory, "memory:read", dict(key=MEMORY_KEY), tool="get_memory"),
+          tool="get_pipeline", gives=PIPELINE),
+    Route("DELETE /v1/pipelines/:id", cancel_pipeline, "sessions:write", dict(id=PIPELINE_ID), tool="cancel_pipeline",
+          gives=PIPELINE),
+    Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory", gives=MEMORY_SHAPE),
+    Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory",
+          gives=page_of("entries", MEMORY_SHAPE)),
+    Route("GET /v1/memory/*key", get_memory, "memory:read", dict(key=MEMORY_KEY), tool="get_memory",
+          gives=MEMORY_SHAPE),
     Route(
         "DELETE /v1/memory/*key",
         delete_memory,
         "memory:write",
         dict(key=MEMORY_KEY, ifVersion=IF_VERSION),
         tool="delete_memory",
+        gives=FORGOTTEN,
     ),
     Route(
         "POST /v1/sessions/:id/memories",
@@ -10776,6 +11030,7 @@ ROUTES = (
         "memory:write",
         dict(id=ID, **ENTRY),
         tool="set_session_memory",
+        gives=MEMORY_SHAPE,
     ),
     Route(
         "GET /v1/sessions/:id/memories",
@@ -10783,6 +11038,7 @@ ROUTES = (
         "memory:read",
         dict(id=ID, **ENTRIES),
         tool="list_session_memory",
+        gives=page_of("entries", MEMORY_SHAPE),
     ),
     Route(
         "GET /v1/sessions/:id/memories/*key",
@@ -10790,6 +11046,7 @@ ROUTES = (
         "memory:read",
         dict(id=ID, key=MEMORY_KEY),
         tool="get_session_memory",
+        gives=MEMORY_SHAPE,
     ),
     Route(
         "DELETE /v1/sessions/:id/memories/*key",
@@ -10797,7 +11054,12 @@ ROUTES = (
         "memory:write",
         dict(id=ID, key=MEMORY_KEY, ifVersion=IF_VERSION),
         tool="delete_session_memory",
+        gives=FORGOTTEN,
     ),
+    # open to anyone: it tells what the program's source and README tell, and a client needs it before it has a key
+    Route("GET /v1/openapi.json", get_openapi, None, gives=record({
+        **each("openapi jsonSchemaDialect", WORD), **each("info paths components", OBJECT),
+        "servers": listing(OBJECT)})),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,
@@ -10932,6 +11194,194 @@ def events_table() -> str:
     return "\n".join(
         ["| event | when |", "|---|---|", *(f"| `{name}` | {when} |" for name, when in EVENT_TYPES.items())]
     )
+
+
+# ============================================================================
+# OPENAPI. The table as a document.
+# ============================================================================
+# OpenAPI 3.1, from the rows alone: what is published is what is checked.  The
+# agents' own hook endpoint is left out, for nobody else can call it.  An
+# unversioned alias is named at its operation (x-aliases) and is no operation
+# of its own.  Made when somebody asks for it first, then kept.  Pure.
+
+# status -> (what it means, codes of it, the rows that can give it)
+REFUSALS: Dict[int, Tuple[str, str, Callable[[Route], bool]]] = {
+    400: ("The request is wrong; `fields` names each fault.", "INVALID_REQUEST, BAD_REQUEST, BAD_JSON, BAD_ENCODING",
+          lambda route: True),
+    401: ("The token is missing or wrong.", "UNAUTHORIZED", lambda route: route.scope is not None),
+    403: ("The key lacks the scope, or the Host or Origin is foreign.", "HOST_REFUSED, ORIGIN_REFUSED",
+          lambda route: True),
+    404: ("There is no such thing.", "SESSION_NOT_FOUND, PROMPT_NOT_FOUND, PERMISSION_NOT_FOUND, TEMPLATE_NOT_FOUND, "
+          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, WORKTREE_NOT_FOUND, NOT_FOUND",
+          lambda route: bool(PATH_FIELD.search(route.route)) or "template" in route.takes or "session" in route.takes),
+    409: ("It does not go with the present state.", "NAME_IN_USE, SESSION_ENDED, SESSION_LIVE, PROMPT_NOT_QUEUED, "
+          "PERMISSION_DECIDED, NO_PENDING_QUESTION, IDEMPOTENCY_CONFLICT, VERSION_CONFLICT",
+          lambda route: not route.route.startswith("GET")),
+    413: ("The body is too large.", "TOO_LARGE", lambda route: bool(body_fields(route))),
+    415: ("The body is not JSON.", "UNSUPPORTED_MEDIA_TYPE", lambda route: bool(body_fields(route))),
+    429: ("Too many requests; `Retry-After` says when to come back.", "RATE_LIMITED",
+          lambda route: route.scope is not None),
+    500: ("A bug: the server's log tells more under the request's id.", "INTERNAL", lambda route: True),
+    502: ("The agent ended before it took the prompt.", "AGENT_EXITED", lambda route: "prompt" in route.takes),
+    503: ("Busy, or tmux, git, the agent or the database cannot be had; try again.",
+          "BUSY, TMUX_UNAVAILABLE, AGENT_NOT_FOUND, GIT_NOT_FOUND, STORE_UNAVAILABLE", lambda route: True),
+}
+ABOUT_API = """The coding agents of one box as a service.
+
+* Each operation names the scope that a key needs. Without AEGIS_AUTH_TOKEN a server on loopback asks for no token.
+* Times are UTC, in ISO 8601. A refusal has the shape `Error`. Answers may grow fields: ignore those you do not know.
+* `x-aliases`: older addresses of the same operation, for clients that know no other; new ones use /v1.
+* `x-tool`: the tool of the MCP server (POST /mcp) that does the same."""
+
+
+def published(field: Field, nullable: bool = False) -> Field:
+    """Give a request field as it is published: plain JSON Schema, null where it may be left out."""
+    told = {name: value for name, value in field.items() if name != "fields" and (name, value) != ("default", None)}
+    if "fields" in field:
+        told.update(object_of(field["fields"], nullable))
+    if "items" in field:
+        told["items"] = published(field["items"], nullable)
+    if isinstance(field.get("additionalProperties"), dict):
+        told["propertyNames"] = {"pattern": f"^(?:{field['propertyNames']['pattern']})$"}
+    if not nullable or "default" not in field:
+        return told
+    kinds = field["type"] if isinstance(field["type"], list) else [field["type"]]
+    told["type"] = list(dict.fromkeys([*kinds, "null"]))
+    return {**told, "enum": [*told["enum"], None]} if "enum" in told else told
+
+
+def object_of(fields: Mapping[str, Field], nullable: bool = False) -> Field:
+    """Describe an object of request fields; no others are taken."""
+    told: Field = {"type": "object", "additionalProperties": False,
+                   "properties": {name: published(field, nullable) for name, field in fields.items()}}
+    required = [name for name, field in fields.items() if "default" not in field]
+    return {**told, "required": required} if required else told
+
+
+def summary_of(handler: Callable[..., Any]) -> str:
+    """Give what a handler does, in a sentence."""
+    return (handler.__doc__ or "").strip().split("\n")[0]
+
+
+def operation_name(route: Route) -> str:
+    """Name an operation as its tests are named."""
+    name = route.handler.__name__
+    return name[: -len("_handler")] if name.endswith("_handler") else name
+
+
+def body_fields(route: Route) -> Dict[str, Field]:
+    """List the fields of a row that stand in its body; a GET has none, and a DELETE only if it takes a list."""
+    inner = {name: field for name, field in route.takes.items() if name not in PATH_FIELD.findall(route.route)}
+    plain = all(field["type"] not in ("array", "object") for field in inner.values())
+    return {} if route.route.startswith("GET") or (route.route.startswith("DELETE") and plain) else inner
+
+
+def parameters_of(route: Route) -> List[Json]:
+    """List an operation's parameters: of the path, the query and the headers."""
+    in_path, in_body = PATH_FIELD.findall(route.route), body_fields(route)
+    told = [{"name": name, "in": "path" if name in in_path else "query",
+             "required": "default" not in field, "description": field["description"],
+             "schema": {key: value for key, value in published(field).items() if key != "description"}}
+            for name, field in route.takes.items() if name not in in_body]
+    for one in told:
+        if one["in"] == "path":
+            one["schema"].setdefault("minLength", 1)
+    headers = ["IdempotencyKey"] * route.keyed + ["LastEventId"] * is_stream(route)
+    return told + [{"$ref": f"#/components/parameters/{name}"} for name in headers]
+
+
+def is_stream(route: Route) -> bool:
+    """Tell whether a row answers with events."""
+    return (route.gives or {}).get("contentMediaType") == "text/event-stream"
+
+
+def operation_of(route: Route) -> Json:
+    """Describe one row."""
+    method, _, path = route.route.partition(" ")
+    told: Json = {"operationId": operation_name(route), "summary": summary_of(route.handler),
+                  "tags": [(path.split("/") + [""] * 3)[2].partition(".")[0] or path.strip("/")],
+                  "parameters": parameters_of(route), "responses": responses_of(route)}
+    if not told["parameters"]:
+        del told["parameters"]
+    body = body_fields(route)
+    if body:
+        schema = published(route.takes[route.whole_body]) if route.whole_body else object_of(body, nullable=True)
+        told["requestBody"] = {"required": bool(schema.get("required") or route.whole_body),
+                               "content": {"application/json": {"schema": schema}}}
+    if route.scope is not None:
+        role = [] if route.scope == "any" else [route.scope]
+        told["security"] = [{"bearer": role}, *([{"streamToken": []}] if is_stream(route) else [])]
+    extra = {"x-tool": route.tool, "x-aliases": [f"{method} {braced(path)[3:]}"] if route.alias else None}
+    return {**told, **{name: value for name, value in extra.items() if value}}
+
+
+def braced(path: str) -> str:
+    """Write a path's fields as OpenAPI does: /v1/sessions/{id}."""
+    return PATH_FIELD.sub(r"{\1}", path)
+
+
+def responses_of(route: Route) -> Json:
+    """Describe what a row answers: its own shape, and each refusal."""
+    gives = dict(route.gives or {})
+    media = gives.pop("contentMediaType", "application/json")
+    event = gives.pop("x-event", None)
+    content = {media: {"schema": gives, **({"x-event": event} if event else {})}}
+    well = {"description": "Done.", "headers": {"X-Request-Id": {"$ref": "#/components/headers/RequestId"}}}
+    told: Json = {str(route.status): {**well, "content": content} if route.status not in (202, 204) else well}
+    told.update({str(status): {"$ref": f"#/components/responses/{status}"}
+                 for status, (_, _, can) in REFUSALS.items() if can(route)})
+    return {**told, "default": {"$ref": "#/components/responses/default"}}
+
+
+def refusal_shape(about: str) -> Json:
+    """Describe a refusal."""
+    return {"description": about, "content": {"application/json": {"schema": ERROR}}}
+
+
+def openapi_document(routes: Sequence[Route]) -> Json:
+    """Describe rows as OpenAPI 3.1."""
+    paths: Dict[str, Json] = {}
+    for route in routes:
+        method, _, path = route.route.partition(" ")
+        if route.scope != "hook":
+            paths.setdefault(braced(path), {})[method.lower()] = operation_of(route)
+    refusals = {str(status): refusal_shape(f"{about} Codes: {codes}.")
+                for status, (about, codes, _) in REFUSALS.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Aegis", "version": __version__, "description": ABOUT_API,
+                 "license": {"name": "MIT", "identifier": "MIT"}},
+        "jsonSchemaDialect": "https://spec.openapis.org/oas/3.1/dialect/base",
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": dict(SHAPES),
+            "responses": {**refusals, "default": refusal_shape("Another refusal.")},
+            "headers": {"RequestId": {"description": "The request's id in the server's log.", "schema": TEXT}},
+            "parameters": {
+                "IdempotencyKey": {
+                    "name": "Idempotency-Key", "in": "header", "required": False,
+                    "description": "Any word of the caller's own: the same request under the same key is done once.",
+                    "schema": {"type": "string", "pattern": r"^[\x21-\x7e]{1,255}$"}},
+                "LastEventId": {
+                    "name": "Last-Event-ID", "in": "header", "required": False,
+                    "description": "The last event that was received: the stream goes on behind it.", "schema": TEXT}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer",
+                           "description": "The server's token, or a key that has the operation's scope."},
+                "streamToken": {"type": "apiKey", "in": "query", "name": "token",
+                                "description": "A short-lived token, for event streams alone."}},
+        },
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def openapi_text() -> str:
+    """Give the document as JSON text."""
+    return dump(openapi_document(ROUTES))
+
+
+FACES: Dict[str, Callable[..., Any]] = {"openapi": openapi_text}
 
 
 # ============================================================================
@@ -11132,6 +11582,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, app: App) -> None:
         settings = app.settings
         self.app, self.log, self.access = app, app.log, Access(settings)
+        app.context.faces = FACES
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host.strip("[]"), settings.port), None)  # type: ignore[arg-type]
         self.selector = selectors.DefaultSelector()
@@ -13931,6 +14382,285 @@ def bench(argv: Sequence[str]) -> int:
 
 
 # ============================================================================
+# CLIENT. A caller of a running Aegis.
+# ============================================================================
+# What the command line and MCP over stdio are made of: they speak the HTTP
+# API as any other client does.  A Client keeps one connection and belongs to
+# one thread; only close() may come from another, and ends what waits.  A
+# refusal arrives as the ApiError that it was; where no server answered at all
+# its status is 0.  The token is sent to the server it is for, and nowhere else.
+
+CALL_SECONDS = 120.0        # an answer that was not told to wait: create waits for its agent
+DIAL_SECONDS = 10.0         # a connection is made within this
+STREAM_SECONDS = 90.0       # a stream without even a comment for so long is dead: they come every 15 s
+COME_BACK_SECONDS = 60.0    # how long a stream that broke is tried again: a restart of the server takes less
+COME_BACK_STATUS = (0, 502, 503, 504)   # what a server, or a proxy before it, answers meanwhile
+
+
+class Place(NamedTuple):
+    """Where a server is."""
+
+    secure: bool
+    host: str
+    port: int
+    prefix: str      # of its paths, behind a proxy
+
+
+def read_url(url: str) -> Place:
+    """Read a server's address.  Raises ApiError that says how it is written."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ApiError(0, "BAD_URL", f"{clip(url, 100)!r} is no address of a server: write http://127.0.0.1:9100")
+    if parts.username is not None or parts.password is not None:
+        raise ApiError(0, "BAD_URL", "an address holds no password: put the token into AEGIS_TOKEN")
+    return Place(parts.scheme == "https", parts.hostname, port, urllib.parse.quote(parts.path.rstrip("/"), "/%"))
+
+
+def as_request(route: Route, values: Mapping[str, Any]) -> Tuple[str, str, Optional[Json]]:
+    """Write a row and the values of its fields as a request: method, path with query, body."""
+    method, _, path = route.route.partition(" ")
+    inside = PATH_FIELD.findall(path)
+    missing = [name for name in inside if values.get(name) in (None, "")]
+    if missing:
+        raise ApiError(400, "INVALID_REQUEST", f"{missing[0]} is required", fields={missing[0]: "is required"})
+    path = PATH_FIELD.sub(
+        lambda found: urllib.parse.quote(str(values[found.group(1)]), "/" if found.group()[0] == "*" else ""), path)
+    rest = {name: value for name, value in values.items() if name not in inside}
+    if route.whole_body:
+        return method, path, rest.get(route.whole_body) or {}
+    if method != "GET":
+        return method, path, rest or None
+    words = {name: value if isinstance(value, str) else dump(value) for name, value in rest.items()
+             if value is not None}
+    return method, path + ("?" + urllib.parse.urlencode(words) if words else ""), None
+
+
+def read_blocks(lines: Iterator[bytes]) -> Iterator[Json]:
+    """Read the lines of an event stream as the events' data; comments and unfinished blocks give nothing."""
+    data: List[str] = []
+    for line in lines:
+        text_ = line.decode("utf-8", "replace").rstrip("\r\n")
+        name, _, value = text_.partition(":")
+        if name == "data":
+            data.append(value[1:] if value.startswith(" ") else value)
+        elif not text_ and data:
+            told, data = json.loads("\n".join(data)), []
+            if isinstance(told, dict):
+                yield told
+
+
+class Client:
+    """One caller, with a kept connection."""
+
+    def __init__(self, url: str, token: str = "") -> None:
+        """Take an address and a bearer token.  Raises ApiError when either cannot be."""
+        if not re.fullmatch(r"[\x21-\x7e]*", token):
+            raise ApiError(0, "BAD_TOKEN", "the token must have visible ASCII characters only")
+        self.url, self.place, self.closed = url.rstrip("/"), read_url(url), False
+        self.headers = {"Accept": "application/json, text/event-stream", "User-Agent": f"aegis/{__version__}",
+                        "Host": urllib.parse.urlsplit(url).netloc,
+                        **({"Authorization": f"Bearer {token}"} if token else {})}
+        self.line: Any = None                       # the kept connection
+        self.sockets: List[socket.socket] = []      # of all connections, also of one that its answer ends
+
+    def ask(self, route: Route, values: Mapping[str, Any], seconds: float = CALL_SECONDS,
+            key: Optional[str] = None) -> Any:
+        """Make the request of a row.  Raises ApiError."""
+        method, path, body = as_request(route, values)
+        return self.call(method, path, body, seconds, key)
+
+    def call(self, method: str, path: str, body: Optional[Json] = None, seconds: float = CALL_SECONDS,
+             key: Optional[str] = None) -> Any:
+        """Make a request and give its JSON; `key`, its Idempotency-Key, lets it be repeated.  Raises ApiError."""
+        again = method == "GET" or key is not None
+        headers = {**self.headers, **({"Idempotency-Key": key} if key else {})}
+        while True:
+            kept = self._kept()
+            try:
+                status, told = self._exchange(method, path, body, headers, seconds)
+                break
+            except ValueError as error:   # the header or path that it refuses to send
+                raise ApiError(0, "BAD_REQUEST", f"this cannot be sent: {error}") from None
+            except Exception as error:
+                self._drop(self.line)
+                if not (kept and again) or isinstance(error, (socket.timeout, ApiError)):
+                    raise self._lost(error, seconds) from None
+        if not 200 <= status < 300:
+            raise self._refusal(status, told)
+        return told
+
+    def events(self, path: str = "/v1/events", after: Optional[int] = None, **query: str) -> Iterator[Json]:
+        """Yield events as they come; a stream that breaks goes on where it broke.  Raises ApiError when it cannot.
+
+        Where nothing was heard before it broke, a `reset` says that the state is to be read anew.
+        """
+        came, broke, pause, heard = False, 0.0, 0.1, after
+        while not self.closed:
+            try:
+                for event in self._stream(path, {**query, **({} if heard is None else {"after": str(heard)})}):
+                    if event is None:   # it stands
+                        if came and heard is None:
+                            yield {"type": "reset"}
+                        came, broke, pause = True, 0.0, 0.1
+                        continue
+                    heard = event.get("id", heard)
+                    yield event
+            except ApiError as error:
+                if not came or error.status not in COME_BACK_STATUS:
+                    raise
+                broke = broke or time.monotonic()
+                if time.monotonic() - broke > COME_BACK_SECONDS:
+                    raise
+            time.sleep(pause)
+            pause = min(2.0, pause * 2)
+
+    def close(self) -> None:
+        """Hang up, from any thread: what waits for an answer ends."""
+        self.closed = True
+        for sock in list(self.sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)   # wakes whoever reads from it
+
+    # -- connections
+
+    def _dial(self, seconds: float) -> Any:
+        """Connect; http.client cannot speak TLS where ssl was kept from it, so the socket is made here."""
+        import http.client
+        place = self.place
+        try:
+            sock = socket.create_connection((place.host, place.port), min(DIAL_SECONDS, seconds))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if place.secure:
+                import ssl
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=place.host)
+        except OSError as error:
+            why = "" if isinstance(error, ConnectionRefusedError) else f" ({error})"
+            raise ApiError(0, "NO_SERVER", f"no Aegis answers at {self.url}{why}: start one with `python3 aegis.py`, "
+                           "or name another with --url") from None
+        line = http.client.HTTPConnection(place.host, place.port, timeout=seconds)
+        line.sock = line.own = sock
+        self.sockets.append(sock)
+        return line
+
+    def _kept(self) -> bool:
+        """Tell whether the kept connection may still be used; one that the server has closed is forgotten."""
+        if self.line is not None and (self.line.sock is None or select.select([self.line.sock], [], [], 0)[0]):
+            self._drop(self.line)
+        return self.line is not None
+
+    def _exchange(self, method: str, path: str, body: Optional[Json], headers: Json, seconds: float) -> Tuple[int, Any]:
+        if self.closed:
+            raise OSError("hung up")
+        self.line = self.line or self._dial(seconds)
+        self.line.sock.settimeout(seconds)
+        payload = None if body is None else dump(body).encode("utf-8", "replace")
+        typed = {} if payload is None else {"Content-Type": "application/json"}
+        self.line.request(method, self.place.prefix + path, payload, {**headers, **typed})
+        answer = self.line.getresponse()
+        return answer.status, self._json(answer.status, answer.read())
+
+    def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[Optional[Json]]:
+        """Yield None when the stream stands, then its events, to its end.  Raises ApiError."""
+        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+        line = None
+        try:
+            line = self._dial(STREAM_SECONDS)
+            line.sock.settimeout(STREAM_SECONDS)
+            line.request("GET", self.place.prefix + target, headers=self.headers)
+            answer = line.getresponse()
+            if answer.status != 200:
+                raise self._refusal(answer.status, self._json(answer.status, answer.read()))
+            yield None
+            yield from read_blocks(iter(answer.readline, b""))
+        except (GeneratorExit, ApiError):
+            raise
+        except Exception as error:
+            if not self.closed:
+                raise self._lost(error, STREAM_SECONDS) from None
+        finally:
+            self._drop(line)
+
+    def _drop(self, line: Any) -> None:
+        if line is None:
+            return
+        self.line = None if line is self.line else self.line
+        with contextlib.suppress(OSError):
+            line.close()
+        with contextlib.suppress(OSError, ValueError):
+            line.own.close()
+            self.sockets.remove(line.own)
+
+    # -- what comes back
+
+    def _json(self, status: int, raw: bytes) -> Any:
+        try:
+            return None if status == 204 else json.loads(raw)
+        except ValueError:
+            raise ApiError(status if status >= 400 else 0, "NO_AEGIS", f"what answers at {self.url} ({status}) is no "
+                           "Aegis: is the address right?") from None
+
+    def _refusal(self, status: int, told: Any) -> ApiError:
+        """Turn the contract's error envelope into the error that it was."""
+        if not isinstance(told, dict) or not isinstance(told.get("error"), str):
+            return ApiError(status, "NO_AEGIS", f"{self.url} answered {status} without saying why: is the address "
+                            "right?")
+        error = ApiError(status, str(told.get("code")), told["error"])
+        error.more = {name: value for name, value in told.items() if name not in ("error", "code", "statusCode")}
+        return error
+
+    def _lost(self, error: Exception, seconds: float) -> ApiError:
+        """Say why there is no answer, and what to do."""
+        if isinstance(error, ApiError):
+            return error
+        if self.closed:
+            return ApiError(0, "HUNG_UP", "the connection was closed by its own side")
+        if isinstance(error, socket.timeout):
+            return ApiError(0, "NO_ANSWER", f"{self.url} gave no answer within {seconds:g} s")
+        return ApiError(0, "CONNECTION_LOST", f"the connection to {self.url} broke ({error or type(error).__name__}): "
+                        "what was asked may have been done")
+
+
+def own_address(state_dir: str) -> str:
+    """Give the address of the server that runs on a state directory of ours; empty when none does.
+
+    A server notes it beside its lock.  Its process is looked for, since another user may have taken the port since.
+    """
+    try:
+        folder = Path(state_dir)
+        if folder.stat().st_uid != os.getuid():
+            return ""
+        os.kill(int((folder / "lock").read_text()), 0)
+        return (folder / "address").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def reach(url: str = "", token: str = "", environ: Mapping[str, str] = os.environ) -> Client:
+    """Make the client of the server that is meant.  Raises ApiError.
+
+    Address: given, AEGIS_URL, the server that runs on our state directory, port AEGIS_PORT of this box.  Token: given
+    (@FILE names a file of it), AEGIS_TOKEN, AEGIS_AUTH_TOKEN; the state directory's own key is for its own server.
+    """
+    state = os.path.realpath(os.path.expanduser(environ.get("AEGIS_STATE_DIR") or "~/.aegis"))
+    own, chosen = own_address(state), url or environ.get("AEGIS_URL", "")
+    chosen = chosen or own or f"http://127.0.0.1:{environ.get('AEGIS_PORT') or 9100}"
+    token = token or environ.get("AEGIS_TOKEN", "") or environ.get("AEGIS_AUTH_TOKEN", "")
+    try:
+        if token.startswith("@"):
+            token = Path(os.path.expanduser(token[1:])).read_text("utf-8").strip()
+        elif not token and own and chosen.rstrip("/") == own:
+            key = Path(state, "admin.key")
+            token = key.read_text("utf-8").strip() if key.exists() else ""
+    except (OSError, ValueError) as error:
+        raise ApiError(0, "BAD_TOKEN", f"the token cannot be read: {error}") from None
+    return Client(chosen, token)
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
@@ -14025,6 +14755,7 @@ def serve(argv: Sequence[str]) -> int:
         return EXIT_START
     log.start()
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    write_private(Path(settings.state_dir) / "address", agents_url(settings, server.server_port) + "\n")
     log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
              state=settings.state_dir, sessions=len(app.context.sessions))
     give_back_memory()

@@ -308,7 +308,9 @@ class Server:
             line.request(method, path, raw, sent)
             answer = line.getresponse()
             text = answer.read()
-            return Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            told = Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            check_shape(method, path, told)
+            return told
         except http.client.RemoteDisconnected as error:
             error.args = (f"{error}; the server's exit code is {self.process.poll()}; its log: {self.tail()}",)
             raise
@@ -359,6 +361,49 @@ def clean_environment(root: Path) -> Dict[str, str]:
     (root / "home").mkdir(exist_ok=True)
     return {"PATH": OUTSIDE["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8", "TERM": "xterm-256color",
             "TMUX_TMPDIR": str(root), "AEGIS_STATE_DIR": str(root / "s")}
+
+
+def check_shape(method: str, path: str, answer: Answer) -> None:
+    """Hold an answer against what its row says that it gives, and a refusal against the published one."""
+    if answer.json is None or method in ("OPTIONS", "TRACE") or "/mcp" in path:
+        return
+    if answer.status >= 400:
+        wrong = list(misshapen(aegis.ERROR, answer.json, "answer", open_ended=True))
+    else:
+        route, _ = aegis.find_route(method, path.partition("?")[0])
+        wrong = list(misshapen(route.gives, answer.json, "answer")) if route.gives else []
+    assert wrong == [], f"{method} {path}: {wrong}"
+
+
+def misshapen(shape: Json, value: Any, where: str, open_ended: bool = False) -> Iterator[str]:
+    """List where a value departs from a published shape: JSON Schema, as far as the shapes use it.
+
+    Stricter than the schema: a field that is not described is told too, unless it is open-ended.
+    """
+    shape = aegis.SHAPES[shape["$ref"].rpartition("/")[2]] if "$ref" in shape else shape
+    if "anyOf" in shape:
+        found = [list(misshapen(one, value, where, open_ended)) for one in shape["anyOf"]]
+        yield from min(found, key=len)
+    kinds = shape.get("type", list(aegis.TYPES))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(aegis.TYPES[kind][0](value) for kind in kinds):
+        yield f"{where} is {value!r:.60}, not {' or '.join(kinds)}"
+        return
+    for word, holds in (("enum", lambda known: value in known), ("minimum", lambda low: value >= low),
+                        ("minLength", lambda low: len(value) >= low),
+                        ("format", lambda _: re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value))):
+        if word in shape and value is not None and not holds(shape[word]):
+            yield f"{where} is {value!r:.60}: {word} is {shape[word]}"
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from misshapen(shape.get("items", {}), item, f"{where}[{number}]", open_ended)
+    if isinstance(value, dict) and "properties" in shape:
+        yield from (f"{where}.{name} is missing" for name in shape.get("required", ()) if name not in value)
+        for name, item in value.items():
+            if name in shape["properties"]:
+                yield from misshapen(shape["properties"][name], item, f"{where}.{name}", open_ended)
+            elif not open_ended:
+                yield f"{where}.{name} is not described"
 
 
 def check_envelope(answer: Answer) -> None:
@@ -6472,6 +6517,77 @@ def test_what_is_not_there_is_404_in_the_envelope(server, path):
 
 
 # ============================================================================
+# OPENAPI. The table as a document.
+# ============================================================================
+
+
+@pytest.fixture(scope="module")
+def document(server) -> Json:
+    """The published document."""
+    return server.ask("GET /v1/openapi.json")
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """List a value and all that it holds."""
+    yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from inside(one)
+
+
+def test_get_openapi_describes_every_row_and_nothing_else(document):
+    told = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    assert told == {re.sub(r"[:*](\w+)", r"{\1}", one.route) for one in aegis.ROUTES if one.scope != "hook"}
+    assert document["openapi"].startswith("3.1.") and document["info"]["version"] == aegis.__version__
+
+
+def test_get_openapi_is_open_to_anyone_and_made_once(strict):
+    one, two = (strict.call("GET /v1/openapi.json", auth=False) for _ in range(2))
+    assert one.status == 200 and one.raw == two.raw
+
+
+def test_get_openapi_refers_to_nothing_that_is_not_there(document):
+    for one in inside(document):
+        if isinstance(one, dict) and isinstance(one.get("$ref"), str):
+            place = document
+            for step in one["$ref"].split("/")[1:]:
+                place = place[step]
+
+
+def test_get_openapi_names_fields_scopes_and_refusals(document):
+    create = document["paths"]["/v1/sessions"]["post"]
+    body = create["requestBody"]["content"]["application/json"]["schema"]
+    assert create["operationId"] == "create_session" and create["security"] == [{"bearer": ["sessions:write"]}]
+    assert body["additionalProperties"] is False and {"workDir", "prompt", "template"} <= set(body["properties"])
+    assert body["properties"]["prompt"]["maxLength"] == aegis.MAX_PROMPT
+    assert {"201", "400", "401", "403", "409", "502", "503", "default"} <= set(create["responses"])
+    assert create["x-tool"] == "create_session" and create["x-aliases"] == ["POST /sessions"]
+    assert {"$ref": "#/components/parameters/IdempotencyKey"} in create["parameters"]
+    read = document["paths"]["/v1/sessions/{id}/read"]["get"]
+    by_name = {one["name"]: one for one in read["parameters"]}
+    assert (by_name["id"]["in"], by_name["id"]["required"]) == ("path", True)
+    assert (by_name["wait"]["in"], by_name["wait"]["required"]) == ("query", False)
+    assert by_name["limit"]["schema"]["default"] == 20 and by_name["limit"]["schema"]["maximum"] == 1000
+    events = document["paths"]["/v1/events"]["get"]
+    assert list(events["responses"]["200"]["content"]) == ["text/event-stream"]
+    assert {"streamToken": []} in events["security"]
+    assert "security" not in document["paths"]["/v1/health"]["get"]
+
+
+def test_get_openapi_has_operation_ids_of_their_own(document):
+    ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+    assert len(set(ids)) == len(ids)
+
+
+def test_what_has_the_wrong_shape_is_found():
+    shape = aegis.record({"name": aegis.WORD, "many": aegis.listing(aegis.COUNT), "at": aegis.maybe(aegis.TIME)})
+    good = {"name": "a", "many": [1, 2], "at": None}
+    assert list(misshapen(shape, good, "it")) == []
+    for wrong in ({"name": ""}, {"name": None}, {"many": [1, -1]}, {"many": 1}, {"at": "today"}, {"more": 1}):
+        assert len(list(misshapen(shape, {**good, **wrong}, "it"))) == 1, wrong
+    assert len(list(misshapen(shape, {}, "it"))) == 3
+
+
+# ============================================================================
 # HTTP. The server, on raw sockets.
 # ============================================================================
 
@@ -7242,6 +7358,193 @@ def test_bench_prints_its_table(_):
 
 
 # ============================================================================
+# CLIENT. A caller of a running Aegis.
+# ============================================================================
+
+
+def client_of(server: Server) -> aegis.Client:
+    """Give a client of a server."""
+    return aegis.Client(f"http://127.0.0.1:{server.port}", server.env.get("AEGIS_AUTH_TOKEN", ""))
+
+
+def row(tool: str) -> Any:
+    """Find the row that a tool names."""
+    return next(one for one in aegis.ROUTES if one.tool == tool)
+
+
+@contextlib.contextmanager
+def answering(*lines: Tuple[bytes, ...]) -> Iterator[Tuple[str, List[bytes]]]:
+    """Answer what comes on one connection after the other, then close it; gives the address and what was asked."""
+    asked: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                for answers in lines:
+                    with listening.accept()[0] as line, line.makefile("rb") as coming:
+                        for answer in answers:
+                            head = b"".join(iter(coming.readline, b"\r\n"))
+                            length = re.search(rb"Content-Length: (\d+)", head)
+                            asked.append(head + coming.read(int(length.group(1)) if length else 0))
+                            line.sendall(answer)
+        worker = threading.Thread(target=serve, daemon=True)
+        worker.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+        listening.shutdown(socket.SHUT_RDWR)
+        worker.join(5)
+
+
+def http_answer(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
+    """Write an answer."""
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+def failure(work: Callable[[], Any]) -> aegis.ApiError:
+    """Give the error that work must end with."""
+    with pytest.raises(aegis.ApiError) as caught:
+        work()
+    return caught.value
+
+
+def test_a_client_asks_by_rows_on_one_connection(server):
+    client = client_of(server)
+    assert client.call("GET", "/v1/health")["status"] == "ok"
+    line = client.line
+    key = f"a b/c?{uuid.uuid4().hex}/ü"
+    client.ask(row("set_memory"), {"key": key, "value": {"a": [1, None, "é"]}})
+    assert client.ask(row("get_memory"), {"key": key})["value"] == {"a": [1, None, "é"]}
+    assert [one["key"] for one in client.ask(row("list_memory"), {"prefix": key, "limit": 5})["entries"]] == [key]
+    assert client.ask(row("delete_memory"), {"key": key})["deleted"] is True
+    assert client.line is line
+    client.close()
+    assert failure(lambda: client.call("GET", "/v1/health")).code == "HUNG_UP"
+
+
+def test_a_client_tells_a_refusal_as_it_was(server, strict):
+    client = client_of(server)
+    wrong = failure(lambda: client.call("POST", "/v1/memory", {"key": "", "what": 1}))
+    assert (wrong.status, wrong.code) == (400, "INVALID_REQUEST") and wrong.more["fields"]["value"] == "is required"
+    assert failure(lambda: client.ask(row("get_session"), {"id": "../x?y"})).code == "SESSION_NOT_FOUND"
+    assert failure(lambda: client.ask(row("get_session"), {"id": ""})).message == "id is required"
+    stranger = aegis.Client(f"http://127.0.0.1:{strict.port}", "wrong")
+    assert failure(lambda: stranger.call("GET", "/v1/sessions")).status == 401
+    assert client_of(strict).call("GET", "/v1/sessions")["sessions"] == []
+
+
+def test_a_client_says_what_to_do_where_no_aegis_answers():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    lost = failure(lambda: aegis.Client(f"http://127.0.0.1:{port}").call("GET", "/v1/health"))
+    assert (lost.status, lost.code) == (0, "NO_SERVER")
+    assert f"no Aegis answers at http://127.0.0.1:{port}: start one with `python3 aegis.py`" in lost.message
+    lost = failure(lambda: next(aegis.Client(f"http://127.0.0.1:{port}").events()))
+    assert lost.code == "NO_SERVER"
+    for url in ("127.0.0.1:9100", "ftp://x", "http://", "http://a:b@c", "http://x:port", "http://x/?y"):
+        assert failure(lambda: aegis.Client(url)).code == "BAD_URL", url
+    assert failure(lambda: aegis.Client("http://x", "a\r\nX: y")).code == "BAD_TOKEN"
+
+
+def test_a_client_says_when_what_answers_is_no_aegis_or_too_slow():
+    page = http_answer(b"<h1>Hello</h1>", kind="text/html")
+    with answering((page,), (http_answer(b"<h1>Bad gateway</h1>", "502 Bad Gateway"),), (b"",),
+                   (http_answer(b"{}")[:-1],)) as (url, _):
+        client = aegis.Client(url)
+        told = [failure(lambda: client.call("GET", "/v1/health")) for _ in range(4)]
+    assert [one.code for one in told] == ["NO_AEGIS", "NO_AEGIS", "CONNECTION_LOST", "CONNECTION_LOST"]
+    assert [one.status for one in told] == [0, 502, 0, 0]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = aegis.Client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert failure(lambda: slow.call("GET", "/v1/health", seconds=0.05)).code == "NO_ANSWER"
+
+
+def test_a_client_repeats_only_what_may_be_repeated():
+    good = http_answer(b'{"n": 1}')
+    with answering((good, b""), (good, b""), (good, b""), (good,)) as (url, asked):   # b"": taken, and never answered
+        client = aegis.Client(url)
+        for _ in range(2):
+            assert client.call("GET", "/x") == {"n": 1}
+        assert client.call("POST", "/x", {}, key="once") == {"n": 1}
+        assert failure(lambda: client.call("POST", "/x", {})).code == "CONNECTION_LOST"
+    assert [one.split()[0] for one in asked] == [b"GET", b"GET", b"GET", b"POST", b"POST", b"POST"]
+    with answering((good,), (good,)) as (url, asked):
+        client = aegis.Client(url)
+        client.call("GET", "/x")
+        eventually(lambda: not client._kept())       # the server has closed it: nothing is lost by asking anew
+        assert client.call("POST", "/x", {}) == {"n": 1}
+
+
+def test_a_client_behind_a_path_sends_its_token_and_host():
+    with answering((http_answer(b"{}"),)) as (url, asked):
+        assert aegis.Client(url + "/my%20box/", "t0ken").call("GET", "/v1/health") == {}
+    head = asked[0].decode().split("\r\n")
+    assert head[0] == "GET /my%20box/v1/health HTTP/1.1" and "Authorization: Bearer t0ken" in head
+    assert f"Host: {url[7:]}" in head
+
+
+def test_an_event_stream_is_read_by_the_rules_of_event_streams():
+    raw = (b": hello\nretry: 2000\nid: 1\ndata: {\"id\":1,\ndata: \"a\":2}\r\n\r\n:\n\ndata:{\"id\":2}\n\n"
+           b"data: [1]\n\ndata: {\"id\":3}\n")
+    assert list(aegis.read_blocks(iter(raw.splitlines(True)))) == [{"id": 1, "a": 2}, {"id": 2}]
+
+
+@alone
+def test_a_client_follows_events_through_a_restart(house):
+    own = house()
+    client = client_of(own)
+    client.call("POST", "/v1/memory", {"key": "k0", "value": 0})
+    events = client.events(after=0, types="memory.set")
+    assert next(events)["key"] == "k0"
+    own.crash()
+    own.start(own.port)
+    client.call("POST", "/v1/memory", {"key": "k1", "value": 1})
+    assert next(events)["key"] == "k1"
+    own.crash()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aegis, "COME_BACK_SECONDS", 0.2)
+        assert failure(lambda: next(events)).code in ("NO_SERVER", "CONNECTION_LOST")
+
+
+def test_a_client_that_hangs_up_ends_what_waits(talk):
+    talk.server.events.told(None)
+    client = client_of(talk.server)
+    busy = threading.Thread(target=lambda: told.append(failure(
+        lambda: client.call("GET", "/v1/verify/none?wait=done")).code), daemon=True)
+    told: List[str] = []
+    stream = client.events(f"/v1/sessions/{talk.id}/events", after=0)
+    assert next(stream)["type"] == "session.created"
+    heard: List[Json] = []
+    listening = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+    listening.start()
+    eventually(lambda: heard)
+    client.close()
+    listening.join(WITHIN)
+    assert not listening.is_alive()
+    busy.start()
+    busy.join(WITHIN)
+    assert told == ["HUNG_UP"]
+
+
+def test_the_server_of_our_state_directory_is_found_and_only_it_gets_its_key(server, tmp_path):
+    here = f"http://127.0.0.1:{server.port}"
+    assert aegis.own_address(str(server.state)) == here
+    env = {"AEGIS_STATE_DIR": str(server.state)}
+    key = server.state / "admin.key"
+    key.write_text("minted\n")
+    try:
+        bearer = [aegis.reach(url, environ=env).headers.get("Authorization") for url in ("", here, "http://other:9100")]
+        assert bearer == ["Bearer minted", "Bearer minted", None]
+        assert aegis.reach(environ={**env, "AEGIS_TOKEN": "mine"}).headers["Authorization"] == "Bearer mine"
+        assert aegis.reach(token=f"@{key}", environ=env).headers["Authorization"] == "Bearer minted"
+        assert aegis.reach(environ={**env, "AEGIS_URL": "http://other:9100"}).url == "http://other:9100"
+    finally:
+        key.unlink()
+    for name, text in (("lock", str(2 ** 22 + 7)), ("address", here), ("admin.key", "minted")):
+        (tmp_path / name).write_text(text)
+    left = aegis.reach(environ={"AEGIS_STATE_DIR": str(tmp_path), "AEGIS_PORT": "9123"})   # by one that was killed
+    assert (left.url, left.headers.get("Authorization")) == ("http://127.0.0.1:9123", None)
+    assert failure(lambda: aegis.reach(token="@/no/such/file", environ={})).code == "BAD_TOKEN"
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 
@@ -7360,6 +7663,10 @@ def downward() -> List[str]:
     used = [*plain, *uses(symtable.symtable(SOURCE, "aegis.py", "exec"))]
     return [f"line {number} uses {name} of a lower room" for number, name in used
             if owner.get(name, 0) > room_of(number)]
+
+
+def test_every_row_says_what_it_gives():
+    assert [route.route for route in aegis.ROUTES if route.gives is None and route.scope != "hook"] == []
 
 
 def test_no_function_is_longer_than_a_screen():
