@@ -8210,6 +8210,7 @@ CALLS = {
         "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
+    "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
 }
 
 
@@ -8264,6 +8265,9 @@ class Messages(BaseHTTPRequestHandler):
             self.server.heard.append(prompt)
             self.server.history[prompt] = json.dumps(body["messages"])
         word, rest = steps[answered] if answered < len(steps) else ("say", "All done.")
+        if word == "call":      # $id: the first session's id that a tool has told
+            told = re.search(r'"id\W+([0-9a-f]{12})\b', json.dumps(body["messages"]))
+            rest = rest.replace("$id", told.group(1) if told else "none")
         if word == "error":
             return self.fail(prompt, rest)
         if word == "both":
@@ -8967,3 +8971,25 @@ def test_real_users_own_files_are_not_touched(claude, start):
     start().say("[[say x]]")
     assert not (home / ".claude" / "settings.json").exists()
     assert json.loads((home / ".claude.json").read_text())["hasCompletedOnboarding"] is True
+
+
+@real_client
+@pytest.mark.parametrize("wire", ["http", "stdio"])
+def test_real_client_drives_another_through_mcp(claude, start, wire, tmp_path):
+    url, config = f"http://127.0.0.1:{claude.port}", tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"aegis": {"type": "http", "url": url + "/mcp"} if wire == "http" else {
+        "command": sys.executable, "args": [str(AEGIS), "mcp"], "env": {"AEGIS_URL": url}}}}))
+    inner = {"workDir": str(claude.work), "prompt": f"hello over {wire}", "name": f"inner-{wire}"}
+    script = (f"[[call mcp__aegis__create_session {json.dumps(inner)}]]"
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60}]]'
+              '[[call mcp__aegis__send_prompt {"id": "$id", "text": "and once more"}]]'
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60, "limit": 1}]]'
+              '[[call mcp__aegis__kill_session {"id": "$id"}]] [[say all is told]]')
+    talk = start(args=["--mcp-config", str(config), "--strict-mcp-config"], permissions={"allowMcp": True})
+    found = talk.say(script)
+    assert found["output"] == "all is told"
+    answers = [one["text"] for one in talk.read("limit=50")["messages"] if one["role"] == "tool"]
+    assert len(answers) == 5, answers
+    assert f"Echo: hello over {wire}" in answers[1] and "Echo: and once more" in answers[3]
+    driven = [one for one in claude.ask("GET /v1/sessions?limit=50")["sessions"] if one["name"] == f"inner-{wire}"]
+    assert [(one["status"], one["turns"], one["agent"]) for one in driven] == [("killed", 2, "claude")]
