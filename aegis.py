@@ -4435,13 +4435,13 @@ def cancel_prompt(session: Session, prompt_id: str) -> PromptRow:
             return change.prompt(prompt, state="failed", reason="cancelled", ended_at=time.time())
 
 
-def await_delivery(session: Session, prompt_id: str, seconds: float) -> PromptRow:
-    """Wait until the agent reported a prompt, or something needs the caller first."""
+def await_delivery(session: Session, prompt_id: str, seconds: float, caller: Optional[Caller] = None) -> PromptRow:
+    """Wait until the agent reported a prompt, something needs the caller first, or the caller left."""
     def settled() -> bool:
         prompt = next((one for one in session.facts.prompts if one.id == prompt_id), None)
         blocked = session.row.status not in BUSY_STATES and not session.delivering
         return prompt is None or prompt.state != "queued" or blocked or not session.live
-    session.wait(settled, seconds)
+    session.wait(settled, seconds, caller)
     return find_prompt(session, prompt_id)
 
 
@@ -9605,7 +9605,7 @@ def typed_later(ask: Ask, session_id: str, kind: str, text_: str) -> Any:
         prompt = enqueue(session, kind, text_, ask.idempotency_key)
 
     def work() -> Json:
-        done = await_delivery(session, prompt.id, ask.context.settings.send_seconds)
+        done = await_delivery(session, prompt.id, ask.context.settings.send_seconds, ask.caller)
         return sent(session, done)
     return Later(work) if free else sent(session, prompt)
 
@@ -11414,6 +11414,16 @@ def plain_answer(answer: Any) -> Any:
     return json.loads(answer.text) if isinstance(answer, Encoded) else answer
 
 
+def if_allowed(ask: Ask, name: str, arguments: Json, otherwise: Json) -> Json:
+    """Call a tool that answers at once; whoever may not gets something else."""
+    try:
+        return plain_answer(call_tool(ask, name, arguments))
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return otherwise
+
+
 def wire_tool(route: Route) -> Json:
     """Describe a tool as MCP does."""
     name, method = str(route.tool), route.route.partition(" ")[0]
@@ -11476,7 +11486,8 @@ def wire_resource(one: Resource, **changes: str) -> Json:
 
 def resource_page(ask: Ask, begin: int) -> Tuple[List[Json], Optional[int]]:
     """List what can be read now: the fixed ones, then each session newest first; and where the next page begins."""
-    page = plain_answer(call_tool(ask, "list_sessions", {"page": begin // OFFER_PAGE + 1, "limit": OFFER_PAGE}))
+    page = if_allowed(ask, "list_sessions", {"page": begin // OFFER_PAGE + 1, "limit": OFFER_PAGE},
+                      {"sessions": [], "pagination": {"total": 0}})
     fixed = [wire_resource(one) for one in RESOURCES if "{" not in one.uri] if begin == 0 else []
     session = next(one for one in RESOURCES if one.name == "session")
     shown = [wire_resource(session, uri=f"aegis://sessions/{one['id']}", name=one["name"],
@@ -11526,7 +11537,7 @@ def wire_prompts(ask: Ask) -> List[Json]:
         {"name": one["name"], "title": one["name"], "description": one["description"] or "A template of yours.",
          "arguments": [{"name": name, "description": about["description"], "required": about["required"]}
                        for name, about in one["variables"].items()]}
-        for one in plain_answer(call_tool(ask, "list_templates", {"limit": 200}))["templates"]
+        for one in if_allowed(ask, "list_templates", {"limit": 200}, {"templates": []})["templates"]
         if "prompt" in one["session"] and one["name"] not in known]
 
 
@@ -11845,8 +11856,8 @@ def refused(ask: Ask, message: Json, version: str, error: Exception) -> McpError
     if isinstance(error, ApiError):
         missing = NO_RESOURCE if version in HANDSHAKE else BAD_PARAMS
         number_ = missing if error.status == 404 else BAD_PARAMS if error.status == 400 else INTERNAL
-        return McpError(number_, error.message, error.status if error.status in (401, 403, 429) else status,
-                        error.body(), of, **error.headers)
+        return McpError(number_, error.message, 429 if error.status == 429 else status, error.body(), of,
+                        **error.headers)
     if not isinstance(error, TmuxError):
         ask.context.log.note("error", "bug", trace=traceback.format_exc())
     return McpError(INTERNAL, str(error) if isinstance(error, TmuxError) else "internal error; the log tells more", 200,
@@ -11970,9 +11981,10 @@ class Mcp:
             raise McpError(INVALID, "the header Accept must take application/json, and text/event-stream", 406)
         self.session_of(ask)
         message = read_message(raw)
-        version = spoken_version(message, ask.headers)
         if isinstance(message, list):
-            return self._batch(ask, message, version)
+            return self._batch(ask, message, spoken_version(message, ask.headers))
+        check_message(message)
+        version = spoken_version(message, ask.headers)
         return self._answer(ask, message, version, "text/event-stream" in accept)
 
     def stream(self, ask: Ask) -> Stream:
@@ -12147,8 +12159,8 @@ class Mcp:
         """Watch a resource no longer."""
         uri, session = text_in(params, "uri"), self.session_of(ask)
         with self.lock:
-            watched = self.watched.get(session, {})
-            self.watched[session] = {plain: given for plain, given in watched.items() if given != uri}
+            if session in self.watched:
+                self.watched[session] = {plain: one for plain, one in self.watched[session].items() if one != uri}
         return {}
 
     def listen(self, ask: Ask, params: Json, of: Any) -> Stream:
@@ -15489,7 +15501,7 @@ class Bridge:
         self.lock = threading.Lock()
         self.lines: Dict[Any, Any] = {}              # requests under way -> their connections
         self.cancelled: Dict[Any, bool] = {}         # of those, the ones whose answer nobody wants
-        self.turns = threading.Semaphore(UNDER_WAY)
+        self.turns = threading.Semaphore(UNDER_WAY)   # taken by the threads: stdin is read on, for it may cancel one
         self.session = self.version = ""             # what initialize came to
         self.watching = False
 
@@ -15522,14 +15534,11 @@ class Bridge:
                                             or message["method"] == "initialize"):
             self.send(raw, message)
         else:
-            self.turns.acquire()
             spawn("aegis-bridge", self._turn, raw, message)
 
     def _turn(self, raw: bytes, message: Any) -> None:
-        try:
+        with self.turns:
             self.send(raw, message)
-        finally:
-            self.turns.release()
 
     def cancel(self, message: Json) -> None:
         """Hang up on a request: its answer is not wanted any more."""
@@ -15681,7 +15690,8 @@ def bridge(argv: Sequence[str]) -> int:
         client = reach(options.url, options.token)
         client.call("GET", "/v1/tools", seconds=DIAL_SECONDS)
     except ApiError as error:
-        print(f"aegis mcp: {error.message}", file=sys.stderr)
+        more = ": set AEGIS_TOKEN" if error.status == 401 else ""
+        print(f"aegis mcp: {error.message}{more}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = Bridge(client, sys.stdout.buffer).run(sys.stdin.buffer)

@@ -6474,6 +6474,9 @@ def test_a_tool_asks_for_its_own_rows_scope():
     assert told["isError"] and told["structuredContent"]["code"] == "FORBIDDEN"
     with pytest.raises(aegis.McpError):
         aegis.reply_to(ask, rpc("resources/read", uri="aegis://sessions"), "2025-06-18")
+    shown = aegis.reply_to(ask, rpc("resources/list"), "2025-06-18")["result"]["resources"]
+    assert [one["uri"] for one in shown] == ["aegis://health", "aegis://sessions"]
+    assert len(aegis.reply_to(ask, rpc("prompts/list"), "2025-06-18")["result"]["prompts"]) == len(aegis.PROMPTS)
 
 
 @pytest.mark.parametrize("uri, tool, arguments", [
@@ -6520,7 +6523,7 @@ def test_a_handshake_settles_a_revision(asked, told):
     ([], -32600), (3, -32600), ({}, -32600), ({"id": 1, "method": "ping"}, -32600),
     ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": None, "method": "x"}, -32600),
     ({"jsonrpc": "2.0", "id": True, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": 1.5, "method": "x"}, -32600),
-    ({"jsonrpc": "2.0", "id": 1, "method": 5}, -32600), ({"jsonrpc": "2.0", "id": 1}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": []}, -32600), ({"jsonrpc": "2.0", "id": 1}, -32600),
     ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": [1]}, -32602), (rpc("nothing/like/it"), -32601),
     (rpc("server/discover"), -32601), (rpc("tools/call"), -32602), (rpc("tools/call", name="nope"), -32602),
     (rpc("tools/call", name="get_health", arguments=[]), -32602), (rpc("tools/list", cursor="from-7"), -32602),
@@ -6719,7 +6722,8 @@ def test_post_mcp_keeps_memory_and_fills_templates(server):
     (b'{"zebra": 1}', {}, 400, -32600), (b'"text"', {}, 400, -32600), (b"", {}, 400, -32700),
     (rpc("ping"), {"Content-Type": "text/plain"}, 415, None), (rpc("ping"), {"Accept": "text/html"}, 406, -32600),
     (rpc("ping"), {"MCP-Protocol-Version": "1.0"}, 400, -32022),
-    (rpc("ping"), {"MCP-Protocol-Version": NEWEST}, 400, -32602),
+    (rpc("ping"), {"MCP-Protocol-Version": NEWEST}, 400, -32602), ({**rpc("x"), "method": []}, {}, 400, -32600),
+    (rpc("ping", _meta={f"{META}protocolVersion": [], f"{META}clientCapabilities": {}}), {}, 400, -32020),
     (rpc("ping"), {"Mcp-Session-Id": "ü"}, 400, -32600), (rpc("ping"), {"Origin": "http://evil.example"}, 403, None),
     ([rpc("ping")], {"MCP-Protocol-Version": "2025-06-18"}, 400, -32600), ([], {}, 400, -32600),
     ([rpc("ping")] * 51, {}, 400, -32600)], ids=lambda value: str(value)[:40])
