@@ -41,10 +41,14 @@ Rooms, top to bottom; a room uses only rooms above it:
     SHAPES        what answers look like
     ROUTES        the one table, and what follows from it
     OPENAPI       the table as a document
+    OFFERS        what other agents are offered: tools, resources, prompts
+    MCP           the Model Context Protocol, without a wire
+    STREAMABLE    MCP over HTTP
     HTTP          the server
     DEMO AGENT    a stand-in with Claude Code's surface
     BENCH         the figures, measured on this box
     CLIENT        a caller of a running Aegis
+    BRIDGE        MCP over stdin and stdout
     COMMAND LINE  serve, bench, selftest, demo-agent
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
@@ -53,10 +57,12 @@ aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-d
 session, while it types) - aegis-sweep (memory that expired) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
+aegis-mcp (one for each tool that waits, while its caller is told of progress) -
+aegis-bridge (in `aegis.py mcp`: one for each request) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
-Tmux.lock, Monitor.lock and Exits.lock are leaves.  A session's lock is never held while tmux or a
+Tmux.lock, Monitor.lock, Exits.lock and Mcp.lock are leaves.  A session's lock is never held while tmux or a
 socket is waited for.
 """
 from __future__ import annotations
@@ -397,6 +403,21 @@ def new_id(prefix: str = "") -> str:
 
 
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # JSON, compact, never NaN
+
+
+def strict_json(raw: str) -> Any:
+    """Read JSON as the standard has it: no NaN, no numbers without end.  Raises ValueError."""
+    return json.loads(raw, parse_constant=_no_constant, parse_int=_short_int)
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("a number is too long")
+    return int(digits)
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
@@ -4428,13 +4449,13 @@ def cancel_prompt(session: Session, prompt_id: str) -> PromptRow:
             return change.prompt(prompt, state="failed", reason="cancelled", ended_at=time.time())
 
 
-def await_delivery(session: Session, prompt_id: str, seconds: float) -> PromptRow:
-    """Wait until the agent reported a prompt, or something needs the caller first."""
+def await_delivery(session: Session, prompt_id: str, seconds: float, caller: Optional[Caller] = None) -> PromptRow:
+    """Wait until the agent reported a prompt, something needs the caller first, or the caller left."""
     def settled() -> bool:
         prompt = next((one for one in session.facts.prompts if one.id == prompt_id), None)
         blocked = session.row.status not in BUSY_STATES and not session.delivering
         return prompt is None or prompt.state != "queued" or blocked or not session.live
-    session.wait(settled, seconds)
+    session.wait(settled, seconds, caller)
     return find_prompt(session, prompt_id)
 
 
@@ -9288,6 +9309,8 @@ class Ask(NamedTuple):
     last_event_id: Optional[str] = None
     secret: Optional[str] = None              # of an agent's report
     caller: Caller = Caller()                 # tells when they hang up; this one never does
+    headers: Mapping[str, str] = {}           # for protocols inside ours, which have some of their own
+    may: Callable[[Optional[str]], None] = lambda scope: None   # refuses whoever lacks a scope.  Raises ApiError
 
 
 class Later(NamedTuple):
@@ -9308,6 +9331,23 @@ class Stream(NamedTuple):
 
     listener: Listener
     missed: Iterator[List[Event]]
+    shape: Callable[[Event], bytes] = frame   # how an event is written; nothing, when it is not told
+    opening: bytes = b""                      # stands before all events
+
+
+class Spoken(NamedTuple):
+    """Work that writes its answer itself, as an event stream."""
+
+    work: Callable[[Callable[[bytes], Any]], None]
+    patient: bool = False
+
+
+class Reply(NamedTuple):
+    """An answer with a status or headers of its own."""
+
+    status: int
+    value: Any
+    headers: Mapping[str, str] = {}
 
 
 def get_health(ask: Ask) -> Json:
@@ -9635,7 +9675,7 @@ def typed_later(ask: Ask, session_id: str, kind: str, text_: str) -> Any:
         prompt = enqueue(session, kind, text_, ask.idempotency_key)
 
     def work() -> Json:
-        done = await_delivery(session, prompt.id, ask.context.settings.send_seconds)
+        done = await_delivery(session, prompt.id, ask.context.settings.send_seconds, ask.caller)
         return sent(session, done)
     return Later(work) if free else sent(session, prompt)
 
@@ -10353,6 +10393,26 @@ def get_openapi(ask: Ask) -> Encoded:
     return Encoded(ask.context.faces["openapi"]())
 
 
+def list_tools(ask: Ask) -> Encoded:
+    """List the tools of the MCP server, with their schemas."""
+    return Encoded(ask.context.faces["tools"]())
+
+
+def post_mcp(ask: Ask, message: str) -> Any:
+    """Take a message of the Model Context Protocol (streamable HTTP)."""
+    return ask.context.faces["post"](ask, message)
+
+
+def stream_mcp(ask: Ask) -> Stream:
+    """Stream what a session of MCP watches (up to revision 2025-11-25)."""
+    return ask.context.faces["stream"](ask)
+
+
+def end_mcp(ask: Ask) -> Json:
+    """End a session of MCP."""
+    return ask.context.faces["end"](ask)
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -10572,7 +10632,8 @@ WORKTREE = shape(
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
      **each("changes commits", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
-FAULTS = listing({"anyOf": [ERROR], "description": "index and name or id say whose error it is."})
+FAULTS = listing(record({"index": COUNT, **SHAPES["Error"]["properties"]},
+                        {"name": maybe(ANY), "id": TEXT, "sessionId": TEXT}))
 PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
                       **each("pending history", listing(PERMISSION)), "pagination": PAGINATION})
 POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),
@@ -10603,10 +10664,11 @@ class Route(NamedTuple):
     whole_body: Optional[str] = None    # the body, unchecked, is this one field
     gives: Optional[Field] = None       # the shape of a successful answer
     keyed: bool = False                 # heeds the header Idempotency-Key
+    raw: bool = False                   # whole_body is given as the text it came as
 
 
 ROUTES = (
-    Route("GET /v1/health", get_health, None, gives=HEALTH),
+    Route("GET /v1/health", get_health, None, tool="get_health", gives=HEALTH),
     Route("POST /v1/sessions", create_session_handler, "sessions:write", templated(NEW_SESSION), 201,
           "create_session", True, gives=NEW, keyed=True),
     Route(
@@ -11060,6 +11122,12 @@ ROUTES = (
     Route("GET /v1/openapi.json", get_openapi, None, gives=record({
         **each("openapi jsonSchemaDialect", WORD), **each("info paths components", OBJECT),
         "servers": listing(OBJECT)})),
+    Route("GET /v1/tools", list_tools, "any", gives=record(
+        {"tools": listing(OBJECT), "endpoint": WORD, "protocolVersions": listing(WORD)})),
+    Route("POST /mcp", post_mcp, "any", dict(message=text("A JSON-RPC message.", MAX_BODY)), whole_body="message",
+          raw=True, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
+    Route("GET /mcp", stream_mcp, "any", gives={**TEXT, "contentMediaType": "text/event-stream"}),
+    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES})),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,
@@ -11068,7 +11136,9 @@ ROUTES = (
         whole_body="report",
     ),
 )
-SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "hook"))
+# "any": whoever has a key; what it may do is decided by what it does
+SCOPES = frozenset(
+    ("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "hook", "any"))
 
 
 PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
@@ -11159,11 +11229,11 @@ def allowed_methods(node: Node) -> List[str]:
     return sorted({*node.routes, "OPTIONS", *(["HEAD"] if "GET" in node.routes else [])})
 
 
-def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Optional[Json]) -> Any:
+def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
     """Validate what was given and call the handler: the one door for every face of the API."""
-    given: Json = dict(body or {})
+    given: Json = dict(body or {}) if not route.whole_body else {}
     if route.whole_body:
-        given = {route.whole_body: body or {}}
+        given = {route.whole_body: body or ("" if route.raw else {})}
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
@@ -11305,7 +11375,8 @@ def operation_of(route: Route) -> Json:
         del told["parameters"]
     body = body_fields(route)
     if body:
-        schema = published(route.takes[route.whole_body]) if route.whole_body else object_of(body, nullable=True)
+        schema = (object_of(body, nullable=True) if not route.whole_body
+                  else {"type": ["object", "array"]} if route.raw else published(route.takes[route.whole_body]))
         told["requestBody"] = {"required": bool(schema.get("required") or route.whole_body),
                                "content": {"application/json": {"schema": schema}}}
     if route.scope is not None:
@@ -11381,7 +11452,814 @@ def openapi_text() -> str:
     return dump(openapi_document(ROUTES))
 
 
-FACES: Dict[str, Callable[..., Any]] = {"openapi": openapi_text}
+# ============================================================================
+# OFFERS. What other agents are offered: tools, resources, prompts.
+# ============================================================================
+# Every row with a tool name is a tool, with the row's fields as its arguments;
+# call_tool() is the one way to it, and asks for the row's scope.  Resources
+# are read through the same tools, so whoever may not call one may not read it
+# either.  To add a resource: a row in RESOURCES; a prompt: a row in PROMPTS.
+# Knows nothing of JSON-RPC.
+
+TOOLS: Dict[str, Route] = {route.tool: route for route in ROUTES if route.tool}
+TOUCHING = ("run_bash", "answer_question", "approve_permission", "press_escape", "interrupt_session")   # undo or run
+
+
+def call_tool(ask: Ask, name: str, arguments: Json) -> Any:
+    """Call a tool for whoever asks, if they may: its row's value, or Later.  Raises ApiError."""
+    route = TOOLS[name]
+    ask.may(route.scope)
+    given = dict(arguments)
+    words = {field: given.pop(field) for field in PATH_FIELD.findall(route.route) if field in given}
+    if not route.whole_body:
+        return call(route, ask, words, {}, given)
+    whole_ = given.pop(route.whole_body, None)
+    if given:
+        raise faulty({clip(name, 60): "is not a field of this request" for name in given})
+    return call(route, ask, words, {}, whole_)
+
+
+def plain_answer(answer: Any) -> Any:
+    """Give a row's value as what JSON holds."""
+    return json.loads(answer.text) if isinstance(answer, Encoded) else answer
+
+
+def if_allowed(ask: Ask, name: str, arguments: Json, otherwise: Json) -> Json:
+    """Call a tool that answers at once; whoever may not gets something else."""
+    try:
+        return plain_answer(call_tool(ask, name, arguments))
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return otherwise
+
+
+def wire_tool(route: Route) -> Json:
+    """Describe a tool as MCP does."""
+    name, method = str(route.tool), route.route.partition(" ")[0]
+    title = name.replace("_", " ").capitalize()
+    hints = {"title": title, "readOnlyHint": method == "GET",
+             "destructiveHint": method in ("DELETE", "PUT") or name in TOUCHING,
+             "idempotentHint": method in ("GET", "PUT", "DELETE"),
+             "openWorldHint": method == "POST" and "sessions" in route.route}
+    return {"name": name, "title": title, "description": summary_of(route.handler),
+            "inputSchema": object_of(route.takes), "annotations": hints}
+
+
+@functools.lru_cache(maxsize=1)
+def wire_tools() -> List[Json]:
+    """Describe all tools."""
+    return [wire_tool(route) for route in TOOLS.values()]
+
+
+class Resource(NamedTuple):
+    """Something that can be read by its address."""
+
+    uri: str                                # with {fields}
+    name: str
+    about: str
+    tool: str                               # the tool that reads it
+    arguments: Json = {}                    # besides the fields of the address
+    mime: str = "application/json"
+    text: Callable[[Any], str] = dump       # of the tool's value
+
+
+RESOURCES = (
+    Resource("aegis://health", "health", "Whether the server and its tmux work.", "get_health"),
+    Resource("aegis://sessions", "sessions", "All sessions, newest first.", "list_sessions", {"limit": 200}),
+    Resource("aegis://sessions/{id}", "session", "One session: state, what it waits for, tokens, cost.", "get_session"),
+    Resource("aegis://sessions/{id}/transcript", "transcript", "Its conversation: prompts, answers, tools.",
+             "read_session", {"limit": 1000}),
+    Resource("aegis://sessions/{id}/pane", "pane", "Its terminal's screen.", "read_pane", {}, "text/plain",
+             lambda pane: pane["text"]),
+    Resource("aegis://memory/{key}", "memory entry", "An entry of the memory.", "get_memory"),
+)
+
+
+def find_resource(uri: str) -> Tuple[Resource, Json]:
+    """Find what an address means, and the tool's arguments.  Raises ApiError 404."""
+    for one in RESOURCES:
+        pattern = re.escape(one.uri).replace(r"\{id\}", "([^/]+)").replace(r"\{key\}", "(.+)")
+        found = re.fullmatch(pattern, uri)
+        if found:
+            values = [urllib.parse.unquote(value) for value in found.groups()]
+            return one, {**one.arguments, **dict(zip(re.findall(r"\{(\w+)\}", one.uri), values))}
+    raise ApiError(404, "RESOURCE_NOT_FOUND", f"there is no resource {clip(uri, 100)}")
+
+
+def wire_resource(one: Resource, **changes: str) -> Json:
+    """Describe a resource, or with fields in its address a template of resources, as MCP does."""
+    place = "uriTemplate" if "{" in one.uri and "uri" not in changes else "uri"
+    told = {place: one.uri, "name": one.name, "description": one.about, "mimeType": one.mime}
+    return {**told, **changes}
+
+
+def resource_page(ask: Ask, begin: int) -> Tuple[List[Json], Optional[int]]:
+    """List what can be read now: the fixed ones, then each session newest first; and where the next page begins."""
+    page = if_allowed(ask, "list_sessions", {"page": begin // OFFER_PAGE + 1, "limit": OFFER_PAGE},
+                      {"sessions": [], "pagination": {"total": 0}})
+    fixed = [wire_resource(one) for one in RESOURCES if "{" not in one.uri] if begin == 0 else []
+    session = next(one for one in RESOURCES if one.name == "session")
+    shown = [wire_resource(session, uri=f"aegis://sessions/{one['id']}", name=one["name"],
+                           description=f"Session {one['name']}: {one['status']} in {one['workDir']}.")
+             for one in page["sessions"]]
+    more = page["pagination"]["total"] > begin + OFFER_PAGE
+    return fixed + shown, begin + OFFER_PAGE if more else None
+
+
+OFFER_PAGE = 100      # resources on one page; tools and prompts go on one, for clients that never turn it
+
+
+class Prompt(NamedTuple):
+    """Words for a person to begin with."""
+
+    name: str
+    about: str
+    takes: Mapping[str, Tuple[str, bool]]     # argument -> what it is, and whether it must be given
+    words: str                                # with {arguments}
+
+
+PROMPTS = (
+    Prompt("delegate", "Give a task to an agent of its own, and bring back what came of it.",
+           {"task": ("What is to be done.", True), "workDir": ("Absolute path of the directory to work in.", True)},
+           "Create an Aegis session with create_session (workDir {workDir}) and give it this task as its prompt:\n\n"
+           "{task}\n\nThen call read_session with wait=idle, again as long as timedOut is true. When pendingPermission "
+           "or pendingQuestion is set, tell me what it asks and wait for my decision before you call "
+           "approve_permission, reject_permission or answer_question. When it is idle, verify its work with "
+           "verify_session if the directory has checks, and report what it did. Kill the session when I agree."),
+    Prompt("supervise", "See what all sessions do, and which of them need somebody.", {},
+           "Call list_sessions. Report each live session in a line: name, directory, status, what it waits for. "
+           "For those in permission_prompt or asking, quote the request and ask me before you decide it. For those in "
+           "error, stalled or rate_limited, call explain_session and say what can be done."),
+    Prompt("review", "Review what a session did.", {"session": ("The session's id.", True)},
+           "Review the work of Aegis session {session}: call read_session with limit=100, then verify_session. Say "
+           "what was asked, what was done, which checks pass, and what you would send back. Change nothing yourself."),
+)
+
+
+def wire_prompts(ask: Ask) -> List[Json]:
+    """Describe the prompts: our own, then the templates that hold one."""
+    told = [{"name": one.name, "title": one.name.capitalize(), "description": one.about,
+             "arguments": [{"name": name, "description": about, "required": must}
+                           for name, (about, must) in one.takes.items()]} for one in PROMPTS]
+    known = {one.name for one in PROMPTS}
+    return told + [
+        {"name": one["name"], "title": one["name"], "description": one["description"] or "A template of yours.",
+         "arguments": [{"name": name, "description": about["description"], "required": about["required"]}
+                       for name, about in one["variables"].items()]}
+        for one in if_allowed(ask, "list_templates", {"limit": 200}, {"templates": []})["templates"]
+        if "prompt" in one["session"] and one["name"] not in known]
+
+
+def prompt_text(ask: Ask, name: str, given: Mapping[str, str]) -> Tuple[str, str]:
+    """Give what a prompt is about, and its words.  Raises ApiError."""
+    own = next((one for one in PROMPTS if one.name == name), None)
+    if own is None:
+        found = plain_answer(call_tool(ask, "get_template", {"id": name}))
+        words = found["session"].get("prompt")
+        if words is None:
+            raise ApiError(404, "PROMPT_NOT_FOUND", f"template {clip(name, 60)} holds no prompt")
+        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_text(ask.context)))
+        return found["description"], filled["prompt"]
+    faults = {name: "is required" for name, (_, must) in own.takes.items() if must and not given.get(name)}
+    faults.update({clip(name, 60): "is no argument of this prompt" for name in given if name not in own.takes})
+    if faults:
+        raise faulty(faults)
+    return own.about, own.words.format(**given)
+
+
+# ============================================================================
+# MCP. The Model Context Protocol, without a wire.
+# ============================================================================
+# reply_to() turns one message into its answer: an object, Later, Stream, or
+# None.  Two eras are spoken: up to 2025-11-25 a client shakes hands
+# (initialize) and keeps a session; since 2026-07-28 each request says in its
+# _meta who speaks which revision.  A refusal of a tool is an answer that the
+# model can read (isError); a wrong message is a JSON-RPC error.  What is kept
+# for a session of MCP is only who waits and what is watched: a client goes on
+# with its session through a restart of the server.  To add a method: a row in
+# METHODS.  Lock: Mcp.lock, a leaf.
+
+HANDSHAKE = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+MODERN = ("2026-07-28",)
+PROTOCOLS = (*HANDSHAKE, *MODERN)
+META = "io.modelcontextprotocol/"          # what the protocol's own names in _meta begin with
+PARSE, INVALID, NO_METHOD, BAD_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
+NO_RESOURCE, MISMATCH, NO_VERSION, CANCELLED = -32002, -32020, -32022, -32800
+BATCH_MESSAGES = 50                        # in one batch, which revision 2025-03-26 alone knows
+MCP_SESSIONS = 1_000                       # remembered; who is forgotten has to watch anew
+WATCHED = 200                              # resources that one session may watch
+TICK = 2.0                                 # seconds between two signs of life, while nothing happens
+INSTRUCTIONS = (
+    "Aegis runs coding agents, each in a terminal of its own. create_session starts one in a directory with a first "
+    "prompt; read_session with wait=idle holds until it needs you, and gives its answer. status permission_prompt: "
+    "look at pendingPermission, then approve_permission or reject_permission. status asking: answer_question. "
+    "send_prompt goes on with the same conversation. explain_session says why a session is in its state. kill_session "
+    "when you are done. For work in several steps: create_pipeline. To leave notes for other agents: set_memory.")
+
+
+class McpError(ApiError):
+    """A refusal of a message, as JSON-RPC writes it."""
+
+    def __init__(self, code: int, message: str, status: int = 400, data: Any = None, of: Any = None,
+                 **headers: str) -> None:
+        super().__init__(status, "MCP_ERROR", message, headers=headers)
+        self.number, self.data, self.of = code, data, of
+
+    def body(self) -> Json:
+        """Give the error's message."""
+        told = {"code": self.number, "message": self.message}
+        return {"jsonrpc": "2.0", "id": self.of,
+                "error": {**told, "data": self.data} if self.data is not None else told}
+
+
+def read_message(raw: str) -> Any:
+    """Read a JSON-RPC message or a batch of them.  Raises McpError."""
+    try:
+        message = strict_json(raw)
+        dump(message).encode()
+    except (ValueError, RecursionError) as error:
+        raise McpError(PARSE, f"this is not JSON: {clip(str(error), 200)}") from None
+    if not isinstance(message, (dict, list)) or message == []:
+        raise McpError(INVALID, "a message must be a JSON object")
+    return message
+
+
+def check_message(message: Any) -> None:
+    """Refuse what is no JSON-RPC message.  Raises McpError."""
+    of = message.get("id") if isinstance(message, dict) else None
+    known = of if isinstance(of, (str, int)) and not isinstance(of, bool) else None
+    wrong = ("a message must be a JSON object" if not isinstance(message, dict)
+             else 'it must hold "jsonrpc": "2.0"' if message.get("jsonrpc") != "2.0"
+             else "its id must be a text or a whole number" if "id" in message and known is None
+             else "its method must be a text" if not isinstance(message.get("method"), str)
+             and not {"result", "error"} & set(message) else None)
+    if wrong:
+        raise McpError(INVALID, wrong, of=known)
+    if not isinstance(message.get("params", {}), dict):
+        raise McpError(BAD_PARAMS, "params must be an object", of=known)
+
+
+def meta_of(message: Any) -> Json:
+    """Give a request's _meta; empty when there is none."""
+    params = message.get("params") if isinstance(message, dict) else None
+    meta = params.get("_meta") if isinstance(params, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def spoken_version(message: Any, headers: Mapping[str, str]) -> str:
+    """Tell which revision a message is spoken in.  Raises McpError when its headers say something else."""
+    header, meta = headers.get("mcp-protocol-version"), meta_of(message)
+    if isinstance(message, dict) and "id" in message and (header in MODERN or f"{META}protocolVersion" in meta):
+        return _modern_version(message, meta, headers)
+    if isinstance(message, dict) and message.get("method") == "initialize":
+        return HANDSHAKE[-1]
+    if header is None:
+        return "2025-03-26"   # the last revision that knew no such header
+    if header not in PROTOCOLS:
+        raise _unknown_version(header, message)
+    return header
+
+
+def _modern_version(message: Json, meta: Json, headers: Mapping[str, str]) -> str:
+    """Hold a request's headers against what it says itself.  Raises McpError."""
+    of = message.get("id")
+    missing = [name for name in ("protocolVersion", "clientCapabilities") if META + name not in meta]
+    if missing:
+        raise McpError(BAD_PARAMS, f"params._meta lacks {', '.join(META + name for name in missing)}", of=of)
+    version, params = meta[f"{META}protocolVersion"], message["params"]
+    named = params.get({"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}.get(
+        message.get("method", ""), ""))
+    for header, wanted in (("MCP-Protocol-Version", version), ("Mcp-Method", message.get("method")),
+                           ("Mcp-Name", named)):
+        if wanted is not None and header_text(headers.get(header.lower())) != wanted:
+            raise McpError(MISMATCH, f"the header {header} does not say what the message says", of=of)
+    if version not in MODERN:
+        raise _unknown_version(version, message)
+    return version
+
+
+def _unknown_version(version: Any, message: Any) -> McpError:
+    of = message.get("id") if isinstance(message, dict) else None
+    return McpError(NO_VERSION, "Unsupported protocol version", of=of,
+                    data={"supported": list(PROTOCOLS), "requested": version})
+
+
+def header_text(value: Optional[str]) -> Optional[str]:
+    """Read a header that may be wrapped as =?base64?…?=; None when it cannot be."""
+    found = re.fullmatch(r"=\?base64\?(.*)\?=", value or "")
+    if not found:
+        return value
+    import base64
+    try:
+        return base64.b64decode(found.group(1), validate=True).decode("utf-8")
+    except ValueError:
+        return None
+
+
+def header_word(text_: str) -> str:
+    """Write a text as a header's value, wrapped when it would not pass as it is."""
+    if re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text_) and not text_.startswith("=?base64?"):
+        return text_
+    import base64
+    return f"=?base64?{base64.b64encode(text_.encode('utf-8', 'replace')).decode()}?="
+
+
+def tools_text() -> str:
+    """Give all tools as JSON text, with the row and the scope behind each."""
+    told = [{**tool, "route": TOOLS[tool["name"]].route, "scope": TOOLS[tool["name"]].scope} for tool in wire_tools()]
+    return dump({"tools": told, "endpoint": "/mcp", "protocolVersions": list(PROTOCOLS)})
+
+
+# -- methods
+
+CAPABILITIES: Json = {"tools": {"listChanged": False}, "prompts": {"listChanged": False},
+                      "resources": {"subscribe": True, "listChanged": True}}
+SERVER_INFO: Json = {"name": "aegis", "title": "Aegis", "version": __version__}
+
+
+def mcp_initialize(ask: Ask, params: Json) -> Json:
+    """Shake hands: the revision that was asked for if we speak it, else the newest that shakes hands."""
+    wanted = params.get("protocolVersion")
+    if not isinstance(wanted, str):
+        raise McpError(BAD_PARAMS, "protocolVersion must be a text such as " + HANDSHAKE[-1])
+    return {"protocolVersion": wanted if wanted in HANDSHAKE else HANDSHAKE[-1], "capabilities": CAPABILITIES,
+            "serverInfo": SERVER_INFO, "instructions": INSTRUCTIONS}
+
+
+def mcp_discover(ask: Ask, params: Json) -> Json:
+    """Say what is spoken here."""
+    return {"supportedVersions": list(PROTOCOLS), "capabilities": CAPABILITIES, "instructions": INSTRUCTIONS}
+
+
+def mcp_ping(ask: Ask, params: Json) -> Json:
+    """Say that we are there."""
+    return {}
+
+
+def begin_of(params: Json) -> int:
+    """Read where a page begins.  Raises McpError."""
+    cursor = params.get("cursor")
+    if cursor is None:
+        return 0
+    found = re.fullmatch(r"from-(\d{1,9})", cursor) if isinstance(cursor, str) else None
+    if found is None or int(found.group(1)) % OFFER_PAGE:
+        raise McpError(BAD_PARAMS, "there is no such cursor: begin without one")
+    return int(found.group(1))
+
+
+def only_page(params: Json, noun: str, items: List[Json]) -> Json:
+    """Give a list that goes on one page."""
+    return {noun: items if begin_of(params) == 0 else []}
+
+
+def mcp_list_tools(ask: Ask, params: Json) -> Json:
+    """List the tools."""
+    return only_page(params, "tools", wire_tools())
+
+
+def mcp_list_prompts(ask: Ask, params: Json) -> Json:
+    """List the prompts."""
+    return only_page(params, "prompts", wire_prompts(ask))
+
+
+def mcp_list_resource_templates(ask: Ask, params: Json) -> Json:
+    """List the addresses with fields."""
+    return only_page(params, "resourceTemplates", [wire_resource(one) for one in RESOURCES if "{" in one.uri])
+
+
+def mcp_list_resources(ask: Ask, params: Json) -> Json:
+    """List what can be read now."""
+    shown, following = resource_page(ask, begin_of(params))
+    return {"resources": shown, **({} if following is None else {"nextCursor": f"from-{following}"})}
+
+
+def mcp_get_prompt(ask: Ask, params: Json) -> Json:
+    """Give a prompt's words."""
+    given = params.get("arguments") or {}
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise McpError(BAD_PARAMS, "arguments must be an object of texts")
+    about, words = prompt_text(ask, text_in(params, "name"), given)
+    return {"description": about, "messages": [{"role": "user", "content": {"type": "text", "text": words}}]}
+
+
+def text_in(params: Json, name: str) -> str:
+    """Take a text out of a request.  Raises McpError."""
+    value = params.get(name)
+    if not isinstance(value, str):
+        raise McpError(BAD_PARAMS, f"{name} must be a text")
+    return value
+
+
+def mcp_read_resource(ask: Ask, params: Json) -> Any:
+    """Read a resource."""
+    uri = text_in(params, "uri")
+    one, arguments = find_resource(uri)
+
+    def told(value: Any) -> Json:
+        return {"contents": [{"uri": uri, "mimeType": one.mime, "text": one.text(plain_answer(value))}]}
+    answer = call_tool(ask, one.tool, arguments)
+    return Later(lambda: told(answer.work()), answer.patient) if isinstance(answer, Later) else told(answer)
+
+
+def mcp_call_tool(ask: Ask, params: Json) -> Any:
+    """Call a tool; a refusal is an answer too."""
+    name, arguments = text_in(params, "name"), params.get("arguments")
+    if name not in TOOLS:
+        raise McpError(BAD_PARAMS, f"there is no tool {clip(name, 60)!r}: tools/list names them")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise McpError(BAD_PARAMS, "arguments must be an object")
+    answer = tool_result(ask, lambda: call_tool(ask, name, arguments or {}))
+    if isinstance(answer, Later):
+        return Later(lambda: tool_result(ask, answer.work), answer.patient)
+    return answer
+
+
+def tool_result(ask: Ask, work: Callable[[], Any]) -> Any:
+    """Do a tool's work; gives its result, or the refusal in the API's own envelope.  Later stays as it is."""
+    try:
+        value = plain_answer(work())
+    except McpError:
+        raise
+    except (ApiError, TmuxError) as error:
+        told = error if isinstance(error, ApiError) else ApiError(503, "TMUX_UNAVAILABLE", str(error))
+        return {"content": [{"type": "text", "text": dump(told.body())}], "structuredContent": told.body(),
+                "isError": True}
+    if isinstance(value, Later):
+        return value
+    return {"content": [{"type": "text", "text": dump(value)}], "structuredContent": value, "isError": False}
+
+
+# method -> what answers it, and in which revisions
+METHODS: Dict[str, Tuple[Callable[[Ask, Json], Any], Sequence[str]]] = {
+    "initialize": (mcp_initialize, HANDSHAKE),
+    "server/discover": (mcp_discover, MODERN),
+    "ping": (mcp_ping, PROTOCOLS),
+    "tools/list": (mcp_list_tools, PROTOCOLS),
+    "tools/call": (mcp_call_tool, PROTOCOLS),
+    "resources/list": (mcp_list_resources, PROTOCOLS),
+    "resources/templates/list": (mcp_list_resource_templates, PROTOCOLS),
+    "resources/read": (mcp_read_resource, PROTOCOLS),
+    "prompts/list": (mcp_list_prompts, PROTOCOLS),
+    "prompts/get": (mcp_get_prompt, PROTOCOLS),
+}
+KEPT = {"server/discover": 60_000, "tools/list": 60_000, "resources/templates/list": 60_000, "prompts/list": 0,
+        "resources/list": 0, "resources/read": 0}     # milliseconds for which a client may keep the answer
+
+
+def answered(message: Json, version: str, result: Json) -> Json:
+    """Wrap a result as its revision wants it."""
+    if version in MODERN:
+        result = {**result, "resultType": "complete", "_meta": {**result.get("_meta", {}), f"{META}serverInfo": {
+            "name": "aegis", "version": __version__}}}
+        if message["method"] in KEPT:
+            result.update(ttlMs=KEPT[message["method"]], cacheScope="private")
+    return {"jsonrpc": "2.0", "id": message["id"], "result": result}
+
+
+def refused(ask: Ask, message: Json, version: str, error: Exception) -> McpError:
+    """Turn what went wrong into a JSON-RPC error; a bug goes to the log."""
+    of, status = message["id"], 400 if version in MODERN else 200
+    if isinstance(error, McpError):
+        return McpError(error.number, error.message, 404 if version in MODERN and error.number == NO_METHOD else status,
+                        error.data, of)
+    if isinstance(error, ApiError):
+        missing = NO_RESOURCE if version in HANDSHAKE else BAD_PARAMS
+        number_ = missing if error.status == 404 else BAD_PARAMS if error.status == 400 else INTERNAL
+        return McpError(number_, error.message, 429 if error.status == 429 else status, error.body(), of,
+                        **error.headers)
+    if not isinstance(error, TmuxError):
+        ask.context.log.note("error", "bug", trace=traceback.format_exc())
+    return McpError(INTERNAL, str(error) if isinstance(error, TmuxError) else "internal error; the log tells more", 200,
+                    None, of)
+
+
+def reply_to(ask: Ask, message: Json, version: str, methods: Mapping[str, Any] = METHODS) -> Any:
+    """Answer one message: an object, Later that gives one, Stream, or None.  Raises McpError.
+
+    A notification of the client, and an answer to something that we never ask, are taken in silence.
+    """
+    check_message(message)
+    if "id" not in message or "method" not in message:
+        return None
+    answer, versions = methods.get(message["method"], (None, ()))
+    try:
+        if answer is None or version not in versions:
+            raise McpError(NO_METHOD, f"there is no method {clip(message['method'], 60)} in {version}")
+        result = answer(ask, message.get("params") or {})
+    except Exception as error:
+        raise refused(ask, message, version, error) from error
+    if isinstance(result, Stream):
+        return result
+    if not isinstance(result, Later):
+        return answered(message, version, result)
+
+    def work() -> Json:
+        try:
+            return answered(message, version, result.work())
+        except Exception as error:
+            return refused(ask, message, version, error).body()
+    return Later(work, result.patient)
+
+
+# ============================================================================
+# STREAMABLE. MCP over HTTP.
+# ============================================================================
+# POST /mcp takes a message.  What is known at once is answered as JSON; what
+# may wait is answered as an event stream if the client takes one, with signs
+# of progress before the answer.  GET /mcp streams what a client of the older
+# era watches, DELETE ends its session.  A client that hangs up or cancels ends
+# the waiting, never an agent's work.  Lock: Mcp.lock, a leaf.
+
+SESSION_WORD = re.compile(r"[\x21-\x7e]{1,128}\Z")
+LIST_CHANGES = ("session.created", "session.resumed", "session.exited", "session.killed")
+TOLD = ("stage", "name", "state", "status", "outcome", "tool", "round", "reason")   # of an event, in a sign of progress
+Watched = Dict[str, str]     # resources by their plain address -> as the client wrote it
+
+
+def plain_uri(uri: str) -> str:
+    """Write a resource's address without escapes.  Raises ApiError 404."""
+    one, arguments = find_resource(uri)
+    return re.sub(r"\{(\w+)\}", lambda field: str(arguments[field.group(1)]), one.uri)
+
+
+def touched(event: Event) -> Sequence[str]:
+    """List the resources that an event changes."""
+    if event.session is None:
+        return (f"aegis://memory/{event.data['key']}",) if event.type.startswith("memory.") else ()
+    one = f"aegis://sessions/{event.session}"
+    return "aegis://sessions", one, one + "/transcript"
+
+
+def notification(method: str, params: Json) -> Json:
+    """Write a notification."""
+    return {"jsonrpc": "2.0", "method": f"notifications/{method}", "params": params}
+
+
+def message_frame(message: Json) -> bytes:
+    """Write a message as an event of a stream."""
+    return f"event: message\ndata: {dump(message)}\n\n".encode("utf-8", "replace")
+
+
+def notices(event: Event, watched: Watched, lists: bool, meta: Json) -> bytes:
+    """Write what a watching client is told of an event."""
+    more = {"_meta": meta} if meta else {}
+    told = [notification("resources/updated", {"uri": watched[uri], **more}) for uri in touched(event)
+            if uri in watched]
+    if lists and event.type in LIST_CHANGES:
+        told.append(notification("resources/list_changed", more))
+    return b"".join(map(message_frame, told))
+
+
+def progress_text(event: Event) -> str:
+    """Say in a line what an event tells."""
+    words = [str(event.data[name]) for name in TOLD if event.data.get(name) not in (None, "")]
+    return clip(" ".join([event.type, *words]), 200)
+
+
+def subjects_of(message: Json) -> List[str]:
+    """List the ids that a call of a tool names in its row's path: what it waits for."""
+    params = message.get("params", {})
+    route, arguments = TOOLS.get(str(params.get("name"))), params.get("arguments") or {}
+    return [str(arguments.get(name)) for name in PATH_FIELD.findall(route.route)] if route else []
+
+
+def concerns(event: Event, subjects: Sequence[str]) -> bool:
+    """Tell whether an event is about one of some ids."""
+    return any(one == event.session or one in [value for name, value in event.data.items() if name.endswith("Id")]
+               for one in subjects)
+
+
+class Mcp:
+    """The sessions of MCP: who waits for what, and who watches what.  lock guards all of it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.flights: Dict[Tuple[str, Any], Callable[[], Any]] = {}   # session and request -> ends its waiting
+        self.watched: "collections.OrderedDict[str, Watched]" = collections.OrderedDict()
+        self.streams: Dict[str, Listener] = {}                        # of a session: the newest alone is told
+        self.ended: "collections.deque[str]" = collections.deque(maxlen=MCP_SESSIONS)
+        self.methods = {**METHODS, "resources/subscribe": (self.subscribe, HANDSHAKE),
+                        "resources/unsubscribe": (self.unsubscribe, HANDSHAKE)}
+
+    # -- the three verbs
+
+    def post(self, ask: Ask, raw: str) -> Any:
+        """Answer a message, or a batch of them where its revision knows such.  Raises McpError."""
+        accept = ask.headers.get("accept", "*/*").lower()
+        if not re.search(r"application/(json|\*)|\*/\*", accept):
+            raise McpError(INVALID, "the header Accept must take application/json, and text/event-stream", 406)
+        self.session_of(ask)
+        message = read_message(raw)
+        if isinstance(message, list):
+            return self._batch(ask, message, spoken_version(message, ask.headers))
+        check_message(message)
+        version = spoken_version(message, ask.headers)
+        return self._answer(ask, message, version, "text/event-stream" in accept)
+
+    def stream(self, ask: Ask) -> Stream:
+        """Stream what a session watches.  Raises McpError."""
+        if "text/event-stream" not in ask.headers.get("accept", ""):
+            raise McpError(INVALID, "the header Accept must take text/event-stream", 406)
+        if ask.headers.get("mcp-protocol-version") in MODERN:
+            raise McpError(INVALID, "this revision has no such stream: use subscriptions/listen", 405, Allow="POST")
+        session, listener = self.session_of(ask), Listener()
+        ask.context.bus.listen(listener)
+        if session:
+            with self.lock:
+                older, self.streams[session] = self.streams.get(session), listener
+                while len(self.streams) > MCP_SESSIONS:
+                    self.streams.pop(next(iter(self.streams)))
+            if older:
+                older.queue.put(None)
+        return Stream(listener, iter(()), lambda event: notices(event, self.watched.get(session, {}), True, {}))
+
+    def end(self, ask: Ask) -> Json:
+        """End a session: its waiting ends, and it is not taken up again.  Raises McpError."""
+        session = self.session_of(ask)
+        if not session:
+            raise McpError(INVALID, "the header Mcp-Session-Id names the session to end")
+        with self.lock:
+            self.ended.append(session)
+            self.watched.pop(session, None)
+            listener = self.streams.pop(session, None)
+            waiting = [leave for (owner, _), leave in self.flights.items() if owner == session]
+        for leave in waiting:
+            leave()
+        if listener:
+            listener.queue.put(None)
+        return {"ended": True}
+
+    def session_of(self, ask: Ask) -> str:
+        """Read which session a request belongs to; none is kept here, so one of before a restart goes on.
+
+        Raises McpError 404 for one that was ended.
+        """
+        session = ask.headers.get("mcp-session-id", "")
+        if session and not SESSION_WORD.match(session):
+            raise McpError(INVALID, "Mcp-Session-Id must have 1 to 128 visible ASCII characters")
+        if session in self.ended:
+            raise McpError(INVALID, "this session was ended: begin with initialize", 404)
+        return session
+
+    # -- one message
+
+    def _answer(self, ask: Ask, message: Json, version: str, streams: bool) -> Any:
+        own = Caller()   # the connection's lives on when a message was cancelled
+        ask.caller.when_left(own.leave)
+        if message.get("method") == "notifications/cancelled":
+            self._cancel(ask, message)
+        listens = {"subscriptions/listen": (lambda ask_, params: self.listen(ask_, params, message["id"]), MODERN)}
+        answer = reply_to(ask._replace(caller=own), message, version, {**self.methods, **listens})
+        if isinstance(answer, Stream) and not streams:
+            ask.context.bus.leave(answer.listener)
+            raise McpError(INVALID, "the header Accept must take text/event-stream", 406, of=message["id"])
+        if answer is None:
+            return Reply(202, Encoded(""))
+        if isinstance(answer, Later) and streams:
+            return Spoken(lambda send: self._speak(ask, own, message, answer, send), answer.patient)
+        if isinstance(answer, Later):
+            return Later(lambda: self._flown(ask, message, own.leave, answer.work), answer.patient)
+        if message.get("method") == "initialize":
+            return Reply(200, answer, {"Mcp-Session-Id": secrets.token_hex(16)})
+        return answer
+
+    def _batch(self, ask: Ask, messages: List[Any], version: str) -> Any:
+        if version != "2025-03-26" or len(messages) > BATCH_MESSAGES:
+            raise McpError(INVALID, f"send one message at a time: batches are of 2025-03-26 alone, with at most "
+                           f"{BATCH_MESSAGES} messages")
+
+        def one(message: Any) -> Any:
+            try:
+                if isinstance(message, dict) and message.get("method") == "initialize":
+                    raise McpError(INVALID, "initialize goes alone", of=message.get("id"))
+                answer = reply_to(ask, message, version, self.methods)
+                return answer.work() if isinstance(answer, Later) else answer
+            except McpError as error:
+                return error.body()
+
+        def work() -> Any:
+            told = [answer for answer in map(one, messages) if answer is not None]
+            return Encoded(dump(told))
+        if not any(not isinstance(message, dict) or "id" in message for message in messages):
+            work()
+            return Reply(202, Encoded(""))
+        return Later(work, True)
+
+    def _cancel(self, ask: Ask, message: Json) -> None:
+        session, params = self.session_of(ask), message.get("params")
+        wanted = params.get("requestId") if isinstance(params, dict) else None
+        with self.lock:
+            leave = self.flights.get((session, wanted)) if session and isinstance(wanted, (str, int)) else None
+        if leave:
+            leave()
+
+    def _flown(self, ask: Ask, message: Json, leave: Callable[[], Any], work: Callable[[], Any]) -> Any:
+        """Do work that another message of the same session may cancel."""
+        key = (ask.headers.get("mcp-session-id", ""), message["id"])
+        with self.lock:
+            self.flights[key] = leave
+        try:
+            return work()
+        finally:
+            with self.lock:
+                if self.flights.get(key) is leave:
+                    del self.flights[key]
+
+    def _speak(self, ask: Ask, own: Caller, message: Json, later: Later, send: Callable[[bytes], Any]) -> None:
+        """Write signs of progress while the work is under way, then its answer; nothing when it was cancelled."""
+        listener, done, over = Listener(), [], threading.Event()   # type: Listener, List[Json], threading.Event
+
+        def work() -> None:
+            done.append(later.work())
+            over.set()
+            listener.queue.put(None)
+
+        def leave() -> None:
+            own.leave()
+            listener.queue.put(None)
+        ask.caller.when_left(leave)
+        ask.context.bus.listen(listener)
+        spawn("aegis-mcp", work)
+        try:
+            self._flown(ask, message, leave, lambda: self._progress(listener, message, over, send))
+            if not own.left and over.wait(TICK):     # a server that stops ends the waiting, too
+                send(message_frame(done[0]))
+        finally:
+            own.leave()
+            ask.context.bus.leave(listener)
+
+    def _progress(self, listener: Listener, message: Json, over: threading.Event, send: Callable[[bytes], Any]) -> None:
+        token, subjects = meta_of(message).get("progressToken"), subjects_of(message)
+        began, count, text_ = time.monotonic(), itertools.count(1), "under way"
+        while not over.is_set():
+            told = {"progressToken": token, "progress": next(count), "message": text_}
+            send(message_frame(notification("progress", told)) if isinstance(token, (str, int)) else b": ping\n")
+            event = None
+            while event is None or not concerns(event, subjects):
+                try:
+                    event = listener.queue.get(timeout=TICK)
+                except queue.Empty:
+                    text_ = f"{time.monotonic() - began:.0f} s so far"
+                    break
+                if event is None and not listener.cut:
+                    return
+                listener.cut = False
+                text_ = progress_text(event) if event else ""
+
+    # -- watching
+
+    def subscribe(self, ask: Ask, params: Json) -> Json:
+        """Watch a resource that the caller may read."""
+        uri, session = text_in(params, "uri"), self.session_of(ask)
+        if not session:
+            raise McpError(INVALID, "only a session can watch: initialize gives one, in the header Mcp-Session-Id")
+        self._readable(ask, uri)
+        with self.lock:
+            watched = {**self.watched.get(session, {}), plain_uri(uri): uri}
+            if len(watched) > WATCHED:
+                raise McpError(BAD_PARAMS, f"a session watches at most {WATCHED} resources")
+            self.watched[session] = watched
+            self.watched.move_to_end(session)
+            while len(self.watched) > MCP_SESSIONS:
+                self.watched.popitem(last=False)
+        return {}
+
+    def unsubscribe(self, ask: Ask, params: Json) -> Json:
+        """Watch a resource no longer."""
+        uri, session = text_in(params, "uri"), self.session_of(ask)
+        with self.lock:
+            if session in self.watched:
+                self.watched[session] = {plain: one for plain, one in self.watched[session].items() if one != uri}
+        return {}
+
+    def listen(self, ask: Ask, params: Json, of: Any) -> Stream:
+        """Stream what a request wishes to be told of."""
+        wish, uris = params.get("notifications"), []
+        if not isinstance(wish, dict):
+            raise McpError(BAD_PARAMS, "notifications must be an object")
+        uris = wish.get("resourceSubscriptions") or []
+        if not isinstance(uris, list) or len(uris) > WATCHED or not all(isinstance(uri, str) for uri in uris):
+            raise McpError(BAD_PARAMS, f"resourceSubscriptions must be at most {WATCHED} texts")
+        for uri in uris:
+            self._readable(ask, uri)
+        lists, meta = wish.get("resourcesListChanged") is True, {f"{META}subscriptionId": of}
+        honoured = {**({"resourcesListChanged": True} if lists else {}),
+                    **({"resourceSubscriptions": uris} if uris else {})}
+        watched, listener = {plain_uri(uri): uri for uri in uris}, Listener()
+        ask.context.bus.listen(listener)
+        opening = notification("subscriptions/acknowledged", {"notifications": honoured, "_meta": meta})
+        return Stream(listener, iter(()), lambda event: notices(event, watched, lists, meta), message_frame(opening))
+
+    def _readable(self, ask: Ask, uri: str) -> None:
+        one, arguments = find_resource(uri)
+        call_tool(ask, one.tool, arguments)   # Later, too, looks for its session at once
+
+
+def all_faces() -> Dict[str, Callable[..., Any]]:
+    """Give what else the table can tell, for the handlers."""
+    mcp = Mcp()
+    return {"openapi": openapi_text, "tools": tools_text, "post": mcp.post, "stream": mcp.stream, "end": mcp.end}
 
 
 # ============================================================================
@@ -11508,10 +12386,8 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, "TOO_LARGE", f"the body must have at most {limit} bytes")
 
 
-def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
-    """Read a JSON body.  Raises ApiError 400 or 415."""
-    if not raw:
-        return None
+def parse_text(headers: Mapping[str, str], raw: bytes) -> str:
+    """Read a body that must say that it is JSON as the text that it is.  Raises ApiError 400 or 415."""
     kind, _, parameters = headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
         raise ApiError(
@@ -11521,9 +12397,18 @@ def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
     if charset and charset.group(1).lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "JSON must be in UTF-8")
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_int=_short_int)
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ApiError(400, "BAD_ENCODING", f"the body is not UTF-8 (at byte {error.start})") from None
+
+
+def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
+    """Read a JSON body.  Raises ApiError 400 or 415."""
+    if not raw:
+        return None
+    words = parse_text(headers, raw)
+    try:
+        value = strict_json(words)
     except RecursionError:
         raise ApiError(400, "BAD_JSON", "the body is nested too deeply") from None
     except ValueError as error:
@@ -11531,16 +12416,6 @@ def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
     if not isinstance(value, dict):
         raise ApiError(400, "BAD_JSON", "the body must be a JSON object")
     return value
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not JSON")
-
-
-def _short_int(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number is too long")
-    return int(digits)
 
 
 def parse_query(query: str) -> Dict[str, str]:
@@ -11582,7 +12457,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, app: App) -> None:
         settings = app.settings
         self.app, self.log, self.access = app, app.log, Access(settings)
-        app.context.faces = FACES
+        app.context.faces = all_faces()
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host.strip("[]"), settings.port), None)  # type: ignore[arg-type]
         self.selector = selectors.DefaultSelector()
@@ -11753,7 +12628,7 @@ class Server(ThreadingHTTPServer):
                 if not self._refuse(connection, error, began):
                     return
                 continue
-            if isinstance(answer, (Later, Stream)):
+            if isinstance(answer, (Later, Stream, Spoken)):
                 self._to_thread(connection, answer, began)
                 return
             if not self._reply(connection, connection.route.status, answer, began):
@@ -11846,7 +12721,7 @@ class Server(ThreadingHTTPServer):
                     "Access-Control-Allow-Methods": allow,
                     "Access-Control-Max-Age": "600",
                     "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, "
-                    "Last-Event-ID, X-Request-Id",
+                    "Last-Event-ID, X-Request-Id, Mcp-Session-Id, MCP-Protocol-Version, Mcp-Method, Mcp-Name",
                 }
             )
         return ApiError(204, "", "", headers=extra)
@@ -11859,10 +12734,10 @@ class Server(ThreadingHTTPServer):
         if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
-                  connection.caller)
+                  connection.caller, head.headers, lambda scope: self.access.check_scope(scope, head.headers))
 
         def work() -> Any:
-            body = parse_body(head.headers, raw)
+            body = parse_text(head.headers, raw) if route.raw else parse_body(head.headers, raw)
             if route.scope == "hook":   # an agent's report is taken as it comes; a caller is told what is wrong
                 body = whole_text(body, raw)
             return call(route, ask, connection.words, parse_query(head.query) if head.query else {}, body)
@@ -11910,10 +12785,12 @@ class Server(ThreadingHTTPServer):
 
     def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
         """Answer from the loop; False when the connection is to be closed."""
-        head = connection.head
+        head, extra = connection.head, {}
         assert head is not None
+        if isinstance(value, Reply):
+            status, value, extra = value
         close = not head.keep_alive or self.ending
-        data = self._response(connection, status, value, close)
+        data = self._response(connection, status, value, close, extra)
         self._note(connection, status, len(data), began)
         connection.head = None
         self._post(connection, data, "close" if close else "")
@@ -12029,6 +12906,8 @@ class Server(ThreadingHTTPServer):
         self._lend(connection)
         if isinstance(answer, Stream):
             self._spawn(self._stream, connection, answer, began)
+        elif isinstance(answer, Spoken):
+            self._spawn(self._speak, connection, answer, began)
         else:
             self._spawn(self._wait, connection, answer, began)
 
@@ -12057,30 +12936,45 @@ class Server(ThreadingHTTPServer):
         """Write events until the client leaves or lags."""
         head, sock = connection.head, connection.sock
         assert head is not None
-        self._note(connection, 200, 0, began)
-        extra = self._cors(head) if self.access.origins else ""
-        top = (f"HTTP/1.1 200 OK\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}{extra}"
-               "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\nretry: 2000\n")
         try:
-            sock.settimeout(SLOW_SECONDS)
-            sock.sendall(connection.out)
+            self._open_stream(connection, began)
             if head.method == "HEAD":
-                sock.sendall(top.partition("retry")[0].encode())
                 return
-            sock.sendall(top.encode())
+            sock.sendall(b"retry: 2000\n" + stream.opening)
             for page in stream.missed:
-                sock.sendall(b"".join(map(frame, page)))
+                sock.sendall(b"".join(map(stream.shape, page)))
             connection.caller.when_left(lambda: stream.listener.queue.put(None))
-            self._follow(sock, stream.listener)
+            self._follow(sock, stream)
         except OSError:
             pass
         finally:
             self.app.context.bus.leave(stream.listener)
             self._give_back(connection, True)
 
-    def _follow(self, sock: socket.socket, listener: Listener) -> None:
+    def _open_stream(self, connection: Connection, began: float) -> None:
+        """Write the head of an event stream."""
+        head = connection.head
+        assert head is not None
+        self._note(connection, 200, 0, began)
+        extra = self._cors(head) if self.access.origins else ""
+        top = (f"HTTP/1.1 200 OK\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}{extra}"
+               "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\n")
+        connection.sock.settimeout(SLOW_SECONDS)
+        connection.sock.sendall(bytes(connection.out) + top.encode())
+
+    def _speak(self, connection: Connection, spoken: Spoken, began: float) -> None:
+        """Let work write its answer as it comes."""
+        try:
+            self._open_stream(connection, began)
+            spoken.work(connection.sock.sendall)
+        except OSError:
+            connection.caller.leave()
+        finally:
+            self._give_back(connection, True)
+
+    def _follow(self, sock: socket.socket, stream: Stream) -> None:
         """Write what comes; a comment has no blank line behind it, for some clients take any block for an event."""
-        pause = self.app.settings.heartbeat_seconds
+        pause, listener = self.app.settings.heartbeat_seconds, stream.listener
         while True:
             try:
                 batch = [listener.queue.get(timeout=pause)]
@@ -12090,7 +12984,7 @@ class Server(ThreadingHTTPServer):
             with contextlib.suppress(queue.Empty):
                 while len(batch) < 200:
                     batch.append(listener.queue.get_nowait())
-            sock.sendall(b"".join(frame(event) for event in batch if event))
+            sock.sendall(b"".join(stream.shape(event) for event in batch if event))
             if None in batch:
                 with contextlib.suppress(OSError):
                     sock.sendall(
@@ -14661,6 +15555,228 @@ def reach(url: str = "", token: str = "", environ: Mapping[str, str] = os.enviro
 
 
 # ============================================================================
+# BRIDGE. MCP over stdin and stdout.
+# ============================================================================
+# `aegis.py mcp` hands each line on to POST /mcp of a running server, and its
+# answers back: the protocol is spoken in one place.  Nothing but messages is
+# ever written to stdout.  A request has a connection of its own, in a thread
+# of its own; a cancelled one is hung up on, which ends the waiting there.
+# Lock: Bridge.lock, a leaf: stdout, and who is under way.
+
+LINE_MOST = MAX_BODY               # characters of one message
+UNDER_WAY = 64                     # requests at once; more wait for their turn
+REQUEST_SECONDS = 90_000.0         # the longest wait that a tool may be told, and an hour
+FAREWELL_SECONDS = 1.5             # after the end of stdin, for answers that are on their way
+GONE = -32000                      # JSON-RPC code: the server cannot be reached, or refused the request
+
+
+class Bridge:
+    """One client on stdin and stdout."""
+
+    def __init__(self, client: Client, out: Any) -> None:
+        self.client, self.out = client, out
+        self.lock = threading.Lock()
+        self.lines: Dict[Any, Any] = {}              # requests under way -> their connections
+        self.cancelled: Dict[Any, bool] = {}         # of those, the ones whose answer nobody wants
+        self.turns = threading.Semaphore(UNDER_WAY)   # taken by the threads: stdin is read on, for it may cancel one
+        self.session = self.version = ""             # what initialize came to
+        self.watching = False
+
+    def run(self, source: Any) -> int:
+        """Hand lines on until stdin ends."""
+        while True:
+            line = source.readline(LINE_MOST + 2)
+            if not line:
+                break
+            if len(line) > LINE_MOST:
+                while line and not line.endswith(b"\n"):
+                    line = source.readline(LINE_MOST)
+                self.write(McpError(PARSE, f"a message must have at most {LINE_MOST:,} bytes").body())
+            elif line.strip():
+                self.take(line.strip())
+        self.leave()
+        return 0
+
+    def take(self, raw: bytes) -> None:
+        """Take one message: a request goes in a thread, a notification at once."""
+        try:
+            message = read_message(raw.decode("utf-8"))
+        except (ApiError, UnicodeDecodeError) as error:
+            self.write((error if isinstance(error, McpError) else McpError(PARSE, "this is not UTF-8")).body())
+            return
+        known = message if isinstance(message, dict) else {}
+        if known.get("method") == "notifications/cancelled":
+            self.cancel(known)
+        elif isinstance(message, dict) and ("id" not in message or "method" not in message
+                                            or message["method"] == "initialize"):
+            self.send(raw, message)
+        else:
+            spawn("aegis-bridge", self._turn, raw, message)
+
+    def _turn(self, raw: bytes, message: Any) -> None:
+        with self.turns:
+            self.send(raw, message)
+
+    def cancel(self, message: Json) -> None:
+        """Hang up on a request: its answer is not wanted any more."""
+        params = message.get("params")
+        wanted = params.get("requestId") if isinstance(params, dict) else None
+        with self.lock:
+            line = self.lines.get(wanted) if isinstance(wanted, (str, int)) else None
+            if line is not None:
+                self.cancelled[wanted] = True
+                hang_up(line)
+
+    def send(self, raw: bytes, message: Any) -> None:
+        """Make the request of one message, and write what comes back."""
+        of = message.get("id") if isinstance(message, dict) else None
+        of = of if isinstance(of, (str, int)) else None
+        line = None
+        try:
+            line = self.client._dial(DIAL_SECONDS)
+            with self.lock:
+                self.lines[of] = line
+            line.sock.settimeout(REQUEST_SECONDS)
+            line.request("POST", self.client.place.prefix + "/mcp", raw, {**self.headers(message),
+                                                                         "Content-Type": "application/json"})
+            self.read(line.getresponse(), message, of)
+        except Exception as error:   # whatever breaks, its client is told
+            if not self.cancelled.get(of) and isinstance(message, dict) and "id" in message:
+                says = error.message if isinstance(error, ApiError) else f"the server hung up ({error})"
+                self.write(McpError(GONE, says, of=of).body())
+        finally:
+            self.client._drop(line)
+            with self.lock:
+                if self.lines.get(of) is line:
+                    self.lines.pop(of, None)
+                    self.cancelled.pop(of, None)
+
+    def headers(self, message: Any) -> Dict[str, str]:
+        """Say in headers what the message says, and whose it is."""
+        meta, told = meta_of(message), dict(self.client.headers)
+        version = meta.get(f"{META}protocolVersion")
+        if isinstance(version, str) and isinstance(message.get("method"), str):
+            params = message["params"]
+            named = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}.get(message["method"])
+            words = {"MCP-Protocol-Version": version, "Mcp-Method": message["method"],
+                     "Mcp-Name": params.get(named) if named else None}
+            return {**told, **{name: header_word(word) for name, word in words.items() if isinstance(word, str)}}
+        own = {"Mcp-Session-Id": self.session, "MCP-Protocol-Version": self.version}
+        return {**told, **{name: word for name, word in own.items() if word}}
+
+    def read(self, answer: Any, message: Any, of: Any) -> None:
+        """Write an answer's messages."""
+        if (answer.headers.get("Content-Type") or "").startswith("text/event-stream"):
+            for told in read_blocks(iter(answer.readline, b"")):
+                self.hear(told, message, of)
+            if self.cancelled.get(of) is None and not self.heard(of):
+                raise OSError("before it answered")
+            return
+        raw = answer.read()
+        if answer.status != 202 and raw:
+            told = json.loads(raw)
+            envelope = isinstance(told, dict) and "jsonrpc" not in told
+            self.hear(McpError(GONE, str(told.get("error")), data=told, of=of).body() if envelope else told, message,
+                      of)
+        if isinstance(message, dict) and message.get("method") == "initialize" and answer.status == 200:
+            self.session = answer.headers.get("Mcp-Session-Id") or ""
+
+    def heard(self, of: Any) -> bool:
+        """Tell whether a request got its answer, and forget it."""
+        with self.lock:
+            return self.lines.pop(of, None) is None
+
+    def hear(self, told: Any, message: Any, of: Any) -> None:
+        """Pass a message on, unless it answers what was cancelled."""
+        if isinstance(told, dict) and "id" in told and "method" not in told:
+            with self.lock:
+                if self.cancelled.get(of):
+                    return
+                self.lines.pop(of, None)
+            self.learn(told, message)
+        self.write(told)
+
+    def learn(self, told: Json, message: Any) -> None:
+        """Note what a handshake came to; from the first watched resource on, listen."""
+        method, result = message.get("method") if isinstance(message, dict) else None, told.get("result")
+        if method == "initialize" and isinstance(result, dict):
+            self.version = str(result.get("protocolVersion", ""))
+        if method == "resources/subscribe" and result is not None and not self.watching:
+            self.watching = True
+            spawn("aegis-bridge", self.watch)
+
+    def watch(self) -> None:
+        """Pass on what the session watches, through restarts of the server."""
+        while not self.client.closed:
+            line = None
+            try:
+                line = self.client._dial(DIAL_SECONDS)
+                line.sock.settimeout(STREAM_SECONDS)
+                line.request("GET", self.client.place.prefix + "/mcp", headers=self.headers({}))
+                answer = line.getresponse()
+                if answer.status == 200:
+                    for told in read_blocks(iter(answer.readline, b"")):
+                        self.write(told)
+            except Exception as error:   # comes back whatever it was
+                if self.client.closed or isinstance(error, BrokenPipeError):
+                    return
+            finally:
+                self.client._drop(line)
+            time.sleep(1.0)
+
+    def write(self, told: Any) -> None:
+        """Write one message, on one line."""
+        raw = dump(told).encode("utf-8", "replace") + b"\n"
+        with self.lock:
+            try:
+                self.out.write(raw)
+                self.out.flush()
+            except (OSError, ValueError):   # whoever read it is gone, and stdin ends too
+                self.client.closed = True
+
+    def leave(self) -> None:
+        """End: what is on its way may arrive, the rest is hung up on."""
+        until = time.monotonic() + FAREWELL_SECONDS
+        while self.lines and time.monotonic() < until:
+            time.sleep(0.01)
+        with self.lock:
+            self.cancelled.update(dict.fromkeys(self.lines, True))
+        self.client.close()
+        if self.session:
+            with contextlib.suppress(Exception):   # the server forgets it by itself, too
+                self.client.closed = False
+                line = self.client._dial(1.0)
+                line.request("DELETE", self.client.place.prefix + "/mcp", headers=self.headers({}))
+                line.getresponse().read()
+
+
+def hang_up(line: Any) -> None:
+    """Shut a connection, so that whoever reads from it wakes."""
+    with contextlib.suppress(OSError, AttributeError):
+        line.own.shutdown(socket.SHUT_RDWR)
+
+
+def bridge(argv: Sequence[str]) -> int:
+    """Speak MCP on stdin and stdout, for a running server."""
+    parser = argparse.ArgumentParser(prog="aegis.py mcp", description=bridge.__doc__)
+    parser.add_argument("--url", default="", help="the server's address (AEGIS_URL; default: the one of this box)")
+    parser.add_argument("--token", default="", help="its token, or @FILE that holds it (AEGIS_TOKEN); a token written "
+                        "here can be read by every user of this box")
+    options = parser.parse_args(argv)
+    try:
+        client = reach(options.url, options.token)
+        client.call("GET", "/v1/tools", seconds=DIAL_SECONDS)
+    except ApiError as error:
+        more = ": set AEGIS_TOKEN" if error.status == 401 else ""
+        print(f"aegis mcp: {error.message}{more}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    code = Bridge(client, sys.stdout.buffer).run(sys.stdin.buffer)
+    sys.stdout.flush()
+    return code
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
@@ -14676,6 +15792,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serves the coding agents of this box over HTTP.",
         epilog="Further commands: `aegis.py bench` measures this box, "
         "`aegis.py selftest --screens DIR` replays captured screens, "
+        "`aegis.py mcp` offers them to other agents (MCP over stdin and stdout), "
         "`aegis.py docs` prints the README's tables.  Only from the environment: "
         + "; ".join(f"AEGIS_{one.name.upper()}: {one.about}" for one in SETTINGS if not one.flag),
     )
@@ -14844,7 +15961,8 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
 
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "bench": bench, "docs": print_docs, "selftest": selftest, "demo-agent": demo_agent_main,
+    "serve": serve, "bench": bench, "docs": print_docs, "selftest": selftest, "mcp": bridge,
+    "demo-agent": demo_agent_main,
 }
 
 

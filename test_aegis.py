@@ -6457,6 +6457,9 @@ def test_every_route_names_an_unknown_field(server, route):
     elif method == "GET":
         answer = server.call(f"GET {path}?zebra=1")
         assert answer.status == 400 and "zebra" in answer.json["fields"]
+    elif route.raw:
+        answer = server.call(f"{method} {path}", {"zebra": 1})
+        assert answer.status == 400 and answer.json["error"]["code"] == -32600
     else:
         answer = server.call(f"{method} {path}", {"zebra": 1})
         assert answer.status == 400 and "zebra" in answer.json["fields"]
@@ -6585,6 +6588,489 @@ def test_what_has_the_wrong_shape_is_found():
     for wrong in ({"name": ""}, {"name": None}, {"many": [1, -1]}, {"many": 1}, {"at": "today"}, {"more": 1}):
         assert len(list(misshapen(shape, {**good, **wrong}, "it"))) == 1, wrong
     assert len(list(misshapen(shape, {}, "it"))) == 3
+
+
+# ============================================================================
+# OFFERS. What other agents are offered: tools, resources, prompts.
+# ============================================================================
+
+NEWEST = "2026-07-28"
+META = "io.modelcontextprotocol/"
+
+
+def test_list_tools_names_every_row_that_is_a_tool(server, document):
+    told = server.ask("GET /v1/tools")
+    by_name = {one["name"]: one for one in told["tools"]}
+    assert set(by_name) == {route.tool for route in aegis.ROUTES if route.tool} and len(by_name) == len(told["tools"])
+    create = by_name["create_session"]
+    assert create["inputSchema"]["additionalProperties"] is False and "prompt" in create["inputSchema"]["properties"]
+    assert (create["route"], create["scope"]) == ("POST /v1/sessions", "sessions:write")
+    assert by_name["read_session"]["inputSchema"]["required"] == ["id"]
+    assert all(one["description"].endswith(".") and one["title"] for one in told["tools"])
+    assert {"get_health", "set_memory", "verify_session", "create_pipeline", "read_pane"} <= set(by_name)
+    named = [one["x-tool"] for methods in document["paths"].values() for one in methods.values() if "x-tool" in one]
+    assert sorted(named) == sorted(by_name)
+
+
+def test_tools_say_what_they_may_do():
+    hints = {one["name"]: one["annotations"] for one in aegis.wire_tools()}
+    assert hints["list_sessions"]["readOnlyHint"] and not hints["list_sessions"]["destructiveHint"]
+    assert hints["kill_session"]["destructiveHint"] and hints["kill_session"]["idempotentHint"]
+    assert not hints["create_session"]["readOnlyHint"] and hints["create_session"]["openWorldHint"]
+    assert hints["run_bash"]["destructiveHint"] and not hints["set_memory"]["openWorldHint"]
+
+
+def test_a_tool_asks_for_its_own_rows_scope():
+    asked = []
+
+    def may(scope):
+        asked.append(scope)
+        raise aegis.ApiError(403, "FORBIDDEN", "this key may not")
+    ask = aegis.Ask(None, may=may)
+    for name, route in aegis.TOOLS.items():
+        with pytest.raises(aegis.ApiError):
+            aegis.call_tool(ask, name, {})
+        assert asked[-1] == route.scope
+    told = aegis.mcp_call_tool(ask, {"name": "kill_session", "arguments": {"id": "x"}})
+    assert told["isError"] and told["structuredContent"]["code"] == "FORBIDDEN"
+    with pytest.raises(aegis.McpError):
+        aegis.reply_to(ask, rpc("resources/read", uri="aegis://sessions"), "2025-06-18")
+    shown = aegis.reply_to(ask, rpc("resources/list"), "2025-06-18")["result"]["resources"]
+    assert [one["uri"] for one in shown] == ["aegis://health", "aegis://sessions"]
+    assert len(aegis.reply_to(ask, rpc("prompts/list"), "2025-06-18")["result"]["prompts"]) == len(aegis.PROMPTS)
+
+
+@pytest.mark.parametrize("uri, tool, arguments", [
+    ("aegis://health", "get_health", {}), ("aegis://sessions", "list_sessions", {"limit": 200}),
+    ("aegis://sessions/a%2Fb", "get_session", {"id": "a/b"}), ("aegis://sessions/a/pane", "read_pane", {"id": "a"}),
+    ("aegis://sessions/a/transcript", "read_session", {"limit": 1000, "id": "a"}),
+    ("aegis://memory/notes/today", "get_memory", {"key": "notes/today"}), ("aegis://sessions/a/b/c", None, None),
+    ("aegis://", None, None), ("http://evil", None, None), ("aegis://sessions/", None, None)])
+def test_an_address_means_one_tool(uri, tool, arguments):
+    if tool is None:
+        with pytest.raises(aegis.ApiError) as refusal:
+            aegis.find_resource(uri)
+        assert refusal.value.status == 404
+    else:
+        found, given = aegis.find_resource(uri)
+        assert (found.tool, given) == (tool, arguments)
+
+
+# ============================================================================
+# MCP. The Model Context Protocol, without a wire.
+# ============================================================================
+
+
+def rpc(method: str, of: Any = 1, **params: Any) -> Json:
+    """Write a request; its _meta says the newest revision when the method is asked so by talk_mcp."""
+    return {"jsonrpc": "2.0", "id": of, "method": method, **({"params": params} if params else {})}
+
+
+def code_of(refusal: Any) -> int:
+    """Give the number of a JSON-RPC error."""
+    return refusal.value.body()["error"]["code"]
+
+
+@pytest.mark.parametrize("asked, told", [("2024-11-05", "2024-11-05"), ("2025-03-26", "2025-03-26"),
+                                         ("2025-06-18", "2025-06-18"), ("2025-11-25", "2025-11-25"),
+                                         (NEWEST, "2025-11-25"), ("1999-01-01", "2025-11-25"), ("", "2025-11-25")])
+def test_a_handshake_settles_a_revision(asked, told):
+    answer = aegis.reply_to(None, rpc("initialize", protocolVersion=asked, capabilities={}), "2025-11-25")
+    assert answer["result"]["protocolVersion"] == told and answer["result"]["serverInfo"]["name"] == "aegis"
+    assert {"tools", "resources", "prompts"} == set(answer["result"]["capabilities"])
+
+
+@pytest.mark.parametrize("message, code", [
+    ([], -32600), (3, -32600), ({}, -32600), ({"id": 1, "method": "ping"}, -32600),
+    ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": None, "method": "x"}, -32600),
+    ({"jsonrpc": "2.0", "id": True, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": 1.5, "method": "x"}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": []}, -32600), ({"jsonrpc": "2.0", "id": 1}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": [1]}, -32602), (rpc("nothing/like/it"), -32601),
+    (rpc("server/discover"), -32601), (rpc("tools/call"), -32602), (rpc("tools/call", name="nope"), -32602),
+    (rpc("tools/call", name="get_health", arguments=[]), -32602), (rpc("tools/list", cursor="from-7"), -32602),
+    (rpc("tools/list", cursor=5), -32602), (rpc("resources/read", uri="aegis://nope"), -32002),
+    (rpc("prompts/get", name="review", arguments={}), -32602), (rpc("prompts/get", name=5), -32602),
+    (rpc("prompts/get", name="review", arguments={"session": "x", "more": "y"}), -32602),
+    (rpc("initialize"), -32602)])
+def test_wrong_messages_are_refused_by_number(message, code):
+    with pytest.raises(aegis.McpError) as refusal:
+        aegis.reply_to(aegis.Ask(None), message, "2025-06-18")
+    assert code_of(refusal) == code
+    body = refusal.value.body()
+    assert body["jsonrpc"] == "2.0" and isinstance(body["error"]["message"], str)
+    known = message.get("id") if isinstance(message, dict) else None
+    assert body["id"] == (known if type(known) is int else None)
+
+
+def test_notifications_and_answers_are_taken_in_silence():
+    for message in ({"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "method": "whatever"},
+                    {"jsonrpc": "2.0", "id": 7, "result": {}}, {"jsonrpc": "2.0", "id": 7, "error": {"code": 1}}):
+        assert aegis.reply_to(None, message, "2025-06-18") is None
+
+
+def test_a_bug_in_a_method_is_an_internal_error_and_stays_in_the_log():
+    class Books:
+        """Where the log goes."""
+
+        noted: List[str] = []
+        log = property(lambda self: self)
+
+        def note(self, level: str, message: str, **fields: Any) -> None:
+            """Keep a line."""
+            self.noted.append(fields["trace"])
+    broken = {"ping": (lambda ask, params: 1 // 0, aegis.PROTOCOLS)}
+    with pytest.raises(aegis.McpError) as refusal:
+        aegis.reply_to(aegis.Ask(Books()), rpc("ping"), "2025-06-18", broken)
+    assert code_of(refusal) == -32603 and "ZeroDivision" in Books.noted[0]
+    assert "Division" not in json.dumps(refusal.value.body())
+
+
+def test_the_newest_revision_wraps_its_results():
+    told = aegis.reply_to(None, rpc("tools/list"), NEWEST)["result"]
+    assert (told["resultType"], told["cacheScope"]) == ("complete", "private") and told["ttlMs"] >= 0
+    assert told["_meta"][f"{META}serverInfo"]["name"] == "aegis"
+    assert "resultType" not in aegis.reply_to(None, rpc("tools/list"), "2025-11-25")["result"]
+    found = aegis.reply_to(None, rpc("server/discover"), NEWEST)["result"]
+    assert NEWEST in found["supportedVersions"] and "2025-06-18" in found["supportedVersions"]
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "ünï/☃", " edge ", "=?base64?x?=", "tab\there"])
+def test_a_header_carries_any_text(name):
+    written = aegis.header_word(name)
+    assert re.fullmatch(r"[\x20-\x7e]+", written) and aegis.header_text(written) == name
+    assert aegis.header_text("=?base64?%%?=") is None and aegis.header_text(None) is None
+
+
+def test_resources_come_page_by_page(monkeypatch):
+    ids = [f"s{number}" for number in range(230)]
+
+    def sessions(ask, name, arguments):
+        begin = (arguments["page"] - 1) * arguments["limit"]
+        shown = [{"id": one, "name": one, "status": "idle", "workDir": "/"} for one in
+                 ids[begin:begin + arguments["limit"]]]
+        return {"sessions": shown, "pagination": {"total": len(ids)}}
+    monkeypatch.setattr(aegis, "call_tool", sessions)
+    found, cursor, pages = [], {}, 0
+    while cursor is not None:
+        told = aegis.reply_to(aegis.Ask(None), rpc("resources/list", **cursor), "2025-06-18")["result"]
+        found += [one["uri"] for one in told["resources"]]
+        cursor, pages = {"cursor": told["nextCursor"]} if "nextCursor" in told else None, pages + 1
+    assert found == ["aegis://health", "aegis://sessions", *(f"aegis://sessions/{one}" for one in ids)] and pages == 3
+
+
+# ============================================================================
+# STREAMABLE. MCP over HTTP.
+# ============================================================================
+
+
+class Mcp:
+    """A client of POST /mcp, of either era."""
+
+    def __init__(self, server: Server, version: str = "2025-11-25") -> None:
+        self.server, self.version, self.session, self.count = server, version, "", 0
+        if version != NEWEST:
+            shaken = self.call("initialize", protocolVersion=version, capabilities={})
+            assert shaken.json["result"]["protocolVersion"] == version
+            self.session = shaken.headers["Mcp-Session-Id"]
+
+    def message(self, method: str, params: Json) -> Tuple[Json, Json]:
+        """Write a request, and its headers."""
+        self.count += 1
+        headers = {"Accept": "application/json"}
+        if self.version == NEWEST:
+            meta = {f"{META}protocolVersion": NEWEST, f"{META}clientCapabilities": {}, **params.get("_meta", {})}
+            params = {**params, "_meta": meta}
+            headers.update({"MCP-Protocol-Version": NEWEST, "Mcp-Method": method})
+            named = params.get("name", params.get("uri"))
+            headers.update({"Mcp-Name": aegis.header_word(named)} if named and method != "x" else {})
+        elif self.session:
+            headers.update({"MCP-Protocol-Version": self.version, "Mcp-Session-Id": self.session})
+        return rpc(method, self.count, **params), headers
+
+    def call(self, method: str, **params: Any) -> Answer:
+        """Make a request that is answered as JSON."""
+        message, headers = self.message(method, params)
+        return self.server.call("POST /mcp", message, headers)
+
+    def ask(self, method: str, **params: Any) -> Json:
+        """The same, and it must succeed."""
+        told = self.call(method, **params).json
+        assert "result" in told, told
+        return told["result"]
+
+    def tool(self, tool: str, **arguments: Any) -> Json:
+        """Call a tool that must not refuse."""
+        told = self.ask("tools/call", name=tool, arguments=arguments)
+        assert told["isError"] is False, told
+        assert json.loads(told["content"][0]["text"]) == told["structuredContent"]
+        return told["structuredContent"]
+
+    def notify(self, method: str, **params: Any) -> int:
+        """Send a notification; gives the status."""
+        headers = {"Mcp-Session-Id": self.session, "MCP-Protocol-Version": self.version}
+        return self.server.call("POST /mcp", {"jsonrpc": "2.0", "method": method, "params": params}, headers).status
+
+    def speak(self, method: str, **params: Any) -> Iterator[Json]:
+        """Make a request that is answered as an event stream; gives its messages as they come."""
+        message, headers = self.message(method, params)
+        yield from messages_of_stream(self.server, "POST", {**headers, "Accept": "application/json, text/event-stream",
+                                                            "Content-Type": "application/json"}, json.dumps(message))
+
+
+def messages_of_stream(server: Server, method: str, headers: Json, body: Optional[str] = None) -> Iterator[Json]:
+    """Read the messages of an event stream at /mcp."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        line.request(method, "/mcp", body, {**server.auth, **headers})
+        answer = line.getresponse()
+        assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/event-stream"), answer.status
+        parser = Stream()
+        for raw in iter(answer.readline, b""):
+            event = parser.feed(raw)
+            if event:
+                assert event.type == "message"
+                yield json.loads(event.data)
+    finally:
+        line.close()
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25", NEWEST])
+def test_post_mcp_drives_a_session_from_create_to_kill(server, version):
+    client = Mcp(server, version)
+    made = client.tool("create_session", workDir=str(server.work), prompt="[[say from afar]]")
+    assert made["promptDelivery"]["delivered"] is True
+    read = client.tool("read_session", id=made["id"], wait="idle", timeout=30)
+    assert (read["status"], read["output"]) == ("idle", "from afar")
+    uri = f"aegis://sessions/{made['id']}"
+    pages = {name: client.ask("resources/read", uri=uri + name)["contents"][0] for name in ("", "/transcript", "/pane")}
+    assert json.loads(pages[""]["text"])["id"] == made["id"] and pages["/pane"]["mimeType"] == "text/plain"
+    assert "from afar" in [one["text"] for one in json.loads(pages["/transcript"]["text"])["messages"]]
+    assert uri in [one["uri"] for one in client.ask("resources/list")["resources"]]
+    words = client.ask("prompts/get", name="review", arguments={"session": made["id"]})["messages"][0]["content"]
+    assert made["id"] in words["text"]
+    assert client.tool("kill_session", id=made["id"])["killed"] is True
+
+
+def test_post_mcp_refuses_a_tool_in_words_that_a_model_can_read(server):
+    told = Mcp(server).ask("tools/call", name="read_session", arguments={"id": "nobody", "zebra": 1})
+    assert told["isError"] is True and told["structuredContent"]["fields"] == {
+        "zebra": "is not a field of this request"}
+    gone = Mcp(server, NEWEST).ask("tools/call", name="read_session", arguments={"id": "nobody"})
+    assert (gone["isError"], gone["structuredContent"]["code"]) == (True, "SESSION_NOT_FOUND")
+    wide = Mcp(server).ask("tools/call", name="set_permissions", arguments={"id": "x", "policy": {}, "zebra": 1})
+    assert "zebra" in wide["structuredContent"]["fields"]
+
+
+def test_post_mcp_keeps_memory_and_fills_templates(server):
+    client = Mcp(server)
+    client.tool("set_memory", key="mcp/ünï", value={"from": "mcp"})
+    assert client.tool("get_memory", key="mcp/ünï")["value"] == {"from": "mcp"}
+    read = client.ask("resources/read", uri="aegis://memory/mcp/%C3%BCn%C3%AF")["contents"][0]
+    assert json.loads(read["text"])["value"] == {"from": "mcp"}
+    client.tool("create_template", name="greet", variables={"who": {"required": True}},
+                session={"prompt": "Hello {{who}}."})
+    listed = {one["name"]: one for one in client.ask("prompts/list")["prompts"]}
+    assert listed["greet"]["arguments"][0] == {"name": "who", "description": "", "required": True}
+    told = client.ask("prompts/get", name="greet", arguments={"who": "you"})["messages"][0]
+    assert told == {"role": "user", "content": {"type": "text", "text": "Hello you."}}
+    client.tool("delete_template", id="greet")
+    client.tool("delete_memory", key="mcp/ünï")
+    assert client.call("prompts/get", name="greet").json["error"]["code"] == -32002
+
+
+@pytest.mark.parametrize("body, headers, status, code", [
+    (b"{", {}, 400, -32700), (b"\xff{}", {}, 400, None), (b"NaN", {}, 400, -32700), (b"[" * 100_000, {}, 400, -32700),
+    (b'{"zebra": 1}', {}, 400, -32600), (b'"text"', {}, 400, -32600), (b"", {}, 400, -32700),
+    (rpc("ping"), {"Content-Type": "text/plain"}, 415, None), (rpc("ping"), {"Accept": "text/html"}, 406, -32600),
+    (rpc("ping"), {"MCP-Protocol-Version": "1.0"}, 400, -32022),
+    (rpc("ping"), {"MCP-Protocol-Version": NEWEST}, 400, -32602), ({**rpc("x"), "method": []}, {}, 400, -32600),
+    (rpc("ping", _meta={f"{META}protocolVersion": [], f"{META}clientCapabilities": {}}), {}, 400, -32020),
+    (rpc("ping"), {"Mcp-Session-Id": "ü"}, 400, -32600), (rpc("ping"), {"Origin": "http://evil.example"}, 403, None),
+    ([rpc("ping")], {"MCP-Protocol-Version": "2025-06-18"}, 400, -32600), ([], {}, 400, -32600),
+    ([rpc("ping")] * 51, {}, 400, -32600)], ids=lambda value: str(value)[:40])
+def test_post_mcp_refuses_what_is_no_message(server, body, headers, status, code):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    told = server.call("POST /mcp", raw, {name: value.encode() if name == "Mcp-Session-Id" else value
+                                          for name, value in headers.items()})
+    assert told.status == status
+    assert code is None or told.json["error"]["code"] == code
+
+
+@pytest.mark.parametrize("change, code", [
+    ({"Mcp-Method": "tools/list"}, -32020), ({"Mcp-Name": "kill_session"}, -32020), ({"Mcp-Name": None}, -32020),
+    ({"MCP-Protocol-Version": "2025-06-18"}, -32020), ({"MCP-Protocol-Version": None}, -32020)])
+def test_post_mcp_holds_headers_against_the_message(server, change, code):
+    message, headers = Mcp(server, NEWEST).message("tools/call", {"name": "get_health"})
+    assert server.call("POST /mcp", message, headers).status == 200
+    both = {**headers, **change}
+    told = server.call("POST /mcp", message, {name: value for name, value in both.items() if value is not None})
+    assert (told.status, told.json["error"]["code"], told.json["id"]) == (400, code, 1)
+
+
+def test_post_mcp_tells_a_newer_client_what_is_spoken_here(server):
+    message, headers = Mcp(server, NEWEST).message("ping", {"_meta": {f"{META}protocolVersion": "2030-01-01"}})
+    told = server.call("POST /mcp", message, {**headers, "MCP-Protocol-Version": "2030-01-01"})
+    assert (told.status, told.json["error"]["code"]) == (400, -32022)
+    assert told.json["error"]["data"] == {"supported": list(aegis.PROTOCOLS), "requested": "2030-01-01"}
+    assert Mcp(server, NEWEST).call("initialize", protocolVersion=NEWEST).status == 404
+
+
+def test_post_mcp_takes_batches_of_the_one_revision_that_has_them(server):
+    batch = [rpc("ping", "a"), {"jsonrpc": "2.0", "method": "notifications/initialized"}, 5, rpc("nope", 2),
+             rpc("initialize", 3, protocolVersion="2025-03-26"),
+             rpc("tools/call", 4, name="get_health", arguments={})]
+    told = server.call("POST /mcp", batch).json
+    assert [(one["id"], one.get("error", {}).get("code")) for one in told] == [
+        ("a", None), (None, -32600), (2, -32601), (3, -32600), (4, None)]
+    silent = server.call("POST /mcp", [{"jsonrpc": "2.0", "method": "x"}])
+    assert (silent.status, silent.raw) == (202, b"")
+
+
+def test_post_mcp_wants_the_token_and_opens_no_tool_without_it(strict):
+    told = strict.call("POST /mcp", rpc("tools/call", name="list_sessions"), auth=False)
+    assert (told.status, told.json["code"]) == (401, "UNAUTHORIZED")
+    assert Mcp(strict, NEWEST).tool("list_sessions")["sessions"] == []
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", NEWEST])
+def test_post_mcp_tells_of_progress_while_it_waits(server, make, version):
+    talk, client = make(), Mcp(server, version)
+    talk.send("[[hang]]")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                           _meta={"progressToken": "p1"})
+    heard = [next(waiting)]                       # a sign of life, while nothing happens
+    talk.ask("POST interrupt")
+    heard += list(waiting)
+    signs, last = heard[:-1], heard[-1]
+    assert last["result"]["structuredContent"]["status"] == "idle" and last["id"] == client.count
+    assert all(one["method"] == "notifications/progress" and one["params"]["progressToken"] == "p1" for one in signs)
+    counts = [one["params"]["progress"] for one in signs]
+    assert counts == sorted(set(counts)) and any("turn.ended" in one["params"]["message"] for one in signs)
+
+
+def test_post_mcp_tells_nobody_of_other_sessions_progress(server, make):
+    talk, other, client = make(), make(), Mcp(server)
+    talk.send("[[hang]]")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    other.say("[[say secret]]")
+    talk.ask("POST interrupt")
+    assert other.get()["name"] not in json.dumps(list(waiting))
+
+
+def test_post_mcp_sends_no_progress_to_those_who_did_not_ask(server, make):
+    talk = make()
+    heard = list(Mcp(server).speak("tools/call", name="send_prompt", arguments={"id": talk.id, "text": "[[say x]]"}))
+    assert len(heard) == 1 and heard[0]["result"]["structuredContent"]["delivered"] is True
+
+
+def test_post_mcp_cancelled_ends_the_waiting_and_never_the_work(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle", "timeout": 600},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    stranger = Mcp(server)
+    assert stranger.notify("notifications/cancelled", requestId=client.count) == 202     # in another session
+    assert next(waiting)["method"] == "notifications/progress"
+    assert client.notify("notifications/cancelled", requestId=client.count) == 202
+    assert [one for one in waiting if "result" in one or "error" in one] == []
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+def threads(server: Server) -> int:
+    """Count a server's threads."""
+    flag = "-M" if sys.platform == "darwin" else "-L"
+    told = subprocess.run(["ps", flag, "-p", str(server.process.pid)], stdout=subprocess.PIPE).stdout
+    return len(told.splitlines()) - 1
+
+
+def test_post_mcp_ends_the_waiting_of_clients_that_hung_up(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    lines, answers = [], []
+    for _ in range(20):
+        message, headers = client.message("tools/call", {"name": "read_session", "arguments": {
+            "id": talk.id, "wait": "idle", "timeout": 600}})
+        lines.append(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60))
+        lines[-1].request("POST", "/mcp", json.dumps(message), {
+            **headers, "Accept": "application/json, text/event-stream", "Content-Type": "application/json"})
+        answers.append(lines[-1].getresponse())
+        assert answers[-1].status == 200
+    waiting = threads(server)
+    for one in (*answers, *lines):
+        one.close()
+    eventually(lambda: threads(server) <= waiting - 30)    # two for each that waits
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+def test_stream_mcp_tells_a_session_of_what_it_watches(server, make):
+    talk, other, client = make(), make(), Mcp(server)
+    uri = f"aegis://sessions/{talk.id}"
+    assert client.call("resources/subscribe", uri="aegis://sessions/nobody").json["error"]["code"] == -32002
+    client.ask("resources/subscribe", uri=uri)
+    headers = {"Accept": "text/event-stream", "Mcp-Session-Id": client.session, "MCP-Protocol-Version": "2025-11-25"}
+    heard: List[Json] = []
+    reader = threading.Thread(target=lambda: heard.extend(messages_of_stream(server, "GET", headers)), daemon=True)
+    reader.start()
+    other.say("[[say other]]")
+    eventually(lambda: talk.ask("POST send", {"text": "[[say x]]"}) and heard or time.sleep(0.1))
+    assert server.call("DELETE /mcp", headers=headers).json == {"ended": True}
+    reader.join(WITHIN)
+    assert not reader.is_alive() and {one["params"]["uri"] for one in heard if "uri" in one["params"]} == {uri}
+    assert client.call("ping").status == 404
+
+
+def test_stream_mcp_needs_a_client_that_takes_events(server):
+    assert server.call("GET /mcp").status == 406
+    newest = {"Accept": "text/event-stream", "MCP-Protocol-Version": NEWEST}
+    assert server.call("GET /mcp", headers=newest).status == 405
+
+
+def test_post_mcp_listens_for_what_a_request_asks(server, make):
+    talk, client = make(), Mcp(server, NEWEST)
+    uri = f"aegis://sessions/{talk.id}"
+    wish = {"resourceSubscriptions": [uri], "resourcesListChanged": True, "toolsListChanged": True}
+    assert client.call("subscriptions/listen", notifications=wish).status == 406
+    told = client.speak("subscriptions/listen", notifications=wish)
+    opened = next(told)
+    assert opened["params"]["notifications"] == {"resourceSubscriptions": [uri], "resourcesListChanged": True}
+    talk.send("[[say x]]")
+    changed = next(told)
+    assert (changed["method"], changed["params"]["uri"]) == ("notifications/resources/updated", uri)
+    assert changed["params"]["_meta"][f"{META}subscriptionId"] == client.count
+    talk.kill()
+    assert any(one["method"] == "notifications/resources/list_changed" for one in told)
+    told.close()
+
+
+def test_end_mcp_ends_a_session_and_what_waits_in_it(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle", "timeout": 600},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    assert server.call("DELETE /mcp").status == 400
+    assert server.call("DELETE /mcp", headers={"Mcp-Session-Id": client.session}).status == 200
+    assert all("result" not in one for one in waiting)
+    assert server.call("DELETE /mcp", headers={"Mcp-Session-Id": client.session}).status == 404
+    assert client.call("ping").status == 404 and talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+@alone
+def test_post_mcp_goes_on_with_a_session_through_a_restart(house):
+    own = house(AEGIS_AGENT="demo")
+    client = Mcp(own)
+    client.ask("ping")
+    own.crash().start()
+    assert client.ask("ping") == {} and client.tool("get_health")["status"] == "ok"
 
 
 # ============================================================================
@@ -7545,6 +8031,132 @@ def test_the_server_of_our_state_directory_is_found_and_only_it_gets_its_key(ser
 
 
 # ============================================================================
+# BRIDGE. MCP over stdin and stdout.
+# ============================================================================
+
+
+class Pipe:
+    """A client that starts `aegis.py mcp` and talks to it."""
+
+    def __init__(self, server: Server, *words: str, **env: str) -> None:
+        own = {"PATH": OUTSIDE["PATH"], "HOME": str(server.root / "home"), "AEGIS_STATE_DIR": str(server.root / "none"),
+               "AEGIS_URL": f"http://127.0.0.1:{server.port}", **env}
+        self.process = subprocess.Popen([sys.executable, str(AEGIS), "mcp", *words], env=own, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.heard: List[Json] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for raw in self.process.stdout:   # what is no JSON ends the reader, and with it every wait
+            self.heard.append(json.loads(raw))
+
+    def write(self, *messages: Any) -> None:
+        """Send messages, each on its line."""
+        for one in messages:
+            self.process.stdin.write(one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self, of: Any) -> Json:
+        """Wait for the answer to a request."""
+        return eventually(lambda: [one for one in self.heard if one.get("id") == of and "method" not in one][0])
+
+    def ask(self, method: str, of: Any, **params: Any) -> Json:
+        """Make a request, and wait for its answer."""
+        self.write(rpc(method, of, **params))
+        return self.answer(of)
+
+    def close(self) -> int:
+        """Close stdin; gives the exit code."""
+        self.process.stdin.close()
+        code = self.process.wait(WITHIN)
+        self.reader.join(WITHIN)
+        return code
+
+
+@pytest.fixture
+def pipe(server) -> Iterator[Pipe]:
+    """A client over stdin and stdout that has shaken hands."""
+    one = Pipe(server)
+    told = one.ask("initialize", 0, protocolVersion="2025-06-18", capabilities={},
+                   clientInfo={"name": "t", "version": "1"})
+    assert told["result"]["protocolVersion"] == "2025-06-18"
+    one.write({"jsonrpc": "2.0", "method": "notifications/initialized"})
+    yield one
+    assert one.close() == 0 and one.process.stderr.read() == b""
+
+
+def test_bridge_drives_a_session_and_ends_with_its_input(server, pipe):
+    made = pipe.ask("tools/call", "a", name="create_session", arguments={
+        "workDir": str(server.work), "prompt": "[[say over the pipe]]"})["result"]["structuredContent"]
+    read = pipe.ask("tools/call", 1, name="read_session", arguments={"id": made["id"], "wait": "idle"},
+                    _meta={"progressToken": "p"})["result"]["structuredContent"]
+    assert (read["status"], read["output"]) == ("idle", "over the pipe")
+    pipe.ask("tools/call", 2, name="kill_session", arguments={"id": made["id"]})
+
+
+def test_bridge_answers_at_once_while_another_request_waits_and_cancels_that(server, make, pipe):
+    talk = make()
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    uri = f"aegis://sessions/{talk.id}"
+    assert pipe.ask("resources/subscribe", "s", uri=uri)["result"] == {}
+    pipe.write(rpc("tools/call", "long", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                   _meta={"progressToken": 7}))
+    eventually(lambda: [one for one in pipe.heard if one.get("method") == "notifications/progress"])
+    pipe.write(*(rpc("ping", f"p{number}") for number in range(20)))
+    assert all(pipe.answer(f"p{number}")["result"] == {} for number in range(20))
+    pipe.write({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "long"}})
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+    eventually(lambda: [one for one in pipe.heard if one.get("params", {}).get("uri") == uri])   # and it watches
+    assert pipe.ask("ping", "after")["result"] == {}
+    assert [one for one in pipe.heard if one.get("id") == "long"] == []
+
+
+def test_bridge_writes_nothing_but_messages(pipe):
+    pipe.write(b"\n", b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"NaN\n", [rpc("ping", 1)], {"zebra": 1})
+    wrong = eventually(lambda: len(pipe.heard) >= 7 and pipe.heard[1:])
+    assert sorted(one["error"]["code"] for one in wrong) == [-32700] * 3 + [-32600] * 3
+    assert pipe.ask("ping", "text\nwith\tesc\x1b")["result"] == {}
+
+
+def test_bridge_speaks_the_newest_revision_too(pipe):
+    meta = {f"{META}protocolVersion": NEWEST, f"{META}clientCapabilities": {}}
+    assert NEWEST in pipe.ask("server/discover", "d", _meta=meta)["result"]["supportedVersions"]
+    told = pipe.ask("resources/read", "r", uri="aegis://memory/n\u00f6/☃", _meta=meta)
+    assert told["error"]["code"] == -32602 and "MEMORY_NOT_FOUND" in json.dumps(told)
+
+
+def test_bridge_without_a_server_says_so_and_writes_no_message(tmp_path):
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    done = run_aegis("mcp", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")
+    free.close()
+    assert (done.returncode, done.stdout) == (1, "") and "no Aegis answers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bridge_needs_the_token_of_a_closed_server(strict):
+    url = f"http://127.0.0.1:{strict.port}"
+    assert "token" in run_aegis("mcp", "--url", url).stderr
+    one = Pipe(strict, AEGIS_TOKEN=strict.env["AEGIS_AUTH_TOKEN"])
+    told = one.ask("tools/call", 1, name="list_sessions", arguments={})
+    assert told["result"]["isError"] is False and one.close() == 0
+
+
+@alone
+def test_bridge_lives_on_when_the_server_restarts(house):
+    own = house(AEGIS_AGENT="demo")
+    one = Pipe(own)
+    one.ask("initialize", 0, protocolVersion="2025-11-25", capabilities={})
+    own.crash()
+    assert one.ask("ping", 1)["error"]["code"] == -32000
+    own.start()
+    assert one.ask("ping", 2)["result"] == {} and one.close() == 0
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 
@@ -7763,6 +8375,7 @@ CALLS = {
         "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
+    "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
 }
 
 
@@ -7817,6 +8430,9 @@ class Messages(BaseHTTPRequestHandler):
             self.server.heard.append(prompt)
             self.server.history[prompt] = json.dumps(body["messages"])
         word, rest = steps[answered] if answered < len(steps) else ("say", "All done.")
+        if word == "call":      # $id: the first session's id that a tool has told
+            told = re.search(r'"id\W+([0-9a-f]{12})\b', json.dumps(body["messages"]))
+            rest = rest.replace("$id", told.group(1) if told else "none")
         if word == "error":
             return self.fail(prompt, rest)
         if word == "both":
@@ -8520,3 +9136,25 @@ def test_real_users_own_files_are_not_touched(claude, start):
     start().say("[[say x]]")
     assert not (home / ".claude" / "settings.json").exists()
     assert json.loads((home / ".claude.json").read_text())["hasCompletedOnboarding"] is True
+
+
+@real_client
+@pytest.mark.parametrize("wire", ["http", "stdio"])
+def test_real_client_drives_another_through_mcp(claude, start, wire, tmp_path):
+    url, config = f"http://127.0.0.1:{claude.port}", tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"aegis": {"type": "http", "url": url + "/mcp"} if wire == "http" else {
+        "command": sys.executable, "args": [str(AEGIS), "mcp"], "env": {"AEGIS_URL": url}}}}))
+    inner = {"workDir": str(claude.work), "prompt": f"hello over {wire}", "name": f"inner-{wire}"}
+    script = (f"[[call mcp__aegis__create_session {json.dumps(inner)}]]"
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60}]]'
+              '[[call mcp__aegis__send_prompt {"id": "$id", "text": "and once more"}]]'
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60, "limit": 1}]]'
+              '[[call mcp__aegis__kill_session {"id": "$id"}]] [[say all is told]]')
+    talk = start(args=["--mcp-config", str(config), "--strict-mcp-config"], permissions={"allowMcp": True})
+    found = talk.say(script)
+    assert found["output"] == "all is told"
+    answers = [one["text"] for one in talk.read("limit=50")["messages"] if one["role"] == "tool"]
+    assert len(answers) == 5, answers
+    assert f"Echo: hello over {wire}" in answers[1] and "Echo: and once more" in answers[3]
+    driven = [one for one in claude.ask("GET /v1/sessions?limit=50")["sessions"] if one["name"] == f"inner-{wire}"]
+    assert [(one["status"], one["turns"], one["agent"]) for one in driven] == [("killed", 2, "claude")]
