@@ -35,8 +35,10 @@ Rooms, top to bottom; a room uses only rooms above it:
     CHECKS        a project's own checks, found and run
     VERIFY        rounds of checks, and mending between them
     PIPELINES     stages of work, each when what it depends on is done
+    METRICS       what was used, how long it took, and the same for Prometheus
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
+    DIAGNOSTICS   what state this box and this process are in, and what to do
     HANDLERS      one function for each endpoint
     SHAPES        what answers look like
     ROUTES        the one table, and what follows from it
@@ -49,7 +51,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     BENCH         the figures, measured on this box
     CLIENT        a caller of a running Aegis
     BRIDGE        MCP over stdin and stdout
-    COMMAND LINE  serve, bench, selftest, demo-agent
+    COMMAND LINE  serve, doctor, bench, selftest, demo-agent
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
@@ -59,7 +61,7 @@ aegis-verify and aegis-check (one for each round of checks, one for each of thos
 aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
 aegis-mcp (one for each tool that waits, while its caller is told of progress) -
 aegis-bridge (in `aegis.py mcp`: one for each request) -
-aegis-log - and short ones for an exit, an audit, a trust question.
+aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock and Mcp.lock are leaves.  A session's lock is never held while tmux or a
@@ -131,6 +133,7 @@ if __name__ == "__main__" and not sys.flags.optimize:
     hand_over(os.path.abspath(__file__), sys.argv[1:])
 
 import argparse
+import bisect
 import collections
 import contextlib
 import datetime
@@ -164,7 +167,7 @@ import uuid
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = "0.3.0-alpha"
 
@@ -234,6 +237,10 @@ SETTINGS = (
         "log_level", "choice:debug|info|warning|error", "info", "What is logged on stderr; info has a line per request."
     ),
     Setting("log_format", "choice:text|json", "text", "Shape of a log line."),
+    Setting(
+        "prices", "json", "{}", "Prices of models that Aegis has no or no right price for: a JSON object (or @FILE) of "
+        '`{"input": DOLLARS, "output": DOLLARS}` per million tokens, by the beginning of the model\'s name.'
+    ),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -329,6 +336,7 @@ class Settings:
 
     def __init__(self, given: Mapping[str, str]) -> None:
         """Take texts by name.  Raises ValueError naming the setting and the fix."""
+        self.sources: Mapping[str, str] = {}   # flag or env, by name; the rest are defaults
         for setting in SETTINGS:
             raw = given.get(setting.name, setting.default)
             try:
@@ -436,6 +444,7 @@ def clip(text: str, length: int) -> str:
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
+TROUBLES = 50         # last warnings and errors that diagnostics shows
 LOG_BACKLOG = 5_000   # lines kept for a stderr that does not take them; more are dropped, and counted
 
 
@@ -446,11 +455,16 @@ class Log:
         self.threshold, self.shape, self.handle = LEVELS[level], shape, handle
         self.lines: "collections.deque[Tuple[float, str, str, Json]]" = collections.deque()
         self.dropped, self.closed = 0, False
+        self.counts = {"warning": 0, "error": 0}
+        self.troubles: "collections.deque[Tuple[float, str, str, Json]]" = collections.deque(maxlen=TROUBLES)
         self.some = threading.Event()    # set when there is something to write
         self.writer: Optional[threading.Thread] = None
 
     def note(self, level: str, message: str, **fields: Any) -> None:
         """Log one line: a message and its fields."""
+        if level in self.counts:
+            self.counts[level] += 1
+            self.troubles.append((time.time(), level, message, fields))
         if LEVELS[level] < self.threshold:
             return
         if len(self.lines) >= LOG_BACKLOG:
@@ -779,6 +793,69 @@ MIGRATIONS = (
         began_at REAL, started_at REAL, ended_at REAL);
     CREATE INDEX stages_of ON stages(pipeline, place);
     CREATE INDEX stages_in ON stages(session) WHERE session IS NOT NULL;
+    """,
+    # usage: tokens by session, UTC day and model; session '' holds the sum of all.  tallies: how many, and how long, by
+    # UTC day and bucket; two views say what is measured, triggers keep count in the transaction of what they measure.
+    """
+    CREATE TABLE usage (
+        session TEXT NOT NULL, day TEXT NOT NULL, model TEXT NOT NULL, input INTEGER NOT NULL, output INTEGER NOT NULL,
+        cache_read INTEGER NOT NULL, cache_write INTEGER NOT NULL, hour INTEGER NOT NULL, messages INTEGER NOT NULL,
+        PRIMARY KEY (session, day, model)) WITHOUT ROWID;
+    CREATE INDEX usage_when ON usage(day, session);
+    CREATE TABLE usage_files (
+        session TEXT NOT NULL, path TEXT NOT NULL, offset INTEGER NOT NULL, recent TEXT NOT NULL,
+        PRIMARY KEY (session, path)) WITHOUT ROWID;
+    CREATE TABLE unbooked (session TEXT PRIMARY KEY) WITHOUT ROWID;
+    INSERT INTO unbooked SELECT id FROM sessions WHERE ledger LIKE '%_tokens%';
+    CREATE TABLE bounds (bucket INTEGER PRIMARY KEY, upto REAL NOT NULL);
+    INSERT INTO bounds VALUES (0, 0.005), (1, 0.01), (2, 0.025), (3, 0.05), (4, 0.1), (5, 0.25), (6, 0.5), (7, 1),
+        (8, 2.5), (9, 5), (10, 10), (11, 30), (12, 60), (13, 120), (14, 300), (15, 600), (16, 1800), (17, 3600),
+        (18, 14400), (19, 86400), (20, 9e999);
+    CREATE TABLE tallies (
+        day TEXT NOT NULL, name TEXT NOT NULL, label TEXT NOT NULL, bucket INTEGER NOT NULL, count INTEGER NOT NULL,
+        total REAL NOT NULL, PRIMARY KEY (day, name, label, bucket)) WITHOUT ROWID;
+    CREATE INDEX prompts_of ON prompts(session);
+    CREATE VIEW prompt_times AS
+        SELECT id, session, date(ended_at, 'unixepoch') AS day, 'turn' AS name,
+            CASE WHEN state = 'done' THEN state WHEN reason = 'interrupted' THEN reason ELSE 'error' END AS label,
+            max(0.0, ended_at - coalesce(started_at, submitted_at)) AS seconds
+        FROM prompts WHERE ended_at IS NOT NULL AND coalesce(started_at, submitted_at) IS NOT NULL
+        UNION ALL SELECT id, session, date(submitted_at, 'unixepoch'), 'send', kind, max(0.0, submitted_at - created_at)
+        FROM prompts WHERE submitted_at IS NOT NULL AND typed_at IS NOT NULL
+        UNION ALL SELECT id, session, date(submitted_at, 'unixepoch'), 'type', kind, max(0.0, submitted_at - typed_at)
+        FROM prompts WHERE submitted_at IS NOT NULL AND typed_at IS NOT NULL;
+    CREATE VIEW permission_times AS
+        SELECT id, session, date(decided_at, 'unixepoch') AS day, 'decision' AS name,
+            CASE WHEN tool IN ('AskUserQuestion', 'ExitPlanMode') THEN 'question' ELSE 'permission' END || '/' || state
+                || '/' || substr(coalesce(decided_by, 'unknown'), 1, 20) AS label,
+            max(0.0, decided_at - asked_at) AS seconds
+        FROM permissions WHERE state <> 'pending' AND decided_at IS NOT NULL;
+    CREATE TRIGGER prompts_sent AFTER UPDATE OF submitted_at ON prompts
+        WHEN OLD.submitted_at IS NULL AND NEW.submitted_at IS NOT NULL BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM prompt_times WHERE id = NEW.id AND name <> 'turn'
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    CREATE TRIGGER prompts_over AFTER UPDATE OF ended_at ON prompts
+        WHEN OLD.ended_at IS NULL AND NEW.ended_at IS NOT NULL BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM prompt_times WHERE id = NEW.id AND name = 'turn'
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    CREATE TRIGGER permissions_decided AFTER UPDATE OF state ON permissions
+        WHEN OLD.state = 'pending' AND NEW.state <> 'pending' BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM permission_times WHERE id = NEW.id
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    CREATE TRIGGER permissions_made AFTER INSERT ON permissions WHEN NEW.state <> 'pending' BEGIN
+        INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds), 1, seconds
+            FROM permission_times WHERE id = NEW.id
+            ON CONFLICT (day, name, label, bucket) DO UPDATE SET count = count + 1, total = total + excluded.total;
+        END;
+    INSERT INTO tallies SELECT day, name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place,
+        count(*), sum(seconds) FROM (SELECT * FROM prompt_times UNION ALL SELECT * FROM permission_times)
+        GROUP BY day, name, label, place;
     """,
 )
 
@@ -1382,6 +1459,9 @@ class Tmux:
         self.birth_lock = threading.Lock()     # one thread starts a server at a time
         self.resizes_hidden = True             # tmux before 3.2 tells a program its new size only in a current window
         self.error: Optional[str] = None       # why there is no control client; None when there is one
+        self.connects = 0                      # how often the control client was started
+        self.lost: Optional[Tuple[float, str]] = None   # when one was lost last, and why
+        self.version = ""                      # of the server
         self.closed = False
         self.serial = itertools.count(1)
         self.hurry = threading.Event()         # somebody waits for an answer: read on at once
@@ -1393,8 +1473,8 @@ class Tmux:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
         self._connect()
         spawn("aegis-tmux", self._read_forever)
-        self.server_pid, version = self.run(("display-message", "-p", "#{pid} #{version}"))[-1].split()
-        self.resizes_hidden = tuple(map(int, re.findall(r"\d+", version)[:2])) >= (3, 2)
+        self.server_pid, self.version = self.run(("display-message", "-p", "#{pid} #{version}"))[-1].split()
+        self.resizes_hidden = tuple(map(int, re.findall(r"\d+", self.version)[:2])) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
         """Give a tmux command line for this server."""
@@ -1418,6 +1498,7 @@ class Tmux:
             raise TmuxError("start", self.error) from error
         with self.lock:
             self.client, self.error, self.waiters = client, None, collections.deque()
+            self.connects += 1
 
     def _read_forever(self) -> None:
         pause = 0.05
@@ -1455,7 +1536,7 @@ class Tmux:
 
     def _drop(self, why: str) -> None:
         with self.lock:
-            client, self.client, self.error = self.client, None, why
+            client, self.client, self.error, self.lost = self.client, None, why, (time.time(), why)
             waiters, self.waiters = self.waiters, collections.deque()
         for waiter in waiters:
             waiter.errors.append(why)
@@ -2183,12 +2264,17 @@ def read_plain_screen(text: str) -> Reading:
 # Dollars per million tokens: input, output; published prices of 2026-11.  Cache reads cost 0.1 of
 # input, cache writes 1.25 (5 minutes) or 2 (1 hour).  A model that is not here is unpriced, never guessed.
 PRICES_DATE = "2026-11"
-PRICES: Tuple[Tuple[str, float, float], ...] = (
+Price = Tuple[str, float, float]
+PRICES: Tuple[Price, ...] = (
     ("claude-opus-4-5", 5.0, 25.0), ("claude-opus-4-1", 15.0, 75.0), ("claude-opus-4-2025", 15.0, 75.0),
     ("claude-sonnet-4-5", 3.0, 15.0), ("claude-sonnet-4-2025", 3.0, 15.0), ("claude-haiku-4-5", 1.0, 5.0),
     ("claude-3-7-sonnet", 3.0, 15.0), ("claude-3-5-sonnet", 3.0, 15.0), ("claude-3-5-haiku", 0.8, 4.0),
 )
 USAGE_KEYS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+USAGE_COLUMNS = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens",
+                 "cache_write": "cache_creation_input_tokens", "hour": "hour", "messages": "messages"}
+MAX_MODELS, OTHER_MODELS = 50, "(other models)"   # of one session: their names come from a file that an agent writes
+Booked = Dict[Tuple[str, str], Dict[str, int]]    # UTC day, model -> what is not stored yet
 READ_BLOCK = 1_000_000   # bytes read forwards at once: more would only cost memory
 TAIL_BLOCK = 65_536      # bytes read at once from a transcript's end
 TAIL_KEPT = 100_000      # characters of a session's last messages that are remembered for the next reader
@@ -2215,13 +2301,13 @@ class Entry(NamedTuple):
     decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
 
 
-def parse_line(raw: bytes) -> List[Entry]:
-    """Read one line; what it does not know it leaves out."""
+def parse_line(raw: bytes, subagent: bool = False) -> List[Entry]:
+    """Read one line; what it does not know it leaves out, and a subagent's where it is not asked for."""
     try:
         line = whole_text(json.loads(raw), raw)
     except ValueError:
         return []
-    if not isinstance(line, dict) or line.get("isSidechain"):
+    if not isinstance(line, dict) or (line.get("isSidechain") and not subagent):
         return []
     kind = line.get("type")
     if kind == "attachment":
@@ -2310,20 +2396,43 @@ def new_ledger() -> Json:
     return {"offset": 0, "models": {}, "recent": {}}
 
 
-def count_usage(ledger: Json, entries: Sequence[Entry]) -> Json:
-    """Add the usage of new lines to the books; a message that was counted is counted anew, not twice."""
+def entry_time(entry: Entry) -> float:
+    """Read an entry's own timestamp as Unix time, to the millisecond upwards; now, when it has none."""
+    try:
+        return datetime.datetime.fromisoformat(str(entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
+    except (ValueError, OverflowError):
+        return time.time()
+
+
+def utc_day(moment: float) -> str:
+    """Name the UTC day of a moment; the future counts as today."""
+    return _iso_second(int(max(0.0, min(moment, time.time()))))[:10]
+
+
+def count_usage(ledger: Json, entries: Sequence[Entry], booked: Optional[Booked] = None) -> Json:
+    """Add the usage of new lines to the books; a message that was counted is counted anew, not twice.
+
+    What a conversation held before this session had it (`since`) is not its own.  Each change goes into `booked`, too.
+    """
     models = {name: dict(counts) for name, counts in ledger["models"].items()}
-    recent = dict(ledger["recent"])
+    recent, booked = dict(ledger["recent"]), {} if booked is None else booked
     for entry in entries:
-        if entry.kind != "usage" or not entry.usage:
+        if entry.kind != "usage" or not isinstance(entry.usage, dict) or not entry.usage:
             continue
-        counts = models.setdefault(entry.model, {})
-        for key, amount in recent.pop(entry.message, {}).items():
-            counts[key] = counts.get(key, 0) - amount
-        amounts = usage_amounts(entry.usage)
-        for key, amount in amounts.items():
-            counts[key] = counts.get(key, 0) + amount
-        recent[entry.message] = amounts
+        if ledger.get("since") and entry_time(entry) < ledger["since"]:
+            continue
+        model = clip(entry.model, 100)
+        model = model if model in models or len(models) < MAX_MODELS else OTHER_MODELS
+        again = entry.message in recent
+        counts, known = models.setdefault(model, {}), dict(recent.pop(entry.message, {}))
+        day = known.pop("day", None) or utc_day(entry_time(entry))
+        amounts, tally = usage_amounts(entry.usage), booked.setdefault((day, model), {})
+        tally["messages"] = tally.get("messages", 0) + (not again)
+        for sign, part in ((-1, known), (1, amounts)):
+            for key, amount in part.items():
+                counts[key] = counts.get(key, 0) + sign * amount
+                tally[key] = tally.get(key, 0) + sign * amount
+        recent[entry.message] = {**amounts, "day": day}
         for old in list(recent)[:-8]:
             del recent[old]
     return {**ledger, "models": models, "recent": recent}
@@ -2331,9 +2440,24 @@ def count_usage(ledger: Json, entries: Sequence[Entry]) -> Json:
 
 def usage_amounts(usage: Json) -> Dict[str, int]:
     """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
-    amounts = {key: usage[key] for key in USAGE_KEYS if isinstance(usage.get(key), int) and usage[key]}
-    hour = (usage.get("cache_creation") or {}).get("ephemeral_1h_input_tokens")
-    return {**amounts, "hour": hour} if isinstance(hour, int) and hour else amounts
+    amounts = {key: usage[key] for key in USAGE_KEYS if _is_amount(usage.get(key))}
+    written = usage.get("cache_creation")
+    hour = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
+    return {**amounts, "hour": hour} if _is_amount(hour) else amounts
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10 ** 12
+
+
+def usage_statements(session_id: str, booked: Booked) -> List[Statement]:
+    """Write the statements that add usage to a session's days and to everybody's."""
+    columns = ", ".join(USAGE_COLUMNS)
+    grown = ", ".join(f"{name} = {name} + excluded.{name}" for name in USAGE_COLUMNS)
+    sql = (f"INSERT INTO usage (session, day, model, {columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
+           f"ON CONFLICT (session, day, model) DO UPDATE SET {grown}")
+    return [(sql, (whose, day, model, *(counts.get(key, 0) for key in USAGE_COLUMNS.values())))
+            for (day, model), counts in booked.items() if any(counts.values()) for whose in (session_id, "")]
 
 
 def token_usage(ledger: Json) -> Json:
@@ -2343,20 +2467,39 @@ def token_usage(ledger: Json) -> Json:
     return dict(zip(names, (total[key] for key in USAGE_KEYS)))
 
 
-def cost_usd(ledger: Json) -> Optional[float]:
+def cost_usd(ledger: Json, prices: Sequence[Price] = PRICES) -> Optional[float]:
     """Price the books in dollars; None when a model that was used has no known price."""
-    total = 0.0
-    for model, counts in ledger["models"].items():
-        price = next(((paid, got) for prefix, paid, got in PRICES if model.startswith(prefix)), None)
-        if price is None:
-            if any(counts.values()):
-                return None
-            continue
-        hour = counts.get("hour", 0)
-        written = 1.25 * (counts.get("cache_creation_input_tokens", 0) - hour) + 2.0 * hour
-        read = counts.get("input_tokens", 0) + 0.1 * counts.get("cache_read_input_tokens", 0) + written
-        total += (read * price[0] + counts.get("output_tokens", 0) * price[1]) / 1e6
-    return round(total, 6)
+    costs = [cost_of(model, counts, prices) for model, counts in ledger["models"].items() if any(counts.values())]
+    return None if None in costs else round(sum(cost or 0.0 for cost in costs), 6)
+
+
+def price_of(model: str, prices: Sequence[Price]) -> Optional[Price]:
+    """Find a model's price: that of the first name in the table that it begins with."""
+    return next((price for price in prices if model.startswith(price[0])), None)
+
+
+def cost_of(model: str, counts: Mapping[str, int], prices: Sequence[Price]) -> Optional[float]:
+    """Price what one model used in dollars; None when its price is not known."""
+    price = price_of(model, prices)
+    if price is None:
+        return None
+    hour = counts.get("hour", 0)
+    written = 1.25 * (counts.get("cache_creation_input_tokens", 0) - hour) + 2.0 * hour
+    read = counts.get("input_tokens", 0) + 0.1 * counts.get("cache_read_input_tokens", 0) + written
+    return (read * price[1] + counts.get("output_tokens", 0) * price[2]) / 1e6
+
+
+def read_prices(given: Json) -> Tuple[Price, ...]:
+    """Give the table of prices with an operator's own before it.  Raises ApiError naming the bad one."""
+    own = []
+    for model, price in given.items():
+        rates = [price.get(kind) for kind in ("input", "output")] if isinstance(price, dict) and len(price) == 2 else []
+        if not model or len(rates) != 2 or not all(TYPES["number"][0](rate) and 0 <= rate < 1e6 for rate in rates):
+            raise ApiError(400, "INVALID_SETTING", f"AEGIS_PRICES (--prices) has no price for {clip(model, 60)!r}: it "
+                           'must hold {"input": DOLLARS, "output": DOLLARS} per million tokens for each model')
+        own.append((model, float(rates[0]), float(rates[1])))
+    own.sort(key=lambda price: -len(price[0]))   # the longest name that fits is the nearest
+    return (*own, *PRICES)
 
 
 def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
@@ -3957,12 +4100,18 @@ class Context:
         self.sessions: Dict[str, "Session"] = {}       # live ones by id; single dict operations only, so no lock
         self.panes: Dict[str, "Session"] = {}          # live ones by tmux pane
         self.profiles = read_profiles(settings.profiles)
+        self.prices = read_prices(settings.prices)
         self.kick: Callable[["Session"], None] = lambda session: None       # delivery may go on
         self.look_later: Callable[["Session", float], None] = lambda session, seconds: None
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
         self.verifier: Any = None                      # see VERIFY
         self.runner: Any = None                        # see PIPELINES
         self.faces: Dict[str, Callable[..., Any]] = {}   # what else the API's table can tell; see HTTP
+        self.traffic: Any = None                       # see METRICS
+        self.probes: Any = None                        # see DIAGNOSTICS
+        self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
+        self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
+        self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -4043,6 +4192,9 @@ class Session:
         self.rested_since = time.monotonic()            # when it last was anything but idle
         self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
         self.unsaved = False                            # the ledger in memory is newer than the stored one
+        self.booked: Booked = {}                        # what of its usage is not stored yet
+        self.files: Optional[Dict[str, Tuple[int, Json]]] = None   # subagents' transcripts: read up to, last messages
+        self.files_unsaved: Dict[str, None] = {}
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
         self.escape_at = 0.0
@@ -4156,12 +4308,15 @@ class Change:
         if self.columns or self.statements or self.drafts:
             if session.unsaved:
                 self.columns.setdefault("ledger", row.ledger)
+            if "ledger" in self.columns:
+                self.statements += books_statements(session)
             if self.columns:
                 self.columns["updated_at"] = now
                 self.statements.insert(0, update("sessions", row.id, self.columns))
             session.context.bus.commit(self.statements, self.drafts)
         session.row, session.facts = row._replace(**self.columns), self.facts
-        session.unsaved = session.unsaved and "ledger" not in self.columns
+        if "ledger" in self.columns:
+            books_are_stored(session)
         session.closed_ids.extend(self.closed)
         session.active_at = now
         session.evidence.append(self.why)
@@ -4186,6 +4341,19 @@ class Change:
         if verdict.status == "idle":
             told["output"] = clip(self.columns.get("output", row.output) or "", 2_000)
         self.tell(f"session.{verdict.status}", **told)
+
+
+def books_statements(session: Session) -> List[Statement]:
+    """Write the statements that store a session's usage by day, in the transaction that stores its ledger."""
+    files = session.files or {}
+    return usage_statements(session.row.id, session.booked) + [
+        ("INSERT OR REPLACE INTO usage_files VALUES (?, ?, ?, ?)",
+         (session.row.id, path, files[path][0], dump(files[path][1]))) for path in session.files_unsaved]
+
+
+def books_are_stored(session: Session) -> None:
+    """Forget what a commit has just stored; called with the session's lock held since before it."""
+    session.booked, session.files_unsaved, session.unsaved = {}, {}, False
 
 
 def wire_permission(request: PermissionRow) -> Json:
@@ -4270,7 +4438,7 @@ def view(context: Context, row: SessionRow, facts: Facts, active_at: Optional[fl
         "conversationId": row.conversation, "transcriptPath": row.parts[-1] if row.parts else None,
         "window": row.window, "pid": row.pid, "attach": attach_command(context, row),
         "queueLength": len(facts.waiting), "turns": row.turns, "tokenUsage": token_usage(row.ledger),
-        "costUsd": cost_usd(row.ledger), "pendingPermission": pending_permission(facts),
+        "costUsd": cost_usd(row.ledger, context.prices), "pendingPermission": pending_permission(facts),
         "pendingPermissions": [wire_permission(one) for one in facts.pending if one.tool not in QUESTION_TOOLS],
         "pendingQuestion": pending_question(facts),
     }
@@ -4284,9 +4452,9 @@ def wire_prompt(prompt: PromptRow, position: Optional[int] = None) -> Json:
             "startedAt": iso(prompt.started_at), "endedAt": iso(prompt.ended_at)}
 
 
-def budget_spent(row: SessionRow) -> Optional[str]:
+def budget_spent(row: SessionRow, prices: Sequence[Price]) -> Optional[str]:
     """Tell which budget a session has passed, or None."""
-    usage, cost = token_usage(row.ledger), cost_usd(row.ledger)
+    usage, cost = token_usage(row.ledger), cost_usd(row.ledger, prices)
     tokens = usage["input"] + usage["output"] + usage["cacheWrite"]
     if tokens > row.limits.get("maxTokens", math.inf):
         return f"its budget is spent: {tokens:,} tokens of {row.limits['maxTokens']:,} (maxTokens)"
@@ -4334,21 +4502,35 @@ def locate_transcript(session: Session) -> None:
     )
     if found:
         with session.transcript_lock:
-            follow_conversation(session, conversation, str(found))
+            follow_conversation(session, conversation, str(found), own_since(row, str(found), None))
 
 
-def follow_conversation(session: Session, conversation: str, path: str) -> None:
+def follow_conversation(session: Session, conversation: str, path: str, since: Optional[float]) -> None:
     """Read on in another transcript: the first one, the one that /clear began, or one of before, where it was left.
 
-    Called with the transcript's lock held.
+    Of one that held a conversation already, usage counts from `since` on.  Called with the transcript's lock held.
     """
     with session.changing("agent", "conversation", conversation) as change:
         parts, ledger = session.row.parts, session.row.ledger
         if not parts or parts[-1] != path:
             left = {**ledger.get("left", {}), **({parts[-1]: ledger["offset"]} if parts else {})}
-            ledger = {**ledger, "offset": left.pop(path, 0), "left": left}
+            since = None if path in left else since
+            ledger = {**ledger, "offset": left.pop(path, 0), "left": left, "since": since}
             change.columns.update(parts=[*(one for one in parts if one != path), path], ledger=ledger)
         change.columns["conversation"] = conversation
+
+
+def own_since(row: SessionRow, path: str, now: Optional[float]) -> Optional[float]:
+    """Tell from when on the usage in a transcript that was just found is its session's own; None means all of it.
+
+    A fork's begins with a copy of another's, and a conversation that somebody resumed in the terminal is an old one.
+    """
+    if not row.parts:
+        return (now or row.launch.get("started")) if row.forked_from else None
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if any(re.search(rb'"type": ?"assistant"', line) for line in file):
+            return now or row.updated_at
+    return None
 
 
 class AgentStatus(NamedTuple):
@@ -4404,7 +4586,7 @@ def enqueue(session: Session, kind: str, text_: str, key: Optional[str]) -> Prom
                 return known
         if not session.live or session.ending:
             raise ApiError(409, "SESSION_ENDED", f"session {session.row.id} is {session.row.status}")
-        spent = budget_spent(session.row)
+        spent = budget_spent(session.row, context.prices)
         if spent:
             raise ApiError(409, "BUDGET_SPENT", f"{spent}: raise it with PATCH /v1/sessions/{session.row.id}")
         prompt = new_prompt(context, session.row.id, kind, text_, key)
@@ -4765,24 +4947,68 @@ def catch_up(session: Session) -> None:
                 break
             entries = [entry for line in lines for entry in parse_line(line)]
             with session.lock:
-                ledger = {**count_usage(session.row.ledger, entries), "offset": offset}
+                booked = {day: dict(counts) for day, counts in session.booked.items()}
+                ledger = {**count_usage(session.row.ledger, entries, booked), "offset": offset}
                 ledger["prompt"] = next(
                     (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
                 )
                 digest(session, entries)   # first: what a store refuses now is read again
                 session.context.witness(session, entries)
                 session.row, session.unsaved = session.row._replace(ledger=ledger), True
+                session.booked = booked
                 session.changed.notify_all()
     if session.unsaved:
         session.context.look_later(session, 0.5)
+
+
+def count_subagents(session: Session) -> None:
+    """Add what subagents used: each writes a transcript of its own beside its session's.  Costs O(new bytes)."""
+    with session.transcript_lock:
+        for path, size in subagent_files(session.row.parts):
+            if session.files is None:
+                known = session.context.store.pairs("SELECT path, offset, recent FROM usage_files WHERE session = ?",
+                                                    session.row.id)
+                session.files = {where: (offset, json.loads(recent)) for where, offset, recent in known}
+            if size > session.files.get(path, (0, {}))[0]:
+                count_subagent(session, session.files, path)
+
+
+def subagent_files(parts: Sequence[str]) -> List[Tuple[str, int]]:
+    """List the transcripts of the subagents of a session's last conversations, with their sizes."""
+    found = []
+    for part in parts[-3:]:
+        with contextlib.suppress(OSError), os.scandir(f"{part[:-len('.jsonl')]}/subagents") as entries:
+            found += [(entry.path, entry.stat().st_size) for entry in entries
+                      if entry.name.endswith(".jsonl") and entry.is_file(follow_symlinks=False)]
+    return found
+
+
+def count_subagent(session: Session, files: Dict[str, Tuple[int, Json]], path: str) -> None:
+    """Read one subagent's new lines into its session's books."""
+    offset, recent = files.get(path, (0, {}))
+    while True:
+        end, lines = read_new_lines(path, offset)
+        if end == offset:
+            return
+        entries = [entry for line in lines for entry in parse_line(line, subagent=True)]
+        with session.lock:
+            booked = {day: dict(counts) for day, counts in session.booked.items()}
+            ledger = count_usage({**session.row.ledger, "recent": recent}, entries, booked)
+            recent = dict(list(ledger["recent"].items())[-2:])
+            session.row = session.row._replace(ledger={**ledger, "recent": session.row.ledger["recent"]})
+            session.booked, session.unsaved = booked, True
+            files[path], session.files_unsaved[path] = (end, recent), None
+            session.changed.notify_all()
+        offset = end
 
 
 def save_books(session: Session) -> None:
     """Store how far the transcript was read and what it cost, unless another change just did."""
     with session.lock:
         if session.unsaved and session.live:
-            session.context.bus.commit([update("sessions", session.row.id, {"ledger": session.row.ledger})])
-            session.unsaved = False
+            kept = update("sessions", session.row.id, {"ledger": session.row.ledger})
+            session.context.bus.commit([kept, *books_statements(session)])
+            books_are_stored(session)
 
 
 def unsettled(session: Session) -> bool:
@@ -4790,14 +5016,6 @@ def unsettled(session: Session) -> bool:
     with session.lock:   # a turn's end that is just being told is waited for
         last = session.closed_ids[-1] if session.closed_ids else None
     return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
-
-
-def entry_time(entry: Entry) -> float:
-    """Read an entry's own timestamp as Unix time, to the millisecond upwards; now, when it has none."""
-    try:
-        return datetime.datetime.fromisoformat((entry.at or "").replace("Z", "+00:00")).timestamp() + 0.001
-    except ValueError:
-        return time.time()
 
 
 def _digest_prompt(session: Session, entry: Entry) -> None:
@@ -5827,6 +6045,8 @@ def receive_hook(session: Session, body: Json) -> Answer:
     """Take one report of the agent; what is unknown is no error, for agents learn new ones."""
     name = str(body.get("hook_event_name") or "")
     learn_paths(session, body)
+    if name == "SubagentStop":
+        session.context.look_later(session, 0.0)   # counts what it used
     if body.get("agent_id") and name not in SUBAGENT_HOOKS:
         session.note("hook", f"{name} of a subagent", str(body.get("agent_id")))
         return {}
@@ -5850,7 +6070,8 @@ def learn_paths(session: Session, body: Json) -> None:
         return
     with session.transcript_lock:   # nothing of the old one is missed, and no offset of it is taken for the new one's
         catch_up(session)
-        follow_conversation(session, conversation, path)
+        begins = body.get("hook_event_name") in ("SessionStart", "UserPromptSubmit")   # nothing was answered since
+        follow_conversation(session, conversation, path, own_since(session.row, path, time.time() if begins else None))
 
 
 # -- screens
@@ -5876,6 +6097,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         return reading
     status = read_status_file(session)
     catch_up(session)
+    count_subagents(session)
     save_books(session)
     with session.lock:
         if not session.live or session.ending:
@@ -6132,6 +6354,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
     if session.agent.reports:
         with contextlib.suppress(ApiError):
             catch_up(session)
+            count_subagents(session)
     with session.lock:
         if not session.live:
             return
@@ -6234,6 +6457,7 @@ class Monitor:
 
     def _run(self) -> None:
         while not self.closed:
+            self.context.rounds["aegis-monitor"] = time.monotonic()
             for session in self.due(time.monotonic()):
                 try:
                     inspect(self.context, session)
@@ -7008,8 +7232,9 @@ def check_budget(context: Context, session: Session, now: float) -> None:
     if "maxTokens" not in limits and "maxCostUsd" not in limits:
         return
     catch_up(session)
-    spent = told = budget_spent(session.row)
-    if spent is None and "maxCostUsd" in limits and cost_usd(session.row.ledger) is None:
+    count_subagents(session)
+    spent = told = budget_spent(session.row, context.prices)
+    if spent is None and "maxCostUsd" in limits and cost_usd(session.row.ledger, context.prices) is None:
         told = "a model that it uses has no known price: maxCostUsd cannot be held"
     if told == session.budget_told:
         return
@@ -7077,6 +7302,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self.context.stopping.wait(self.pause if self.context.sessions else WATCH_SECONDS):
+            self.context.rounds["aegis-watch"] = time.monotonic()
             for session in list(self.context.sessions.values()):
                 if session.live and not session.ending:
                     self.look(session, time.monotonic())
@@ -7518,6 +7744,7 @@ def sweep_memory(context: Context) -> None:
     """Delete what has expired, now and then: the body of its thread."""
     pause = 0.0
     while not context.stopping.wait(pause):
+        context.rounds["aegis-sweep"] = time.monotonic()
         with contextlib.suppress(ApiError):
             now = time.time()
             if context.store.value("SELECT 1 FROM memory WHERE expires_at <= ?", now):
@@ -8384,6 +8611,7 @@ class Runner:
 
     def _run(self) -> None:
         while not self.context.stopping.is_set():
+            self.context.rounds["aegis-pipelines"] = time.monotonic()
             now = time.time()
             pause = min([RUNNER_LOOK, *(at - now for at in list(self.due.values()))])
             told = {pipeline for pipeline, at in list(self.due.items()) if at <= now}
@@ -8696,7 +8924,7 @@ def usage_now(context: Context, session_id: str) -> Json:
     """Tell what a session has used so far."""
     with contextlib.suppress(ApiError):
         ledger = find_session(context, session_id).row.ledger
-        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger)}
+        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger, context.prices)}
     return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
 
 
@@ -8782,6 +9010,460 @@ def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Js
 
 
 # ============================================================================
+# METRICS. What was used, how long it took, and the same for Prometheus.
+# ============================================================================
+# Usage and times are durable: they stand in tables that are kept in the
+# transactions of what they count, so a restart neither loses nor repeats any.
+# They are summed by UTC day and model, never over sessions or events.  API
+# counts are this process's own and begin anew with it.  To add a figure for
+# Prometheus: a Family in families().
+
+HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
+TOKEN_KINDS = (("input", "input"), ("output", "output"), ("cache_read", "cacheRead"), ("cache_write", "cacheWrite"))
+USAGE_SUMS = ", ".join(f"sum({name})" for name in USAGE_COLUMNS)
+FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
+
+
+class Traffic:
+    """Counts requests.  note() is for the accepting thread, which alone writes `quick` and so needs no lock."""
+
+    def __init__(self) -> None:
+        self.quick: Dict[Tuple[str, int], List[float]] = {}   # route, status -> a count for each bound, then seconds
+        self.slow: Dict[Tuple[str, int], List[float]] = {}    # guarded by lock
+        self.lock = threading.Lock()
+
+    @staticmethod
+    def note(cells: Dict[Tuple[str, int], List[float]], route: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        cell = cells.get((route, status))
+        if cell is None:
+            cell = cells[route, status] = [0] * (len(HTTP_BOUNDS) + 1) + [0.0]
+        cell[bisect.bisect_left(HTTP_BOUNDS, seconds)] += 1
+        cell[-1] += seconds
+
+    def note_slow(self, route: str, status: int, seconds: float) -> None:
+        """Count one request that a thread of its own answered."""
+        with self.lock:
+            self.note(self.slow, route, status, seconds)
+
+    def counts(self) -> Dict[Tuple[str, int], "Times"]:
+        """Give what was counted so far, by route and status."""
+        with self.lock:
+            slow = {key: list(cell) for key, cell in self.slow.items()}
+        quick = {key: list(cell) for key, cell in self.quick.copy().items()}
+        empty = [0] * (len(HTTP_BOUNDS) + 1) + [0.0]
+        both = {key: [a + b for a, b in zip(slow.get(key, empty), quick.get(key, empty))] for key in {**slow, **quick}}
+        return {key: Times(HTTP_BOUNDS, [int(count) for count in cell[:-1]], cell[-1]) for key, cell in both.items()}
+
+
+class Times(NamedTuple):
+    """How long things took: a count for each bound and one for what is beyond, and all seconds together."""
+
+    bounds: Sequence[float]
+    counts: List[int]
+    total: float
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> Optional[float]:
+        """Estimate the time within which a share of them was done, evenly spread within a bucket."""
+        below, wanted = 0, share * self.count
+        for place, count in enumerate(self.counts):
+            if count and below + count >= wanted:
+                low = self.bounds[place - 1] if place else 0.0
+                high = self.bounds[place] if place < len(self.bounds) else low
+                return low + (high - low) * (wanted - below) / count
+            below += count
+        return None
+
+    def wire(self) -> Json:
+        """Give them their shape on the wire; quantiles are estimates from buckets."""
+        quantiles = {f"p{percent}Seconds": self.quantile(percent / 100) for percent in (50, 90, 99)}
+        told = {"avgSeconds": self.total / self.count if self.count else None, **quantiles}
+        return {"count": self.count, "totalSeconds": round(self.total, 6),
+                **{name: None if value is None else round(value, 6) for name, value in told.items()}}
+
+
+def together(times: Iterable[Times], bounds: Sequence[float]) -> Times:
+    """Add times up."""
+    counts, total = [0] * (len(bounds) + 1), 0.0
+    for one in times:
+        counts, total = [a + b for a, b in zip(counts, one.counts)], total + one.total
+    return Times(bounds, counts, total)
+
+
+class Span(NamedTuple):
+    """What a reader of metrics wants to see: days from first to last, of one session or all, of one model or all."""
+
+    first: str = FIRST_DAY
+    last: str = LAST_DAY
+    session: Optional[str] = None
+    model: Optional[str] = None
+
+    @property
+    def narrow(self) -> bool:
+        """Tell whether it leaves out days or models."""
+        return (self.first, self.last, self.model) != (FIRST_DAY, LAST_DAY, None)
+
+
+Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
+
+
+def usage_by(store: Store, span: Span, group: str, where: str = "1", *args: Any) -> List[Tuple[str, List[Usage]]]:
+    """Sum usage by day, session or nothing, and by model below that."""
+    whose = "session <> ''" if group == "session" else "session = ?"
+    mine = () if group == "session" else (span.session or "",)
+    rows = store.pairs(
+        f"SELECT {group}, model, {USAGE_SUMS} FROM usage WHERE {whose} AND day BETWEEN ? AND ? "
+        f"AND (? IS NULL OR model = ?) AND {where} GROUP BY 1, 2 ORDER BY 1, 2",
+        *mine, span.first, span.last, span.model, span.model, *args)
+    found: Dict[str, List[Usage]] = {}
+    for key, model, *amounts in rows:
+        found.setdefault(key, []).append((model, dict(zip(USAGE_COLUMNS.values(), amounts))))
+    return list(found.items())
+
+
+def bill(used: Sequence[Usage], prices: Sequence[Price]) -> Json:
+    """Give tokens and cost of what some models used; the cost is null when a part has no known price, and says which.
+
+    pricedCostUsd is the cost of the rest.
+    """
+    tokens = {wire: sum(counts.get(USAGE_COLUMNS[name], 0) for _, counts in used) for name, wire in TOKEN_KINDS}
+    costs = {model: cost_of(model, counts, prices) for model, counts in used if tokens_of(counts)}
+    unpriced = sorted(model for model, cost in costs.items() if cost is None)
+    priced = round(sum(cost for cost in costs.values() if cost is not None), 6)
+    return {
+        "tokenUsage": tokens, "totalTokens": sum(tokens.values()), "costUsd": None if unpriced else priced,
+        "pricedCostUsd": priced, "unpricedModels": unpriced,
+        "unpricedTokens": sum(tokens_of(counts) for model, counts in used if model in unpriced),
+        "messages": sum(counts.get("messages", 0) for _, counts in used),
+    }
+
+
+def tokens_of(counts: Mapping[str, int]) -> int:
+    """Sum tokens of all kinds."""
+    return sum(counts.get(USAGE_COLUMNS[name], 0) for name, _ in TOKEN_KINDS)
+
+
+def times_by_label(store: Store, span: Span) -> Dict[Tuple[str, str], Times]:
+    """Give durable times by name and label: of all from the tallies, of one session from its own rows."""
+    bounds = [row[0] for row in store.pairs("SELECT upto FROM bounds ORDER BY bucket")][:-1]
+    if span.session is None:
+        rows = store.pairs("SELECT name, label, bucket, sum(count), sum(total) FROM tallies WHERE day BETWEEN ? AND ? "
+                           "GROUP BY 1, 2, 3", span.first, span.last)
+    else:
+        rows = [row for view in ("prompt_times", "permission_times") for row in store.pairs(
+            "SELECT name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place, count(*), "
+            f"sum(seconds) FROM {view} WHERE session = ? AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
+            span.session, span.first, span.last)]
+    found: Dict[Tuple[str, str], Times] = {}
+    for name, label, place, count, total in rows:
+        known = found.setdefault((name, label), Times(bounds, [0] * (len(bounds) + 1), 0.0))
+        known.counts[place] += count
+        found[name, label] = known._replace(total=known.total + total)
+    return found
+
+
+def store_all_books(context: Context) -> None:
+    """Store what live sessions have used and nobody has stored yet."""
+    for session in list(context.sessions.values()):
+        if session.unsaved:
+            save_books(session)
+
+
+def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> Json:
+    """Give all figures as JSON."""
+    store_all_books(context)
+    store, prices = context.store, context.prices
+    models = [one for _, used in usage_by(store, span, "''") for one in used]
+    sessions, total = metered_sessions(context, span, page, limit)
+    return {
+        "generatedAt": iso(time.time()), "timezone": "UTC", **span_view(span), **bill(models, prices),
+        "byModel": [{"model": one[0], **bill([one], prices), "price": price_view(one[0], prices)} for one in models],
+        "byDay": metered_days(context, span, days), "bySession": sessions,
+        "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)},
+        "sessions": {"active": len(context.sessions), "total": store.value("SELECT count(*) FROM sessions"),
+                     "byStatus": dict(live_states(context))},
+        **times_view(context, times_by_label(store, span)),
+        "api": traffic_view(context),
+        "prices": {"date": PRICES_DATE, "unit": "USD per million tokens", "own": len(prices) - len(PRICES)},
+    }
+
+
+def span_view(span: Span) -> Json:
+    """Say what was asked for."""
+    return {"from": None if span.first == FIRST_DAY else span.first, "to": None if span.last == LAST_DAY else span.last,
+            "session": span.session, "model": span.model}
+
+
+def price_view(model: str, prices: Sequence[Price]) -> Optional[Json]:
+    """Give a model's price per million tokens; None when it is not known."""
+    price = price_of(model, prices)
+    return None if price is None else {"input": price[1], "output": price[2]}
+
+
+def live_states(context: Context) -> "collections.Counter[str]":
+    """Count live sessions by state."""
+    return collections.Counter(session.row.status for session in list(context.sessions.values()))
+
+
+def metered_days(context: Context, span: Span, days: int) -> List[Json]:
+    """Give usage and turns by day: the last days of the span on which there was any, oldest first."""
+    store, whose = context.store, span.session or ""
+    turned: Dict[str, int] = dict(store.pairs(
+        "SELECT day, sum(count) FROM tallies WHERE name = 'turn' AND day BETWEEN ? AND ? GROUP BY day"
+        if span.session is None else
+        "SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND session = ? "
+        "GROUP BY day", *(span.first, span.last, *([whose] if span.session else []))))
+    used = {row[0] for row in store.pairs("SELECT DISTINCT day FROM usage WHERE session = ? AND day BETWEEN ? AND ?",
+                                          whose, span.first, span.last)}
+    shown = sorted({*used, *turned})[-days:]
+    if not shown:
+        return []
+    found = dict(usage_by(store, span._replace(first=shown[0]), "day"))
+    return [{"day": day, **bill(found.get(day, []), context.prices), "turns": turned.get(day, 0)} for day in shown]
+
+
+def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tuple[List[Json], int]:
+    """Give one page of usage by session, newest first, and how many there are: with usage in the span, or all."""
+    store = context.store
+    used = "FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?)"
+    args: Tuple[Any, ...] = (
+        (span.session,) if span.session else (span.first, span.last, span.model, span.model) if span.narrow else ())
+    where = "id = ?" if span.session else f"id IN (SELECT session {used})" if span.narrow else "1"
+    rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
+                       "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit, (page - 1) * limit)
+    counted = "1" if span.session else f"count(DISTINCT session) {used}" if span.narrow else "count(*) FROM sessions"
+    total = store.value(f"SELECT {counted}", *(() if span.session else args))
+    marks, ids = ", ".join("?" * len(rows)), [row[0] for row in rows]
+    found = dict(usage_by(store, span, "session", f"session IN ({marks})", *ids))
+    turned = dict(store.pairs(
+        f"SELECT session, count(*) FROM prompt_times WHERE session IN ({marks}) AND name = 'turn' "
+        "AND day BETWEEN ? AND ? GROUP BY 1", *ids, span.first, span.last)) if span.narrow else {}
+    return [{"id": row[0], "name": row[1], "agent": row[2], "status": row[3], "createdAt": iso(row[4]),
+             "turns": turned.get(row[0], 0) if span.narrow else row[5],
+             **bill(found.get(row[0], []), context.prices)} for row in rows], total
+
+
+def times_view(context: Context, found: Mapping[Tuple[str, str], Times]) -> Json:
+    """Give turns, latencies and permission times their shape on the wire."""
+    bounds = next(iter(found.values())).bounds if found else ()
+    named = {name: together((one for (kind, _), one in found.items() if kind == name), bounds)
+             for name in ("turn", "send", "type", "decision")}
+    turns = {label: one for (name, label), one in found.items() if name == "turn"}
+    asked = [one.asked_at for session in list(context.sessions.values()) for one in session.facts.pending]
+    return {
+        "turns": {"total": named["turn"].count,
+                  "byOutcome": {name: turns[name].count if name in turns else 0
+                                for name in ("done", "interrupted", "error")}},
+        "latencies": {"turn": named["turn"].wire(), "sendToSubmitted": named["send"].wire(),
+                      "typedToSubmitted": named["type"].wire(), "hookToDecision": named["decision"].wire()},
+        "permissions": {"pending": len(asked), "oldestPendingSeconds": max(map(age, asked), default=None),
+                        "decided": named["decision"].count, "waiting": named["decision"].wire(),
+                        "decisions": [{**decision_labels(label), **one.wire()}
+                                      for (name, label), one in sorted(found.items()) if name == "decision"]},
+    }
+
+
+def decision_labels(label: str) -> Dict[str, str]:
+    """Read a decision's label: permission or question, what was decided, by whom."""
+    kind, state, by = label.split("/", 2)
+    return {"kind": kind, "state": state, "decidedBy": by}
+
+
+def traffic_view(context: Context) -> Json:
+    """Give API counts and latencies by route, since this process began."""
+    routes: Dict[str, Dict[int, Times]] = {}
+    for (route, status), times in context.traffic.counts().items():
+        routes.setdefault(route, {})[status] = times
+    shown = [{"route": route or None, "byStatus": {str(status): one.count for status, one in sorted(statuses.items())},
+              **together(statuses.values(), HTTP_BOUNDS).wire()} for route, statuses in sorted(routes.items())]
+    failed = sum(one.count for statuses in routes.values() for status, one in statuses.items() if status >= 500)
+    return {"since": iso(context.started_at), "requests": sum(one["count"] for one in shown), "serverErrors": failed,
+            "byRoute": shown}
+
+
+class Family(NamedTuple):
+    """One metric as Prometheus knows it: its samples are labels with a number, or with Times."""
+
+    name: str
+    kind: str        # counter, gauge, histogram
+    about: str
+    samples: Sequence[Tuple[Mapping[str, str], Any]]
+
+
+def exposition(context: Context, open_metrics: bool) -> str:
+    """Write all figures in Prometheus's text format 0.0.4, or as OpenMetrics 1.0."""
+    store_all_books(context)
+    told = [line for family in families(context) if family.samples for line in family_lines(family, open_metrics)]
+    return "\n".join([*told, *(["# EOF"] if open_metrics else []), ""])
+
+
+def family_lines(family: Family, open_metrics: bool) -> Iterator[str]:
+    """Write one metric; OpenMetrics names a counter without the _total of its samples."""
+    total = open_metrics and family.kind == "counter"
+    name = family.name[:-len("_total")] if total else family.name
+    about = family.about.replace("\\", "\\\\").replace("\n", "\\n")
+    yield from (f"# HELP {name} {about}", f"# TYPE {name} {family.kind}")
+    for labels, value in family.samples:
+        if not isinstance(value, Times):
+            yield f"{family.name}{label_text(labels)} {number_text(value)}"
+            continue
+        for bound, count in zip((*value.bounds, math.inf), itertools.accumulate(value.counts)):
+            yield f"{name}_bucket{label_text({**labels, 'le': number_text(float(bound))})} {count}"
+        yield f"{name}_sum{label_text(labels)} {number_text(value.total)}"
+        yield f"{name}_count{label_text(labels)} {value.count}"
+
+
+def label_text(labels: Mapping[str, str]) -> str:
+    """Write labels; a value may hold anything."""
+    escaped = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+               for name, value in labels.items()}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}" if labels else ""
+
+
+def number_text(value: Any) -> str:
+    """Write a number as both formats read it."""
+    return "+Inf" if value == math.inf else repr(value)
+
+
+def families(context: Context) -> List[Family]:
+    """Gather what Prometheus is told."""
+    return [*usage_families(context), *session_families(context), *time_families(context), *traffic_families(context),
+            *process_families(context)]
+
+
+def usage_families(context: Context) -> List[Family]:
+    """Tell tokens and cost by model; the least used of too many models are one."""
+    used = [one for _, models in usage_by(context.store, Span(), "''") for one in models]
+    used.sort(key=lambda one: -tokens_of(one[1]))
+    costs = [(model, cost_of(model, counts, context.prices)) for model, counts in used[:SHOWN_MODELS]]
+    rest = [counts for _, counts in used[SHOWN_MODELS:]]
+    folded = {key: sum(counts.get(key, 0) for counts in rest) for key in USAGE_COLUMNS.values()}
+    shown = used[:SHOWN_MODELS] + ([(OTHER_MODELS, folded)] if rest else [])
+    told = bill(used, context.prices)
+    return [
+        Family("aegis_tokens_total", "counter", "Tokens used, by model and kind, of all sessions ever.",
+               [({"model": model, "kind": name}, counts.get(USAGE_COLUMNS[name], 0))
+                for model, counts in shown for name, _ in TOKEN_KINDS]),
+        Family("aegis_messages_total", "counter", "Answers of the models' API, by model.",
+               [({"model": model}, counts.get("messages", 0)) for model, counts in shown]),
+        Family("aegis_cost_usd_total", "counter", "Cost in dollars of the models whose price is known, by model.",
+               [({"model": model}, cost) for model, cost in costs if cost is not None]),
+        Family("aegis_unpriced_tokens_total", "counter", "Tokens of models whose price is not known.",
+               [({}, told["unpricedTokens"])]),
+    ]
+
+
+def session_families(context: Context) -> List[Family]:
+    """Tell of live sessions; the newest have series of their own."""
+    live = list(context.sessions.values())
+    newest = sorted(live, key=lambda one: -one.row.created_at)[:SHOWN_SESSIONS]
+    named = [({"session": one.row.id, "name": one.row.name}, one.row) for one in newest]
+    states = live_states(context)
+    costs = [(labels, cost_usd(row.ledger, context.prices)) for labels, row in named]
+    return [
+        Family("aegis_sessions", "gauge", "Live sessions, by state.",
+               [({"state": state}, states[state]) for state in STATES if state not in ENDED]),
+        Family("aegis_sessions_created_total", "counter", "Sessions ever made.",
+               [({}, context.store.value("SELECT count(*) FROM sessions"))]),
+        Family("aegis_prompts_queued", "gauge", "Prompts that no agent has taken yet.",
+               [({}, sum(len(one.facts.waiting) for one in live))]),
+        Family("aegis_permissions_pending", "gauge", "Permission requests and questions that wait for an answer.",
+               [({}, sum(len(one.facts.pending) for one in live))]),
+        Family("aegis_session_tokens_total", "counter", "Tokens used by a live session, by kind.",
+               [({**labels, "kind": name}, token_usage(row.ledger)[wire])
+                for labels, row in named for name, wire in TOKEN_KINDS]),
+        Family("aegis_session_cost_usd_total", "counter", "Cost in dollars of a live session whose models have prices.",
+               [(labels, cost) for labels, cost in costs if cost is not None]),
+        Family("aegis_session_turns_total", "counter", "Turns of a live session.",
+               [(labels, row.turns) for labels, row in named]),
+    ]
+
+
+def time_families(context: Context) -> List[Family]:
+    """Tell how long turns, prompts and decisions took."""
+    found = sorted(times_by_label(context.store, Span()).items())
+
+    def of(name: str, label: str) -> List[Tuple[Mapping[str, str], Times]]:
+        return [({label: worth}, times) for (kind, worth), times in found if kind == name]
+    decided = [({**decision_labels(label), "by": decision_labels(label)["decidedBy"]}, times)
+               for (name, label), times in found if name == "decision"]
+    for labels, _ in decided:
+        del labels["decidedBy"]
+    return [
+        Family("aegis_turns_total", "counter", "Turns that ended, by outcome.",
+               [(labels, times.count) for labels, times in of("turn", "outcome")]),
+        Family("aegis_turn_duration_seconds", "histogram", "How long turns took, by outcome.", of("turn", "outcome")),
+        Family("aegis_prompt_submit_seconds", "histogram", "From a prompt's acceptance to the agent's report of it.",
+               of("send", "kind")),
+        Family("aegis_prompt_delivery_seconds", "histogram", "From typing a prompt to the agent's report of it.",
+               of("type", "kind")),
+        Family("aegis_permission_decisions_total", "counter", "Decided requests, by kind, state and who decided.",
+               [(labels, times.count) for labels, times in decided]),
+        Family("aegis_permission_wait_seconds", "histogram", "How long requests waited for their decision.", decided),
+    ]
+
+
+def traffic_families(context: Context) -> List[Family]:
+    """Tell of API requests by the row that answered them; what no row answered has an empty route."""
+    counts = sorted(context.traffic.counts().items())
+    routes: Dict[str, List[Times]] = {}
+    for (route, _), times in counts:
+        routes.setdefault(route, []).append(times)
+    return [
+        Family("aegis_http_requests_total", "counter", "API requests answered, by route and status.",
+               [({"route": route, "status": str(status)}, times.count) for (route, status), times in counts]),
+        Family("aegis_http_request_duration_seconds", "histogram", "How long answers took, waits included.",
+               [({"route": route}, together(times, HTTP_BOUNDS)) for route, times in routes.items()]),
+    ]
+
+
+def process_families(context: Context) -> List[Family]:
+    """Tell of the process; what this system does not tell is left out."""
+    taken = process_readings()
+    readings: Tuple[Tuple[str, str, str, Any], ...] = (
+        ("process_cpu_seconds_total", "counter", "CPU seconds of this process.", taken["cpuSeconds"]),
+        ("process_resident_memory_bytes", "gauge", "Resident memory of this process.", taken["rssBytes"]),
+        ("process_open_fds", "gauge", "Open file descriptors of this process.", taken["openFds"]),
+        ("process_threads", "gauge", "Threads of this process.", taken["threads"]),
+        ("process_start_time_seconds", "gauge", "When this process began, as Unix time.", context.started_at),
+        ("aegis_event_listeners", "gauge", "Event streams that are open.", len(context.bus.listeners)),
+        ("aegis_events_total", "counter", "Events ever told.", context.bus.last),
+        ("aegis_tmux_healthy", "gauge", "1 while the tmux control client works.", int(context.tmux.error is None)),
+        ("aegis_tmux_connects_total", "counter", "Starts of the tmux control client.", context.tmux.connects),
+    )
+    lines = [({"level": level}, count) for level, count in context.log.counts.items()]
+    return [
+        Family("aegis_build_info", "gauge", "1, with the version.",
+               [({"version": __version__, "python": sys.version.split()[0]}, 1)]),
+        Family("aegis_log_lines_total", "counter", "Warnings and errors logged since the start, by level.", lines),
+        *(Family(name, kind, about, [({}, value)]) for name, kind, about, value in readings if value is not None),
+    ]
+
+
+def process_readings() -> Json:
+    """Measure this process; None where the system does not tell.  On macOS memory is the most it ever had."""
+    import resource
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    fds = None
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            fds = fds if fds is not None else len(os.listdir(folder)) - 1   # one is the listing's own
+    try:
+        rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        rss = peak
+    return {"rssBytes": rss, "peakRssBytes": peak, "cpuSeconds": round(used.ru_utime + used.ru_stime, 3),
+            "threads": threading.active_count(), "openFds": fds}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -8789,6 +9471,16 @@ def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Js
 # start finds both ends: live rows without a pane have exited (or, when the box
 # was down, are brought back), panes of ended rows are closed, and everything
 # else goes on.  Stopping Aegis stops no agent.
+
+
+def book_earlier_usage(context: Context) -> None:
+    """Book what was counted before usage was kept by day, under the day of each session's last change."""
+    for session_id, updated_at, text_ in context.store.pairs(
+            "SELECT id, updated_at, ledger FROM sessions WHERE id IN (SELECT session FROM unbooked)"):
+        ledger = json.loads(text_)
+        booked = {(utc_day(updated_at), model): counts for model, counts in ledger["models"].items()}
+        context.bus.commit([*usage_statements(session_id, booked),
+                            ("DELETE FROM unbooked WHERE session = ?", (session_id,))])
 
 
 def adopt_all(context: Context) -> None:
@@ -9007,7 +9699,7 @@ class App:
         context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
-        context.runner = Runner(context)
+        context.runner, context.traffic = Runner(context), Traffic()
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -9019,6 +9711,7 @@ class App:
         self.context.base_url = base_url
         self.context.tmux.start()
         self.context.exits.start()
+        book_earlier_usage(self.context)
         adopt_all(self.context)
         self.monitor.start()
         self.watch.start()
@@ -9135,6 +9828,415 @@ class Access:
                 "this needs the header `Authorization: Bearer TOKEN` with the server's token",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+# ============================================================================
+# DIAGNOSTICS. What state this box and this process are in, and what to do.
+# ============================================================================
+# A Finding is one thing that was looked at: ok, a warning or a problem, with
+# one line that says what to do.  The server finds for /v1/diagnostics, and
+# `doctor` by itself where no server answers, so most finders take plain
+# values.  Nothing here waits for a program without a limit: an agent's version
+# is asked for once, in a thread, and remembered until its file changes.
+
+PROBE_SECONDS = 5.0        # until a program that does not tell its version is given up
+PROBE_AGAIN = 600.0        # seconds after which one that told none is asked again
+PATIENCE_FOR_PROBE = 2.0   # what one answer waits for versions that are being asked for
+DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the first, act below the second
+TMUX_AT_LEAST = (3, 0)
+WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines")
+CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
+               "CLAUDE_CODE_USE_VERTEX")
+SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
+    r"((?:authorization[\"']?\s*[=:]\s*[\"']?)?(?:bearer|basic)\s+"
+    r"|(?:token|secret|passw(?:or)?d|api[_-]?key|authorization)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
+    r"|\b(?:sk|pk|ghp|gho|xox[abp]|whsec)[-_][A-Za-z0-9_-]{8,}|\b\d{6,12}:[A-Za-z0-9_-]{30,}", re.IGNORECASE)
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    state: str      # ok, warning, problem
+    message: str    # what was found, and what to do if it is not ok: one line
+
+
+def masked(text_: str, secrets_: Iterable[str] = ()) -> str:
+    """Take secrets out of a text: those that are known, and what looks like one."""
+    for secret in secrets_:
+        text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
+    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", text_)
+
+
+def known_secrets(context: Context) -> List[str]:
+    """List the secrets that no answer may hold."""
+    chosen = [getattr(context.settings, one.name) for one in SETTINGS if one.secret]
+    given = [value for one in chosen for value in (one if isinstance(one, tuple) else (one,)) if isinstance(value, str)]
+    return [one for one in (*given, *(s.row.secret for s in list(context.sessions.values()))) if one]
+
+
+def settings_view(context: Context) -> List[Json]:
+    """List the settings with their values, secrets masked, and where each came from."""
+    hidden, told = known_secrets(context), []
+    for one in SETTINGS:
+        value = getattr(context.settings, one.name)
+        shown = ("(hidden)" if value else "") if one.secret else masked_value(value, hidden)
+        told.append({"name": one.name, "value": shown, "source": context.settings.sources.get(one.name, "default"),
+                     "secret": one.secret})
+    return told
+
+
+def masked_value(value: Any, hidden: Sequence[str]) -> Any:
+    """Take secrets out of a setting's value, whatever its shape."""
+    if isinstance(value, str):
+        return masked(value, hidden)
+    if isinstance(value, (tuple, list)):
+        return [masked_value(one, hidden) for one in value]
+    if isinstance(value, dict):
+        return {name: masked_value(one, hidden) for name, one in value.items()}
+    return value
+
+
+class Probes:
+    """Versions of programs, each asked for once.  lock guards known, and is a leaf."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.known: Dict[Tuple[Any, ...], Json] = {}
+
+    def tell(self, words: Sequence[str], patience: float = PATIENCE_FOR_PROBE) -> Json:
+        """Give a program's path and version; one that is still being asked is waited for a little."""
+        path = shutil.which(words[0]) if words else None
+        if path is None:
+            return {"path": None, "version": None, "error": "not found"}
+        about = os.stat(path)
+        key = (tuple(words), path, about.st_mtime_ns, about.st_size)
+        with self.lock:
+            found = self.known.get(key)
+            if found is None or (found["error"] and found["done"].is_set() and time.monotonic() > found["again"]):
+                self.known = {kept: one for kept, one in self.known.items() if kept[0] != key[0]}
+                found = self.known[key] = {"version": None, "error": "it has not told its version yet",
+                                           "done": threading.Event(), "again": time.monotonic() + PROBE_AGAIN}
+                spawn("aegis-probe", self._ask, (path, *words[1:]), found)
+        found["done"].wait(patience)
+        return {"path": path, "version": found["version"], "error": found["error"]}
+
+    @staticmethod
+    def _ask(words: Sequence[str], found: Json) -> None:
+        try:
+            found["version"] = ask_version(words)
+            found["error"] = None
+        except OSError as error:
+            found["error"] = str(error)
+        finally:
+            found["done"].set()
+
+
+def ask_version(words: Sequence[str], option: str = "--version") -> str:
+    """Ask a program for its version.  Raises OSError when it tells none in time; what it started ends with it."""
+    asked = subprocess.Popen([*words, option], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, cwd="/", start_new_session=True)
+    out = asked.stdout
+    assert out is not None
+    try:
+        with selectors.DefaultSelector() as selector:   # select() takes no handle above 1023
+            selector.register(out, selectors.EVENT_READ)
+            ready = selector.select(PROBE_SECONDS)
+        said = os.read(out.fileno(), 4_096).decode("utf-8", "replace").strip() if ready else ""
+    finally:
+        out.close()
+        with contextlib.suppress(OSError):
+            os.killpg(asked.pid, signal.SIGKILL)
+        asked.wait()
+    if not said:
+        raise OSError(f"it did not tell its version within {PROBE_SECONDS:g} s" if not ready else "it tells no version")
+    return clip(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", said.split("\n")[0]), 100)
+
+
+def diagnostics(context: Context, full: bool) -> Json:
+    """Give all that is known of this process and its box."""
+    agents = agents_view(context)
+    findings = find_in_server(context, agents, full)
+    return {
+        "status": max((one.state for one in findings), key=("ok", "warning", "problem").index),
+        "generatedAt": iso(time.time()), "startedAt": iso(context.started_at),
+        "uptimeSeconds": int(max(0.0, time.time() - context.started_at)), "pid": os.getpid(),
+        "versions": {"aegis": __version__, "python": sys.version.split()[0], "tmux": context.tmux.version,
+                     "sqlite": sqlite3.sqlite_version, "os": system_name(), "agents": agents},
+        "schemaVersion": context.store.value("PRAGMA user_version"),
+        "tmux": tmux_view(context), "resources": resources_view(context), "queues": queues_view(context),
+        "workers": workers_view(context), "settings": settings_view(context), "recentErrors": troubles_view(context),
+        "checks": [one._asdict() for one in findings],
+    }
+
+
+def system_name() -> str:
+    """Name the operating system and the machine."""
+    about = os.uname()
+    return f"{about.sysname} {about.release} {about.machine}"
+
+
+def agents_view(context: Context) -> Json:
+    """Tell each agent's program and version; a shell is not asked for one, for it may be any command."""
+    told: Json = {"demo": {"path": sys.executable, "version": __version__, "error": None}}
+    for name, agent in AGENTS.items():
+        words = agent.program(context.settings)
+        if name == "claude":
+            told[name] = context.probes.tell(words)
+        elif name not in told:
+            path = shutil.which(words[0]) if words else None
+            told[name] = {"path": path, "version": None, "error": None if path else "not found"}
+    return told
+
+
+def tmux_view(context: Context) -> Json:
+    """Tell how the tmux driver does."""
+    tmux = context.tmux
+    return {"healthy": tmux.error is None, "mode": "control" if tmux.client is not None else "one-shot",
+            "error": tmux.error, "program": tmux.program, "version": tmux.version, "socket": tmux.socket_name,
+            "serverPid": int(tmux.server_pid) if tmux.server_pid.isdigit() else None,
+            "reconnects": max(0, tmux.connects - 1), "panes": len(context.panes),
+            "lastError": None if tmux.lost is None else {"at": iso(tmux.lost[0]), "message": tmux.lost[1]}}
+
+
+def resources_view(context: Context) -> Json:
+    """Tell what this process takes, and what the box has left."""
+    connections, in_threads = context.connections()
+    return {**process_readings(), "connections": connections, "requestsInThreads": in_threads,
+            "loadAverage": load_average(), "cpus": os.cpu_count(),
+            "stateDir": str(context.state_dir), "diskFreeBytes": disk_free(str(context.state_dir)),
+            "databaseBytes": file_size(context.store.path), "walBytes": file_size(Path(f"{context.store.path}-wal"))}
+
+
+def load_average() -> Optional[List[float]]:
+    """Tell how many wanted a processor in the last 1, 5 and 15 minutes; None where the system does not tell."""
+    try:
+        return [round(one, 2) for one in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def disk_free(path: str) -> int:
+    """Tell how many bytes a user may still write where a path lies."""
+    about = os.statvfs(path)
+    return about.f_bavail * about.f_frsize
+
+
+def file_size(path: Path) -> Optional[int]:
+    """Tell how long a file is; None when there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def queues_view(context: Context) -> Json:
+    """Tell what waits: prompts, held requests, events, log lines, and what other rooms have queued."""
+    live, listeners = list(context.sessions.values()), list(context.bus.listeners)
+    lags = [one.queue.qsize() for one in listeners]
+    return {
+        "prompts": sum(len(one.facts.waiting) for one in live), "holds": sum(len(one.holds) for one in live),
+        "pending": sum(len(one.facts.pending) for one in live),
+        "events": {"listeners": len(listeners), "maxLag": max(lags, default=0), "limit": BUS_QUEUE,
+                   "last": context.bus.last},
+        "log": {"lines": len(context.log.lines), "dropped": context.log.dropped},
+        **{name: count() for name, count in context.queues.items()},
+    }
+
+
+def workers_view(context: Context) -> List[Json]:
+    """Tell of the threads that must live as long as the server, with the age of their last rounds."""
+    alive_ = collections.Counter(thread.name for thread in threading.enumerate())
+    now, rounds = time.monotonic(), dict(context.rounds)
+    return [{"name": name, "alive": alive_[name] > 0,
+             "lastRoundSeconds": round(now - rounds[name], 1) if name in rounds else None} for name in WORKERS]
+
+
+def troubles_view(context: Context) -> List[Json]:
+    """List the last warnings and errors of the log, newest first, without secrets."""
+    hidden = known_secrets(context)
+    return [{"at": iso(at), "level": level, "message": masked(message, hidden),
+             "fields": {name: clip(masked(str(value), hidden), 2_000) for name, value in fields.items()}}
+            for at, level, message, fields in reversed(list(context.log.troubles))]
+
+
+# -- what to do
+
+
+def find_in_server(context: Context, agents: Json, full: bool) -> List[Finding]:
+    """Look at everything, from within the server."""
+    tmux, dead = context.tmux, [one["name"] for one in workers_view(context) if not one["alive"]]
+    return [
+        find_python(), find_tmux(tmux.program, tmux.version),
+        Finding("tmux client", "warning", f"no control client ({tmux.error}): it is started again by itself")
+        if tmux.error else Finding("tmux client", "ok", "control mode"),
+        find_agent(context.settings, agents["claude"]["version"], agents["claude"]["error"])
+        if context.settings.agent == "claude" else find_other_agent(context.settings),
+        *find_login(context.settings), find_state_dir(str(context.state_dir)), find_disk(str(context.state_dir)),
+        find_locale(), find_files_limit(),
+        *([find_database(context.store.path)] if full else []),
+        find_clock(context.store.value("SELECT max(at) FROM events")),
+        Finding("workers", "problem", f"{', '.join(dead)} ended: restart Aegis, the agents go on")
+        if dead else Finding("workers", "ok", f"{len(WORKERS)} alive"),
+    ]
+
+
+def find_locally(settings: Settings, port_says: Finding) -> List[Finding]:
+    """Look at everything without a server."""
+    path = Path(settings.state_dir) / "aegis.db"
+    try:
+        version, wrong = ask_version([settings.tmux], "-V"), ""
+    except OSError as error:
+        version, wrong = "", error.strerror or str(error)
+    found = [find_python(), find_tmux(settings.tmux, version.rpartition(" ")[2], wrong)]
+    if settings.agent == "claude":
+        told = Probes().tell(settings.claude_cmd, PROBE_SECONDS + 1.0)
+        found.append(find_agent(settings, told["version"], told["error"]))
+    else:
+        found.append(find_other_agent(settings))
+    newest = read_only(path, "SELECT max(at) FROM events") if path.exists() else None
+    return [*found, *find_login(settings), port_says, find_state_dir(settings.state_dir),
+            find_disk(settings.state_dir), find_locale(), find_files_limit(),
+            *([find_database(path)] if path.exists() else []),
+            find_clock(newest if isinstance(newest, float) else None)]
+
+
+def find_python() -> Finding:
+    """Look at the interpreter."""
+    version = sys.version.split()[0]
+    if sys.version_info < (3, 9):
+        return Finding("python", "problem", f"{version} is too old: run Aegis with Python 3.9 or newer")
+    return Finding("python", "ok", version)
+
+
+def find_tmux(program: str, version: str, wrong: str = "") -> Finding:
+    """Look at the tmux program."""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if wrong or not numbers:
+        return Finding("tmux", "problem", f"{program} cannot be run ({wrong or 'it tells no version'}): "
+                       "install tmux 3.0 or newer, or set AEGIS_TMUX")
+    if numbers < TMUX_AT_LEAST:
+        return Finding("tmux", "problem", f"{version} is too old: install tmux 3.0 or newer")
+    if version.startswith("3.3a"):
+        return Finding("tmux", "warning", "3.3a crashes when a text is pasted into a dead pane; Aegis looks before it "
+                       "pastes, people may not: update to 3.4 when you can")
+    return Finding("tmux", "ok", version)
+
+
+def find_agent(settings: Settings, version: Optional[str], error: Optional[str]) -> Finding:
+    """Look at Claude Code's program."""
+    program = settings.claude_cmd[0] if settings.claude_cmd else "nothing"
+    if error == "not found":
+        return Finding("agent", "problem", f"{program} is not on the PATH: npm install -g @anthropic-ai/claude-code, "
+                       "or set AEGIS_CLAUDE_CMD")
+    if error:
+        return Finding("agent", "warning", f"{program}: {error}; run `{program} --version` in a terminal and see why")
+    return Finding("agent", "ok", f"claude {version}")
+
+
+def find_other_agent(settings: Settings) -> Finding:
+    """Look at the program of an agent that is not asked for its version."""
+    words = AGENTS[settings.agent].program(settings)
+    if not words or shutil.which(words[0]) is None:
+        return Finding("agent", "problem", f"{words[0] if words else 'nothing'} is not on the PATH: install it, or set "
+                       f"AEGIS_{settings.agent.upper()}_CMD")
+    return Finding("agent", "ok", settings.agent)
+
+
+def find_login(settings: Settings) -> List[Finding]:
+    """Look whether Claude Code can be logged in: no file of the user's is opened."""
+    if settings.agent != "claude":
+        return []
+    given = [name for name in CREDENTIALS if os.environ.get(name)]
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    if given:
+        return [Finding("login", "ok", f"{given[0]} is set")]
+    if os.path.exists(os.path.join(home, ".credentials.json")):
+        return [Finding("login", "ok", f"credentials stand in {home}")]
+    if sys.platform == "darwin":
+        return [Finding("login", "ok", "not to be seen from here: macOS keeps credentials in the keychain")]
+    return [Finding("login", "warning", f"no credentials are in {home} or the environment: run `claude` once and "
+                    "/login, or set ANTHROPIC_API_KEY")]
+
+
+def find_state_dir(path: str) -> Finding:
+    """Look at the state directory's owner and mode."""
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        return Finding("state directory", "ok", f"{path} will be made")
+    except OSError as error:
+        return Finding("state directory", "problem", f"{path}: {error.strerror}; choose another with --state-dir")
+    if not stat.S_ISDIR(about.st_mode):
+        return Finding("state directory", "problem", f"{path} is no directory: choose another with --state-dir")
+    if about.st_uid != os.getuid():
+        return Finding("state directory", "problem", f"{path} belongs to user {about.st_uid}: choose your own with "
+                       "--state-dir")
+    if about.st_mode & 0o077:
+        return Finding("state directory", "problem", f"{path} is open to others ({about.st_mode & 0o777:o}): "
+                       f"chmod 700 {shlex.quote(path)}")
+    return Finding("state directory", "ok", path)
+
+
+def find_disk(path: str) -> Finding:
+    """Look at the space that is left where the state lies, or will lie."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    free = disk_free(path)
+    state = "problem" if free < DISK_OUT else "warning" if free < DISK_LOW else "ok"
+    advice = "" if state == "ok" else ": free some space, or choose another --state-dir"
+    return Finding("disk", state, f"{free / 1e9:.1f} GB free at {path}{advice}")
+
+
+def find_locale() -> Finding:
+    """Look whether names of files and the environment are UTF-8."""
+    coding = sys.getfilesystemencoding().lower()
+    named = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or ""
+    if coding in ("utf-8", "utf8") and (not named or "utf" in named.lower() or named in ("C", "POSIX")):
+        return Finding("locale", "ok", named or "none is set: UTF-8 is used")
+    return Finding("locale", "warning", f"{named or coding} is not UTF-8: set LANG=C.UTF-8, or people who attach see "
+                   "question marks")
+
+
+def find_files_limit() -> Finding:
+    """Look how many files may be open at once."""
+    import resource
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft != resource.RLIM_INFINITY and soft < 1_024:
+        return Finding("open files", "warning", f"only {soft} at once: `ulimit -n 4096` before the start lets more in")
+    return Finding("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"{soft} at once")
+
+
+def read_only(path: Path, sql: str) -> Any:
+    """Read one value from a database that a server may have open; gives the sqlite3.Error when it cannot be read."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
+            return (db.execute(sql).fetchone() or [None])[0]
+    except sqlite3.Error as error:
+        return error
+
+
+def find_database(path: Path) -> Finding:
+    """Look whether the database is whole."""
+    version = read_only(path, "PRAGMA user_version")
+    if isinstance(version, int) and version > len(MIGRATIONS):
+        return Finding("database", "problem", f"{path} is a newer Aegis's (schema {version}): update this one")
+    said = read_only(path, "PRAGMA quick_check(1)")
+    if said == "ok":
+        return Finding("database", "ok", f"{path} is whole ({(file_size(path) or 0) / 1e6:.1f} MB)")
+    return Finding("database", "problem", f"{path}: {clip(str(said), 200)}; stop Aegis, keep a copy, and save what "
+                   f"can be read: sqlite3 {shlex.quote(str(path))} .recover")
+
+
+def find_clock(newest: Optional[float]) -> Finding:
+    """Look at the clock: stored events must not lie in the future."""
+    ahead = (newest or 0.0) - time.time()
+    if time.time() < 1_750_000_000:
+        return Finding("clock", "problem", f"it says {iso(time.time())}: set it, sessions and usage are dated by it")
+    if ahead > 5.0:
+        return Finding("clock", "warning", f"the newest event lies {ahead:.0f} s in the future, so the clock was set "
+                       "back: have it kept by NTP")
+    return Finding("clock", "ok", str(iso(time.time())))
 
 
 # ============================================================================
@@ -9311,6 +10413,7 @@ class Ask(NamedTuple):
     caller: Caller = Caller()                 # tells when they hang up; this one never does
     headers: Mapping[str, str] = {}           # for protocols inside ours, which have some of their own
     may: Callable[[Optional[str]], None] = lambda scope: None   # refuses whoever lacks a scope.  Raises ApiError
+    form: str = "json"                        # of the answer, where a row has several: json, text, openmetrics
 
 
 class Later(NamedTuple):
@@ -9321,9 +10424,10 @@ class Later(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A value that is JSON text already."""
+    """A value that is text already: JSON, if it says nothing else."""
 
     text: str
+    kind: str = "application/json; charset=utf-8"
 
 
 class Stream(NamedTuple):
@@ -9537,7 +10641,7 @@ def get_session_stats(ask: Ask) -> Json:
     live = context.sessions
     ledgers = [live[row[3]].row.ledger if row[3] in live else json.loads(row[2]) for row in rows]
     usage = [token_usage(ledger) for ledger in ledgers]
-    costs = [cost_usd(ledger) for ledger in ledgers]
+    costs = [cost_usd(ledger, context.prices) for ledger in ledgers]
     return {
         "total": len(rows),
         "active": len(context.sessions),
@@ -9624,7 +10728,7 @@ def read_now(context: Context, session: Session, limit: int, mark: Optional[Tupl
     with session.lock:
         row, facts = session.row, session.facts
     return {"id": row.id, "name": row.name, "status": row.status, "statusReason": row.reason, "output": row.output,
-            "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger), "turns": row.turns,
+            "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger, context.prices), "turns": row.turns,
             "queueLength": len(facts.waiting), "messages": messages_now(session, row, limit, mark),
             "pendingPermission": pending_permission(facts), "pendingQuestion": pending_question(facts)}
 
@@ -9887,7 +10991,8 @@ def update_session(ask: Ask, id: str, labels: Optional[Json], **limits: Any) -> 
         if labels is not None:
             change.columns["labels"] = labels
             change.statements += label_statements(id, labels)
-        if session.budget_told and not budget_spent(session.row._replace(limits=change.columns["limits"])):
+        if session.budget_told and not budget_spent(
+                session.row._replace(limits=change.columns["limits"]), ask.context.prices):
             change.set(failure=None)
             session.budget_told = None
         change.tell("session.updated", name=session.row.name, labels=change.columns.get("labels", session.row.labels),
@@ -10413,6 +11518,38 @@ def end_mcp(ask: Ask) -> Json:
     return ask.context.faces["end"](ask)
 
 
+DAY_FORM = r"^\d{4}-\d\d-\d\d$"
+TEXT_KINDS = {"text": "text/plain; version=0.0.4; charset=utf-8",
+              "openmetrics": "application/openmetrics-text; version=1.0.0; charset=utf-8"}
+
+
+def get_metrics(ask: Ask, **given: Any) -> Any:
+    """Tell tokens and cost by model, day and session, turns, latencies, permission times and API counts."""
+    context, session = ask.context, given["session"]
+    first, last = (checked_day(name, given[name]) for name in ("from", "to"))
+    if first and last and first > last:
+        raise ApiError(400, "INVALID_REQUEST", f"from ({first}) is after to ({last})", fields={"from": "is after to"})
+    if session is not None:
+        find_session(context, session)
+    if ask.form != "json":
+        return Later(lambda: Encoded(exposition(context, ask.form == "openmetrics"), TEXT_KINDS[ask.form]))
+    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"])
+    return Later(lambda: metrics(context, span, given["days"], given["page"], given["limit"]))
+
+
+def checked_day(field: str, day: Optional[str]) -> Optional[str]:
+    """Check that a day is one of the calendar.  Raises ApiError 400."""
+    try:
+        return day and datetime.date.fromisoformat(day).isoformat()
+    except ValueError:
+        raise ApiError(400, "INVALID_REQUEST", f"{field}: there is no day {day}", fields={field: "is no day"}) from None
+
+
+def get_diagnostics(ask: Ask, full: bool) -> Any:
+    """Tell versions, tmux health, resources, settings, queues, recent errors, and what to do about what is wrong."""
+    return Later(lambda: diagnostics(ask.context, full))
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -10665,6 +11802,7 @@ class Route(NamedTuple):
     gives: Optional[Field] = None       # the shape of a successful answer
     keyed: bool = False                 # heeds the header Idempotency-Key
     raw: bool = False                   # whole_body is given as the text it came as
+    texts: bool = False                 # also answers as text, to whoever asks for that or for the path without /v1
 
 
 ROUTES = (
@@ -11129,6 +12267,29 @@ ROUTES = (
     Route("GET /mcp", stream_mcp, "any", gives={**TEXT, "contentMediaType": "text/event-stream"}),
     Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES})),
     Route(
+        "GET /v1/metrics",
+        get_metrics,
+        "sessions:read",
+        {
+            "from": text("First UTC day, as 2026-01-31.", 10, default=None, pattern=DAY_FORM),
+            "to": text("Last UTC day.", 10, default=None, pattern=DAY_FORM),
+            "session": text("Only this session.", 64, default=None),
+            "model": text("Tokens and cost of this model only.", 100, default=None),
+            "days": whole("Days in byDay: the last ones with any usage.", 1, 3_660, default=90),
+            **paged("Sessions on a page of bySession.", 50),
+        },
+        tool="get_metrics",
+        alias=True,
+        texts=True,
+    ),
+    Route(
+        "GET /v1/diagnostics",
+        get_diagnostics,
+        "admin",
+        dict(full=flag("Check the database's integrity, too, which takes a while.", default=False)),
+        tool="get_diagnostics",
+    ),
+    Route(
         "POST /hooks/:id",
         receive_hook_handler,
         "hook",
@@ -11137,8 +12298,8 @@ ROUTES = (
     ),
 )
 # "any": whoever has a key; what it may do is decided by what it does
-SCOPES = frozenset(
-    ("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "hook", "any"))
+SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "admin",
+                    "hook", "any"))
 
 
 PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
@@ -12428,6 +13589,22 @@ def parse_query(query: str) -> Dict[str, str]:
         raise ApiError(400, "BAD_REQUEST", f"the query cannot be read: {error}") from None
 
 
+FORMS = {"application/json": "json", "text/plain": "text", "application/openmetrics-text": "openmetrics"}
+
+
+def wished_form(path: str, accept: str) -> str:
+    """Tell in which form an answer is wished that may be JSON or text; the path without /v1 is for Prometheus."""
+    wishes: Dict[str, float] = {}
+    for part in accept.lower().split(","):
+        kind, *parameters = (word.strip() for word in part.split(";"))
+        weights = [word[2:] for word in parameters if re.fullmatch(r"q=[01](\.\d{0,3})?", word)]
+        wishes[kind] = max(wishes.get(kind, 0.0), float(weights[0]) if weights else 1.0)
+    named = [(weight, kind) for kind, weight in wishes.items() if kind in FORMS and weight > 0]
+    if named:
+        return FORMS[max(named, key=lambda one: one[0])[1]]
+    return "text" if not path.startswith("/v1/") or wishes.get("text/*") else "json"
+
+
 class Connection:
     """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
 
@@ -12472,6 +13649,8 @@ class Server(ThreadingHTTPServer):
         self.known: Dict[bytes, Tuple[Head, Route, Dict[str, str]]] = {}   # request heads that passed every check
         self.outbox: Dict[Connection, None] = {}  # who is answered in this round: sent together
         self.boot, self.serial = secrets.token_hex(4), itertools.count(1)
+        app.context.probes = Probes()
+        app.context.connections = lambda: (len(self.parked) + self.busy, self.busy)
 
     def server_bind(self) -> None:
         """Bind without the name look-up that the standard server makes."""
@@ -12734,7 +13913,8 @@ class Server(ThreadingHTTPServer):
         if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
-                  connection.caller, head.headers, lambda scope: self.access.check_scope(scope, head.headers))
+                  connection.caller, head.headers, lambda scope: self.access.check_scope(scope, head.headers),
+                  wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
             body = parse_text(head.headers, raw) if route.raw else parse_body(head.headers, raw)
@@ -12770,7 +13950,8 @@ class Server(ThreadingHTTPServer):
             f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
         ]
         if status != 204:
-            lines.append(f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(payload)}\r\n")
+            kind = value.kind if isinstance(value, Encoded) else "application/json; charset=utf-8"
+            lines.append(f"Content-Type: {kind}\r\nContent-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if head and self.access.origins:
             lines.append(self._cors(head))
@@ -12870,12 +14051,16 @@ class Server(ThreadingHTTPServer):
         self.returned.append(connection)
         self._wake()
 
-    def _note(self, connection: Connection, status: int, size: int, began: float) -> None:
-        head = connection.head
+    def _note(self, connection: Connection, status: int, size: int, began: float, threaded: bool = False) -> None:
+        head, traffic, route = connection.head, self.app.context.traffic, connection.route
+        took, row = time.perf_counter() - began, route.route if route and head else ""
+        if threaded:
+            traffic.note_slow(row, status, took)
+        else:
+            traffic.note(traffic.quick, row, status, took)
         what = f"{head.method} {clip(head.path, 200)}" if head else "unreadable request"
         level = "debug" if what.startswith("POST /hooks/") and status == 200 else "info"   # agents report all the time
-        spent = round((time.perf_counter() - began) * 1e3, 1)
-        self.log.note(level, what, status=status, ms=spent, bytes=size, id=connection.request_id)
+        self.log.note(level, what, status=status, ms=round(took * 1e3, 1), bytes=size, id=connection.request_id)
 
     # -- in a thread
 
@@ -12922,7 +14107,7 @@ class Server(ThreadingHTTPServer):
             status, value, extra = error.status, error.body(), error.headers
         close = not head.keep_alive or self.ending
         data = self._response(connection, status, value, close, extra)
-        self._note(connection, status, len(data), began)
+        self._note(connection, status, len(data), began, threaded=True)
         connection.head = None
         try:
             connection.sock.settimeout(SLOW_SECONDS)
@@ -12955,7 +14140,7 @@ class Server(ThreadingHTTPServer):
         """Write the head of an event stream."""
         head = connection.head
         assert head is not None
-        self._note(connection, 200, 0, began)
+        self._note(connection, 200, 0, began, threaded=True)
         extra = self._cors(head) if self.access.origins else ""
         top = (f"HTTP/1.1 200 OK\r\nX-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}{extra}"
                "Content-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\n")
@@ -15777,7 +16962,7 @@ def bridge(argv: Sequence[str]) -> int:
 
 
 # ============================================================================
-# COMMAND LINE. serve, bench, selftest, demo-agent.
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
 # what to do, and an exit status of their own.
@@ -15790,7 +16975,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aegis.py",
         description="Serves the coding agents of this box over HTTP.",
-        epilog="Further commands: `aegis.py bench` measures this box, "
+        epilog="Further commands: `aegis.py doctor` says what is wrong and what to do, "
+        "`aegis.py bench` measures this box, "
         "`aegis.py selftest --screens DIR` replays captured screens, "
         "`aegis.py mcp` offers them to other agents (MCP over stdin and stdout), "
         "`aegis.py docs` prints the README's tables.  Only from the environment: "
@@ -15818,10 +17004,13 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     given = {
         one.name: environ[f"AEGIS_{one.name.upper()}"] for one in SETTINGS if environ.get(f"AEGIS_{one.name.upper()}")
     }
-    given.update({one.name: value for one in SETTINGS if (value := getattr(options, one.name, None)) is not None})
+    sources = dict.fromkeys(given, "env")
+    flags = {one.name: value for one in SETTINGS if (value := getattr(options, one.name, None)) is not None}
     if options.demo:
-        given["agent"] = "demo"
+        flags["agent"] = "demo"
+    given.update(flags)
     settings = Settings(given)
+    settings.sources = {**sources, **dict.fromkeys(flags, "flag")}
     if not is_loopback(settings.host) and not settings.auth_token:
         raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
                          "for whoever reaches this API can run code as you")
@@ -15903,6 +17092,104 @@ class Stopper:
         self.server.stop()
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Say what is wrong with this box or the running server, and what to do about it."""
+    parser = argparse.ArgumentParser(prog="aegis.py doctor", description=doctor.__doc__,
+                                     epilog="Further flags are those of serving, such as --port and --state-dir.")
+    parser.add_argument("--url", help="the server to ask (AEGIS_URL; default: the one that the settings say)")
+    parser.add_argument("--token", help="its bearer token; better in AEGIS_TOKEN or AEGIS_AUTH_TOKEN, which `ps` hides")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    chosen, rest = parser.parse_known_args(argv)
+    try:
+        settings = read_settings(rest, os.environ)
+    except ValueError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    named = chosen.url or os.environ.get("AEGIS_URL") or ""
+    token = chosen.token or os.environ.get("AEGIS_TOKEN") or settings.auth_token
+    if not named and not is_served(settings.state_dir):
+        token = ""   # who listens there is not known: nobody gets it
+    url = named or agents_url(settings, settings.port)
+    answer, server = ask_server(url, token, bool(named))
+    findings = ([server, *told_findings(answer)] if answer else [server] if named else find_locally(settings, server))
+    bad = [one for one in findings if one.state == "problem"]
+    if chosen.json:
+        print(json.dumps({"url": url if answer else None, "ok": not bad, "checks": [one._asdict() for one in findings],
+                          "diagnostics": answer}, indent=2))
+    else:
+        print_findings(findings, answer)
+    return 1 if bad else 0
+
+
+def is_served(state_dir: str) -> bool:
+    """Tell whether a server runs on a state directory, without touching its lock."""
+    said = read_tail(Path(state_dir) / "lock", 20).strip()
+    return said.isdigit() and alive(int(said))
+
+
+def told_findings(answer: Json) -> List[Finding]:
+    """Read the findings in a server's diagnostics; it may be of another version."""
+    return [Finding(str(one.get("name")), str(one.get("state")), str(one.get("message"))) for one in answer["checks"]
+            if isinstance(one, dict)]
+
+
+def ask_server(url: str, token: str, named: bool) -> Tuple[Optional[Json], Finding]:
+    """Ask a server for its diagnostics; gives what it said, and what to say of the server itself."""
+    import http.client
+
+    def problem(what: str) -> Tuple[None, Finding]:
+        return None, Finding("server", "problem", what)
+    place = urllib.parse.urlsplit(url)
+    try:
+        usual = {"http": 80, "https": 443}[place.scheme]
+        line = http.client.HTTPConnection(place.hostname or "", place.port or usual, timeout=30.0)
+    except (ValueError, KeyError):
+        return problem(f"{url} is no URL of a server: give one like http://127.0.0.1:9100")
+    try:
+        if place.scheme == "https":
+            import ssl
+            line.connect()
+            line.sock = ssl.create_default_context().wrap_socket(line.sock, server_hostname=place.hostname)
+        line.request("GET", f"{place.path.rstrip('/')}/v1/diagnostics?full=true",
+                     headers={"Authorization": f"Bearer {token}"} if token else {})
+        got = line.getresponse()
+        told = json.loads(got.read(16_000_000))
+    except ConnectionRefusedError:
+        if named:
+            return problem(f"nothing listens at {url}: start Aegis there")
+        return None, Finding("server", "ok", f"none runs, and {url} is free for one")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return problem(f"what is at {url} does not answer as Aegis does ({error or type(error).__name__}): "
+                       "choose another --port")
+    finally:
+        line.close()
+    if got.status == 200 and isinstance(told, dict) and isinstance(told.get("checks"), list):
+        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {url}")
+    if got.status in (401, 403):
+        return problem(f"the server at {url} refuses ({got.status}): give its token, or a key of the scope admin, as "
+                       "AEGIS_TOKEN")
+    return problem(f"what is at {url} answers {got.status}: it is no Aegis of this version; choose another --port")
+
+
+def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:
+    """Print findings for people: a line for each, coloured on a terminal unless NO_COLOR is set."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    marks = {"ok": ("ok     ", "32"), "warning": ("warning", "33"), "problem": ("PROBLEM", "31")}
+    coding = sys.stdout.encoding or "ascii"
+    for one in findings:
+        mark, colour = marks.get(one.state, (one.state, "33"))
+        plain = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", f"{one.name:16} {one.message}")   # it may quote anything
+        shown = plain.encode(coding, "replace").decode(coding)
+        print((f"\033[{colour}m{mark}\033[0m" if coloured else mark) + f"  {shown}")
+    if answer:
+        tmux, taken = answer["tmux"], answer["resources"]
+        print(f"\nup {answer['uptimeSeconds']} s, pid {answer['pid']}, {(taken['rssBytes'] or 0) / 1e6:.0f} MB, "
+              f"{taken['threads']} threads, {taken['connections']} connections, tmux by {tmux['mode']} with "
+              f"{tmux['panes']} panes, {len(answer['recentErrors'])} recent warnings")
+    bad = sum(one.state == "problem" for one in findings)
+    print("\n" + ("all is well" if not bad else "one thing is to be mended" if bad == 1 else f"{bad} are to be mended"))
+
+
 def print_docs(argv: Sequence[str]) -> int:
     """Print the README's generated tables."""
     for title, table in (("Settings", settings_table()), ("Endpoints", endpoints_table()), ("Events", events_table())):
@@ -15961,7 +17248,7 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
 
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "bench": bench, "docs": print_docs, "selftest": selftest, "mcp": bridge,
+    "serve": serve, "doctor": doctor, "bench": bench, "docs": print_docs, "selftest": selftest, "mcp": bridge,
     "demo-agent": demo_agent_main,
 }
 

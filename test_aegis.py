@@ -6337,6 +6337,346 @@ def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts
 
 
 # ============================================================================
+# METRICS. What was used, how long it took, and the same for Prometheus.
+# ============================================================================
+
+SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
+LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
+Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
+    """Read the inside of the braces, whole."""
+    found, place = [], 0
+    while place < len(raw):
+        pair = LABEL_PAIR.match(raw, place)
+        assert pair, raw[place:]
+        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
+        found.append((pair.group(1), worth))
+        place = pair.end()
+    assert len(dict(found)) == len(found), raw
+    return tuple(sorted(found))
+
+
+def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
+    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
+    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
+    kinds: Dict[str, str] = {}
+    series: Series = {}
+    helped = current = ""
+    for one in text.split("\n")[:-1]:
+        if one.startswith("# HELP "):
+            helped = one.split(" ")[2]
+            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
+        elif one.startswith("# TYPE "):
+            _, _, current, kind = one.split(" ")
+            assert current == helped and kind in ("counter", "gauge", "histogram"), one
+            kinds[current] = kind
+        else:
+            found = SAMPLE.match(one)
+            assert found, one
+            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
+            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
+            assert name in [current + ending for ending in endings] and key not in series, one
+            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
+            series[key] = float(found["value"])
+    for name, kind in kinds.items():
+        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
+    return kinds, series
+
+
+def check_family(name: str, kind: str, series: Series) -> None:
+    """Hold one metric against what its type promises."""
+    assert series and all(value == value for value in series.values()), name
+    if kind == "counter":
+        assert name.endswith("_total") and min(series.values()) >= 0
+    if kind != "histogram":
+        return
+    assert not name.endswith("_total")
+    plain = {labels for which, labels in series if which == name + "_count"}
+    for labels in plain:
+        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
+                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
+        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
+        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
+
+
+def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
+    """Read metrics as text; gives the content type, too."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
+    answer = line.getresponse()
+    assert answer.status == 200
+    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
+
+
+def used_in(*paths: str) -> Json:
+    """Sum a conversation's usage from the files that the agent wrote, subagents' included: once for each message."""
+    last: Dict[str, Json] = {}
+    for path in paths:
+        for file in [Path(path), *Path(path).with_suffix("").glob("subagents/*.jsonl")]:
+            for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if entry.get("type") == "assistant" and entry["message"].get("model") != "<synthetic>":
+                    last[entry["message"]["id"]] = entry["message"]["usage"]
+    names = {"input": "input_tokens", "output": "output_tokens", "cacheRead": "cache_read_input_tokens",
+             "cacheWrite": "cache_creation_input_tokens"}
+    return {name: sum(usage.get(key, 0) for usage in last.values()) for name, key in names.items()}
+
+
+def settled_usage(talk: Talk, *paths: str) -> Json:
+    """Wait until a session's usage is what stands in its files, and give that."""
+    talk.read("limit=0")     # waits for the last lines of a turn that has just ended
+    return eventually(lambda: (used_in(*paths) == talk.get()["tokenUsage"]) and used_in(*paths))
+
+
+def test_usage_is_booked_under_the_utc_day_of_its_message():
+    late, early = "2026-03-01T23:59:59.900Z", "2026-03-02T00:00:00.100Z"
+    booked: Any = {}
+    raw = (said("a", 1, timestamp=late), said("b", 1, timestamp=early), said("c", 2, timestamp=early),
+           said("d", 3, {"output_tokens": 7}, timestamp="2999-01-01T00:00:00.000Z"))
+    ledger = aegis.count_usage(aegis.new_ledger(), [one for line in raw for one in aegis.parse_line(line)], booked)
+    days = {day: counts for (day, _), counts in booked.items()}
+    assert days["2026-03-01"]["messages"] == days["2026-03-02"]["messages"] == 1, "a message stays on its first day"
+    assert days["2026-03-01"]["input_tokens"] == days["2026-03-02"]["input_tokens"]
+    assert set(days) == {"2026-03-01", "2026-03-02", time.strftime("%Y-%m-%d", time.gmtime())}, "no day of the future"
+    total = aegis.token_usage(ledger)["output"]
+    assert sum(counts.get("output_tokens", 0) for counts in days.values()) == total > 7
+
+
+@pytest.mark.parametrize("amount", [-5, True, "7", 10 ** 30, None, 1.5, [1]])
+def test_an_amount_that_is_none_counts_for_nothing(amount):
+    found = aegis.token_usage(books(said("a", 1, {"input_tokens": amount, "output_tokens": 3,
+                                                  "cache_creation": amount})))
+    assert found == {"input": 0, "output": 3, "cacheRead": 0, "cacheWrite": 0}
+
+
+def test_the_names_of_models_in_a_transcript_are_bounded():
+    ledger = books(*(said("x", number, model=f"made-up-{number}" + "x" * 300) for number in range(300)))
+    assert len(ledger["models"]) == aegis.MAX_MODELS + 1 and max(map(len, ledger["models"])) <= 100
+    assert aegis.token_usage(ledger)["input"] == 300 * 10
+
+
+def test_a_bill_says_which_part_has_no_price():
+    million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+    told = aegis.bill([("claude-sonnet-4-5-x", million), ("who-knows", {"input_tokens": 5})], aegis.PRICES)
+    assert (told["costUsd"], told["pricedCostUsd"], told["unpricedModels"], told["unpricedTokens"]) == (
+        None, 18.0, ["who-knows"], 5)
+    own = aegis.read_prices({"who": {"input": 2, "output": 4}, "who-knows": {"input": 10, "output": 0.5}})
+    told = aegis.bill([("who-knows", million)], own)
+    assert (told["costUsd"], told["unpricedModels"], told["unpricedTokens"]) == (10.5, [], 0)
+
+
+@pytest.mark.parametrize("wrong", [{"a": 3}, {"a": {"input": 1}}, {"a": {"input": -1, "output": 1}},
+                                   {"": {"input": 1, "output": 1}}, {"a": {"input": "1", "output": 1}},
+                                   {"a": {"input": 1, "output": True}}])
+def test_a_wrong_price_is_refused_by_name(wrong):
+    with pytest.raises(aegis.ApiError, match="AEGIS_PRICES"):
+        aegis.read_prices(wrong)
+
+
+def test_get_metrics_counts_what_the_agents_files_say_once(server, make):
+    talk = make("[[say one]]")
+    talk.wait("session.idle")
+    talk.say("[[model made-up-9]] [[say two]]")
+    first = talk.get()["transcriptPath"]
+    talk.say("/clear", "POST command")
+    talk.say("[[say three]]")
+    paths = {first, talk.get()["transcriptPath"]}
+    used = settled_usage(talk, *paths)
+    assert len(paths) == 2
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert told["tokenUsage"] == used and told["messages"] == 3 and told["bySession"][0]["id"] == talk.id
+    assert [one["model"] for one in told["byModel"]] == ["claude-demo", "made-up-9"]
+    assert told["costUsd"] is None and told["unpricedModels"] == ["claude-demo", "made-up-9"]
+    assert sum(one["totalTokens"] for one in told["byDay"]) == told["totalTokens"] == sum(used.values())
+    assert told["turns"]["byOutcome"]["done"] >= 3 and told["latencies"]["typedToSubmitted"]["count"] >= 3
+    only = server.ask(f"GET /v1/metrics?session={talk.id}&model=made-up-9")
+    assert only["messages"] == 2 and 0 < only["totalTokens"] < told["totalTokens"]
+    talk.kill()
+    assert server.ask(f"GET /v1/metrics?session={talk.id}")["tokenUsage"] == used, "the end takes nothing away"
+
+
+def test_get_metrics_counts_no_copied_history_in_a_fork(server, make):
+    origin = make("[[say the first]]")
+    origin.wait("session.idle")
+    before = settled_usage(origin, origin.get()["transcriptPath"])
+    fork = Talk(server, server.ask(f"POST /v1/sessions/{origin.id}/fork", {}))
+    fork.say("[[say second]]")
+    both = eventually(lambda: used_in(path) if (path := fork.get()["transcriptPath"]) and len(transcript(path)) == 4
+                      else None)
+    own = {name: both[name] - before[name] for name in both}
+    eventually(lambda: fork.get()["tokenUsage"] == own)
+    assert server.ask(f"GET /v1/metrics?session={fork.id}")["tokenUsage"] == own
+    fork.kill()
+
+
+def test_only_what_a_session_used_itself_counts_in_a_conversation_that_it_found(tmp_path):
+    old, fresh = tmp_path / "old.jsonl", tmp_path / "fresh.jsonl"
+    old.write_bytes(said("a", 1) + b"\n")
+    fresh.write_bytes(line("user", "hi") + b"\n")
+    row = aegis.SessionRow(**{**dict.fromkeys(aegis.SessionRow._fields), "parts": ["first"], "updated_at": 40.0,
+                              "launch": {"started": 30.0}})
+    assert aegis.own_since(row, str(old), 50.0) == 50.0 and aegis.own_since(row, str(old), None) == 40.0
+    assert aegis.own_since(row, str(fresh), 50.0) is None and aegis.own_since(row, str(tmp_path / "no"), 50.0) is None
+    assert aegis.own_since(row._replace(parts=[]), str(old), None) is None, "its first one, whoever tells of it"
+    fork = row._replace(parts=[], forked_from="other")
+    assert aegis.own_since(fork, str(fresh), 50.0) == 50.0 and aegis.own_since(fork, str(fresh), None) == 30.0
+
+
+def test_get_metrics_counts_subagents_and_decisions(server, make):
+    talk = make()
+    talk.send("[[agents touch a ;; touch b]] [[say both]]")
+    for answer in ("POST approve", "POST reject"):
+        talk.wait("permission.requested")
+        talk.ask(answer, {"permissionId": talk.get()["pendingPermissions"][0]["id"]})
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    used = settled_usage(talk, path)
+    assert len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 2
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert told["tokenUsage"] == used and told["permissions"]["decided"] == 2
+    assert {(one["state"], one["decidedBy"], one["count"]) for one in told["permissions"]["decisions"]} == {
+        ("approved", "api", 1), ("rejected", "api", 1)}
+    assert told["permissions"]["waiting"]["totalSeconds"] == pytest.approx(
+        sum(one["tookMs"] for one in talk.ask("GET permissions")["history"]) / 1000, abs=0.01)
+
+
+@alone
+def test_get_metrics_survives_a_crash_and_counts_what_was_done_meanwhile(house):
+    own = house("--prices", '{"claude-demo": {"input": 1000, "output": 0}}')
+    talk, gone = own.open("[[say one]]"), own.open("[[agents touch a]] [[say both]]", permissions={"allowBash": True})
+    talk.wait("session.idle"), gone.wait("session.idle")
+    gone_used = settled_usage(gone, gone.get()["transcriptPath"])
+    gone.kill()
+    before = own.ask("GET /v1/metrics")
+    talk.send("[[slow 1]] [[say away]]")
+    talk.wait("turn.started")
+    own.crash()
+    path = next(path for path in own.root.glob("**/projects/*/*.jsonl")
+                if "[[slow 1]]" in path.read_text(encoding="utf-8"))
+    own.start()
+    eventually(lambda: talk.status == "idle")
+    used = settled_usage(talk, str(path))
+    after = own.ask("GET /v1/metrics")
+    both = {name: used[name] + gone_used[name] for name in used}
+    assert after["tokenUsage"] == both and before["tokenUsage"] != both
+    assert {one["id"]: one["tokenUsage"] for one in after["bySession"]} == {talk.id: used, gone.id: gone_used}
+    cost = (both["input"] + 0.1 * both["cacheRead"] + 1.25 * both["cacheWrite"]) / 1000
+    assert after["costUsd"] == pytest.approx(cost) and talk.get()["costUsd"] > 0
+    assert after["turns"]["total"] == before["turns"]["total"] + 1
+    again = own.crash().start().ask("GET /v1/metrics")
+    assert (again["tokenUsage"], again["costUsd"], again["turns"]) == (
+        after["tokenUsage"], after["costUsd"], after["turns"])
+
+
+def test_what_older_versions_counted_is_booked_once(tmp_path):
+    path = tmp_path / "aegis.db"
+    old = next(number for number, script in enumerate(aegis.MIGRATIONS) if "CREATE TABLE usage " in script)
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        for script in aegis.MIGRATIONS[:old]:
+            db.executescript(script)
+        db.execute(f"PRAGMA user_version = {old}")
+        ledger = {"offset": 9, "recent": {}, "models": {"m": {"input_tokens": 5, "output_tokens": 7}}}
+        row = {name: "" for name in aegis.SessionRow._fields}
+        row.update(id="s", launch="{}", parts="[]", ledger=json.dumps(ledger), turns=1, policy="{}", labels="{}",
+                   limits="{}", worktree="null", known="{}", since=0, created_at=0, updated_at=86_400.0 * 365)
+        db.execute(f"INSERT INTO sessions ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        db.execute("INSERT INTO prompts (id, session, kind, text, state, attempts, created_at, typed_at, submitted_at, "
+                   "started_at, ended_at) VALUES ('p', 's', 'prompt', '', 'done', 1, 10, 11, 11.5, 12, 15)")
+        db.execute("INSERT INTO permissions (id, session, tool, input, summary, suggestions, state, decided_by, "
+                   "asked_at, decided_at) VALUES ('r', 's', 'Bash', '{}', '', '[]', 'approved', 'api', 1, 3)")
+    context = aegis.Context(aegis.Settings({"state_dir": str(tmp_path)}), aegis.Log())
+    context.store = store = aegis.Store(path)
+    context.bus, context.tmux, context.traffic = aegis.Bus(store, 100), None, aegis.Traffic()
+    for _ in range(2):
+        aegis.book_earlier_usage(context)
+        told = aegis.metrics(context, aegis.Span(), 90, 1, 50)
+        assert told["tokenUsage"] == {"input": 5, "output": 7, "cacheRead": 0, "cacheWrite": 0}
+        assert [one["day"] for one in told["byDay"]] == ["1970-01-01", "1971-01-01"]
+        assert told["latencies"]["turn"]["totalSeconds"] == 3 and told["permissions"]["waiting"]["totalSeconds"] == 2
+        assert told["latencies"]["sendToSubmitted"]["totalSeconds"] == 1.5
+        mine = aegis.metrics(context, aegis.Span(session="s"), 90, 1, 50)
+        assert (mine["latencies"], mine["permissions"]) == (told["latencies"], told["permissions"])
+    assert aegis.metrics(context, aegis.Span(first="1970-01-02", last="1970-12-31"), 90, 1, 50)["bySession"] == []
+    assert aegis.metrics(context, aegis.Span(first="1971-01-01"), 90, 1, 50)["pagination"]["total"] == 1
+    store.close()
+
+
+@pytest.mark.parametrize("query, status, field", [
+    ("from=2026-13-01", 400, "from"), ("to=yesterday", 400, "to"), ("from=2026-02-02&to=2026-02-01", 400, "from"),
+    ("days=0", 400, "days"), ("limit=201", 400, "limit"), ("session=nobody", 404, None)])
+def test_get_metrics_refuses_what_it_cannot_read(server, query, status, field):
+    answer = server.call(f"GET /v1/metrics?{query}")
+    assert answer.status == status and (field is None or field in answer.json["fields"])
+
+
+def test_get_metrics_pages_through_sessions(server, make):
+    made = [make().id for _ in range(3)]
+
+    def ids(query: str) -> List[str]:
+        return [one["id"] for one in server.ask(f"GET /v1/metrics?{query}")["bySession"]]
+
+    def total(route: str) -> int:
+        return server.ask(route)["pagination"]["total"]
+    assert [one for one in ids("limit=200") if one in made] == made[::-1]   # other tests make sessions meanwhile
+    eventually(lambda: [one for page in (1, 2, 3, 4) for one in ids(f"limit=2&page={page}")] == ids("limit=8"))
+    eventually(lambda: total("GET /v1/metrics") == total("GET /v1/sessions") >= 3)
+    assert server.ask("GET /v1/metrics?to=1999-12-31")["pagination"]["total"] == 0
+
+
+def test_get_metrics_for_prometheus_is_strictly_well_formed(server, make):
+    awkward = 'a "quoted" \\ name{x="y"} 語'
+    talk = make(name=awkward)
+    talk.say("[[say hi]]")
+    server.call("GET /v1/sessions/nobody")
+    server.call("GET /nowhere")
+    used = settled_usage(talk, talk.get()["transcriptPath"])
+    kinds, series = parse_exposition(scrape(server)[0])
+    mine = tuple(sorted({"session": talk.id, "name": awkward, "kind": "output"}.items()))
+    assert series["aegis_session_tokens_total", mine] == used["output"]
+    assert kinds["aegis_turn_duration_seconds"] == kinds["aegis_http_request_duration_seconds"] == "histogram"
+    assert series["aegis_http_requests_total", (("route", "GET /v1/sessions/:id"), ("status", "404"))] >= 1
+    assert series["aegis_http_requests_total", (("route", ""), ("status", "404"))] >= 1
+    assert {"aegis_tokens_total", "aegis_turns_total", "aegis_sessions", "aegis_permissions_pending",
+            "aegis_prompt_submit_seconds", "process_cpu_seconds_total", "aegis_unpriced_tokens_total"} <= set(kinds)
+    talk.kill()
+    ended = parse_exposition(scrape(server)[0])[1]
+    assert not [key for key in ended if ("session", talk.id) in key[1]], "only live sessions have series of their own"
+
+
+@pytest.mark.parametrize("path, accept, kind", [
+    ("/metrics", "", "text/plain; version=0.0.4"), ("/metrics", "*/*", "text/plain"),
+    ("/metrics", "application/json", "application/json"), ("/v1/metrics", "", "application/json"),
+    ("/v1/metrics", "*/*", "application/json"), ("/v1/metrics", "text/plain", "text/plain; version=0.0.4"),
+    ("/v1/metrics", "text/plain;q=0.5, application/json", "application/json"),
+    ("/metrics", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+     "application/openmetrics-text; version=1.0.0"),
+    ("/metrics", "text/plain;q=0, application/json", "application/json")])
+def test_get_metrics_answers_in_the_form_that_is_asked_for(server, path, accept, kind):
+    said_, type_ = scrape(server, path, accept)
+    assert type_.startswith(kind)
+    if type_.startswith("application/json"):
+        assert json.loads(said_)["timezone"] == "UTC"
+    elif "openmetrics" in type_:
+        assert said_.endswith("\n# EOF\n") and "# TYPE aegis_sessions_created counter" in said_
+    else:
+        parse_exposition(said_)
+
+
+def test_requests_are_counted_by_route_from_every_thread():
+    traffic = aegis.Traffic()
+    for number in range(100):
+        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
+    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
+               for _ in range(4)]
+    [one.start() for one in workers], [one.join() for one in workers]
+    found = traffic.counts()["GET /a", 200]
+    assert found.count == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
+    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
@@ -6418,6 +6758,112 @@ def test_a_server_for_others_checks_the_token(house):
     own = house("--host", "0.0.0.0", AEGIS_AUTH_TOKEN="t" * 32)
     assert own.refusal("GET /v1/sessions", auth=False) == (401, "UNAUTHORIZED")
     assert own.call("GET /v1/sessions").status == 200
+
+
+# ============================================================================
+# DIAGNOSTICS. What state this box and this process are in.
+# ============================================================================
+
+
+def test_get_diagnostics_tells_versions_resources_queues_and_workers(server, talk):
+    told = server.ask("GET /v1/diagnostics?full=true")
+    assert told["versions"]["python"] == sys.version.split()[0] and told["schemaVersion"] == len(aegis.MIGRATIONS)
+    assert told["versions"]["tmux"] in server.tmux("display-message", "-p", "#{version}")
+    assert told["versions"]["agents"]["claude"]["error"] == "not found"
+    assert told["pid"] == server.process.pid and told["tmux"]["mode"] == "control" and told["tmux"]["panes"] >= 1
+    taken = told["resources"]
+    assert taken["rssBytes"] > 1_000_000 and taken["openFds"] > 5 and taken["connections"] >= 1
+    assert taken["diskFreeBytes"] > 0 and taken["databaseBytes"] == (server.state / "aegis.db").stat().st_size
+    assert {one["name"] for one in told["workers"]} == set(aegis.WORKERS) and all(o["alive"] for o in told["workers"])
+    assert set(aegis.WORKERS) <= set(re.findall(r"aegis-[a-z]+", aegis.__doc__)), "the thread map knows them all"
+    assert told["queues"]["events"]["listeners"] >= 1 and told["queues"]["prompts"] >= 0
+    assert {one["name"]: one["state"] for one in told["checks"]}["database"] == "ok"
+    sources = {one["name"]: one["source"] for one in told["settings"]}
+    assert (sources["port"], sources["state_dir"], sources["host"]) == ("flag", "env", "default")
+
+
+def test_get_diagnostics_holds_no_secret(strict):
+    talk = strict.open(name="secretive", ready=False)
+    answer = strict.call("GET /v1/diagnostics")
+    token = {one["name"]: one for one in answer.json["settings"]}["auth_token"]
+    assert token == {"name": "auth_token", "value": "(hidden)", "source": "env", "secret": True}
+    secrets_ = [strict.auth["Authorization"].split()[1], *database(strict, "SELECT secret FROM sessions")]
+    assert len(secrets_) >= 2 and not [one for one in secrets_ if one.encode() in answer.raw]
+    talk.kill()
+
+
+def database(server: Server, sql: str) -> List[str]:
+    """Read one column of a server's database."""
+    with contextlib.closing(sqlite3.connect(str(server.state / "aegis.db"))) as db:
+        return [row[0] for row in db.execute(sql) if row[0]]
+
+
+def test_get_diagnostics_counts_what_tmux_lost_and_recent_errors(house_once):
+    own = house_once
+    for pid in own.tmux("list-clients", "-F", "#{client_pid}").split():
+        os.kill(int(pid), signal.SIGKILL)
+    told = eventually(lambda: (now := own.ask("GET /v1/diagnostics"))["tmux"]["reconnects"] == 1 and now)
+    assert told["tmux"]["healthy"] and told["tmux"]["lastError"]["message"] and told["tmux"]["lastError"]["at"]
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        db.execute("INSERT INTO events (type, at, data) VALUES ('session.idle', ?, '{}')", (time.time() + 3600,))
+        db.commit()
+    own.start()
+    checks = {one["name"]: one for one in own.ask("GET /v1/diagnostics")["checks"]}
+    assert checks["clock"]["state"] == "warning" and "NTP" in checks["clock"]["message"]
+
+
+@pytest.fixture
+def house_once() -> Iterator[Server]:
+    """A server of a test's own."""
+    with houses() as start:
+        yield start()
+
+
+@pytest.mark.parametrize("said_, kept", [
+    ("Authorization: Bearer abcdef123", "Authorization: Bearer (hidden)"), ("x bearer abcdef123", "x bearer (hidden)"),
+    ("Authorization: abcdef123", "Authorization: (hidden)"),
+    ("GET /v1/events?token=abc.def&x=1", "GET /v1/events?token=(hidden)&x=1"),
+    ('{"password": "hunter22"}', '{"password": "(hidden)"}'), ("key sk-ant-api03-abcdefgh", "key (hidden)"),
+    ("bot 12345678:AAF-abcdefghijklmnopqrstuvwxyz012345", "bot (hidden)"), ("the own-secret here", "the (hidden) here"),
+    ("tokens: input 5", "tokens: input 5"), ("no such file", "no such file")])
+def test_what_looks_like_a_secret_is_masked(said_, kept):
+    assert aegis.masked(said_, ["own-secret"]) == kept
+
+
+def program(path: Path, body: str) -> str:
+    """Write a shell script; gives its path."""
+    path.write_text("#!/bin/sh\n" + body, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_version_is_asked_for_once_until_the_program_changes(tmp_path):
+    file, probes = tmp_path / "agent", aegis.Probes()
+    words = [program(file, f"echo x >> {tmp_path}/asked; echo '1.2.3 (Agent)'; echo more\n"), "--flag"]
+    assert [probes.tell(words, 20.0)["version"] for _ in range(3)] == ["1.2.3 (Agent)"] * 3
+    assert (tmp_path / "asked").read_text() == "x\n"
+    program(file, "echo 1.2.40\n")
+    assert probes.tell(words, 20.0)["version"] == "1.2.40"
+    program(file, "exit 3\n# and so it is another size\n")
+    assert probes.tell(words, 20.0)["error"] == "it tells no version"
+    assert probes.tell([str(tmp_path / "nowhere")])["error"] == "not found"
+
+
+def test_a_program_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(aegis, "PROBE_SECONDS", 0.2)
+    mark = f"sleep 4{os.getpid() % 10_000}"
+    probes, words = aegis.Probes(), [program(tmp_path / "agent", f"{mark} & {mark}\n")]
+    assert probes.tell(words, 0.0)["error"] == "it has not told its version yet"
+    eventually(lambda: "did not tell its version" in probes.tell(words, 5.0)["error"])
+    eventually(lambda: mark not in command_lines())
+
+
+@pytest.mark.parametrize("version, state", [("2.9a", "problem"), ("", "problem"), ("3.0", "ok"), ("3.1c", "ok"),
+                                            ("3.3a", "warning"), ("3.4", "ok"), ("next-3.6", "ok")])
+def test_a_tmux_is_judged_by_its_version(version, state):
+    found = aegis.find_tmux("tmux", version)
+    assert found.state == state and (state == "ok" or "3." in found.message)
 
 
 # ============================================================================
@@ -8157,7 +8603,7 @@ def test_bridge_lives_on_when_the_server_restarts(house):
 
 
 # ============================================================================
-# COMMAND LINE. serve, bench, selftest, demo-agent.
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent.
 # ============================================================================
 
 
@@ -8173,6 +8619,90 @@ def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path)
     done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path),
                           stdout=subprocess.PIPE, cwd="/")
     assert done.returncode == 0 and [path.name for path in copy.parent.iterdir()] == ["aegis.py"]
+
+
+def doctored(*words: str, root: Path, **env: str) -> Tuple[int, Dict[str, Json]]:
+    """Run doctor; gives its exit code and its findings by name."""
+    done = run_aegis("doctor", "--json", *words, root=root, **env)
+    assert not done.stderr, done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] == (done.returncode == 0)
+    return done.returncode, {one["name"]: one for one in told["checks"]}
+
+
+def free_port() -> str:
+    """Find a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_doctor_looks_by_itself_where_no_server_answers(tmp_path):
+    code, found = doctored("--demo", "--port", free_port(), root=tmp_path)
+    assert code == 0 and "none runs" in found["server"]["message"]
+    assert "will be made" in found["state directory"]["message"] and not (tmp_path / "s").exists(), "it only looks"
+    claude = program(tmp_path / "claude", "echo 2.9.9\n")
+    code, found = doctored("--port", free_port(), root=tmp_path, AEGIS_CLAUDE_CMD=claude, ANTHROPIC_API_KEY="k")
+    assert code == 0 and found["agent"]["message"] == "claude 2.9.9" and found["login"]["state"] == "ok"
+
+
+def test_doctor_says_what_to_do_about_each_problem(tmp_path):
+    state = tmp_path / "s"
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    (state / "aegis.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5_000)
+    code, found = doctored("--port", free_port(), "--tmux", str(tmp_path / "no-tmux"), root=tmp_path,
+                           AEGIS_CLAUDE_CMD="no-such-claude")
+    wanted = {"tmux": "AEGIS_TMUX", "agent": "AEGIS_CLAUDE_CMD", "state directory": "chmod 700", "database": ".recover"}
+    assert code == 1 and {name for name, one in found.items() if one["state"] == "problem"} == set(wanted)
+    assert [name for name, advice in wanted.items() if advice not in found[name]["message"]] == []
+
+
+def test_doctor_asks_the_server_that_runs(server, strict):
+    code, found = doctored("--port", str(server.port), root=server.root)
+    assert code == 0 and "answers" in found["server"]["message"] and found["workers"]["state"] == "ok"
+    code, found = doctored("--port", str(strict.port), root=strict.root)
+    assert code == 1 and "AEGIS_TOKEN" in found["server"]["message"]
+    token = strict.auth["Authorization"].split()[1]
+    assert doctored("--url", f"http://127.0.0.1:{strict.port}/", root=server.root, AEGIS_TOKEN=token)[0] == 0
+    done = run_aegis("doctor", "--port", str(server.port), root=server.root, TERM="xterm")
+    assert done.returncode == 0 and "all is well" in done.stdout and "\033" not in done.stdout, "no terminal"
+
+
+def test_doctor_gives_no_token_to_a_stranger_at_its_port(tmp_path):
+    heard: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        def answer() -> None:
+            line, _ = stranger.accept()
+            with line:
+                heard.append(line.recv(65_536))
+                line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        port = str(stranger.getsockname()[1])
+        code, found = doctored("--demo", "--port", port, root=tmp_path, AEGIS_AUTH_TOKEN="s3cr3t")
+        thread.join(10)
+    assert code == 1 and "--port" in found["server"]["message"] and heard and b"s3cr3t" not in heard[0]
+    assert "python" in found, "the box is looked at all the same"
+
+
+@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 1), (("--port", "x"), 2), (("--nonsense",), 2)])
+def test_doctor_refuses_what_it_does_not_know_in_one_line(tmp_path, words, status):
+    done = run_aegis("doctor", *words, root=tmp_path)
+    assert done.returncode == status and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("env, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_doctor_is_coloured_on_a_terminal_only_if_that_is_wanted(monkeypatch, capsys, env, coloured):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    aegis.print_findings([aegis.Finding("a", "problem", "one\nline \x1b[2J"), aegis.Finding("b", "ok", "x")], None)
+    said_ = capsys.readouterr().out
+    assert ("\033[31m" in said_) == coloured and "\x1b[2J" not in said_ and "one thing is to be mended" in said_
+    assert "one line" in said_
 
 
 # ============================================================================
@@ -8376,6 +8906,7 @@ CALLS = {
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
     "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
+    "agent": lambda rest: ("Agent", {"description": "Look", "prompt": rest, "subagent_type": "general-purpose"}),
 }
 
 
@@ -8882,6 +9413,25 @@ def test_real_plan_is_refused_with_words_and_then_approved(start):
     talk.wait("session.idle")
     assert talk.read()["output"] == "planned"
     assert any("think again" in one["text"] for one in talk.read("limit=20")["messages"])
+
+
+@real_client
+def test_real_usage_counts_subagents_and_no_copied_history(start):
+    talk = start("[[agent look around]] [[say one]]")
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    # it works in the background: the turn that tells of it may follow by itself
+    eventually(lambda: len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 1
+               and talk.get()["tokenUsage"]["output"] >= 80 and talk.status == "idle")
+    used = settled_usage(talk, path)
+    fork = Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/fork", {}))
+    fork.say("[[say two]]")
+    eventually(lambda: fork.get()["tokenUsage"]["output"] == 20)
+    told = {one["id"]: one["tokenUsage"] for one in talk.server.ask("GET /v1/metrics")["bySession"]}
+    assert told[talk.id] == used and told[fork.id]["output"] == 20
+    versions = talk.server.ask("GET /v1/diagnostics")["versions"]
+    assert re.search(r"\d+\.\d+\.\d+", versions["agents"]["claude"]["version"])
+    fork.kill()
 
 
 @real_client
