@@ -35,6 +35,9 @@ Rooms, top to bottom; a room uses only rooms above it:
     CHECKS        a project's own checks, found and run
     VERIFY        rounds of checks, and mending between them
     PIPELINES     stages of work, each when what it depends on is done
+    OUTBOUND      requests to other servers, guarded
+    WEBHOOKS      events for other servers, signed and in order
+    COURIERS      who brings the webhooks their events
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -50,9 +53,11 @@ aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-d
 session, while it types) - aegis-sweep (memory that expired) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
+aegis-webhook (one for each endpoint) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Webhooks.lock -> Store.lock;
 Tmux.lock, Monitor.lock and Exits.lock are leaves.  A session's lock is never held while tmux or a
 socket is waited for.
 """
@@ -122,6 +127,7 @@ if __name__ == "__main__" and not sys.flags.optimize:
     hand_over(os.path.abspath(__file__), sys.argv[1:])
 
 import argparse
+import base64
 import collections
 import contextlib
 import datetime
@@ -131,6 +137,8 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import http.client
+import io
 import itertools
 import json
 import math
@@ -225,6 +233,16 @@ SETTINGS = (
         "log_level", "choice:debug|info|warning|error", "info", "What is logged on stderr; info has a line per request."
     ),
     Setting("log_format", "choice:text|json", "text", "Shape of a log line."),
+    Setting("webhooks", "json", "{}", "Webhooks given at start: a JSON object by name of url, secret, events, session "
+            "and labels, or @FILE.", flag=False, secret=True),
+    Setting("webhook_allow", "list", "", "Where webhooks may go besides public addresses: addresses, networks such as "
+            "10.0.0.0/8, host names; `all` allows everything."),
+    Setting("webhook_seconds", "seconds", "15", "A webhook's receiver must have answered within this."),
+    Setting("webhook_retries", "int", "12", "How often an event is sent again before it becomes a dead letter."),
+    Setting("webhook_backoff", "seconds", "5", "Pause before an event is sent again; doubled each time up to an hour, "
+            "with jitter."),
+    Setting("webhook_queue", "int", "10000", "Events that an endpoint may lag behind; older ones become dead letters."),
+    Setting("keep_dead_letters", "int", "10000", "How many dead letters stay stored."),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -756,6 +774,19 @@ MIGRATIONS = (
     CREATE INDEX stages_of ON stages(pipeline, place);
     CREATE INDEX stages_in ON stages(session) WHERE session IS NOT NULL;
     """,
+    """
+    CREATE TABLE readers (id TEXT PRIMARY KEY, place INTEGER NOT NULL);
+    CREATE TABLE webhooks (
+        id TEXT PRIMARY KEY, source TEXT NOT NULL, name TEXT NOT NULL UNIQUE, url TEXT NOT NULL, types TEXT NOT NULL,
+        session TEXT, labels TEXT NOT NULL, secrets TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
+        tries INTEGER NOT NULL, next_at REAL, delivered INTEGER NOT NULL, last_success_at REAL, last_error TEXT,
+        last_error_at REAL, created_at REAL NOT NULL, updated_at REAL NOT NULL);
+    CREATE TABLE dead_letters (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, webhook TEXT NOT NULL, event INTEGER NOT NULL,
+        session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL, tries INTEGER NOT NULL,
+        reason TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL);
+    CREATE INDEX dead_letters_of ON dead_letters(webhook, state, seq);
+    """,
 )
 
 
@@ -944,6 +975,46 @@ class StageRow(NamedTuple):
     ended_at: Optional[float]
 
 
+class WebhookRow(NamedTuple):
+    """One endpoint that is told of events."""
+
+    id: str
+    source: str                    # api, or settings
+    name: str
+    url: str
+    types: List[str]               # empty: all; session.* takes a family
+    session: Optional[str]         # only events of this session
+    labels: Dict[str, str]         # only events of sessions with these labels
+    secrets: List[List[Any]]       # [secret, until when it signs or null], newest first
+    state: str                     # active, paused, disabled (it answered 410)
+    reason: Optional[str]
+    tries: int                     # failed ones of the event that is due
+    next_at: Optional[float]       # when it is tried again
+    delivered: int
+    last_success_at: Optional[float]
+    last_error: Optional[str]
+    last_error_at: Optional[float]
+    created_at: float
+    updated_at: float
+
+
+class LetterRow(NamedTuple):
+    """An event that did not arrive."""
+
+    seq: int
+    id: str
+    webhook: str
+    event: int
+    session: Optional[str]
+    type: str
+    at: float
+    data: Json
+    tries: int
+    reason: str
+    state: str                     # dead, or queued: it is tried again
+    created_at: float
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -956,7 +1027,7 @@ class Event(NamedTuple):
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
                           "worktree", "known", "variables", "body", "content",
-                          "words", "depends_on", "spec", "base"))
+                          "words", "depends_on", "spec", "base", "types", "secrets"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -1134,6 +1205,12 @@ EVENT_TYPES = {
 }
 
 
+def unknown_types(wanted: Sequence[str]) -> List[str]:
+    """List what is neither an event nor a family of events, such as session.*."""
+    return [kind for kind in wanted if not any(known == kind or (kind.endswith("*") and known.startswith(kind[:-1]))
+                                               for known in EVENT_TYPES)]
+
+
 class Draft(NamedTuple):
     """An event before it has an id."""
 
@@ -1181,6 +1258,10 @@ class Listener:
         self.queue.put(event)
 
 
+# what a reader with a place of its own is not done with stays
+PRUNE = "DELETE FROM events WHERE id <= min(?, coalesce((SELECT min(place) FROM readers), 9e18))"
+
+
 class Bus:
     """Commits changes with their events, and tells the listeners in order."""
 
@@ -1204,7 +1285,7 @@ class Bus:
                         Event(db.execute(sql, args).lastrowid or 0, draft.session, draft.type, now, draft.data)
                     )
                 if events and events[-1].id % 1000 < len(events):
-                    db.execute("DELETE FROM events WHERE id <= ?", (events[-1].id - self.keep,))
+                    db.execute(PRUNE, (events[-1].id - self.keep,))
             for event in events:
                 self.last = event.id
                 for listener in self.listeners:
@@ -3927,6 +4008,8 @@ class Context:
         self.witness: Callable[["Session", Sequence[Entry]], None] = lambda session, entries: None   # see DECISIONS
         self.verifier: Any = None                      # see VERIFY
         self.runner: Any = None                        # see PIPELINES
+        self.guard: Any = None                         # see OUTBOUND
+        self.webhooks: Any = None                      # see COURIERS
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -8689,6 +8772,813 @@ def wire_pipeline(context: Context, row: PipelineRow, brief: bool = False) -> Js
 
 
 # ============================================================================
+# OUTBOUND. Requests to other servers, guarded.
+# ============================================================================
+# A name is looked up once, each address is checked, and the connection goes to
+# the very address that was checked: a name that changes its mind in between
+# gains nothing.  Redirects, proxies and credentials in addresses are not
+# known here.  One time limit holds for all of a request, however slowly the
+# other side drips.  TLS is loaded when it is first spoken.
+
+EXTRA_PORTS = frozenset((80, 443))    # below 1024 nothing else speaks HTTP
+MAX_RETRY_AFTER = 3600.0              # seconds; what another server asks for beyond this is not obeyed
+LONGEST_PAUSE = 3600.0                # seconds between two tries
+GOODBYE_SECONDS = 1.0                 # how long an answer's body is taken after its status is known
+NAT64 = ("64:ff9b::/96", "64:ff9b:1::/48")
+
+
+class Site(NamedTuple):
+    """Where a request goes."""
+
+    scheme: str
+    host: str        # a name, or an address without brackets
+    port: int
+    path: str        # with the query
+
+    @property
+    def origin(self) -> str:
+        """What may be shown of it: a path can hold a secret."""
+        return f"{self.scheme}://{self.authority}"
+
+    @property
+    def authority(self) -> str:
+        """The Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+
+class Reply(NamedTuple):
+    """What another server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class OutboundError(Exception):
+    """Another server was not reached, or gave no answer in time; the sentence says which."""
+
+
+def read_url(url: str) -> Site:
+    """Take an address apart.  Raises ValueError with what it must be."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not an address") from None
+    if not re.fullmatch(r"[\x21-\x7e]+", url) or "\\" in url:
+        raise ValueError("must be ASCII without blanks or backslashes: percent-encode the path, "
+                         "write the name in punycode")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must begin with http:// or https:// and a host")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold credentials")
+    if "#" in url:
+        raise ValueError("must not hold a fragment (#)")
+    port = port if port is not None else 443 if parts.scheme == "https" else 80
+    if not (port in EXTRA_PORTS or 1024 <= port <= 65535):
+        raise ValueError("must have port 80, 443 or one from 1024 up")
+    query = f"?{parts.query}" if parts.query else ""
+    return Site(parts.scheme, parts.hostname, port, (parts.path or "/") + query)
+
+
+class Guard:
+    """Tells which addresses may be connected to: public ones, and what the operator listed."""
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self.allowed = tuple(word.lower().rstrip(".") for word in allowed)
+
+    def allows(self, host: str, address: str) -> bool:
+        """Tell whether a connection to this address, found under that name, is allowed."""
+        import ipaddress
+        try:
+            found = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        if is_public(found) or "all" in self.allowed or host.lower().rstrip(".") in self.allowed:
+            return True
+        return any(one in network for one in (found, embedded(found)) for network in networks(self.allowed)
+                   if one is not None and one.version == network.version)
+
+
+@functools.lru_cache(maxsize=8)
+def networks(words: Tuple[str, ...]) -> List[Any]:
+    """Read those of some words that are addresses or networks; the others are names."""
+    import ipaddress
+    found = []
+    for word in words:
+        with contextlib.suppress(ValueError):
+            found.append(ipaddress.ip_network(word, strict=False))
+    return found
+
+
+def embedded(address: Any) -> Any:
+    """Give the IPv4 address that an IPv6 address leads to: mapped, 6to4, Teredo, NAT64; None when there is none."""
+    import ipaddress
+    if address.version == 4:
+        return None
+    if any(address in ipaddress.ip_network(network) for network in NAT64):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+
+
+def is_public(address: Any) -> bool:
+    """Tell whether an address belongs to the internet at large: not this box, its networks, or a special use."""
+    inner = embedded(address)
+    if inner is not None:
+        return is_public(inner)
+    special = (address.is_private or address.is_loopback or address.is_link_local or address.is_multicast
+               or address.is_reserved or address.is_unspecified or getattr(address, "is_site_local", False))
+    return address.is_global and not special
+
+
+def resolve(site: Site, guard: Guard) -> List[Tuple[int, Any]]:
+    """Look a host up, once: family and address of all that may be connected to.  Raises OutboundError."""
+    try:
+        found = socket.getaddrinfo(site.host, site.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise OutboundError(f"the name {clip(site.host, 100)} cannot be resolved") from None
+    allowed = [(family, address) for family, _, _, _, address in found if guard.allows(site.host, address[0])]
+    if not allowed:
+        refused = ", ".join(sorted({str(address[0]) for _, _, _, _, address in found})[:3])
+        raise OutboundError(f"{clip(site.host, 100)} is {refused}, which is no public address: AEGIS_WEBHOOK_ALLOW "
+                            "may list it")
+    return allowed
+
+
+def left_of(until: float) -> float:
+    """Give the seconds that are left of a time limit.  Raises TimeoutError when none are."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("the time is over")
+    return left
+
+
+def connect(site: Site, guard: Guard, until: float) -> Any:
+    """Open a connection to the first address that takes it.  Raises OutboundError, OSError."""
+    wrong: Optional[OSError] = None
+    for family, address in resolve(site, guard):
+        line = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            line.settimeout(left_of(until))
+            line.connect(address)
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return line if site.scheme == "http" else tls_context().wrap_socket(line, server_hostname=site.host)
+        except OSError as error:
+            line.close()
+            wrong = error
+        except BaseException:
+            line.close()
+            raise
+    raise wrong or OutboundError("there is no address to connect to")
+
+
+@functools.lru_cache(maxsize=1)
+def tls_context() -> Any:
+    """Give the rules of TLS: certificates are checked against the system's authorities, or SSL_CERT_FILE's."""
+    import ssl
+    return ssl.create_default_context()
+
+
+class TimedReader(io.RawIOBase):
+    """Reads a socket until the time of the whole request is over."""
+
+    def __init__(self, line: Any, until: float) -> None:
+        super().__init__()
+        self.line, self.until = line, until
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Give itself as the file that an answer is read from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Take what has come."""
+        self.line.settimeout(left_of(self.until))
+        return self.line.recv_into(buffer)
+
+
+def exchange(site: Site, guard: Guard, method: str, headers: Mapping[str, str], body: bytes, seconds: float,
+             most: int = 0) -> Reply:
+    """Make one request; `most` bytes of the answer's body are needed, none if 0.  Raises OutboundError."""
+    until = time.monotonic() + seconds
+    try:
+        with contextlib.closing(connect(site, guard, until)) as line:
+            line.settimeout(left_of(until))
+            line.sendall(request_bytes(site, method, headers, body))
+            reader = TimedReader(line, until)
+            answer = http.client.HTTPResponse(reader, method=method)  # type: ignore[arg-type]
+            answer.begin()
+            told = {name.lower(): value for name, value in answer.getheaders()}
+            if most:
+                return Reply(answer.status, told, answer.read(most))
+            reader.until = min(until, time.monotonic() + GOODBYE_SECONDS)
+            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+                answer.read(16_384)   # what is cut off in the middle of its answer may take it for a failure
+            return Reply(answer.status, told, b"")
+    except (OSError, ValueError, http.client.HTTPException, OutboundError) as error:
+        raise OutboundError(outbound_sentence(error, seconds)) from None
+
+
+def request_bytes(site: Site, method: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """Write a request."""
+    given = {"Host": site.authority, "User-Agent": f"Aegis/{__version__}", "Accept": "*/*", "Connection": "close",
+             "Content-Length": str(len(body)), **headers}
+    lines = [f"{method} {site.path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items()), "", ""]
+    return "\r\n".join(lines).encode("ascii") + body
+
+
+def outbound_sentence(error: Exception, seconds: float) -> str:
+    """Say in a sentence why there is no answer; nothing that the other side wrote is quoted."""
+    if isinstance(error, OutboundError):
+        return str(error)
+    if isinstance(error, socket.timeout):
+        return f"it did not answer within {seconds:g} s"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it closed the connection without an answer"
+    if isinstance(error, OSError) and hasattr(error, "verify_message"):
+        return f"its certificate is not good: {error.verify_message}"
+    if isinstance(error, OSError):
+        return f"the connection failed: {error.strerror or type(error).__name__}"
+    return f"its answer is not HTTP ({type(error).__name__})"
+
+
+def backoff(tries: int, first: float, chance: float) -> float:
+    """Give the pause after so many failed tries: doubled each time up to an hour; `chance`, 0 to 1, halves it at most.
+
+    >>> [backoff(tries, 5, 1.0) for tries in (1, 2, 3, 20)]
+    [5.0, 10.0, 20.0, 3600.0]
+    """
+    return min(LONGEST_PAUSE, first * 2.0 ** min(tries - 1, 40)) * (0.5 + chance / 2)
+
+
+def jitter() -> float:
+    """Give a chance between 0 and 1."""
+    return secrets.randbelow(1_000_001) / 1_000_000
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float:
+    """Read how long another server wants us to wait, in seconds or as a date, within bounds; 0 when it says nothing."""
+    said = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,9}", said):
+        return min(MAX_RETRY_AFTER, float(said))
+    try:
+        from email.utils import parsedate_to_datetime
+        return min(MAX_RETRY_AFTER, max(0.0, parsedate_to_datetime(said).timestamp() - now))
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+
+
+# ============================================================================
+# WEBHOOKS. Events for other servers, signed, in order, until they have them.
+# ============================================================================
+# The queue of an endpoint is the table of events behind its place, so an event
+# is queued by the very transaction that stores it, and nobody waits for
+# anything.  Nothing is lost or passes another; what was answered just before a
+# kill -9 comes twice, under the same webhook-id.  Events that an endpoint
+# still needs are not pruned; one that lags too far behind gives up its oldest,
+# which become dead letters.  Signed as the Standard Webhooks specification
+# has it.
+
+SECRET_SIZES = range(24, 65)   # bytes, by the specification
+
+
+class Outcome(NamedTuple):
+    """What came of one try."""
+
+    status: Optional[int]          # None: there was no answer
+    said: Optional[str]            # what went wrong; None when it arrived
+    wait: float = 0.0              # seconds that the receiver asked for
+
+    @property
+    def arrived(self) -> bool:
+        """Tell whether the receiver has it."""
+        return self.said is None
+
+
+def new_secret() -> str:
+    """Make a secret to sign with."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def check_secret(given: str) -> str:
+    """Check a secret.  Raises ValueError with what it must be."""
+    try:
+        size = len(base64.b64decode(given[6:], validate=True)) if given.startswith("whsec_") else 0
+    except ValueError:
+        size = 0
+    if size not in SECRET_SIZES:
+        raise ValueError("must be whsec_ and the base64 of 24 to 64 random bytes: "
+                         "leave it out to have one made")
+    return given
+
+
+def signature(secret: str, message_id: str, at: int, body: bytes) -> str:
+    """Sign a message as the Standard Webhooks specification has it."""
+    key = base64.b64decode(secret[6:])
+    made = hmac.new(key, f"{message_id}.{at}.".encode() + body, hashlib.sha256).digest()
+    return "v1," + base64.b64encode(made).decode()
+
+
+def message_headers(keys: Sequence[str], message_id: str, at: int, body: bytes) -> Dict[str, str]:
+    """Write a message's headers; while a secret is rotated the old one signs too."""
+    return {"Content-Type": "application/json", "webhook-id": message_id, "webhook-timestamp": str(at),
+            "webhook-signature": " ".join(signature(key, message_id, at, body) for key in keys)}
+
+
+def message_body(event: Event) -> bytes:
+    """Write an event as the payload of a message: the same bytes at every try."""
+    data = {"id": event.id, "sessionId": event.session, **event.data}
+    return dump({"type": event.type, "timestamp": iso(event.at), "data": data}).encode("utf-8", "replace")
+
+
+def signing(row: WebhookRow, now: float) -> List[str]:
+    """List the secrets that sign now."""
+    return [secret for secret, until in row.secrets if until is None or until > now]
+
+
+def send_message(context: Context, row: WebhookRow, message_id: str, body: bytes) -> Outcome:
+    """Try once to bring a message to its endpoint."""
+    now = time.time()
+    headers = message_headers(signing(row, now), message_id, int(now), body)
+    try:
+        site = read_url(row.url)
+        reply = exchange(site, context.guard, "POST", headers, body, context.settings.webhook_seconds)
+    except (OutboundError, ValueError) as error:
+        return Outcome(None, str(error))
+    if 200 <= reply.status < 300:
+        return Outcome(reply.status, None)
+    also = ": redirects are not followed" if 300 <= reply.status < 400 else ""
+    return Outcome(reply.status, f"it answered {reply.status}{also}", retry_after(reply.headers, now))
+
+
+def wanted_events(row: WebhookRow) -> Tuple[str, List[Any]]:
+    """Write the condition of the events that an endpoint is told of."""
+    parts, args = ["1"], []  # type: List[str], List[Any]
+    if row.types:
+        parts.append("(" + " OR ".join(["type GLOB ?"] * len(row.types)) + ")")
+        args.extend(row.types)
+    if row.session:
+        parts.append("session = ?")
+        args.append(row.session)
+    for name, value in row.labels.items():
+        parts.append("session IN (SELECT session FROM labels WHERE name = ? AND value = ?)")
+        args.extend((name, value))
+    return " AND ".join(parts), args
+
+
+def stored_place(context: Context, reader: str) -> int:
+    """Give the id of the last event that a reader is done with."""
+    return context.store.value("SELECT place FROM readers WHERE id = ?", reader) or 0
+
+
+def place_statement(reader: str, place: int) -> Statement:
+    """Write the statement that moves a reader's place; it never moves back."""
+    return ("INSERT INTO readers (id, place) VALUES (?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET place = max(place, excluded.place)", (reader, place))
+
+
+def queue_length(context: Context, row: WebhookRow) -> int:
+    """Count the events that wait for an endpoint."""
+    condition, args = wanted_events(row)
+    place = stored_place(context, row.id) if row.state != "disabled" else context.bus.last
+    return context.store.value(f"SELECT count(*) FROM events WHERE id > ? AND {condition}", place, *args)
+
+
+def letter_statements(context: Context, webhook: str, events: Sequence[Event], tries: int,
+                      reason: str) -> List[Statement]:
+    """Write the statements that put events among the dead letters; the oldest letters of too many go."""
+    made = [insert("dead_letters", {
+        "id": new_id("dl-"), "webhook": webhook, "event": event.id, "session": event.session, "type": event.type,
+        "at": event.at, "data": event.data, "tries": tries, "reason": reason, "state": "dead",
+        "created_at": time.time()}) for event in events]
+    return [*made, ("DELETE FROM dead_letters WHERE seq <= (SELECT max(seq) FROM dead_letters) - ?",
+                    (context.settings.keep_dead_letters,))] if made else []
+
+
+# ============================================================================
+# COURIERS. Who brings the webhooks their events.
+# ============================================================================
+# Each endpoint has a thread that sends one event at a time: its place moves
+# when the receiver has answered 2xx, or when the event was put among the dead
+# letters, in the same transaction.  What its thread alone changes is its
+# place; everything else of an endpoint is read from the store at each step.
+# Lock: Webhooks.lock -> Store.lock.
+
+MAX_WEBHOOKS = 50              # each has a thread
+WEBHOOK_IDLE = 30.0            # seconds after which a courier looks without being told
+SAVE_PLACE_EVERY = 500         # events of no interest that are passed before the place is stored
+BURY_PAGE = 200                # events that become dead letters in one transaction
+OLD_SECRET_SECONDS = 86_400.0  # how long a rotated secret still signs
+
+
+class Courier(Listener):
+    """Brings one endpoint its events.  Its thread alone moves its place; what others change it reads from the store."""
+
+    def __init__(self, context: Context, row: WebhookRow) -> None:
+        super().__init__(row.types, row.session)
+        self.context, self.id = context, row.id
+        self.place = self.saved = stored_place(context, row.id)
+        self.some, self.closed = threading.Event(), False
+        self.thread: Optional[threading.Thread] = None
+
+    def offer(self, event: Event) -> None:
+        """Wake up for an event that may be wanted; it is read from the store."""
+        if not self.some.is_set() and self.wants(event):
+            self.some.set()
+
+    def close(self) -> None:
+        """Stop after what is being sent."""
+        self.closed = True
+        self.some.set()
+
+    def run(self) -> None:
+        """Send until closed: the body of its thread."""
+        pause: Optional[float] = 0.0
+        while not self.closed and pause is not None:
+            if pause:
+                self.some.wait(pause)
+            self.some.clear()
+            try:
+                pause = self.step(time.time()) if not self.closed else None
+            except ApiError as error:
+                self.context.log.note("warning", f"webhooks wait: {error}", webhook=self.id)
+                pause = 1.0
+            except Exception:
+                self.context.log.note("error", "a webhook's courier failed", webhook=self.id,
+                                      trace=traceback.format_exc())
+                pause = 5.0
+
+    def step(self, now: float) -> Optional[float]:
+        """Do what is due; gives the seconds until there may be more, None when the endpoint is gone."""
+        row = self.context.store.row(WebhookRow, "webhooks", "id = ?", self.id)
+        if row is None:
+            return None
+        if row.state == "disabled":
+            return WEBHOOK_IDLE
+        self.place = max(self.place, stored_place(self.context, self.id))
+        self.types, self.session = tuple(row.types), row.session
+        if self.give_up_oldest(row):
+            return 0.0
+        if row.state == "paused":
+            return WEBHOOK_IDLE
+        letter = self.context.store.row(LetterRow, "dead_letters", "webhook = ? AND state = 'queued' ORDER BY seq",
+                                        self.id)
+        if letter:
+            return self.try_letter(row, letter)
+        if row.next_at is not None and 0 < row.next_at - now < LONGEST_PAUSE + 1:
+            return min(row.next_at - now, WEBHOOK_IDLE)
+        event = self.following(row)
+        return WEBHOOK_IDLE if event is None else self.try_event(row, event)
+
+    def following(self, row: WebhookRow) -> Optional[Event]:
+        """Find the next event that is wanted, and pass those before it."""
+        last = self.context.bus.last
+        condition, args = wanted_events(row)
+        event = self.context.store.row(Event, "events", f"id > ? AND id <= ? AND {condition} ORDER BY id", self.place,
+                                       last, *args)
+        self.place = max(self.place, event.id - 1 if event else last)
+        if self.place - self.saved >= SAVE_PLACE_EVERY:
+            self.record([])
+        return event
+
+    def record(self, statements: Sequence[Statement]) -> None:
+        """Store a change together with the place; of an endpoint that was deleted meanwhile nothing comes back."""
+        with self.context.store.lock:
+            if self.context.store.value("SELECT 1 FROM webhooks WHERE id = ?", self.id):
+                self.context.bus.commit([*statements, place_statement(self.id, self.place)])
+        self.saved = self.place
+
+    def try_event(self, row: WebhookRow, event: Event) -> float:
+        """Try to deliver the event that is due, and record what came of it."""
+        outcome = send_message(self.context, row, f"msg_{row.id}_{event.id}", message_body(event))
+        now = time.time()
+        if outcome.arrived:
+            self.place = event.id
+            self.record([("UPDATE webhooks SET tries = 0, next_at = NULL, delivered = delivered + 1, "
+                          "last_success_at = ? WHERE id = ?", (now, self.id))])
+            return 0.0
+        self.context.log.note("warning", f"a webhook did not arrive: {outcome.said}", webhook=self.id, event=event.id,
+                              tries=row.tries + 1)
+        failed = {"last_error": outcome.said, "last_error_at": now}
+        if outcome.status == 410:
+            self.disable(row, failed)
+        elif row.tries >= self.context.settings.webhook_retries:
+            self.place = event.id
+            self.record([*letter_statements(self.context, self.id, [event], row.tries + 1, outcome.said or ""),
+                         update("webhooks", self.id, {**failed, "tries": 0, "next_at": None})])
+        else:
+            pause = max(outcome.wait, backoff(row.tries + 1, self.context.settings.webhook_backoff, jitter()))
+            self.record([update("webhooks", self.id, {**failed, "tries": row.tries + 1, "next_at": now + pause})])
+        return 0.0
+
+    def disable(self, row: WebhookRow, failed: Json) -> None:
+        """Send nothing more to an endpoint that is gone for good; what waits for it becomes dead letters."""
+        while self.bury(row, self.context.bus.last, "the endpoint answered 410: it is gone"):
+            pass
+        self.context.bus.commit([update("webhooks", self.id, {
+            **failed, "state": "disabled", "reason": "it answered 410: it is gone", "tries": 0, "next_at": None,
+            "updated_at": time.time()}), ("DELETE FROM readers WHERE id = ?", (self.id,))])
+
+    def bury(self, row: WebhookRow, upto: int, reason: str) -> bool:
+        """Put a page of waiting events among the dead letters; tells whether there were any."""
+        condition, args = wanted_events(row)
+        page = self.context.store.rows(Event, "events", f"id > ? AND id <= ? AND {condition} ORDER BY id LIMIT ?",
+                                       self.place, upto, *args, BURY_PAGE)
+        self.place = page[-1].id if len(page) == BURY_PAGE else max(upto, self.place)
+        self.record([*letter_statements(self.context, self.id, page, 0, reason),
+                     update("webhooks", self.id, {"tries": 0, "next_at": None})])
+        return len(page) == BURY_PAGE
+
+    def give_up_oldest(self, row: WebhookRow) -> bool:
+        """Keep the queue within bounds: what lags too far behind becomes dead letters; tells whether any did."""
+        floor = self.context.bus.last - self.context.settings.webhook_queue
+        if self.place >= floor:
+            return False
+        event = self.following(row)
+        if event is None or self.place >= floor:
+            return False
+        self.context.log.note("warning", "a webhook's queue is full: its oldest events become dead letters",
+                              webhook=self.id)
+        self.bury(row, floor, "too many events waited for this endpoint")
+        return True
+
+    def try_letter(self, row: WebhookRow, letter: LetterRow) -> float:
+        """Try a dead letter once more; it goes when it arrives."""
+        event = Event(letter.event, letter.session, letter.type, letter.at, letter.data)
+        outcome = send_message(self.context, row, f"msg_{row.id}_{event.id}", message_body(event))
+        if outcome.arrived:
+            self.record([("DELETE FROM dead_letters WHERE id = ?", (letter.id,)),
+                         ("UPDATE webhooks SET delivered = delivered + 1, last_success_at = ? WHERE id = ?",
+                          (time.time(), self.id))])
+        else:
+            self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
+                                                            "reason": outcome.said}),
+                         update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
+        with self.context.webhooks.letters:
+            self.context.webhooks.letters.notify_all()
+        return 0.0
+
+
+class Webhooks:
+    """Owns the endpoints and their couriers.  lock guards both; letters is notified when a retry is settled."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.lock = threading.RLock()
+        self.couriers: Dict[str, Courier] = {}
+        self.letters = threading.Condition()
+
+    def start(self) -> None:
+        """Take over the endpoints of the settings, then begin to send."""
+        with self.lock:
+            given = read_given(self.context.settings.webhooks)
+            for row in self.context.store.rows(WebhookRow, "webhooks", "source = 'settings'"):
+                if row.name not in given:
+                    self.remove(row)
+            for name, fields in given.items():
+                self.take_given(name, fields)
+            for row in self.context.store.rows(WebhookRow, "webhooks"):
+                self.employ(row)
+
+    def take_given(self, name: str, fields: Json) -> None:
+        """Make an endpoint of the settings, or bring it up to date; its place stays."""
+        row_id = "wh-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+        known = self.context.store.row(WebhookRow, "webhooks", "id = ?", row_id)
+        if known is None:
+            self.add(new_webhook(row_id, "settings", name, **fields))
+            return
+        changed = {"url": fields["url"], "types": fields["types"], "session": fields["session"],
+                   "labels": fields["labels"], "secrets": [[fields["secret"], None]], "updated_at": time.time()}
+        self.context.bus.commit([update("webhooks", row_id, changed)])
+
+    def add(self, row: WebhookRow) -> WebhookRow:
+        """Store an endpoint; it is told of what happens from now on.  Raises ApiError 409."""
+        store = self.context.store
+        with self.lock, store.lock:
+            if store.value("SELECT count(*) FROM webhooks") >= MAX_WEBHOOKS:
+                raise ApiError(409, "TOO_MANY_WEBHOOKS", f"there are {MAX_WEBHOOKS} webhooks: delete one before")
+            if store.value("SELECT 1 FROM webhooks WHERE name = ?", row.name):
+                raise ApiError(409, "NAME_IN_USE", f"a webhook is already named {row.name!r}",
+                               fields={"name": "is in use"})
+            self.context.bus.commit([insert("webhooks", row._asdict()), place_statement(row.id, self.context.bus.last)])
+        return row
+
+    def employ(self, row: WebhookRow) -> None:
+        """Begin an endpoint's courier."""
+        with self.lock:
+            courier = self.couriers[row.id] = Courier(self.context, row)
+            self.context.bus.listen(courier)
+            courier.thread = spawn("aegis-webhook", courier.run)
+
+    def remove(self, row: WebhookRow) -> int:
+        """Delete an endpoint with all that waits for it; gives the number of its dead letters."""
+        with self.lock:
+            courier = self.couriers.pop(row.id, None)
+            if courier:
+                self.context.bus.leave(courier)
+                courier.close()
+            with self.context.store.lock:
+                letters = self.context.store.value("SELECT count(*) FROM dead_letters WHERE webhook = ?", row.id)
+                self.context.bus.commit([(f"DELETE FROM {table} WHERE {column} = ?", (row.id,)) for table, column in (
+                    ("webhooks", "id"), ("readers", "id"), ("dead_letters", "webhook"))])
+        return letters
+
+    def nudge(self, webhook_id: str) -> None:
+        """Have a courier look at once."""
+        courier = self.couriers.get(webhook_id)
+        if courier:
+            courier.some.set()
+
+    def close(self) -> None:
+        """Stop the couriers; what they are sending is waited for, but not for long."""
+        until = time.monotonic() + 2.0
+        couriers = list(self.couriers.values())
+        for courier in couriers:
+            courier.close()
+        for courier in couriers:
+            if courier.thread:
+                courier.thread.join(max(0.0, until - time.monotonic()))
+
+
+def new_webhook(row_id: str, source: str, name: Optional[str], url: str, types: Sequence[str], session: Optional[str],
+                labels: Mapping[str, str], secret: str) -> WebhookRow:
+    """Make the row of an endpoint that was told of nothing yet."""
+    now = time.time()
+    return WebhookRow(row_id, source, name or row_id, url, list(types), session, dict(labels), [[secret, None]],
+                      "active", None, 0, None, 0, None, None, None, now, now)
+
+
+GIVEN_WEBHOOK: Dict[str, Field] = dict(
+    url=text("Where events are sent by POST.", 2_000, minLength=1),
+    events=many("Only these events; session.* takes a family.", text("A type of event.", 60), 100, default=[]),
+    session=text("Only events of this session.", 64, default=None),
+    labels=texts_by_name("Only events of sessions with these labels.", r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}",
+                         text("A value.", 200), 20, default={}),
+    secret=text("The secret that signs: whsec_ and the base64 of 24 to 64 bytes.", 200),
+)
+
+
+def read_given(given: Mapping[str, Any]) -> Dict[str, Json]:
+    """Read the endpoints of the settings.  Raises ValueError that names the fault, never a secret."""
+    found: Dict[str, Json] = {}
+    for name, one in given.items():
+        if not isinstance(one, dict):
+            raise ValueError(f"AEGIS_WEBHOOKS: {clip(name, 60)!r} must be an object with url and secret")
+        try:
+            fields = validate(GIVEN_WEBHOOK, one)
+            found[name] = webhook_fields(fields.pop("events"), **fields)
+        except ApiError as error:
+            raise ValueError(f"AEGIS_WEBHOOKS: {clip(name, 60)!r}: {error}") from None
+    return found
+
+
+def webhook_fields(events: Sequence[str], url: str, session: Optional[str], labels: Optional[Mapping[str, str]],
+                   secret: Optional[str]) -> Json:
+    """Check an endpoint's fields, and make a secret if none is given.  Raises ApiError 400."""
+    unknown = unknown_types(events)
+    if unknown:
+        raise faulty({"events": f"holds unknown events: {clip(', '.join(unknown), 200)}"})
+    for field, check, given in (("url", read_url, url), ("secret", check_secret, secret)):
+        try:
+            if given is not None:
+                check(given)
+        except ValueError as error:
+            raise faulty({field: str(error)}) from None
+    return {"url": url, "types": list(events), "session": session, "labels": dict(labels or {}),
+            "secret": secret or new_secret()}
+
+
+def find_webhook(context: Context, webhook_id: str) -> WebhookRow:
+    """Find an endpoint.  Raises ApiError 404."""
+    row = context.store.row(WebhookRow, "webhooks", "id = ?", webhook_id)
+    if row is None:
+        raise ApiError(404, "WEBHOOK_NOT_FOUND", f"there is no webhook {clip(webhook_id, 60)}")
+    return row
+
+
+def check_reachable(context: Context, url: str) -> None:
+    """Refuse at once what would never be connected to; a name that cannot be resolved yet may come.
+
+    Raises ApiError 400.
+    """
+    try:
+        resolve(read_url(url), context.guard)
+    except OutboundError as error:
+        if "AEGIS_WEBHOOK_ALLOW" in str(error):
+            raise faulty({"url": f"is refused: {error}"}) from None
+
+
+def change_webhook(context: Context, row: WebhookRow, url: Optional[str], events: Optional[Sequence[str]],
+                   paused: Optional[bool]) -> WebhookRow:
+    """Change where an endpoint is, what it is told of, or whether; what was disabled begins anew with what comes.
+
+    Raises ApiError 400, 409.
+    """
+    if row.source == "settings" and (url is not None or events is not None):
+        raise given_refusal(row)
+    checked = webhook_fields(row.types if events is None else events, row.url if url is None else url, row.session,
+                             row.labels, None)
+    changed = {"url": checked["url"], "types": checked["types"], "updated_at": time.time()}
+    with context.store.lock:
+        place = []
+        if paused is not None:
+            changed.update(state="paused" if paused else "active", reason=None, tries=0, next_at=None)
+            place = [place_statement(row.id, context.bus.last)] if row.state == "disabled" else []
+        context.bus.commit([update("webhooks", row.id, changed), *place])
+    context.webhooks.nudge(row.id)
+    return find_webhook(context, row.id)
+
+
+def given_refusal(row: WebhookRow) -> ApiError:
+    """Refuse a change of what the settings give."""
+    return ApiError(409, "GIVEN_BY_SETTINGS", f"webhook {row.name!r} is given by AEGIS_WEBHOOKS: change it there, and "
+                    "start Aegis anew")
+
+
+def rotate_secret(context: Context, row: WebhookRow, secret: Optional[str], seconds: float) -> Tuple[WebhookRow, str]:
+    """Give an endpoint another secret; the old one signs too for so long.  Raises ApiError 400, 409."""
+    if row.source == "settings":
+        raise given_refusal(row)
+    now = time.time()
+    fresh = webhook_fields(row.types, row.url, row.session, row.labels, secret)["secret"]
+    kept = [[old, min(until or math.inf, now + seconds)] for old, until in row.secrets
+            if until is None or until > now][:3] if seconds else []
+    context.bus.commit([update("webhooks", row.id, {"secrets": [[fresh, None], *kept], "updated_at": now})])
+    return find_webhook(context, row.id), fresh
+
+
+def try_webhook(context: Context, row: WebhookRow) -> Json:
+    """Send an endpoint a message that is no event, past the queue, once."""
+    began = time.monotonic()
+    body = dump({"type": "webhook.test", "timestamp": iso(time.time()),
+                 "data": {"webhookId": row.id, "message": "Aegis can reach you."}}).encode()
+    outcome = send_message(context, row, f"msg_{row.id}_test_{secrets.token_hex(6)}", body)
+    return {"id": row.id, "delivered": outcome.arrived, "status": outcome.status, "error": outcome.said,
+            "tookMs": int((time.monotonic() - began) * 1000)}
+
+
+def find_letter(context: Context, letter_id: str) -> LetterRow:
+    """Find a dead letter.  Raises ApiError 404."""
+    row = context.store.row(LetterRow, "dead_letters", "id = ?", letter_id)
+    if row is None:
+        raise ApiError(404, "DEAD_LETTER_NOT_FOUND", f"there is no dead letter {clip(letter_id, 60)}")
+    return row
+
+
+def retry_letter(context: Context, letter: LetterRow) -> Json:
+    """Have a dead letter tried once more, and wait for what comes of it.  Raises ApiError 409."""
+    row = find_webhook(context, letter.webhook)
+    if row.state != "active":
+        raise ApiError(409, "WEBHOOK_NOT_ACTIVE", f"webhook {row.name!r} is {row.state}: PATCH /v1/webhooks/{row.id} "
+                       'with {"paused": false} before')
+    context.bus.commit([update("dead_letters", letter.id, {"state": "queued"})])
+    context.webhooks.nudge(row.id)
+
+    def now() -> Optional[LetterRow]:
+        return context.store.row(LetterRow, "dead_letters", "id = ?", letter.id)
+    with context.webhooks.letters:
+        context.webhooks.letters.wait_for(lambda: context.stopping.is_set() or (now() or letter).state == "dead"
+                                          or now() is None, 2 * context.settings.webhook_seconds + 5)
+    left = now()
+    return {"id": letter.id, "delivered": left is None, "state": left.state if left else "delivered",
+            "error": left.reason if left and left.state == "dead" else None}
+
+
+def wire_webhook(context: Context, row: WebhookRow, secret: Optional[str] = None) -> Json:
+    """Give an endpoint its shape on the wire; the secret only when it was just made."""
+    letters = context.store.value("SELECT count(*) FROM dead_letters WHERE webhook = ?", row.id)
+    told = {"id": row.id, "name": row.name, "url": row.url, "events": row.types, "session": row.session,
+            "labels": row.labels, "source": row.source, "state": row.state, "reason": row.reason,
+            "failedTries": row.tries, "nextTryAt": iso(row.next_at), "queueLength": queue_length(context, row),
+            "deadLetters": letters, "delivered": row.delivered, "lastSuccessAt": iso(row.last_success_at),
+            "lastError": row.last_error, "lastErrorAt": iso(row.last_error_at), "createdAt": iso(row.created_at),
+            "updatedAt": iso(row.updated_at)}
+    return {**told, "secret": secret} if secret else told
+
+
+def wire_letter(row: LetterRow) -> Json:
+    """Give a dead letter its shape on the wire."""
+    event = wire_event(Event(row.event, row.session, row.type, row.at, row.data))
+    return {"id": row.id, "webhookId": row.webhook, "webhookMessageId": f"msg_{row.webhook}_{row.event}",
+            "state": row.state, "tries": row.tries, "reason": row.reason, "createdAt": iso(row.created_at),
+            "event": event}
+
+
+def webhook_health(context: Context, row: WebhookRow) -> Json:
+    """Tell how an endpoint fares; of its address only what cannot be a secret."""
+    failing = row.state == "active" and row.tries > 0
+    return {"channel": "webhook", "id": row.id, "name": row.name, "target": read_url(row.url).origin,
+            "state": "failing" if failing else row.state, "lastSuccessAt": iso(row.last_success_at),
+            "lastError": row.last_error, "lastErrorAt": iso(row.last_error_at), "nextTryAt": iso(row.next_at),
+            "queueLength": queue_length(context, row)}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -8913,6 +9803,7 @@ class App:
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
         context.runner = Runner(context)
+        context.guard, context.webhooks = Guard(settings.webhook_allow), Webhooks(context)
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -8930,6 +9821,7 @@ class App:
         spawn("aegis-sweep", sweep_memory, self.context)
         self.context.verifier.start()
         self.context.runner.start()
+        self.context.webhooks.start()
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -8945,6 +9837,7 @@ class App:
         """Stop watching; agents go on."""
         context = self.context
         self.monitor.close()
+        context.webhooks.close()
         context.exits.close()
         context.tmux.close()
         context.store.close()
@@ -9150,6 +10043,8 @@ TEMPLATE: Dict[str, Field] = dict(
                        maxProperties=MAX_VARIABLES, default={}),
     session=anything("Fields of create; every string in them may hold {{variables}}."),
 )
+WEBHOOK_ID = text("The webhook's id.", 64)
+LETTER_ID = text("The dead letter's id.", 64)
 STREAM: Dict[str, Field] = dict(
     types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
     after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
@@ -9900,8 +10795,7 @@ def stream_events(
 ) -> Stream:
     """Follow all events as a stream (Server-Sent Events)."""
     kinds = read_list(types or "")
-    unknown = [kind for kind in kinds if not any(known == kind or (kind.endswith("*") and known.startswith(kind[:-1]))
-                                                 for known in EVENT_TYPES)]
+    unknown = unknown_types(kinds)
     if unknown:
         raise ApiError(400, "INVALID_REQUEST", f"types holds unknown events: {', '.join(unknown)}",
                        fields={"types": "must name events, or a family such as session.*"})
@@ -10272,6 +11166,93 @@ def cancel_pipeline(ask: Ask, id: str) -> Any:
         return {**wire_pipeline(ask.context, row), "cancelled": was_running}
     find_pipeline(ask.context, id)
     return Later(work)
+
+
+def list_webhooks(ask: Ask) -> Json:
+    """List the webhooks, and how each fares."""
+    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    return {"webhooks": [wire_webhook(ask.context, row) for row in rows]}
+
+
+def create_webhook(ask: Ask, name: Optional[str], url: str, events: List[str], session: Optional[str],
+                   labels: Optional[Json], secret: Optional[str]) -> Any:
+    """Have events sent to an address from now on, signed; the secret is shown this once."""
+    fields = webhook_fields(events, url, session, labels, secret)
+    if session is not None:
+        find_session(ask.context, session)
+
+    def work() -> Json:
+        check_reachable(ask.context, url)
+        row = ask.context.webhooks.add(new_webhook(new_id("wh-"), "api", name, **fields))
+        ask.context.webhooks.employ(row)
+        return wire_webhook(ask.context, row, fields["secret"])
+    return Later(work)
+
+
+def get_webhook(ask: Ask, id: str) -> Json:
+    """Get one webhook."""
+    return wire_webhook(ask.context, find_webhook(ask.context, id))
+
+
+def update_webhook(ask: Ask, id: str, url: Optional[str], events: Optional[List[str]], paused: Optional[bool]) -> Any:
+    """Change a webhook's address or events, pause it, or let it go on; a paused one keeps its queue."""
+    row = find_webhook(ask.context, id)
+
+    def work() -> Json:
+        if url is not None:
+            check_reachable(ask.context, url)
+        return wire_webhook(ask.context, change_webhook(ask.context, row, url, events, paused))
+    return Later(work)
+
+
+def delete_webhook(ask: Ask, id: str) -> Json:
+    """Delete a webhook, its queue and its dead letters."""
+    row = find_webhook(ask.context, id)
+    if row.source == "settings":
+        raise given_refusal(row)
+    return {"id": row.id, "deleted": True, "deadLetters": ask.context.webhooks.remove(row)}
+
+
+def rotate_webhook(ask: Ask, id: str, secret: Optional[str], keep_seconds: float) -> Json:
+    """Give a webhook another secret, shown this once; the old one signs too for a while."""
+    row, fresh = rotate_secret(ask.context, find_webhook(ask.context, id), secret, keep_seconds)
+    return wire_webhook(ask.context, row, fresh)
+
+
+def test_webhook(ask: Ask, id: str) -> Any:
+    """Send a webhook a test message now, once, past its queue."""
+    row = find_webhook(ask.context, id)
+    return Later(lambda: try_webhook(ask.context, row))
+
+
+def list_dead_letters(ask: Ask, webhook: Optional[str], page: int, limit: int) -> Json:
+    """List the events that did not arrive, newest first, page by page."""
+    store, where = ask.context.store, "(? IS NULL OR webhook = ?)"
+    total = store.value(f"SELECT count(*) FROM dead_letters WHERE {where}", webhook, webhook)
+    rows = store.rows(LetterRow, "dead_letters", f"{where} ORDER BY seq DESC LIMIT ? OFFSET ?", webhook, webhook, limit,
+                      (page - 1) * limit)
+    return {"deadLetters": [wire_letter(row) for row in rows], "pagination": pagination(page, limit, total)}
+
+
+def retry_dead_letter(ask: Ask, id: str) -> Any:
+    """Send a dead letter once more, under its old message id; it goes when it arrives."""
+    letter = find_letter(ask.context, id)
+    return Later(lambda: retry_letter(ask.context, letter), True)
+
+
+def delete_dead_letter(ask: Ask, id: str) -> Json:
+    """Delete a dead letter."""
+    letter = find_letter(ask.context, id)
+    ask.context.bus.commit([("DELETE FROM dead_letters WHERE id = ?", (letter.id,))])
+    return {"id": letter.id, "deleted": True}
+
+
+def get_channel_health(ask: Ask) -> Json:
+    """Tell how each channel fares: state, last success, last error, queue length."""
+    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    channels = [webhook_health(ask.context, row) for row in rows]
+    well = all(one["state"] in ("active", "paused", "off") for one in channels)
+    return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
 
 
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
@@ -10728,6 +11709,56 @@ ROUTES = (
         dict(id=ID, key=MEMORY_KEY, ifVersion=IF_VERSION),
         tool="delete_session_memory",
     ),
+    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks"),
+    Route(
+        "POST /v1/webhooks",
+        create_webhook,
+        "webhooks:admin",
+        dict(
+            name=text("Name, unique among webhooks; its id when missing.", 100, default=None, minLength=1,
+                      pattern=r"^[^\x00-\x1f\x7f]+$"),
+            **{**GIVEN_WEBHOOK, "secret": {**GIVEN_WEBHOOK["secret"], "default": None}},
+        ),
+        201,
+        "create_webhook",
+    ),
+    Route(
+        "GET /v1/webhooks/dead-letter",
+        list_dead_letters,
+        "webhooks:admin",
+        dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
+        tool="list_dead_letters",
+    ),
+    Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
+          tool="retry_dead_letter"),
+    Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
+          tool="delete_dead_letter"),
+    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook"),
+    Route(
+        "PATCH /v1/webhooks/:id",
+        update_webhook,
+        "webhooks:admin",
+        dict(
+            id=WEBHOOK_ID,
+            **{name: {**GIVEN_WEBHOOK[name], "default": None} for name in ("url", "events")},
+            paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
+        ),
+        tool="update_webhook",
+    ),
+    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook"),
+    Route(
+        "POST /v1/webhooks/:id/rotate",
+        rotate_webhook,
+        "webhooks:admin",
+        dict(
+            id=WEBHOOK_ID,
+            secret={**GIVEN_WEBHOOK["secret"], "default": None},
+            keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
+        ),
+        tool="rotate_webhook",
+    ),
+    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook"),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health"),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,
@@ -10736,7 +11767,8 @@ ROUTES = (
         whole_body="report",
     ),
 )
-SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "hook"))
+SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write",
+                    "webhooks:admin", "hook"))
 
 
 PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
@@ -13898,6 +14930,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if options.demo:
         given["agent"] = "demo"
     settings = Settings(given)
+    read_given(settings.webhooks)
     if not is_loopback(settings.host) and not settings.auth_token:
         raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
                          "for whoever reaches this API can run code as you")
