@@ -38,6 +38,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     OUTBOUND      requests to other servers, guarded
     WEBHOOKS      events for other servers, signed and in order
     COURIERS      who brings the webhooks their events
+    TELEGRAM      sessions in a chat: what is told there
+    REPLIES       what people answer in Telegram
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -53,7 +55,7 @@ aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-d
 session, while it types) - aegis-sweep (memory that expired) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
-aegis-webhook (one for each endpoint) -
+aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-in (polls) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
@@ -243,6 +245,12 @@ SETTINGS = (
             "with jitter."),
     Setting("webhook_queue", "int", "10000", "Events that an endpoint may lag behind; older ones become dead letters."),
     Setting("keep_dead_letters", "int", "10000", "How many dead letters stay stored."),
+    Setting("telegram_token", "text", "", "Token of the Telegram bot.", flag=False, secret=True),
+    Setting("telegram_chats", "list", "", "Chats that are told and obeyed, by id, comma-separated."),
+    Setting("telegram_users", "list", "", "Users who are obeyed in them, by id, comma-separated; empty: nobody is."),
+    Setting("telegram_events", "list", "session.idle,session.asking,session.rate_limited,session.stalled,session.error,"
+            "session.exited,session.killed,permission.requested,question.asked", "Events that are told there."),
+    Setting("telegram_api", "text", "https://api.telegram.org", "Address of the Bot API."),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -786,6 +794,17 @@ MIGRATIONS = (
         session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL, tries INTEGER NOT NULL,
         reason TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL);
     CREATE INDEX dead_letters_of ON dead_letters(webhook, state, seq);
+    CREATE TABLE telegram_facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+    CREATE TABLE telegram_notes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, chat INTEGER NOT NULL, kind TEXT NOT NULL, session TEXT, request TEXT,
+        body TEXT NOT NULL, tries INTEGER NOT NULL, next_at REAL);
+    CREATE TABLE telegram_sent (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, chat INTEGER NOT NULL, message INTEGER NOT NULL, session TEXT,
+        request TEXT, text TEXT NOT NULL, chosen TEXT NOT NULL);
+    CREATE INDEX telegram_sent_as ON telegram_sent(chat, message);
+    CREATE INDEX telegram_sent_of ON telegram_sent(request) WHERE request IS NOT NULL;
+    CREATE TABLE telegram_topics (
+        chat INTEGER NOT NULL, session TEXT NOT NULL, thread INTEGER NOT NULL, PRIMARY KEY (chat, session));
     """,
 )
 
@@ -864,7 +883,7 @@ class PermissionRow(NamedTuple):
     subagent: Optional[str]        # the agent's own id of the subagent that asks
     state: str                     # pending, approved, rejected, answered_in_terminal, expired
     claim: Optional[str]           # what we answered, until the agent is seen to have taken it
-    decided_by: Optional[str]      # api, policy, terminal, clock, restart
+    decided_by: Optional[str]      # api, telegram:USER, policy, terminal, clock, restart
     rule: Optional[str]            # of the policy
     message: Optional[str]         # what the agent was told
     asked_at: float
@@ -1015,6 +1034,31 @@ class LetterRow(NamedTuple):
     created_at: float
 
 
+class NoteRow(NamedTuple):
+    """One thing to be done in Telegram."""
+
+    seq: int
+    chat: int
+    kind: str                      # say, state, request, edit, mark, topic
+    session: Optional[str]
+    request: Optional[str]         # the permission request, question or kill that it is about
+    body: Json
+    tries: int
+    next_at: Optional[float]
+
+
+class SentRow(NamedTuple):
+    """One message that was sent to Telegram."""
+
+    seq: int
+    chat: int
+    message: int                   # Telegram's id of it
+    session: Optional[str]
+    request: Optional[str]
+    text: str
+    chosen: Dict[str, List[int]]   # options marked so far, by the question's place
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -1027,7 +1071,8 @@ class Event(NamedTuple):
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
                           "worktree", "known", "variables", "body", "content",
-                          "words", "depends_on", "spec", "base", "types", "secrets"))
+                          "words", "depends_on", "spec", "base", "types", "secrets",
+                          "chosen"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -4010,6 +4055,7 @@ class Context:
         self.runner: Any = None                        # see PIPELINES
         self.guard: Any = None                         # see OUTBOUND
         self.webhooks: Any = None                      # see COURIERS
+        self.telegram: Any = None                      # see TELEGRAM
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -5159,7 +5205,7 @@ def confirm_claim(session: Session, request_id: str) -> PermissionRow:
 def confirm_ours(session: Session, request_id: str) -> PermissionRow:
     """Confirm a claim for its caller.  Raises ApiError 409 when the terminal was first."""
     settled = confirm_claim(session, request_id)
-    if settled.decided_by != "api":
+    if not (settled.decided_by or "").startswith(("api", "telegram:")):
         raise decided_refusal(session, request_id)
     return settled
 
@@ -5436,13 +5482,13 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
 
 
 def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
-           message: Optional[str] = None, always: bool = False) -> PermissionRow:
+           message: Optional[str] = None, always: bool = False, by: str = "api") -> PermissionRow:
     """Decide a request for a caller, through its held hook or else by keys.
 
     Gives the settled row.  Raises ApiError 409 when somebody else, or the terminal, was first.
     """
     held = request.id in session.holds
-    if not claim(session, request.id, state, "api", decision, message):
+    if not claim(session, request.id, state, by, decision, message):
         session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
         raise decided_refusal(session, request.id)
     if not held:
@@ -5554,7 +5600,7 @@ def wrong_answer(field: str, what: str) -> ApiError:
 
 
 def answer_question(context: Context, session: Session, request: PermissionRow, given: List[List[str]],
-                    free: bool) -> PermissionRow:
+                    free: bool, by: str = "api") -> PermissionRow:
     """Answer a question or a plan, through its held hook or else by keys."""
     questions = questions_of(request)
     told = "; ".join(", ".join(labels) for labels in given)
@@ -5562,15 +5608,16 @@ def answer_question(context: Context, session: Session, request: PermissionRow, 
         mode = None if free else PLAN_ANSWERS[given[0][0]]
         if mode is None:
             words = given[0][0] if free else "Keep planning."
-            return decide(context, session, request, "rejected", {"behavior": "deny", "message": words}, words)
+            refusal = {"behavior": "deny", "message": words}
+            return decide(context, session, request, "rejected", refusal, words, by=by)
         modes = [{"type": "setMode", "mode": mode, "destination": "session"}]
         decision = {"behavior": "allow", "updatedInput": {}, "updatedPermissions": modes}
-        return decide(context, session, request, "approved", decision, told)
+        return decide(context, session, request, "approved", decision, told, by=by)
     answers = {one["question"]: ", ".join(labels) for one, labels in zip(questions, given)}
     if request.id not in session.holds:
-        return answer_by_keys(context, session, request, given)
+        return answer_by_keys(context, session, request, given, by)
     decision = {"behavior": "allow", "updatedInput": {**request.input, "answers": answers}}
-    return decide(context, session, request, "approved", decision, told)
+    return decide(context, session, request, "approved", decision, told, by=by)
 
 
 def answer_page(context: Context, session: Session, question: Json, labels: Sequence[str]) -> bool:
@@ -5616,9 +5663,10 @@ def press_and_see(context: Context, session: Session, key: str, seconds: float =
     return False
 
 
-def answer_by_keys(context: Context, session: Session, request: PermissionRow, given: List[List[str]]) -> PermissionRow:
+def answer_by_keys(context: Context, session: Session, request: PermissionRow, given: List[List[str]],
+                   by: str) -> PermissionRow:
     """Answer a question's pages on the screen, each row by its text."""
-    if not claim(session, request.id, "approved", "api", {}, "; ".join(map(", ".join, given))):
+    if not claim(session, request.id, "approved", by, {}, "; ".join(map(", ".join, given))):
         raise decided_refusal(session, request.id)
     with session.key_lock:
         well = all(answer_page(context, session, question, labels)
@@ -9579,6 +9627,748 @@ def webhook_health(context: Context, row: WebhookRow) -> Json:
 
 
 # ============================================================================
+# TELEGRAM. Sessions in a chat: what is told there.
+# ============================================================================
+# Events become notes (what is to be done in a chat) in the transaction that
+# moves the channel's place, and a note is deleted in the one that records what
+# was sent.  One thread does both, so a newer state replaces one that was not
+# told yet.  Texts are plain: whatever an agent writes is never markup.  In a
+# forum each session has a topic.  The bot's token stands in the path of every
+# request, so no path is ever logged or shown.
+
+POLL_SECONDS = 50              # Telegram holds a request for news so long
+TELEGRAM_SECONDS = 20.0        # for any other request
+TELEGRAM_PAUSE = 60.0          # seconds between two tries at most: a chat is not a place for old news
+TELEGRAM_IDLE = 30.0           # seconds after which the sender looks without being told
+GATHER_NOTICES = 0.2           # seconds in which several changes of a session become one notice
+MAX_ANSWER = 8_000_000         # bytes of an answer: a hundred updates of long messages
+MESSAGE_UNITS = 4_096          # UTF-16 units of one message
+MAX_PIECES = 6                 # messages that one text is cut into
+MAX_NOTES, MAX_SENT = 500, 10_000   # notes that wait; sent messages that are remembered for replies
+REQUESTS, VERDICTS = ("permission.requested", "question.asked"), ("permission.resolved", "question.answered")
+MEMORY_OF_UPDATES = 6 * 86_400.0    # after a week of silence Telegram counts updates from anywhere
+TRUSTED = Guard(("all",))      # for the address of the Bot API, which the operator chose
+
+
+class TelegramError(Exception):
+    """Telegram would not, or was not reached."""
+
+    def __init__(self, status: Optional[int], said: str, wait: float = 0.0) -> None:
+        super().__init__(said)
+        self.status, self.wait = status, wait
+
+    @property
+    def final(self) -> bool:
+        """Tell whether the same request would fail again."""
+        return self.status in (400, 403)
+
+
+def check_telegram(settings: Settings) -> None:
+    """Check what the settings say of Telegram.  Raises ValueError that names the setting."""
+    if not re.fullmatch(r"|\d{1,20}:[\w-]{1,100}", settings.telegram_token, re.ASCII):
+        raise ValueError("AEGIS_TELEGRAM_TOKEN (hidden) must be a bot's token, such as 123456:ABC-DEF")
+    for name in ("telegram_chats", "telegram_users"):
+        wrong = next((word for word in getattr(settings, name) if not re.fullmatch(r"-?\d{1,18}", word)), None)
+        if wrong is not None:
+            raise ValueError(f"AEGIS_{name.upper()} holds {clip(wrong, 40)!r}: it must list numeric ids")
+    try:
+        read_url(settings.telegram_api)
+    except ValueError as error:
+        raise ValueError(f"AEGIS_TELEGRAM_API {error}") from None
+    unknown = unknown_types(settings.telegram_events)
+    if unknown:
+        raise ValueError(f"AEGIS_TELEGRAM_EVENTS holds unknown events: {', '.join(unknown)}")
+
+
+def units(text_: str) -> int:
+    """Count a text's UTF-16 units, as Telegram does."""
+    return len(text_.encode("utf-16-le", "replace")) // 2
+
+
+def cut_text(text_: str, most: int = MESSAGE_UNITS) -> List[str]:
+    """Cut a text into messages, at the end of a line where one is near, never inside a character.
+
+    >>> cut_text("one\\ntwo", 5), cut_text("\\U0001f600" * 3, 4)
+    (['one', 'two'], ['😀😀', '😀'])
+    """
+    left, found = text_.replace("\0", "").strip(), []
+    while left and len(found) < MAX_PIECES:
+        cut = most
+        while units(left[:cut]) > most:
+            cut -= (units(left[:cut]) - most + 1) // 2
+        line = left.rfind("\n", max(1, cut * 3 // 4), cut) if cut < len(left) else -1
+        cut = line if line > 0 else cut
+        found.append(left[:cut].strip())
+        left = left[cut:].strip()
+    if left:
+        found[-1] = f"{found[-1][:most // 2]}\n… (more than fits here)"
+    return [piece for piece in found if piece]
+
+
+def keyboard(rows: Sequence[Sequence[Tuple[str, str]]]) -> Json:
+    """Write rows of buttons: what stands on each, and what its press says."""
+    return {"inline_keyboard": [[{"text": clip(label, 60) or "-", "callback_data": data} for label, data in row]
+                                for row in rows]}
+
+
+def permission_note(name: str, asked: Json) -> Tuple[str, Json]:
+    """Write what an agent asks to do, with the buttons that decide."""
+    change = f"\n\n{clip(asked['detail'], 3_000)}" if asked.get("detail") else ""
+    return (f"{name} asks for your permission.\n{clip(asked['summary'], 3_000)}{change}",
+            keyboard([[("Approve", f"a:{asked['id']}"), ("Reject", f"r:{asked['id']}")]]))
+
+
+def question_note(name: str, asked: Json) -> Tuple[str, Json]:
+    """Write what an agent asks, with its options as buttons."""
+    lines = [clip(asked["plan"], 8_000), ""] if isinstance(asked.get("plan"), str) else []
+    for question in asked["questions"]:
+        lines.append(question["question"] + (" (several may be chosen)" if question["multiSelect"] else ""))
+        lines.extend(f"{number_}. {row['label']}" + (f": {row['description']}" if row["description"] else "")
+                     for number_, row in enumerate(question["options"], 1))
+    told = "\n".join(lines) + ("\nOr reply with words of your own." if len(asked["questions"]) == 1 else "")
+    return f"{name} asks:\n{told}", question_keyboard(asked["id"], asked["questions"], {})
+
+
+def question_keyboard(request_id: str, questions: Sequence[Json], chosen: Mapping[str, Sequence[int]]) -> Json:
+    """Write a question's options as buttons, those that are chosen marked; Send when one press is not enough."""
+    rows = []
+    for place, question in enumerate(questions):
+        marked = chosen.get(str(place), ())
+        before = f"{place + 1}: " if len(questions) > 1 else ""
+        rows.extend([(("✓ " if index in marked else "") + before + row["label"], f"o:{request_id}:{place}:{index}")]
+                    for index, row in enumerate(question["options"][:20]))
+    return keyboard([*rows, *([] if one_press(questions) else [[("Send", f"s:{request_id}")]])])
+
+
+def one_press(questions: Sequence[Json]) -> bool:
+    """Tell whether a single press answers all."""
+    return len(questions) == 1 and not questions[0]["multiSelect"]
+
+
+def state_text(name: str, event: Event) -> str:
+    """Write what became of a session."""
+    data, kind = event.data, event.type.partition(".")[2].replace("_", " ")
+    told = data.get("output" if kind == "idle" else "reason") or ""
+    until = f" until {data['resetsAt']}" if data.get("resetsAt") else ""
+    return f"{name} is {kind}{until}." + (f"\n{told}" if told else "")
+
+
+def other_text(name: str, event: Event) -> str:
+    """Write an event that has no words of its own."""
+    told = ", ".join(f"{key}: {clip(str(value), 200)}" for key, value in event.data.items()
+                     if isinstance(value, (str, int, float)) and key != "name")
+    return f"{name}: {event.type}" + (f"\n{told}" if told else "")
+
+
+def verdict_text(data: Json) -> str:
+    """Write how a request was decided, and by whom."""
+    state, by = str(data.get("state") or "closed").replace("_", " "), data.get("decidedBy") or "nobody"
+    if "questionId" in data and state == "approved":
+        return f"Answered by {by}: {clip(data.get('message') or '', 300)}"
+    return f"{state[:1].upper()}{state[1:]}" + ("." if state.endswith("terminal") else f" by {by}.")
+
+
+class Telegram(Listener):
+    """The channel.  Its sender's thread alone makes and sends notes; another one polls for what people answer."""
+
+    def __init__(self, context: Context) -> None:
+        settings = context.settings
+        super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
+        self.context, self.some = context, threading.Event()
+        self.chats = frozenset(map(int, settings.telegram_chats))
+        self.users = frozenset(map(int, settings.telegram_users))
+        self.on = bool(settings.telegram_token and self.chats)
+        self.name = ""                                  # the bot's, once Telegram told it
+        self.forums: Dict[int, bool] = {}
+        self.last_success_at: Optional[float] = None
+        self.last_error: Optional[str] = None
+        self.last_error_at: Optional[float] = None
+        self.failing = False
+        self.react: Callable[[Json], Tuple[List[Statement], str]] = lambda update: ([], "")   # see REPLIES
+
+    def start(self) -> None:
+        """Go on behind the last event that was told; without a token or a chat, hold no event back."""
+        if not self.on:
+            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            return
+        if not stored_place(self.context, "telegram"):
+            self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
+        self.context.bus.listen(self)
+        spawn("aegis-telegram", self.send_forever)
+        spawn("aegis-telegram-in", self.poll_forever)
+
+    def offer(self, event: Event) -> None:
+        """Wake the sender for an event that is told."""
+        if not self.some.is_set() and self.wants(event):
+            self.some.set()
+
+    def ask(self, method: str, seconds: float = TELEGRAM_SECONDS, **fields: Any) -> Any:
+        """Call a method of the Bot API; gives its result.  Raises TelegramError, which never holds the token."""
+        token = self.context.settings.telegram_token
+        try:
+            site = read_url(f"{self.context.settings.telegram_api.rstrip('/')}/bot{token}/{method}")
+            body = dump({name: value for name, value in fields.items() if value is not None})
+            reply = exchange(site, TRUSTED, "POST", {"Content-Type": "application/json"},
+                             body.encode("utf-8", "replace"), seconds, MAX_ANSWER)
+            told = json.loads(reply.body)
+            if reply.status == 200 and told["ok"] is True:
+                self.last_success_at, self.failing = time.time(), False
+                return told["result"]
+            said = clip(str(told.get("description") or "no reason"), 200).replace(token, "…")
+            wait = float((told.get("parameters") or {}).get("retry_after") or 0)
+            raise self.failed(TelegramError(int(told.get("error_code") or reply.status), f"{method}: {said}",
+                                            min(wait, MAX_RETRY_AFTER)))
+        except OutboundError as error:
+            raise self.failed(TelegramError(None, f"{method}: {error}")) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self.failed(TelegramError(None, f"{method}: the answer is not the Bot API's")) from None
+
+    def failed(self, error: TelegramError) -> TelegramError:
+        """Remember what went wrong."""
+        self.last_error, self.last_error_at = str(error), time.time()
+        self.failing = not error.final
+        return error
+
+    # -- what is to be told
+
+    def send_forever(self) -> None:
+        """Make notes of events and send them: the body of the sender's thread."""
+        pause = 0.0
+        while not self.context.stopping.is_set():
+            if pause:
+                self.some.wait(pause)
+                self.context.stopping.wait(GATHER_NOTICES)
+            self.some.clear()
+            try:
+                pause = self.step(time.time())
+            except ApiError as error:
+                self.context.log.note("warning", f"Telegram waits: {error}")
+                pause = 1.0
+            except Exception:
+                self.context.log.note("error", "the Telegram sender failed", trace=traceback.format_exc())
+                pause = 5.0
+
+    def step(self, now: float) -> float:
+        """Do what is due; gives the seconds until there may be more."""
+        if self.context.stopping.is_set():
+            return TELEGRAM_IDLE
+        if self.gather():
+            return 0.0
+        note = self.context.store.row(NoteRow, "telegram_notes", "1 ORDER BY seq")
+        if note is None:
+            return TELEGRAM_IDLE
+        if note.next_at is not None and 0 < note.next_at - now <= MAX_RETRY_AFTER:
+            return min(note.next_at - now, TELEGRAM_IDLE)
+        self.deliver(note)
+        return 0.0
+
+    def gather(self) -> bool:
+        """Make notes of what happened since; tells whether there was a page of it."""
+        place = stored_place(self.context, "telegram")
+        page = self.context.store.rows(Event, "events", "id > ? ORDER BY id LIMIT ?", place, REPLAY_PAGE)
+        wanted = [event for event in page if self.wants(event)]
+        if not wanted:
+            if page and page[-1].id - place >= SAVE_PLACE_EVERY or len(page) == REPLAY_PAGE:
+                self.context.bus.commit([place_statement("telegram", page[-1].id)])
+            return len(page) == REPLAY_PAGE
+        statements = [one for event in newest_states(wanted) for one in self.notes_of(event)]
+        spill = ("DELETE FROM telegram_notes WHERE kind IN ('say', 'state') AND seq <= "
+                 "(SELECT max(seq) FROM telegram_notes) - ?", (MAX_NOTES,))
+        self.context.bus.commit([*statements, spill, place_statement("telegram", page[-1].id)])
+        return True
+
+    def notes_of(self, event: Event) -> List[Statement]:
+        """Write the notes of an event, for every chat."""
+        name = session_name(self.context, event.session)
+        if event.type in VERDICTS:
+            request = event.data.get("questionId") or event.data["permission"]["id"]
+            return [one for chat in self.chats for one in self.verdict_notes(chat, event, request)]
+        if event.type in REQUESTS:
+            asked = event.data.get("permission") or event.data["question"]
+            text_, markup = (permission_note if "permission" in event.data else question_note)(name, asked)
+            return [one for chat in self.chats
+                    for one in say(chat, text_, event.session, kind="request", request=asked["id"], markup=markup)]
+        if event.type == "session.resumed":
+            again = {"method": "reopenForumTopic"}
+            return [one for chat in self.chats for one in (note(chat, "topic", event.session, None, again),
+                                                           *say(chat, f"{name} was brought back.", event.session))]
+        if not is_state(event):
+            return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
+        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+
+    def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
+        """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
+        known = "SELECT 1 FROM telegram_sent WHERE chat = ? AND request = ?"
+        forgotten = ("DELETE FROM telegram_notes WHERE chat = ? AND request = ? AND kind = 'request'", (chat, request))
+        if not self.context.store.value(known, chat, request):
+            return [forgotten]
+        return [forgotten, note(chat, "edit", event.session, request, {"text": verdict_text(event.data)})]
+
+    # -- telling it
+
+    def deliver(self, note_: NoteRow) -> None:
+        """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
+        done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        try:
+            done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
+        except TelegramError as error:
+            lost_topic = error.status == 400 and re.search(r"thread not found|topic_?\s?deleted", str(error), re.I)
+            if lost_topic and note_.tries < 3:
+                done = [("DELETE FROM telegram_topics WHERE chat = ? AND session = ?", (note_.chat, note_.session)),
+                        ("UPDATE telegram_notes SET tries = tries + 1 WHERE seq = ?", (note_.seq,))]
+            elif not error.final:
+                pause = min(TELEGRAM_PAUSE, backoff(note_.tries + 1, 1.0, jitter()))
+                done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
+                         (time.time() + max(error.wait, pause), note_.seq))]
+            self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
+        self.context.bus.commit(done)
+
+    def do_say(self, note_: NoteRow) -> List[Statement]:
+        """Send a message."""
+        thread = note_.body.get("thread")
+        thread = self.topic_of(note_.chat, note_.session) if thread is None else thread
+        sent = self.ask("sendMessage", chat_id=note_.chat, text=note_.body["text"], message_thread_id=thread or None,
+                        reply_markup=note_.body.get("markup"), link_preview_options={"is_disabled": True})
+        asked = note_.request if note_.body.get("markup") else None
+        kept = {"chat": note_.chat, "message": sent["message_id"], "session": note_.session, "request": asked,
+                "text": note_.body["text"], "chosen": {}}
+        return [insert("telegram_sent", kept), ("DELETE FROM telegram_sent WHERE seq <= (SELECT max(seq) FROM "
+                                                "telegram_sent) - ?", (MAX_SENT,))]
+
+    def do_edit(self, note_: NoteRow) -> List[Statement]:
+        """Write a verdict under a message, and take its buttons away."""
+        for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
+                                            note_.request):
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
+                        link_preview_options={"is_disabled": True})
+        return []
+
+    def do_mark(self, note_: NoteRow) -> List[Statement]:
+        """Show which options are chosen."""
+        request = self.context.store.row(PermissionRow, "permissions", "id = ? AND state = 'pending'", note_.request)
+        for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
+                                            note_.request) if request else ():
+            self.change("editMessageReplyMarkup", chat_id=sent.chat, message_id=sent.message,
+                        reply_markup=question_keyboard(request.id, questions_of(request), sent.chosen))
+        return []
+
+    def do_topic(self, note_: NoteRow) -> List[Statement]:
+        """Close a session's topic, or open it again."""
+        thread = self.context.store.value("SELECT thread FROM telegram_topics WHERE chat = ? AND session = ?",
+                                          note_.chat, note_.session)
+        if thread is not None:
+            self.change(note_.body["method"], chat_id=note_.chat, message_thread_id=thread)
+        return []
+
+    def change(self, method: str, **fields: Any) -> None:
+        """Change what may be as wanted already, or gone."""
+        try:
+            self.ask(method, **fields)
+        except TelegramError as error:
+            if not error.final:
+                raise
+
+    def topic_of(self, chat: int, session_id: Optional[str]) -> Optional[int]:
+        """Give a session's topic, made when it has none yet; None where there are no topics."""
+        if session_id is None or not self.is_forum(chat):
+            return None
+        known = self.context.store.value("SELECT thread FROM telegram_topics WHERE chat = ? AND session = ?", chat,
+                                         session_id)
+        if known is not None:
+            return known
+        try:
+            name = clip(session_name(self.context, session_id), 100)
+            made = self.ask("createForumTopic", chat_id=chat, name=name)["message_thread_id"]
+        except TelegramError as error:
+            if not error.final:
+                raise
+            self.context.log.note("warning", f"Telegram: no topics: {error}", chat=chat)
+            self.forums[chat] = False   # the bot may not: until the next start it goes without
+            return None
+        self.context.bus.commit([insert("telegram_topics", {"chat": chat, "session": session_id, "thread": made})])
+        return made
+
+    def is_forum(self, chat: int) -> bool:
+        """Tell whether a chat has topics; Telegram is asked once."""
+        if chat not in self.forums:
+            self.forums[chat] = self.ask("getChat", chat_id=chat).get("is_forum") is True
+        return self.forums[chat]
+
+    # -- what people answer
+
+    def poll_forever(self) -> None:
+        """Take updates one by one: the body of the poller's thread."""
+        tries = 0
+        while not self.context.stopping.is_set():
+            try:
+                self.name = self.name or str(self.ask("getMe").get("username") or "")
+                for update_ in self.ask("getUpdates", POLL_SECONDS + 10.0, offset=self.expected(),
+                                        timeout=POLL_SECONDS, allowed_updates=["message", "callback_query"]):
+                    self.take(update_)
+                tries = 0
+            except TelegramError as error:
+                tries += 1
+                self.context.log.note("warning", f"Telegram: {error}", tries=tries)
+                self.context.stopping.wait(max(error.wait, min(TELEGRAM_PAUSE, backoff(tries, 1.0, jitter()))))
+            except ApiError as error:
+                self.context.log.note("warning", f"Telegram waits: {error}")
+                self.context.stopping.wait(1.0)
+            except Exception:
+                self.context.log.note("error", "the Telegram poller failed", trace=traceback.format_exc())
+                self.context.stopping.wait(5.0)
+
+    def expected(self) -> int:
+        """Give the number from which on updates are new."""
+        recent = age(telegram_fact(self.context, "offset_at")) < MEMORY_OF_UPDATES
+        return telegram_fact(self.context, "offset") if recent else 0
+
+    def take(self, update_: Json) -> None:
+        """Act on an update, once: what is done twice has no second effect, and the rest is stored with its number."""
+        number_ = int(update_["update_id"])
+        if number_ < self.expected() or self.context.stopping.is_set():
+            return
+        statements: List[Statement] = []
+        toast = ""
+        try:
+            statements, toast = self.react(update_)
+        except ApiError as error:
+            if error.status >= 500:
+                raise
+        except Exception:
+            self.context.log.note("error", "an update from Telegram failed", update=number_,
+                                  trace=traceback.format_exc())
+        self.context.bus.commit([*statements, fact_statement("offset", number_ + 1),
+                                 fact_statement("offset_at", int(time.time()))])
+        self.some.set()
+        if "callback_query" in update_:
+            with contextlib.suppress(TelegramError):   # too late is no harm: the message tells it too
+                self.ask("answerCallbackQuery", callback_query_id=update_["callback_query"]["id"],
+                         text=clip(toast, 190) or None)
+
+    def health(self) -> Json:
+        """Tell how the channel fares."""
+        waiting = self.context.store.value("SELECT count(*) FROM telegram_notes")
+        state = "failing" if self.failing else "active" if self.last_success_at else "starting"
+        state = state if self.on else "off"
+        return {"channel": "telegram", "state": state, "name": f"@{self.name}" if self.name else None,
+                "target": read_url(self.context.settings.telegram_api).origin if self.on else None,
+                "lastSuccessAt": iso(self.last_success_at), "lastError": self.last_error,
+                "lastErrorAt": iso(self.last_error_at), "queueLength": waiting,
+                "ignored": telegram_fact(self.context, "ignored")}
+
+
+NOTE_KINDS = {"say": "say", "state": "say", "request": "say", "edit": "edit", "mark": "mark", "topic": "topic"}
+
+
+def note(chat: int, kind: str, session_id: Optional[str], request: Optional[str], body: Json) -> Statement:
+    """Write the statement that adds a note."""
+    return insert("telegram_notes", {"chat": chat, "kind": kind, "session": session_id, "request": request,
+                                     "body": body, "tries": 0})
+
+
+def say(chat: int, text_: str, session_id: Optional[str] = None, kind: str = "say", request: Optional[str] = None,
+        markup: Optional[Json] = None, thread: Optional[int] = None) -> List[Statement]:
+    """Write the notes of a text, cut into messages; its buttons stand under the last one."""
+    cut = cut_text(text_)
+    found = []
+    for number_, piece in enumerate(cut, 1):
+        last = number_ == len(cut)
+        body = {"text": piece, "thread": thread, "markup": markup if last else None}
+        found.append(note(chat, kind, session_id, request, body))
+    return found
+
+
+def newest_states(events: Sequence[Event]) -> List[Event]:
+    """Leave out states that a later one replaced, and those that a request says better."""
+    last = {event.session: event.id for event in events if is_state(event)}
+    asked = {event.session for event in events if event.type in REQUESTS}
+    return [event for event in events if not is_state(event) or (
+        last[event.session] == event.id
+        and not (event.session in asked and event.type in ("session.asking", "session.permission_prompt")))]
+
+
+def is_state(event: Event) -> bool:
+    """Tell whether an event says what a session is now, so that a later one replaces it."""
+    return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
+
+
+def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+    """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
+    ended = event.type.partition(".")[2] in ENDED
+    return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
+            *say(chat, text_, event.session, kind="state"),
+            *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
+
+
+def session_name(context: Context, session_id: Optional[str]) -> str:
+    """Give a session's name, or what stands for it."""
+    name = context.store.value("SELECT name FROM sessions WHERE id = ?", session_id) if session_id else None
+    return name or session_id or "Aegis"
+
+
+def telegram_fact(context: Context, name: str) -> int:
+    """Give a number that the channel remembers; 0 at first."""
+    return context.store.value("SELECT value FROM telegram_facts WHERE name = ?", name) or 0
+
+
+def fact_statement(name: str, value: int) -> Statement:
+    """Write the statement that remembers a number."""
+    return "INSERT OR REPLACE INTO telegram_facts (name, value) VALUES (?, ?)", (name, value)
+
+
+# ============================================================================
+# REPLIES. What people answer in Telegram.
+# ============================================================================
+# Who is not listed, as a chat and as a user, is not obeyed and hears nothing.
+# All else goes through the functions that the endpoints use.  An update is
+# handled before its number is stored, so after a kill -9 it may be handled
+# again: a prompt carries the update's number as its idempotency key, a request
+# is decided once, and what is said or ticked is stored with the number.  To
+# add a command: one row in COMMANDS_THERE.
+
+
+class Heard(NamedTuple):
+    """A message or a press of a listed user in a listed chat."""
+
+    bot: Telegram
+    update: int
+    chat: int
+    user: int
+    thread: Optional[int]          # the topic that it stands in
+    private: bool
+    message: Json                  # the message, or the one whose button was pressed
+
+    @property
+    def by(self) -> str:
+        """What decisions are recorded under."""
+        return f"telegram:{self.user}"
+
+    def say(self, text_: str, session_id: Optional[str] = None, **more: Any) -> List[Statement]:
+        """Write an answer, where the question stood."""
+        return say(self.chat, text_, session_id, thread=self.thread or 0, **more)
+
+
+def react(bot: Telegram, update_: Json) -> Tuple[List[Statement], str]:
+    """Act on an update; gives what is to be stored with its number, and a word for who pressed a button."""
+    query, message = update_.get("callback_query"), update_.get("message")
+    if query:
+        message = query.get("message")
+    if not message:
+        return [], ""
+    chat, user = message["chat"]["id"], (query or message).get("from", {}).get("id")
+    if chat not in bot.chats or user not in bot.users:
+        bot.context.log.note("warning", "somebody unknown wrote to the Telegram bot: ignored", chat=chat, user=user)
+        return [fact_statement("ignored", telegram_fact(bot.context, "ignored") + 1)], ""
+    thread = message.get("message_thread_id") if message.get("is_topic_message") else None
+    heard = Heard(bot, int(update_["update_id"]), chat, user, thread, message["chat"].get("type") == "private", message)
+    try:
+        return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
+    except ApiError as error:
+        if error.status >= 500:
+            raise
+        return ([], f"No: {error}") if query else (heard.say(f"No: {error}."), "")
+
+
+def on_message(heard: Heard) -> List[Statement]:
+    """Take a command, an answer to a question, or a prompt."""
+    text_ = heard.message.get("text")
+    sent = replied_to(heard)
+    session_id = sent.session if sent and sent.session else topic_session(heard)
+    if text_ is None:
+        speaks = set(heard.message) & {"photo", "document", "voice", "audio", "video", "sticker"}
+        return heard.say("Only text reaches a session.") if speaks and (session_id or heard.private) else []
+    command = re.match(r"/([A-Za-z_]+)(?:@(\w+))?(?:\s+(.*))?\Z", text_, re.DOTALL)
+    if command:
+        if command.group(2) and command.group(2).lower() != heard.bot.name.lower():
+            return []
+        act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
+        return act(heard, (command.group(3) or "").strip(), session_id)
+    if session_id is None:
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+    request = sent.request if sent else None
+    if request and is_question(heard, request):
+        return answer_in_words(heard, session_id, request, text_)
+    return send_prompt(heard, session_id, text_)
+
+
+def replied_to(heard: Heard) -> Optional[SentRow]:
+    """Find the message of ours that a message replies to."""
+    message = heard.message.get("reply_to_message") or {}
+    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                       message.get("message_id"))
+
+
+def topic_session(heard: Heard) -> Optional[str]:
+    """Find the session whose topic a message stands in."""
+    return heard.bot.context.store.value("SELECT session FROM telegram_topics WHERE chat = ? AND thread = ?",
+                                         heard.chat, heard.thread)
+
+
+def send_prompt(heard: Heard, session_id: str, text_: str) -> List[Statement]:
+    """Queue a prompt under the update's number, so that it is never sent twice."""
+    session = find_live(heard.bot.context, session_id)
+    busy = session.row.status not in ("idle", "error")
+    prompt = enqueue(session, "prompt", text_, f"telegram:{heard.update}")
+    if not busy or prompt.state != "queued":
+        return []
+    state = session.row.status.replace("_", " ")
+    return heard.say(f"{session.row.name} is {state}: it gets this when it can.", session_id)
+
+
+def find_asked(heard: Heard, request_id: str) -> PermissionRow:
+    """Find a request in any state.  Raises ApiError 404."""
+    found = heard.bot.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
+    if found is None:
+        raise ApiError(404, "PERMISSION_NOT_FOUND", "there is no such request any more")
+    return found
+
+
+def is_question(heard: Heard, request_id: str) -> bool:
+    """Tell whether a request is a question or a plan."""
+    tool = heard.bot.context.store.value("SELECT tool FROM permissions WHERE id = ?", request_id)
+    return tool in QUESTION_TOOLS
+
+
+def answer_in_words(heard: Heard, session_id: str, request_id: str, words: str) -> List[Statement]:
+    """Answer a question by free text."""
+    context = heard.bot.context
+    session = find_live(context, session_id)
+    request = find_request(session, request_id, True)
+    given = read_answers(questions_of(request), None, None, words)
+    answer_question(context, session, request, given, True, heard.by)
+    return []
+
+
+def on_press(heard: Heard, data: str) -> Tuple[List[Statement], str]:
+    """Do what a pressed button says: its letter, what it is about, and which option."""
+    letter, _, rest = data.partition(":")
+    act = PRESSES.get(letter)
+    return act(heard, *rest.split(":")) if act else ([], "This button is not known any more.")
+
+
+def press_decide(heard: Heard, request_id: str, state: str) -> Tuple[List[Statement], str]:
+    """Approve or reject a request."""
+    context, row = heard.bot.context, find_asked(heard, request_id)
+    session = find_live(context, row.session)
+    request = find_request(session, request_id, False)
+    decision = approval(request, None, False) if state == "approved" else {"behavior": "deny",
+                                                                           "message": "Rejected by the user."}
+    settled = decide(context, session, request, state, decision, by=heard.by)
+    return [], f"{settled.state.replace('_', ' ')}: {settled.summary}"
+
+
+def press_option(heard: Heard, request_id: str, place: str, index: str) -> Tuple[List[Statement], str]:
+    """Answer a question by an option; where several belong to an answer, mark or unmark it."""
+    context, row = heard.bot.context, find_asked(heard, request_id)
+    session = find_live(context, row.session)
+    request = find_request(session, request_id, True)
+    questions = questions_of(request)
+    label = questions[int(place)]["options"][int(index)]["label"]
+    if one_press(questions):
+        answer_question(context, session, request, [[label]], False, heard.by)
+        return [], f"answered: {label}"
+    sent = context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                             heard.message.get("message_id"))
+    if sent is None:
+        return [], "This message is not known any more: answer by another way."
+    marked = toggled(sent.chosen, place, int(index), questions[int(place)]["multiSelect"])
+    return [("UPDATE telegram_sent SET chosen = ? WHERE seq = ?", (dump(marked), sent.seq)),
+            note(heard.chat, "mark", row.session, request_id, {})], label
+
+
+def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bool) -> Dict[str, List[int]]:
+    """Mark an option, or unmark it; of a question that takes one answer, the others are unmarked.
+
+    >>> toggled({"0": [1]}, "0", 2, False), toggled({"0": [1]}, "0", 2, True), toggled({"0": [1]}, "0", 1, True)
+    ({'0': [2]}, {'0': [1, 2]}, {'0': []})
+    """
+    marked = chosen.get(place, [])
+    kept = [one for one in marked if one != index] if several else []
+    return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
+
+
+def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
+    """Answer a question by the options that are marked."""
+    context, row = heard.bot.context, find_asked(heard, request_id)
+    session = find_live(context, row.session)
+    request = find_request(session, request_id, True)
+    questions = questions_of(request)
+    sent = context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                             heard.message.get("message_id"))
+    chosen = sent.chosen if sent else {}
+    given = [[question["options"][index]["label"] for index in chosen.get(str(place), [])]
+             for place, question in enumerate(questions)]
+    if not all(given):
+        return [], "Choose an answer to each question before."
+    answer_question(context, session, request, given, False, heard.by)
+    return [], "answered"
+
+
+def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List[Statement], str]:
+    """Kill a session, or let it live."""
+    if answer != "yes":
+        return [note(heard.chat, "edit", session_id, f"kill:{session_id}", {"text": "It goes on."})], "It goes on."
+    row, was_live = kill_session(heard.bot.context, session_id, f"killed in Telegram by {heard.by}")
+    told = f"Killed by {heard.by}." if was_live else f"It had ended before: it is {row.status}."
+    return [note(heard.chat, "edit", session_id, f"kill:{session_id}", {"text": told})], told
+
+
+PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
+    "a": lambda heard, request: press_decide(heard, request, "approved"),
+    "r": lambda heard, request: press_decide(heard, request, "rejected"),
+    "o": press_option, "s": press_send, "k": press_kill,
+}
+
+
+def meant(heard: Heard, word: str, session_id: Optional[str]) -> Session:
+    """Find the session that a command is about: by id, by name, or by where it stands.  Raises ApiError 400, 404."""
+    context = heard.bot.context
+    if not word and session_id is None:
+        raise ApiError(400, "INVALID_REQUEST", "name a session, or reply to one of its messages")
+    by_name = context.store.value(
+        "SELECT id FROM sessions WHERE name = ? ORDER BY ended_at IS NULL DESC, created_at DESC", word)
+    return find_session(context, by_name or word or session_id or "")
+
+
+def say_sessions(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/sessions: list the live sessions."""
+    lines = []
+    for session in sorted(list(heard.bot.context.sessions.values()), key=lambda one: one.row.created_at):
+        why = f": {clip(session.row.reason, 100)}" if session.row.reason else ""
+        lines.append(f"{session.row.name} ({session.row.id}) is {session.row.status.replace('_', ' ')}{why}")
+    return heard.say("\n".join(lines) or "No session is alive.")
+
+
+def say_output(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/read: show a session's state and its last answer."""
+    session = meant(heard, word, session_id)
+    row = session.row
+    told = f"{row.name} is {row.status.replace('_', ' ')}" + (f": {row.reason}" if row.reason else ".")
+    return heard.say(f"{told}\n{row.output or 'It has answered nothing yet.'}", row.id)
+
+
+def ask_kill(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/kill: end a session, after a second press."""
+    row = find_live(heard.bot.context, meant(heard, word, session_id).row.id).row
+    buttons = keyboard([[(f"Kill {clip(row.name, 40)}", f"k:{row.id}"), ("Let it live", f"k:{row.id}:no")]])
+    return heard.say(f"Kill {row.name}? It is {row.status.replace('_', ' ')}.", row.id, request=f"kill:{row.id}",
+                     markup=buttons)
+
+
+def say_help(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/help: say what can be done here."""
+    return heard.say("Reply to a message of a session, or write in its topic, to send it a prompt.\n"
+                     "/sessions lists them\n/read NAME shows the last answer\n/kill NAME ends one\n"
+                     "NAME may be left out in a topic or a reply.")
+
+
+COMMANDS_THERE: Dict[str, Callable[[Heard, str, Optional[str]], List[Statement]]] = {
+    "sessions": say_sessions, "read": say_output, "kill": ask_kill, "help": say_help, "start": say_help,
+}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -9804,6 +10594,8 @@ class App:
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
         context.runner = Runner(context)
         context.guard, context.webhooks = Guard(settings.webhook_allow), Webhooks(context)
+        context.telegram = telegram = Telegram(context)
+        telegram.react = lambda update_: react(telegram, update_)
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -9822,6 +10614,7 @@ class App:
         self.context.verifier.start()
         self.context.runner.start()
         self.context.webhooks.start()
+        self.context.telegram.start()
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -11250,8 +12043,8 @@ def delete_dead_letter(ask: Ask, id: str) -> Json:
 def get_channel_health(ask: Ask) -> Json:
     """Tell how each channel fares: state, last success, last error, queue length."""
     rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    channels = [webhook_health(ask.context, row) for row in rows]
-    well = all(one["state"] in ("active", "paused", "off") for one in channels)
+    channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
+    well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
     return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
 
 
@@ -14931,6 +15724,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         given["agent"] = "demo"
     settings = Settings(given)
     read_given(settings.webhooks)
+    check_telegram(settings)
     if not is_loopback(settings.host) and not settings.auth_token:
         raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
                          "for whoever reaches this API can run code as you")

@@ -6815,6 +6815,454 @@ def test_a_queue_that_is_full_gives_up_its_oldest(house):
 
 
 # ============================================================================
+# TELEGRAM. Sessions in a chat: what is told there.
+# ============================================================================
+
+BOT_TOKEN = "123456:AAF-fake_token"
+CHAT, FORUM, ANN, BOB = -100200, -100300, 51, 52   # a group, a forum; a listed user, one who is not
+
+
+class FakeTelegram:
+    """A Bot API of our own: keeps what was said, hands out what people write, fails when told."""
+
+    def __init__(self) -> None:
+        self.calls: List[Tuple[str, Json]] = []           # method and fields, as they came
+        self.messages: Dict[Tuple[int, int], Json] = {}   # by chat and id: as they look now
+        self.topics: Dict[int, str] = {}                  # id -> name
+        self.faults: "collections.deque[Tuple[str, int, Json]]" = collections.deque()   # method, status, more
+        self.updates: List[Json] = []
+        self.ids, self.news, self.closed = 0, threading.Condition(), False
+        self.line = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._handler(), bind_and_activate=False)
+        self.line.daemon_threads, self.line.allow_reuse_address = True, True
+        self.line.server_bind()
+        self.line.server_activate()
+        self.url = f"http://127.0.0.1:{self.line.server_address[1]}/api"
+        threading.Thread(target=self.line.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _handler(self) -> Any:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                """Answer a call of the Bot API."""
+                _, api, bot, method = self.path.split("/")
+                fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, told = (404, {"description": "Not Found"}) if bot != f"bot{BOT_TOKEN}" else fake.answer(
+                    method, fields)
+                raw = json.dumps({"ok": status == 200, **({} if status == 200 else {"error_code": status}),
+                                  **told}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                with contextlib.suppress(OSError):    # who asked may be dead
+                    self.end_headers()
+                    self.wfile.write(raw)
+
+            def log_message(self, *words: Any) -> None:
+                """Say nothing."""
+        return Handler
+
+    def answer(self, method: str, fields: Json) -> Tuple[int, Json]:
+        """Do what a method does."""
+        with self.news:
+            self.calls.append((method, fields))
+            self.news.notify_all()
+            fault = next((one for one in self.faults if one[0] == method), None)
+            if fault:
+                self.faults.remove(fault)
+                return fault[1], fault[2]
+            if method == "getUpdates":
+                wanted = lambda: [one for one in self.updates if one["update_id"] >= fields["offset"]]  # noqa: E731
+                self.news.wait_for(lambda: wanted() or self.closed, min(20, fields["timeout"]))
+                return 200, {"result": wanted()}
+            return 200, {"result": self._done(method, fields)}
+
+    def _done(self, method: str, fields: Json) -> Any:
+        if method == "getMe":
+            return {"id": 1, "is_bot": True, "username": "AegisBot"}
+        if method == "getChat":
+            return {"id": fields["chat_id"], "type": "supergroup", "is_forum": fields["chat_id"] == FORUM}
+        self.ids += 1
+        if method == "createForumTopic":
+            self.topics[self.ids] = fields["name"]
+            return {"message_thread_id": self.ids, "name": fields["name"]}
+        key = (fields.get("chat_id"), fields.get("message_id", self.ids))
+        if method == "sendMessage":
+            assert 0 < len(fields["text"].encode("utf-16-le")) // 2 <= 4096 and "parse_mode" not in fields
+            self.messages[key] = {"message_id": self.ids, **fields}
+        elif method == "editMessageText":
+            self.messages[key] = {**self.messages[key], "reply_markup": None, **fields}
+        elif method == "editMessageReplyMarkup":
+            self.messages[key]["reply_markup"] = fields["reply_markup"]
+        return {"message_id": key[1]}
+
+    # -- what people do
+
+    def update(self, **what: Any) -> int:
+        """Hand out an update; gives its number."""
+        with self.news:
+            number = 7000 + len(self.updates)
+            self.updates.append({"update_id": number, **what})
+            self.news.notify_all()
+            return number
+
+    def write(self, text: str, user: int = ANN, chat: int = CHAT, **more: Any) -> int:
+        """Write a message."""
+        with self.news:
+            self.ids += 1
+            mine = {"message_id": self.ids, "text": text, "chat": {"id": chat, "type": "supergroup"},
+                    "from": {"id": user, "first_name": "A"}, **more}
+        return self.update(message=mine)
+
+    def reply(self, to: Json, text: str, **more: Any) -> int:
+        """Reply to a message."""
+        return self.write(text, chat=to["chat_id"], reply_to_message={"message_id": to["message_id"]}, **more)
+
+    def press(self, label: str, message: Json, user: int = ANN) -> Json:
+        """Press a button; gives what the bot answered to it."""
+        rows = message["reply_markup"]["inline_keyboard"]
+        data = next(one["callback_data"] for row in rows for one in row if one["text"] == label)
+        assert len(data.encode()) <= 64
+        return self.press_data(data, message, user)
+
+    def press_data(self, data: str, message: Json, user: int = ANN) -> Json:
+        """Press a button that says this."""
+        query = f"q{len(self.updates)}"
+        self.update(callback_query={"id": query, "from": {"id": user}, "data": data,
+                                    "message": {"message_id": message["message_id"],
+                                                "chat": {"id": message["chat_id"], "type": "supergroup"}}})
+        return self.called("answerCallbackQuery", callback_query_id=query)
+
+    # -- what the bot did
+
+    def called(self, method: str, within: float = WITHIN, **wanted: Any) -> Json:
+        """Wait for a call with these fields."""
+        def found() -> Optional[Json]:
+            return next((fields for name, fields in self.calls if name == method and wanted.items() <= fields.items()),
+                        None)
+        with self.news:
+            assert self.news.wait_for(found, within), (method, wanted, self.calls[-8:])
+            return found()
+
+    def said(self, pattern: str, chat: int = CHAT, within: float = WITHIN) -> Json:
+        """Wait until a message in a chat looks like this; gives the newest."""
+        def found() -> Optional[Json]:
+            return next((one for key, one in sorted(self.messages.items(), reverse=True)
+                         if key[0] == chat and re.search(pattern, one["text"], re.DOTALL)), None)
+        with self.news:
+            assert self.news.wait_for(found, within), (pattern, [one["text"] for one in self.messages.values()][-8:])
+            return dict(found())
+
+    def close(self) -> None:
+        """End it."""
+        with self.news:
+            self.closed = True
+            self.news.notify_all()
+        self.line.shutdown()
+        self.line.server_close()
+
+
+def telegram_settings(fake: FakeTelegram, **more: str) -> Dict[str, str]:
+    """Give the environment of a server that is told of the fake."""
+    return {"AEGIS_TELEGRAM_TOKEN": BOT_TOKEN, "AEGIS_TELEGRAM_CHATS": str(CHAT), "AEGIS_TELEGRAM_USERS": str(ANN),
+            "AEGIS_TELEGRAM_API": fake.url, **more}
+
+
+@pytest.fixture(scope="module")
+def bot() -> Iterator[Any]:
+    """A fake Bot API, and a server that talks to it: (fake, server)."""
+    fake = FakeTelegram()
+    with houses() as house:
+        yield fake, house(**telegram_settings(fake))
+    fake.close()
+
+
+@pytest.fixture
+def chatty(bot: Any) -> Iterator[Any]:
+    """The same, and a session of its own: (fake, server, session)."""
+    fake, own = bot
+    with sessions(own) as create:
+        yield fake, own, create()
+
+
+def named_talk(talk: Talk) -> str:
+    """Give a session's name, as a pattern."""
+    return re.escape(talk.get()["name"])
+
+
+@pytest.mark.parametrize("text", ["", "x", "a" * 4096, "a" * 4097, "line\n" * 3000, "\U0001f600" * 5000,
+                                  "e\u0301" * 3000, "\n \n", "a" * 4095 + "\U0001f600" * 10])
+def test_a_long_text_becomes_messages_that_telegram_takes(text):
+    cut = aegis.cut_text(text)
+    assert all(0 < aegis.units(one) <= 4096 for one in cut) and len(cut) <= 6
+    if aegis.units(text) < 20_000:
+        assert re.sub(r"\s", "", "".join(cut)) == re.sub(r"\s", "", text)
+
+
+def test_telegrams_settings_are_checked_at_start():
+    for name, value, told in (("TOKEN", "nonsense", "TOKEN"), ("CHATS", "1,me", "'me'"), ("USERS", "ann", "'ann'"),
+                              ("API", "ftp://x", "http"), ("EVENTS", "moon.rose", "unknown events"),
+                              ("TOKEN", "1:secret/../x", "TOKEN")):
+        with pytest.raises(ValueError) as wrong:
+            aegis.read_settings([], {f"AEGIS_TELEGRAM_{name}": value})
+        assert told in str(wrong.value) and "secret" not in str(wrong.value)
+
+
+def test_a_turns_end_is_told_with_its_answer(chatty):
+    fake, own, talk = chatty
+    talk.say("[[say *bold* <b>x</b> _y_ [z](http://a)]]")
+    told = fake.said(f"^{named_talk(talk)} is idle.\n.*bold")
+    assert "*bold* <b>x</b> _y_ [z](http://a)" in told["text"]
+    assert told["chat_id"] == CHAT and "message_thread_id" not in told
+
+
+def test_what_cannot_be_told_now_is_told_later_once_and_only_the_newest(chatty):
+    fake, own, talk = chatty
+    fake.said(f"^{named_talk(talk)} is idle")
+    for status, more in ((500, {}), (429, {"parameters": {"retry_after": 1}, "description": "Too Many"})):
+        fake.faults.append(("sendMessage", status, more))
+    for word in ("first", "second", "third"):
+        talk.say(f"[[say {word}]]")
+    fake.said(f"^{named_talk(talk)} is idle.\nthird")
+    mine = [one["text"].split("\n")[-1] for one in fake.messages.values()
+            if one["text"].startswith(f"{talk.get()['name']} is idle.\n")]
+    assert mine[-1] == "third" and len(mine) == len(set(mine)) < 4
+    health = own.ask("GET /v1/channels/health")["channels"][0]
+    assert "sendMessage" in health["lastError"] and health["state"] == "active"
+
+
+def test_a_message_that_telegram_refuses_holds_nothing_up(chatty):
+    fake, own, talk = chatty
+    fake.said(f"^{named_talk(talk)} is idle")
+    fake.faults.append(("sendMessage", 400, {"description": "Bad Request: message is too long"}))
+    talk.say("[[say lost]]")
+    fake.called("sendMessage", text=f"{talk.get()['name']} is idle.\nlost")
+    talk.say("[[say found]]")
+    fake.said("found$")
+    assert own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0
+
+
+def test_get_channel_health_tells_of_telegram(bot, server):
+    fake, own = bot
+    told = eventually(lambda: [one for one in own.ask("GET /v1/channels/health")["channels"] if one["name"]])[0]
+    assert (told["channel"], told["state"], told["name"], told["target"]) == (
+        "telegram", "active", "@AegisBot", fake.url[:-4])
+    assert server.ask("GET /v1/channels/health")["channels"][0]["state"] == "off"
+
+
+@alone
+def test_a_forum_has_a_topic_for_each_session(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake, AEGIS_TELEGRAM_CHATS=str(FORUM)))
+    one, other = own.open(name="Alpha"), own.open(name="Beta")
+    topics = {talk.id: fake.said(f"^{talk.get()['name']} is idle", FORUM)["message_thread_id"] for talk in (one, other)}
+    assert {fake.topics[thread] for thread in topics.values()} == {"Alpha", "Beta"}
+    fake.write("[[say from the topic]]", chat=FORUM, message_thread_id=topics[other.id], is_topic_message=True)
+    assert fake.said("Beta is idle.\nfrom the topic", FORUM)["message_thread_id"] == topics[other.id]
+    own.crash().start()
+    fake.write("/read nobody", chat=FORUM, message_thread_id=topics[other.id], is_topic_message=True)
+    assert fake.said("no session nobody", FORUM)["message_thread_id"] == topics[other.id]
+    fake.faults.append(("sendMessage", 400, {"description": "Bad Request: message thread not found"}))
+    one.say("[[say again]]")
+    anew = fake.said("Alpha is idle.\nagain", FORUM)["message_thread_id"]     # its topic was deleted by somebody
+    assert anew != topics[one.id] and fake.topics[anew] == "Alpha"
+    other.kill()
+    fake.called("closeForumTopic", message_thread_id=topics[other.id])
+    assert len(fake.topics) == 3
+    fake.close()
+
+
+# ============================================================================
+# REPLIES. What people answer in Telegram.
+# ============================================================================
+
+
+def test_approve_permission_by_a_button(chatty):
+    fake, own, talk = chatty
+    asked = request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission.\nBash: touch x")
+    assert "approved" in fake.press("Approve", message)["text"]
+    told = talk.wait("permission.resolved")
+    assert (told["state"], told["decidedBy"]) == ("approved", f"telegram:{ANN}")
+    after = fake.said(f"touch x.*Approved by telegram:{ANN}\\.")
+    assert after["message_id"] == message["message_id"] and after["reply_markup"] is None
+    said = fake.press("Reject", message)["text"]          # the old message still stands on somebody's screen
+    assert f"already approved by telegram:{ANN}" in said
+    assert [one["state"] for one in talk.ask("GET permissions")["history"] if one["id"] == asked["id"]] == ["approved"]
+
+
+def test_reject_permission_by_a_button_and_late_presses_are_told_the_truth(chatty):
+    fake, own, talk = chatty
+    request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission")
+    fake.press("Reject", message)
+    assert talk.wait("permission.resolved")["state"] == "rejected"
+    fake.said("touch x.*Rejected by telegram")
+    eventually(talk.settle)
+    again = request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission.\nBash: touch x$")
+    talk.ask("POST approve", {"permissionId": again["id"]})
+    fake.said("touch x.*Approved by api")                 # whoever decided, the message says so
+    assert "already approved by api" in fake.press("Reject", message)["text"]
+
+
+def test_who_is_not_listed_is_not_obeyed(chatty):
+    fake, own, talk = chatty
+    request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission")
+    before = own.ask("GET /v1/channels/health")["channels"][0]["ignored"]
+    sent = len(fake.messages)
+    assert "text" not in fake.press("Approve", message, user=BOB)
+    fake.write(f"/kill {talk.get()['name']}", user=BOB)
+    fake.write("/sessions", chat=BOB, user=BOB)
+    fake.write("/sessions", chat=ANN, user=ANN)           # a listed user, but in a chat that is not
+    fake.reply(message, "prompt", user=BOB)
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["ignored"] == before + 5)
+    assert talk.status == "permission_prompt" and len(fake.messages) == sent
+    talk.ask("POST reject", {})
+
+
+@alone
+def test_with_nobody_listed_nobody_is_obeyed(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake, AEGIS_TELEGRAM_USERS=""))
+    fake.write("/sessions")
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["ignored"] == 1)
+    assert not fake.messages
+    fake.close()
+
+
+def test_a_question_is_answered_by_a_button_or_in_words(chatty):
+    fake, own, talk = chatty
+    talk.send("[[ask]]")
+    asked = talk.wait("question.asked")["question"]
+    labels = asked["options"]
+    message = fake.said(f"^{named_talk(talk)} asks:\n")
+    buttons = [row[0]["text"] for row in message["reply_markup"]["inline_keyboard"]]
+    assert buttons == labels
+    fake.press(labels[1], message)
+    told = talk.wait("question.answered")
+    assert (told["message"], told["decidedBy"]) == (labels[1], f"telegram:{ANN}")
+    fake.said(f"asks:.*Answered by telegram:{ANN}: {labels[1]}")
+    eventually(talk.settle)
+    talk.send("[[ask]]")
+    talk.wait("question.asked")
+    message = eventually(lambda: [one for one in fake.messages.values() if one.get("reply_markup")
+                                  and one["text"].startswith(f"{talk.get()['name']} asks:")])[-1]
+    fake.reply(message, "Neither of them")
+    assert talk.wait("question.answered")["message"] == "Neither of them"
+
+
+def test_a_question_of_several_is_answered_when_all_are_chosen(chatty):
+    fake, own, talk = chatty
+    talk.send("[[ask multi]]")
+    talk.wait("question.asked")
+    message = fake.said(f"^{named_talk(talk)} asks:\nWhich colour")
+    assert "each question" in fake.press("Send", message)["text"]
+
+    def pressed(label: str, wanted: List[str]) -> Json:
+        fake.press(label, look())
+
+        def marks() -> List[str]:
+            return [row[0]["text"] for row in look()["reply_markup"]["inline_keyboard"] if "✓" in row[0]["text"]]
+        eventually(lambda: marks() == wanted)
+        return look()
+
+    def look() -> Json:
+        return fake.messages[CHAT, message["message_id"]]
+    pressed("1: Red", ["✓ 1: Red"])
+    pressed("1: Blue", ["✓ 1: Blue"])
+    pressed("2: Black", ["✓ 1: Blue", "✓ 2: Black"])
+    pressed("2: Grey", ["✓ 1: Blue", "✓ 2: Black", "✓ 2: Grey"])
+    pressed("✓ 2: Black", ["✓ 1: Blue", "✓ 2: Grey"])
+    fake.press("Send", look())
+    assert talk.wait("question.answered")["message"] == "Blue; Grey"
+
+
+def test_a_reply_becomes_a_prompt(chatty):
+    fake, own, talk = chatty
+    message = fake.said(f"^{named_talk(talk)} is idle")
+    fake.reply(message, "[[say hello from the chat]]")
+    fake.said("is idle.\nhello from the chat")
+    assert talk.prompts() == ["[[say hello from the chat]]"]
+    talk.send("[[wait 1]] [[say slow]]")
+    talk.wait("turn.started")
+    fake.reply(message, "[[say queued]]")
+    fake.said(f"^{named_talk(talk)} is working: it gets this when it can")
+    fake.said("is idle.\nqueued")
+
+
+def test_the_commands_of_the_chat(chatty):
+    fake, own, talk = chatty
+    name = talk.get()["name"]
+    talk.say("[[say the whole answer]]")
+    fake.write("/sessions")
+    fake.said(re.escape(f"{name} ({talk.id}) is idle"))
+    fake.write(f"/read@AegisBot {name}")
+    fake.said(f"^{re.escape(name)} is idle\\.\nthe whole answer$")
+    fake.write("/read nobody")
+    fake.said("No: there is no session nobody")
+    fake.write("/help")
+    fake.said("/sessions lists them")
+    sent = len(fake.messages)
+    fake.write("/read@OtherBot")
+    fake.write(f"/kill {talk.id}")
+    question = fake.said(f"^Kill {re.escape(name)}\\? It is idle")
+    assert len(fake.messages) == sent + 1
+    fake.press("Let it live", question)
+    fake.said(f"Kill {re.escape(name)}.*It goes on")
+    assert talk.status == "idle"
+    fake.write(f"/kill {name}")
+    question = eventually(lambda: [one for one in fake.messages.values() if one.get("reply_markup")
+                                   and one["text"].startswith(f"Kill {name}")])[-1]
+    assert "Killed by telegram" in fake.press(f"Kill {name}", question)["text"]
+    assert talk.status == "killed"
+    fake.said(f"Kill {re.escape(name)}.*Killed by telegram:{ANN}")
+    assert "It had ended before" in fake.press(f"Kill {name}", question)["text"]
+    fake.reply(question, "are you there?")
+    fake.said("No: session .* is killed")
+
+
+@alone
+def test_an_update_is_acted_on_once_through_every_crash(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake))
+    talk = own.open()
+    message = fake.said("is idle")
+    keys = [f"[[say number {number}]]" for number in range(12)]
+    for number, text in enumerate(keys):
+        fake.reply(message, text)
+        if number % 4 == 1:
+            eventually(lambda: own.ask(f"GET /v1/sessions/{talk.id}/queue") is not None)
+            own.crash().start()
+    eventually(lambda: talk.prompts() == keys and talk.status == "idle")
+    eventually(lambda: len(talk.prompts()) >= len(keys) and talk.status == "idle")
+    assert talk.prompts() == keys
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as store, store:
+        store.execute("UPDATE telegram_facts SET value = 0 WHERE name = 'offset'")   # the worst moment: not stored yet
+    own.start()
+    fake.write("/sessions")
+    fake.said(re.escape(talk.id))
+    assert talk.prompts() == keys and talk.get()["queueLength"] == 0
+    fake.close()
+
+
+@alone
+def test_the_bots_token_is_never_shown(house):
+    fake = FakeTelegram()
+    own = house("--log-level", "debug", **telegram_settings(fake))
+    fake.faults.append(("getUpdates", 401, {"description": f"bad {BOT_TOKEN}"}))
+    fake.faults.append(("getUpdates", 502, {}))
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["lastError"])
+    fake.write("/help")
+    fake.said("/sessions lists them")
+    fake.close()
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["state"] == "failing")
+    shown = own.log.read_text() + command_lines() + own.call("GET /v1/channels/health").raw.decode()
+    assert BOT_TOKEN not in shown and BOT_TOKEN.split(":")[1] not in shown and "getUpdates" in shown
+
+
+# ============================================================================
 # ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
