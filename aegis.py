@@ -36,6 +36,11 @@ Rooms, top to bottom; a room uses only rooms above it:
     VERIFY        rounds of checks, and mending between them
     PIPELINES     stages of work, each when what it depends on is done
     METRICS       what was used, how long it took, and the same for Prometheus
+    OUTBOUND      requests to other servers, guarded
+    WEBHOOKS      events for other servers, signed and in order
+    COURIERS      who brings the webhooks their events
+    TELEGRAM      sessions in a chat: what is told there
+    REPLIES       what people answer in Telegram
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     DIAGNOSTICS   what state this box and this process are in, and what to do
@@ -61,9 +66,11 @@ aegis-verify and aegis-check (one for each round of checks, one for each of thos
 aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
 aegis-mcp (one for each tool that waits, while its caller is told of progress) -
 aegis-bridge (in `aegis.py mcp`: one for each request) -
+aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-in (polls) -
 aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Webhooks.lock -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock and Mcp.lock are leaves.  A session's lock is never held while tmux or a
 socket is waited for.
 """
@@ -133,6 +140,7 @@ if __name__ == "__main__" and not sys.flags.optimize:
     hand_over(os.path.abspath(__file__), sys.argv[1:])
 
 import argparse
+import base64
 import bisect
 import collections
 import contextlib
@@ -143,6 +151,8 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import http.client
+import io
 import itertools
 import json
 import math
@@ -241,6 +251,22 @@ SETTINGS = (
         "prices", "json", "{}", "Prices of models that Aegis has no or no right price for: a JSON object (or @FILE) of "
         '`{"input": DOLLARS, "output": DOLLARS}` per million tokens, by the beginning of the model\'s name.'
     ),
+    Setting("webhooks", "json", "{}", "Webhooks given at start: a JSON object by name of url, secret, events, session "
+            "and labels, or @FILE.", flag=False, secret=True),
+    Setting("webhook_allow", "list", "", "Where webhooks may go besides public addresses: addresses, networks such as "
+            "10.0.0.0/8, host names; `all` allows everything."),
+    Setting("webhook_seconds", "seconds", "15", "A webhook's receiver must have answered within this."),
+    Setting("webhook_retries", "int", "12", "How often an event is sent again before it becomes a dead letter."),
+    Setting("webhook_backoff", "seconds", "5", "Pause before an event is sent again; doubled each time up to an hour, "
+            "with jitter."),
+    Setting("webhook_queue", "int", "10000", "Events that an endpoint may lag behind; older ones become dead letters."),
+    Setting("keep_dead_letters", "int", "10000", "How many dead letters stay stored."),
+    Setting("telegram_token", "text", "", "Token of the Telegram bot.", flag=False, secret=True),
+    Setting("telegram_chats", "list", "", "Chats that are told and obeyed, by id, comma-separated."),
+    Setting("telegram_users", "list", "", "Users who are obeyed in them, by id, comma-separated; empty: nobody is."),
+    Setting("telegram_events", "list", "session.idle,session.asking,session.rate_limited,session.stalled,session.error,"
+            "session.exited,session.killed,permission.requested,question.asked", "Events that are told there."),
+    Setting("telegram_api", "text", "https://api.telegram.org", "Address of the Bot API."),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -857,6 +883,30 @@ MIGRATIONS = (
         count(*), sum(seconds) FROM (SELECT * FROM prompt_times UNION ALL SELECT * FROM permission_times)
         GROUP BY day, name, label, place;
     """,
+    """
+    CREATE TABLE readers (id TEXT PRIMARY KEY, place INTEGER NOT NULL);
+    CREATE TABLE webhooks (
+        id TEXT PRIMARY KEY, source TEXT NOT NULL, name TEXT NOT NULL UNIQUE, url TEXT NOT NULL, types TEXT NOT NULL,
+        session TEXT, labels TEXT NOT NULL, secrets TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
+        tries INTEGER NOT NULL, next_at REAL, delivered INTEGER NOT NULL, last_success_at REAL, last_error TEXT,
+        last_error_at REAL, created_at REAL NOT NULL, updated_at REAL NOT NULL);
+    CREATE TABLE dead_letters (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, webhook TEXT NOT NULL, event INTEGER NOT NULL,
+        session TEXT, type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL, tries INTEGER NOT NULL,
+        reason TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL);
+    CREATE INDEX dead_letters_of ON dead_letters(webhook, state, seq);
+    CREATE TABLE telegram_facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+    CREATE TABLE telegram_notes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, chat INTEGER NOT NULL, kind TEXT NOT NULL, session TEXT, request TEXT,
+        body TEXT NOT NULL, tries INTEGER NOT NULL, next_at REAL);
+    CREATE TABLE telegram_sent (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, chat INTEGER NOT NULL, message INTEGER NOT NULL, session TEXT,
+        request TEXT, text TEXT NOT NULL, chosen TEXT NOT NULL);
+    CREATE INDEX telegram_sent_as ON telegram_sent(chat, message);
+    CREATE INDEX telegram_sent_of ON telegram_sent(request) WHERE request IS NOT NULL;
+    CREATE TABLE telegram_topics (
+        chat INTEGER NOT NULL, session TEXT NOT NULL, thread INTEGER NOT NULL, PRIMARY KEY (chat, session));
+    """,
 )
 
 
@@ -934,7 +984,7 @@ class PermissionRow(NamedTuple):
     subagent: Optional[str]        # the agent's own id of the subagent that asks
     state: str                     # pending, approved, rejected, answered_in_terminal, expired
     claim: Optional[str]           # what we answered, until the agent is seen to have taken it
-    decided_by: Optional[str]      # api, policy, terminal, clock, restart
+    decided_by: Optional[str]      # api, telegram:USER, policy, terminal, clock, restart
     rule: Optional[str]            # of the policy
     message: Optional[str]         # what the agent was told
     asked_at: float
@@ -1045,6 +1095,71 @@ class StageRow(NamedTuple):
     ended_at: Optional[float]
 
 
+class WebhookRow(NamedTuple):
+    """One endpoint that is told of events."""
+
+    id: str
+    source: str                    # api, or settings
+    name: str
+    url: str
+    types: List[str]               # empty: all; session.* takes a family
+    session: Optional[str]         # only events of this session
+    labels: Dict[str, str]         # only events of sessions with these labels
+    secrets: List[List[Any]]       # [secret, until when it signs or null], newest first
+    state: str                     # active, paused, disabled (it answered 410)
+    reason: Optional[str]
+    tries: int                     # failed ones of the event that is due
+    next_at: Optional[float]       # when it is tried again
+    delivered: int
+    last_success_at: Optional[float]
+    last_error: Optional[str]
+    last_error_at: Optional[float]
+    created_at: float
+    updated_at: float
+
+
+class LetterRow(NamedTuple):
+    """An event that did not arrive."""
+
+    seq: int
+    id: str
+    webhook: str
+    event: int
+    session: Optional[str]
+    type: str
+    at: float
+    data: Json
+    tries: int
+    reason: str
+    state: str                     # dead, or queued: it is tried again
+    created_at: float
+
+
+class NoteRow(NamedTuple):
+    """One thing to be done in Telegram."""
+
+    seq: int
+    chat: int
+    kind: str                      # say, state, request, edit, mark, topic
+    session: Optional[str]
+    request: Optional[str]         # the permission request, question or kill that it is about
+    body: Json
+    tries: int
+    next_at: Optional[float]
+
+
+class SentRow(NamedTuple):
+    """One message that was sent to Telegram."""
+
+    seq: int
+    chat: int
+    message: int                   # Telegram's id of it
+    session: Optional[str]
+    request: Optional[str]
+    text: str
+    chosen: Dict[str, List[int]]   # options marked so far, by the question's place
+
+
 class Event(NamedTuple):
     """One thing that happened; id grows for ever."""
 
@@ -1057,7 +1172,8 @@ class Event(NamedTuple):
 
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
                           "worktree", "known", "variables", "body", "content",
-                          "words", "depends_on", "spec", "base"))
+                          "words", "depends_on", "spec", "base", "types", "secrets",
+                          "chosen"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -1235,6 +1351,12 @@ EVENT_TYPES = {
 }
 
 
+def unknown_types(wanted: Sequence[str]) -> List[str]:
+    """List what is neither an event nor a family of events, such as session.*."""
+    return [kind for kind in wanted if not any(known == kind or (kind.endswith("*") and known.startswith(kind[:-1]))
+                                               for known in EVENT_TYPES)]
+
+
 class Draft(NamedTuple):
     """An event before it has an id."""
 
@@ -1282,6 +1404,10 @@ class Listener:
         self.queue.put(event)
 
 
+# what a reader with a place of its own is not done with stays
+PRUNE = "DELETE FROM events WHERE id <= min(?, coalesce((SELECT min(place) FROM readers), 9e18))"
+
+
 class Bus:
     """Commits changes with their events, and tells the listeners in order."""
 
@@ -1305,7 +1431,7 @@ class Bus:
                         Event(db.execute(sql, args).lastrowid or 0, draft.session, draft.type, now, draft.data)
                     )
                 if events and events[-1].id % 1000 < len(events):
-                    db.execute("DELETE FROM events WHERE id <= ?", (events[-1].id - self.keep,))
+                    db.execute(PRUNE, (events[-1].id - self.keep,))
             for event in events:
                 self.last = event.id
                 for listener in self.listeners:
@@ -4112,6 +4238,9 @@ class Context:
         self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
         self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
         self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
+        self.guard: Any = None                         # see OUTBOUND
+        self.webhooks: Any = None                      # see COURIERS
+        self.telegram: Any = None                      # see TELEGRAM
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -5334,7 +5463,7 @@ def confirm_claim(session: Session, request_id: str) -> PermissionRow:
 def confirm_ours(session: Session, request_id: str) -> PermissionRow:
     """Confirm a claim for its caller.  Raises ApiError 409 when the terminal was first."""
     settled = confirm_claim(session, request_id)
-    if settled.decided_by != "api":
+    if not (settled.decided_by or "").startswith(("api", "telegram:")):
         raise decided_refusal(session, request_id)
     return settled
 
@@ -5649,13 +5778,13 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
 
 
 def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
-           message: Optional[str] = None, always: bool = False) -> PermissionRow:
+           message: Optional[str] = None, always: bool = False, by: str = "api") -> PermissionRow:
     """Decide a request for a caller, through its held hook or else by keys.
 
     Gives the settled row.  Raises ApiError 409 when somebody else, or the terminal, was first.
     """
     held = request.id in session.holds
-    if not claim(session, request.id, state, "api", decision, message):
+    if not claim(session, request.id, state, by, decision, message):
         session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
         raise decided_refusal(session, request.id)
     if not held:
@@ -5767,7 +5896,7 @@ def wrong_answer(field: str, what: str) -> ApiError:
 
 
 def answer_question(context: Context, session: Session, request: PermissionRow, given: List[List[str]],
-                    free: bool) -> PermissionRow:
+                    free: bool, by: str = "api") -> PermissionRow:
     """Answer a question or a plan, through its held hook or else by keys."""
     questions = questions_of(request)
     told = "; ".join(", ".join(labels) for labels in given)
@@ -5775,15 +5904,16 @@ def answer_question(context: Context, session: Session, request: PermissionRow, 
         mode = None if free else PLAN_ANSWERS[given[0][0]]
         if mode is None:
             words = given[0][0] if free else "Keep planning."
-            return decide(context, session, request, "rejected", {"behavior": "deny", "message": words}, words)
+            refusal = {"behavior": "deny", "message": words}
+            return decide(context, session, request, "rejected", refusal, words, by=by)
         modes = [{"type": "setMode", "mode": mode, "destination": "session"}]
         decision = {"behavior": "allow", "updatedInput": {}, "updatedPermissions": modes}
-        return decide(context, session, request, "approved", decision, told)
+        return decide(context, session, request, "approved", decision, told, by=by)
     answers = {one["question"]: ", ".join(labels) for one, labels in zip(questions, given)}
     if request.id not in session.holds:
-        return answer_by_keys(context, session, request, given)
+        return answer_by_keys(context, session, request, given, by)
     decision = {"behavior": "allow", "updatedInput": {**request.input, "answers": answers}}
-    return decide(context, session, request, "approved", decision, told)
+    return decide(context, session, request, "approved", decision, told, by=by)
 
 
 def answer_page(context: Context, session: Session, question: Json, labels: Sequence[str]) -> bool:
@@ -5829,9 +5959,10 @@ def press_and_see(context: Context, session: Session, key: str, seconds: float =
     return False
 
 
-def answer_by_keys(context: Context, session: Session, request: PermissionRow, given: List[List[str]]) -> PermissionRow:
+def answer_by_keys(context: Context, session: Session, request: PermissionRow, given: List[List[str]],
+                   by: str) -> PermissionRow:
     """Answer a question's pages on the screen, each row by its text."""
-    if not claim(session, request.id, "approved", "api", {}, "; ".join(map(", ".join, given))):
+    if not claim(session, request.id, "approved", by, {}, "; ".join(map(", ".join, given))):
         raise decided_refusal(session, request.id)
     with session.key_lock:
         well = all(answer_page(context, session, question, labels)
@@ -9464,6 +9595,1555 @@ def process_readings() -> Json:
 
 
 # ============================================================================
+# OUTBOUND. Requests to other servers, guarded.
+# ============================================================================
+# A name is looked up once, each address is checked, and the connection goes to
+# the very address that was checked: a name that changes its mind in between
+# gains nothing.  Redirects, proxies and credentials in addresses are not
+# known here.  One time limit holds for all of a request, however slowly the
+# other side drips.  TLS is loaded when it is first spoken.
+
+EXTRA_PORTS = frozenset((80, 443))    # below 1024 nothing else speaks HTTP
+MAX_RETRY_AFTER = 3600.0              # seconds; what another server asks for beyond this is not obeyed
+LONGEST_PAUSE = 3600.0                # seconds between two tries
+GOODBYE_SECONDS = 1.0                 # how long an answer's body is taken after its status is known
+NAT64 = ("64:ff9b::/96", "64:ff9b:1::/48")
+
+
+class Site(NamedTuple):
+    """Where a request goes."""
+
+    scheme: str
+    host: str        # a name, or an address without brackets
+    port: int
+    path: str        # with the query
+
+    @property
+    def origin(self) -> str:
+        """What may be shown of it: a path can hold a secret."""
+        return f"{self.scheme}://{self.authority}"
+
+    @property
+    def authority(self) -> str:
+        """The Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+
+class Reply(NamedTuple):
+    """What another server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class OutboundError(Exception):
+    """Another server was not reached, or gave no answer in time; the sentence says which."""
+
+
+def read_url(url: str) -> Site:
+    """Take an address apart.  Raises ValueError with what it must be."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not an address") from None
+    if not re.fullmatch(r"[\x21-\x7e]+", url) or "\\" in url:
+        raise ValueError("must be ASCII without blanks or backslashes: percent-encode the path, "
+                         "write the name in punycode")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must begin with http:// or https:// and a host")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold credentials")
+    if "#" in url:
+        raise ValueError("must not hold a fragment (#)")
+    port = port if port is not None else 443 if parts.scheme == "https" else 80
+    if not (port in EXTRA_PORTS or 1024 <= port <= 65535):
+        raise ValueError("must have port 80, 443 or one from 1024 up")
+    query = f"?{parts.query}" if parts.query else ""
+    return Site(parts.scheme, parts.hostname, port, (parts.path or "/") + query)
+
+
+class Guard:
+    """Tells which addresses may be connected to: public ones, and what the operator listed."""
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self.allowed = tuple(word.lower().rstrip(".") for word in allowed)
+
+    def allows(self, host: str, address: str) -> bool:
+        """Tell whether a connection to this address, found under that name, is allowed."""
+        import ipaddress
+        try:
+            found = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        if is_public(found) or "all" in self.allowed or host.lower().rstrip(".") in self.allowed:
+            return True
+        return any(one in network for one in (found, embedded(found)) for network in networks(self.allowed)
+                   if one is not None and one.version == network.version)
+
+
+@functools.lru_cache(maxsize=8)
+def networks(words: Tuple[str, ...]) -> List[Any]:
+    """Read those of some words that are addresses or networks; the others are names."""
+    import ipaddress
+    found = []
+    for word in words:
+        with contextlib.suppress(ValueError):
+            found.append(ipaddress.ip_network(word, strict=False))
+    return found
+
+
+def embedded(address: Any) -> Any:
+    """Give the IPv4 address that an IPv6 address leads to: mapped, 6to4, Teredo, NAT64; None when there is none."""
+    import ipaddress
+    if address.version == 4:
+        return None
+    if any(address in ipaddress.ip_network(network) for network in NAT64):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+
+
+def is_public(address: Any) -> bool:
+    """Tell whether an address belongs to the internet at large: not this box, its networks, or a special use."""
+    inner = embedded(address)
+    if inner is not None:
+        return is_public(inner)
+    special = (address.is_private or address.is_loopback or address.is_link_local or address.is_multicast
+               or address.is_reserved or address.is_unspecified or getattr(address, "is_site_local", False))
+    return address.is_global and not special
+
+
+def resolve(site: Site, guard: Guard) -> List[Tuple[int, Any]]:
+    """Look a host up, once: family and address of all that may be connected to.  Raises OutboundError."""
+    try:
+        found = socket.getaddrinfo(site.host, site.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise OutboundError(f"the name {clip(site.host, 100)} cannot be resolved") from None
+    allowed = [(family, address) for family, _, _, _, address in found if guard.allows(site.host, address[0])]
+    if not allowed:
+        refused = ", ".join(sorted({str(address[0]) for _, _, _, _, address in found})[:3])
+        raise OutboundError(f"{clip(site.host, 100)} is {refused}, which is no public address: AEGIS_WEBHOOK_ALLOW "
+                            "may list it")
+    return allowed
+
+
+def left_of(until: float) -> float:
+    """Give the seconds that are left of a time limit.  Raises TimeoutError when none are."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("the time is over")
+    return left
+
+
+def connect(site: Site, guard: Guard, until: float) -> Any:
+    """Open a connection to the first address that takes it.  Raises OutboundError, OSError."""
+    wrong: Optional[OSError] = None
+    for family, address in resolve(site, guard):
+        line = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            line.settimeout(left_of(until))
+            line.connect(address)
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return line if site.scheme == "http" else tls_context().wrap_socket(line, server_hostname=site.host)
+        except OSError as error:
+            line.close()
+            wrong = error
+        except BaseException:
+            line.close()
+            raise
+    raise wrong or OutboundError("there is no address to connect to")
+
+
+@functools.lru_cache(maxsize=1)
+def tls_context() -> Any:
+    """Give the rules of TLS: certificates are checked against the system's authorities, or SSL_CERT_FILE's."""
+    import ssl
+    return ssl.create_default_context()
+
+
+class TimedReader(io.RawIOBase):
+    """Reads a socket until the time of the whole request is over."""
+
+    def __init__(self, line: Any, until: float) -> None:
+        super().__init__()
+        self.line, self.until = line, until
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Give itself as the file that an answer is read from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Take what has come."""
+        self.line.settimeout(left_of(self.until))
+        return self.line.recv_into(buffer)
+
+
+def exchange(site: Site, guard: Guard, method: str, headers: Mapping[str, str], body: bytes, seconds: float,
+             most: int = 0) -> Reply:
+    """Make one request; `most` bytes of the answer's body are needed, none if 0.  Raises OutboundError."""
+    until = time.monotonic() + seconds
+    try:
+        with contextlib.closing(connect(site, guard, until)) as line:
+            line.settimeout(left_of(until))
+            line.sendall(request_bytes(site, method, headers, body))
+            reader = TimedReader(line, until)
+            answer = http.client.HTTPResponse(reader, method=method)  # type: ignore[arg-type]
+            answer.begin()
+            told = {name.lower(): value for name, value in answer.getheaders()}
+            if most:
+                return Reply(answer.status, told, answer.read(most))
+            reader.until = min(until, time.monotonic() + GOODBYE_SECONDS)
+            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+                answer.read(16_384)   # what is cut off in the middle of its answer may take it for a failure
+            return Reply(answer.status, told, b"")
+    except (OSError, ValueError, http.client.HTTPException, OutboundError) as error:
+        raise OutboundError(outbound_sentence(error, seconds)) from None
+
+
+def request_bytes(site: Site, method: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """Write a request."""
+    given = {"Host": site.authority, "User-Agent": f"Aegis/{__version__}", "Accept": "*/*", "Connection": "close",
+             "Content-Length": str(len(body)), **headers}
+    lines = [f"{method} {site.path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items()), "", ""]
+    return "\r\n".join(lines).encode("ascii") + body
+
+
+def outbound_sentence(error: Exception, seconds: float) -> str:
+    """Say in a sentence why there is no answer; nothing that the other side wrote is quoted."""
+    if isinstance(error, OutboundError):
+        return str(error)
+    if isinstance(error, socket.timeout):
+        return f"it did not answer within {seconds:g} s"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it closed the connection without an answer"
+    if isinstance(error, OSError) and hasattr(error, "verify_message"):
+        return f"its certificate is not good: {error.verify_message}"
+    if isinstance(error, OSError):
+        return f"the connection failed: {error.strerror or type(error).__name__}"
+    return f"its answer is not HTTP ({type(error).__name__})"
+
+
+def backoff(tries: int, first: float, chance: float) -> float:
+    """Give the pause after so many failed tries: doubled each time up to an hour; `chance`, 0 to 1, halves it at most.
+
+    >>> [backoff(tries, 5, 1.0) for tries in (1, 2, 3, 20)]
+    [5.0, 10.0, 20.0, 3600.0]
+    """
+    return min(LONGEST_PAUSE, first * 2.0 ** min(tries - 1, 40)) * (0.5 + chance / 2)
+
+
+def jitter() -> float:
+    """Give a chance between 0 and 1."""
+    return secrets.randbelow(1_000_001) / 1_000_000
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float:
+    """Read how long another server wants us to wait, in seconds or as a date, within bounds; 0 when it says nothing."""
+    said = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,9}", said):
+        return min(MAX_RETRY_AFTER, float(said))
+    try:
+        from email.utils import parsedate_to_datetime
+        return min(MAX_RETRY_AFTER, max(0.0, parsedate_to_datetime(said).timestamp() - now))
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+
+
+# ============================================================================
+# WEBHOOKS. Events for other servers, signed, in order, until they have them.
+# ============================================================================
+# The queue of an endpoint is the table of events behind its place, so an event
+# is queued by the very transaction that stores it, and nobody waits for
+# anything.  Nothing is lost or passes another; what was answered just before a
+# kill -9 comes twice, under the same webhook-id.  Events that an endpoint
+# still needs are not pruned; one that lags too far behind gives up its oldest,
+# which become dead letters.  Signed as the Standard Webhooks specification
+# has it.
+
+SECRET_SIZES = range(24, 65)   # bytes, by the specification
+
+
+class Outcome(NamedTuple):
+    """What came of one try."""
+
+    status: Optional[int]          # None: there was no answer
+    said: Optional[str]            # what went wrong; None when it arrived
+    wait: float = 0.0              # seconds that the receiver asked for
+
+    @property
+    def arrived(self) -> bool:
+        """Tell whether the receiver has it."""
+        return self.said is None
+
+
+def new_secret() -> str:
+    """Make a secret to sign with."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def check_secret(given: str) -> str:
+    """Check a secret.  Raises ValueError with what it must be."""
+    try:
+        size = len(base64.b64decode(given[6:], validate=True)) if given.startswith("whsec_") else 0
+    except ValueError:
+        size = 0
+    if size not in SECRET_SIZES:
+        raise ValueError("must be whsec_ and the base64 of 24 to 64 random bytes: "
+                         "leave it out to have one made")
+    return given
+
+
+def signature(secret: str, message_id: str, at: int, body: bytes) -> str:
+    """Sign a message as the Standard Webhooks specification has it."""
+    key = base64.b64decode(secret[6:])
+    made = hmac.new(key, f"{message_id}.{at}.".encode() + body, hashlib.sha256).digest()
+    return "v1," + base64.b64encode(made).decode()
+
+
+def message_headers(keys: Sequence[str], message_id: str, at: int, body: bytes) -> Dict[str, str]:
+    """Write a message's headers; while a secret is rotated the old one signs too."""
+    return {"Content-Type": "application/json", "webhook-id": message_id, "webhook-timestamp": str(at),
+            "webhook-signature": " ".join(signature(key, message_id, at, body) for key in keys)}
+
+
+def message_body(event: Event) -> bytes:
+    """Write an event as the payload of a message: the same bytes at every try."""
+    data = {"id": event.id, "sessionId": event.session, **event.data}
+    return dump({"type": event.type, "timestamp": iso(event.at), "data": data}).encode("utf-8", "replace")
+
+
+def signing(row: WebhookRow, now: float) -> List[str]:
+    """List the secrets that sign now."""
+    return [secret for secret, until in row.secrets if until is None or until > now]
+
+
+def send_message(context: Context, row: WebhookRow, message_id: str, body: bytes) -> Outcome:
+    """Try once to bring a message to its endpoint."""
+    now = time.time()
+    headers = message_headers(signing(row, now), message_id, int(now), body)
+    try:
+        site = read_url(row.url)
+        reply = exchange(site, context.guard, "POST", headers, body, context.settings.webhook_seconds)
+    except (OutboundError, ValueError) as error:
+        return Outcome(None, str(error))
+    if 200 <= reply.status < 300:
+        return Outcome(reply.status, None)
+    also = ": redirects are not followed" if 300 <= reply.status < 400 else ""
+    return Outcome(reply.status, f"it answered {reply.status}{also}", retry_after(reply.headers, now))
+
+
+def wanted_events(row: WebhookRow) -> Tuple[str, List[Any]]:
+    """Write the condition of the events that an endpoint is told of."""
+    parts, args = ["1"], []  # type: List[str], List[Any]
+    if row.types:
+        parts.append("(" + " OR ".join(["type GLOB ?"] * len(row.types)) + ")")
+        args.extend(row.types)
+    if row.session:
+        parts.append("session = ?")
+        args.append(row.session)
+    for name, value in row.labels.items():
+        parts.append("session IN (SELECT session FROM labels WHERE name = ? AND value = ?)")
+        args.extend((name, value))
+    return " AND ".join(parts), args
+
+
+def stored_place(context: Context, reader: str) -> int:
+    """Give the id of the last event that a reader is done with."""
+    return context.store.value("SELECT place FROM readers WHERE id = ?", reader) or 0
+
+
+def place_statement(reader: str, place: int) -> Statement:
+    """Write the statement that moves a reader's place; it never moves back."""
+    return ("INSERT INTO readers (id, place) VALUES (?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET place = max(place, excluded.place)", (reader, place))
+
+
+def queue_length(context: Context, row: WebhookRow) -> int:
+    """Count the events that wait for an endpoint."""
+    condition, args = wanted_events(row)
+    place = stored_place(context, row.id) if row.state != "disabled" else context.bus.last
+    return context.store.value(f"SELECT count(*) FROM events WHERE id > ? AND {condition}", place, *args)
+
+
+def letter_statements(context: Context, webhook: str, events: Sequence[Event], tries: int,
+                      reason: str) -> List[Statement]:
+    """Write the statements that put events among the dead letters; the oldest letters of too many go."""
+    made = [insert("dead_letters", {
+        "id": new_id("dl-"), "webhook": webhook, "event": event.id, "session": event.session, "type": event.type,
+        "at": event.at, "data": event.data, "tries": tries, "reason": reason, "state": "dead",
+        "created_at": time.time()}) for event in events]
+    return [*made, ("DELETE FROM dead_letters WHERE seq <= (SELECT max(seq) FROM dead_letters) - ?",
+                    (context.settings.keep_dead_letters,))] if made else []
+
+
+# ============================================================================
+# COURIERS. Who brings the webhooks their events.
+# ============================================================================
+# Each endpoint has a thread that sends one event at a time: its place moves
+# when the receiver has answered 2xx, or when the event was put among the dead
+# letters, in the same transaction.  What its thread alone changes is its
+# place; everything else of an endpoint is read from the store at each step.
+# Lock: Webhooks.lock -> Store.lock.
+
+MAX_WEBHOOKS = 50              # each has a thread
+WEBHOOK_IDLE = 30.0            # seconds after which a courier looks without being told
+SAVE_PLACE_EVERY = 500         # events of no interest that are passed before the place is stored
+BURY_PAGE = 200                # events that become dead letters in one transaction
+OLD_SECRET_SECONDS = 86_400.0  # how long a rotated secret still signs
+
+
+class Courier(Listener):
+    """Brings one endpoint its events.  Its thread alone moves its place; what others change it reads from the store."""
+
+    def __init__(self, context: Context, row: WebhookRow) -> None:
+        super().__init__(row.types, row.session)
+        self.context, self.id = context, row.id
+        self.place = self.saved = stored_place(context, row.id)
+        self.some, self.closed = threading.Event(), False
+        self.thread: Optional[threading.Thread] = None
+
+    def offer(self, event: Event) -> None:
+        """Wake up for an event that may be wanted; it is read from the store."""
+        if not self.some.is_set() and self.wants(event):
+            self.some.set()
+
+    def close(self) -> None:
+        """Stop after what is being sent."""
+        self.closed = True
+        self.some.set()
+
+    def run(self) -> None:
+        """Send until closed: the body of its thread."""
+        pause: Optional[float] = 0.0
+        while not self.closed and pause is not None:
+            if pause:
+                self.some.wait(pause)
+            self.some.clear()
+            try:
+                pause = self.step(time.time()) if not self.closed else None
+            except ApiError as error:
+                self.context.log.note("warning", f"webhooks wait: {error}", webhook=self.id)
+                pause = 1.0
+            except Exception:
+                self.context.log.note("error", "a webhook's courier failed", webhook=self.id,
+                                      trace=traceback.format_exc())
+                pause = 5.0
+
+    def step(self, now: float) -> Optional[float]:
+        """Do what is due; gives the seconds until there may be more, None when the endpoint is gone."""
+        row = self.context.store.row(WebhookRow, "webhooks", "id = ?", self.id)
+        if row is None:
+            return None
+        if row.state == "disabled":
+            return WEBHOOK_IDLE
+        self.place = max(self.place, stored_place(self.context, self.id))
+        self.types, self.session = tuple(row.types), row.session
+        if self.give_up_oldest(row):
+            return 0.0
+        if row.state == "paused":
+            return WEBHOOK_IDLE
+        letter = self.context.store.row(LetterRow, "dead_letters", "webhook = ? AND state = 'queued' ORDER BY seq",
+                                        self.id)
+        if letter:
+            return self.try_letter(row, letter)
+        if row.next_at is not None and 0 < row.next_at - now < LONGEST_PAUSE + 1:
+            return min(row.next_at - now, WEBHOOK_IDLE)
+        event = self.following(row)
+        return WEBHOOK_IDLE if event is None else self.try_event(row, event)
+
+    def following(self, row: WebhookRow) -> Optional[Event]:
+        """Find the next event that is wanted, and pass those before it."""
+        last = self.context.bus.last
+        condition, args = wanted_events(row)
+        event = self.context.store.row(Event, "events", f"id > ? AND id <= ? AND {condition} ORDER BY id", self.place,
+                                       last, *args)
+        self.place = max(self.place, event.id - 1 if event else last)
+        if self.place - self.saved >= SAVE_PLACE_EVERY:
+            self.record([])
+        return event
+
+    def record(self, statements: Sequence[Statement]) -> None:
+        """Store a change together with the place; of an endpoint that was deleted meanwhile nothing comes back."""
+        with self.context.store.lock:
+            if self.context.store.value("SELECT 1 FROM webhooks WHERE id = ?", self.id):
+                self.context.bus.commit([*statements, place_statement(self.id, self.place)])
+        self.saved = self.place
+
+    def try_event(self, row: WebhookRow, event: Event) -> float:
+        """Try to deliver the event that is due, and record what came of it."""
+        outcome = send_message(self.context, row, f"msg_{row.id}_{event.id}", message_body(event))
+        now = time.time()
+        if outcome.arrived:
+            self.place = event.id
+            self.record([("UPDATE webhooks SET tries = 0, next_at = NULL, delivered = delivered + 1, "
+                          "last_success_at = ? WHERE id = ?", (now, self.id))])
+            return 0.0
+        self.context.log.note("warning", f"a webhook did not arrive: {outcome.said}", webhook=self.id, event=event.id,
+                              tries=row.tries + 1)
+        failed = {"last_error": outcome.said, "last_error_at": now}
+        if outcome.status == 410:
+            self.disable(row, failed)
+        elif row.tries >= self.context.settings.webhook_retries:
+            self.place = event.id
+            self.record([*letter_statements(self.context, self.id, [event], row.tries + 1, outcome.said or ""),
+                         update("webhooks", self.id, {**failed, "tries": 0, "next_at": None})])
+        else:
+            pause = max(outcome.wait, backoff(row.tries + 1, self.context.settings.webhook_backoff, jitter()))
+            self.record([update("webhooks", self.id, {**failed, "tries": row.tries + 1, "next_at": now + pause})])
+        return 0.0
+
+    def disable(self, row: WebhookRow, failed: Json) -> None:
+        """Send nothing more to an endpoint that is gone for good; what waits for it becomes dead letters."""
+        while self.bury(row, self.context.bus.last, "the endpoint answered 410: it is gone"):
+            pass
+        self.context.bus.commit([update("webhooks", self.id, {
+            **failed, "state": "disabled", "reason": "it answered 410: it is gone", "tries": 0, "next_at": None,
+            "updated_at": time.time()}), ("DELETE FROM readers WHERE id = ?", (self.id,))])
+
+    def bury(self, row: WebhookRow, upto: int, reason: str) -> bool:
+        """Put a page of waiting events among the dead letters; tells whether there were any."""
+        condition, args = wanted_events(row)
+        page = self.context.store.rows(Event, "events", f"id > ? AND id <= ? AND {condition} ORDER BY id LIMIT ?",
+                                       self.place, upto, *args, BURY_PAGE)
+        self.place = page[-1].id if len(page) == BURY_PAGE else max(upto, self.place)
+        self.record([*letter_statements(self.context, self.id, page, 0, reason),
+                     update("webhooks", self.id, {"tries": 0, "next_at": None})])
+        return len(page) == BURY_PAGE
+
+    def give_up_oldest(self, row: WebhookRow) -> bool:
+        """Keep the queue within bounds: what lags too far behind becomes dead letters; tells whether any did."""
+        floor = self.context.bus.last - self.context.settings.webhook_queue
+        if self.place >= floor:
+            return False
+        event = self.following(row)
+        if event is None or self.place >= floor:
+            return False
+        self.context.log.note("warning", "a webhook's queue is full: its oldest events become dead letters",
+                              webhook=self.id)
+        self.bury(row, floor, "too many events waited for this endpoint")
+        return True
+
+    def try_letter(self, row: WebhookRow, letter: LetterRow) -> float:
+        """Try a dead letter once more; it goes when it arrives."""
+        event = Event(letter.event, letter.session, letter.type, letter.at, letter.data)
+        outcome = send_message(self.context, row, f"msg_{row.id}_{event.id}", message_body(event))
+        if outcome.arrived:
+            self.record([("DELETE FROM dead_letters WHERE id = ?", (letter.id,)),
+                         ("UPDATE webhooks SET delivered = delivered + 1, last_success_at = ? WHERE id = ?",
+                          (time.time(), self.id))])
+        else:
+            self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
+                                                            "reason": outcome.said}),
+                         update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
+        with self.context.webhooks.letters:
+            self.context.webhooks.letters.notify_all()
+        return 0.0
+
+
+class Webhooks:
+    """Owns the endpoints and their couriers.  lock guards both; letters is notified when a retry is settled."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.lock = threading.RLock()
+        self.couriers: Dict[str, Courier] = {}
+        self.letters = threading.Condition()
+
+    def start(self) -> None:
+        """Take over the endpoints of the settings, then begin to send."""
+        with self.lock:
+            given = read_given(self.context.settings.webhooks)
+            for row in self.context.store.rows(WebhookRow, "webhooks", "source = 'settings'"):
+                if row.name not in given:
+                    self.remove(row)
+            for name, fields in given.items():
+                self.take_given(name, fields)
+            for row in self.context.store.rows(WebhookRow, "webhooks"):
+                self.employ(row)
+
+    def take_given(self, name: str, fields: Json) -> None:
+        """Make an endpoint of the settings, or bring it up to date; its place stays."""
+        row_id = "wh-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+        known = self.context.store.row(WebhookRow, "webhooks", "id = ?", row_id)
+        if known is None:
+            self.add(new_webhook(row_id, "settings", name, **fields))
+            return
+        changed = {"url": fields["url"], "types": fields["types"], "session": fields["session"],
+                   "labels": fields["labels"], "secrets": [[fields["secret"], None]], "updated_at": time.time()}
+        self.context.bus.commit([update("webhooks", row_id, changed)])
+
+    def add(self, row: WebhookRow) -> WebhookRow:
+        """Store an endpoint; it is told of what happens from now on.  Raises ApiError 409."""
+        store = self.context.store
+        with self.lock, store.lock:
+            if store.value("SELECT count(*) FROM webhooks") >= MAX_WEBHOOKS:
+                raise ApiError(409, "TOO_MANY_WEBHOOKS", f"there are {MAX_WEBHOOKS} webhooks: delete one before")
+            if store.value("SELECT 1 FROM webhooks WHERE name = ?", row.name):
+                raise ApiError(409, "NAME_IN_USE", f"a webhook is already named {row.name!r}",
+                               fields={"name": "is in use"})
+            self.context.bus.commit([insert("webhooks", row._asdict()), place_statement(row.id, self.context.bus.last)])
+        return row
+
+    def employ(self, row: WebhookRow) -> None:
+        """Begin an endpoint's courier."""
+        with self.lock:
+            courier = self.couriers[row.id] = Courier(self.context, row)
+            self.context.bus.listen(courier)
+            courier.thread = spawn("aegis-webhook", courier.run)
+
+    def remove(self, row: WebhookRow) -> int:
+        """Delete an endpoint with all that waits for it; gives the number of its dead letters."""
+        with self.lock:
+            courier = self.couriers.pop(row.id, None)
+            if courier:
+                self.context.bus.leave(courier)
+                courier.close()
+            with self.context.store.lock:
+                letters = self.context.store.value("SELECT count(*) FROM dead_letters WHERE webhook = ?", row.id)
+                self.context.bus.commit([(f"DELETE FROM {table} WHERE {column} = ?", (row.id,)) for table, column in (
+                    ("webhooks", "id"), ("readers", "id"), ("dead_letters", "webhook"))])
+        return letters
+
+    def nudge(self, webhook_id: str) -> None:
+        """Have a courier look at once."""
+        courier = self.couriers.get(webhook_id)
+        if courier:
+            courier.some.set()
+
+    def close(self) -> None:
+        """Stop the couriers; what they are sending is waited for, but not for long."""
+        until = time.monotonic() + 2.0
+        couriers = list(self.couriers.values())
+        for courier in couriers:
+            courier.close()
+        for courier in couriers:
+            if courier.thread:
+                courier.thread.join(max(0.0, until - time.monotonic()))
+
+
+def new_webhook(row_id: str, source: str, name: Optional[str], url: str, types: Sequence[str], session: Optional[str],
+                labels: Mapping[str, str], secret: str) -> WebhookRow:
+    """Make the row of an endpoint that was told of nothing yet."""
+    now = time.time()
+    return WebhookRow(row_id, source, name or row_id, url, list(types), session, dict(labels), [[secret, None]],
+                      "active", None, 0, None, 0, None, None, None, now, now)
+
+
+GIVEN_WEBHOOK: Dict[str, Field] = dict(
+    url=text("Where events are sent by POST.", 2_000, minLength=1),
+    events=many("Only these events; session.* takes a family.", text("A type of event.", 60), 100, default=[]),
+    session=text("Only events of this session.", 64, default=None),
+    labels=texts_by_name("Only events of sessions with these labels.", r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}",
+                         text("A value.", 200), 20, default={}),
+    secret=text("The secret that signs: whsec_ and the base64 of 24 to 64 bytes.", 200),
+)
+
+
+def read_given(given: Mapping[str, Any]) -> Dict[str, Json]:
+    """Read the endpoints of the settings.  Raises ValueError that names the fault, never a secret."""
+    found: Dict[str, Json] = {}
+    for name, one in given.items():
+        if not isinstance(one, dict):
+            raise ValueError(f"AEGIS_WEBHOOKS: {clip(name, 60)!r} must be an object with url and secret")
+        try:
+            fields = validate(GIVEN_WEBHOOK, one)
+            found[name] = webhook_fields(fields.pop("events"), **fields)
+        except ApiError as error:
+            raise ValueError(f"AEGIS_WEBHOOKS: {clip(name, 60)!r}: {error}") from None
+    return found
+
+
+def webhook_fields(events: Sequence[str], url: str, session: Optional[str], labels: Optional[Mapping[str, str]],
+                   secret: Optional[str]) -> Json:
+    """Check an endpoint's fields, and make a secret if none is given.  Raises ApiError 400."""
+    unknown = unknown_types(events)
+    if unknown:
+        raise faulty({"events": f"holds unknown events: {clip(', '.join(unknown), 200)}"})
+    for field, check, given in (("url", read_url, url), ("secret", check_secret, secret)):
+        try:
+            if given is not None:
+                check(given)
+        except ValueError as error:
+            raise faulty({field: str(error)}) from None
+    return {"url": url, "types": list(events), "session": session, "labels": dict(labels or {}),
+            "secret": secret or new_secret()}
+
+
+def find_webhook(context: Context, webhook_id: str) -> WebhookRow:
+    """Find an endpoint.  Raises ApiError 404."""
+    row = context.store.row(WebhookRow, "webhooks", "id = ?", webhook_id)
+    if row is None:
+        raise ApiError(404, "WEBHOOK_NOT_FOUND", f"there is no webhook {clip(webhook_id, 60)}")
+    return row
+
+
+def check_reachable(context: Context, url: str) -> None:
+    """Refuse at once what would never be connected to; a name that cannot be resolved yet may come.
+
+    Raises ApiError 400.
+    """
+    try:
+        resolve(read_url(url), context.guard)
+    except OutboundError as error:
+        if "AEGIS_WEBHOOK_ALLOW" in str(error):
+            raise faulty({"url": f"is refused: {error}"}) from None
+
+
+def change_webhook(context: Context, row: WebhookRow, url: Optional[str], events: Optional[Sequence[str]],
+                   paused: Optional[bool]) -> WebhookRow:
+    """Change where an endpoint is, what it is told of, or whether; what was disabled begins anew with what comes.
+
+    Raises ApiError 400, 409.
+    """
+    if row.source == "settings" and (url is not None or events is not None):
+        raise given_refusal(row)
+    checked = webhook_fields(row.types if events is None else events, row.url if url is None else url, row.session,
+                             row.labels, None)
+    changed = {"url": checked["url"], "types": checked["types"], "updated_at": time.time()}
+    with context.store.lock:
+        place = []
+        if paused is not None:
+            changed.update(state="paused" if paused else "active", reason=None, tries=0, next_at=None)
+            place = [place_statement(row.id, context.bus.last)] if row.state == "disabled" else []
+        context.bus.commit([update("webhooks", row.id, changed), *place])
+    context.webhooks.nudge(row.id)
+    return find_webhook(context, row.id)
+
+
+def given_refusal(row: WebhookRow) -> ApiError:
+    """Refuse a change of what the settings give."""
+    return ApiError(409, "GIVEN_BY_SETTINGS", f"webhook {row.name!r} is given by AEGIS_WEBHOOKS: change it there, and "
+                    "start Aegis anew")
+
+
+def rotate_secret(context: Context, row: WebhookRow, secret: Optional[str], seconds: float) -> Tuple[WebhookRow, str]:
+    """Give an endpoint another secret; the old one signs too for so long.  Raises ApiError 400, 409."""
+    if row.source == "settings":
+        raise given_refusal(row)
+    now = time.time()
+    fresh = webhook_fields(row.types, row.url, row.session, row.labels, secret)["secret"]
+    kept = [[old, min(until or math.inf, now + seconds)] for old, until in row.secrets
+            if until is None or until > now][:3] if seconds else []
+    context.bus.commit([update("webhooks", row.id, {"secrets": [[fresh, None], *kept], "updated_at": now})])
+    return find_webhook(context, row.id), fresh
+
+
+def try_webhook(context: Context, row: WebhookRow) -> Json:
+    """Send an endpoint a message that is no event, past the queue, once."""
+    began = time.monotonic()
+    body = dump({"type": "webhook.test", "timestamp": iso(time.time()),
+                 "data": {"webhookId": row.id, "message": "Aegis can reach you."}}).encode()
+    outcome = send_message(context, row, f"msg_{row.id}_test_{secrets.token_hex(6)}", body)
+    return {"id": row.id, "delivered": outcome.arrived, "status": outcome.status, "error": outcome.said,
+            "tookMs": int((time.monotonic() - began) * 1000)}
+
+
+def find_letter(context: Context, letter_id: str) -> LetterRow:
+    """Find a dead letter.  Raises ApiError 404."""
+    row = context.store.row(LetterRow, "dead_letters", "id = ?", letter_id)
+    if row is None:
+        raise ApiError(404, "DEAD_LETTER_NOT_FOUND", f"there is no dead letter {clip(letter_id, 60)}")
+    return row
+
+
+def retry_letter(context: Context, letter: LetterRow) -> Json:
+    """Have a dead letter tried once more, and wait for what comes of it.  Raises ApiError 409."""
+    row = find_webhook(context, letter.webhook)
+    if row.state != "active":
+        raise ApiError(409, "WEBHOOK_NOT_ACTIVE", f"webhook {row.name!r} is {row.state}: PATCH /v1/webhooks/{row.id} "
+                       'with {"paused": false} before')
+    context.bus.commit([update("dead_letters", letter.id, {"state": "queued"})])
+    context.webhooks.nudge(row.id)
+
+    def now() -> Optional[LetterRow]:
+        return context.store.row(LetterRow, "dead_letters", "id = ?", letter.id)
+    with context.webhooks.letters:
+        context.webhooks.letters.wait_for(lambda: context.stopping.is_set() or (now() or letter).state == "dead"
+                                          or now() is None, 2 * context.settings.webhook_seconds + 5)
+    left = now()
+    return {"id": letter.id, "delivered": left is None, "state": left.state if left else "delivered",
+            "error": left.reason if left and left.state == "dead" else None}
+
+
+def wire_webhook(context: Context, row: WebhookRow, secret: Optional[str] = None) -> Json:
+    """Give an endpoint its shape on the wire; the secret only when it was just made."""
+    letters = context.store.value("SELECT count(*) FROM dead_letters WHERE webhook = ?", row.id)
+    told = {"id": row.id, "name": row.name, "url": row.url, "events": row.types, "session": row.session,
+            "labels": row.labels, "source": row.source, "state": row.state, "reason": row.reason,
+            "failedTries": row.tries, "nextTryAt": iso(row.next_at), "queueLength": queue_length(context, row),
+            "deadLetters": letters, "delivered": row.delivered, "lastSuccessAt": iso(row.last_success_at),
+            "lastError": row.last_error, "lastErrorAt": iso(row.last_error_at), "createdAt": iso(row.created_at),
+            "updatedAt": iso(row.updated_at)}
+    return {**told, "secret": secret} if secret else told
+
+
+def wire_letter(row: LetterRow) -> Json:
+    """Give a dead letter its shape on the wire."""
+    event = wire_event(Event(row.event, row.session, row.type, row.at, row.data))
+    return {"id": row.id, "webhookId": row.webhook, "webhookMessageId": f"msg_{row.webhook}_{row.event}",
+            "state": row.state, "tries": row.tries, "reason": row.reason, "createdAt": iso(row.created_at),
+            "event": event}
+
+
+def webhook_health(context: Context, row: WebhookRow) -> Json:
+    """Tell how an endpoint fares; of its address only what cannot be a secret."""
+    failing = row.state == "active" and row.tries > 0
+    return {"channel": "webhook", "id": row.id, "name": row.name, "target": read_url(row.url).origin,
+            "state": "failing" if failing else row.state, "lastSuccessAt": iso(row.last_success_at),
+            "lastError": row.last_error, "lastErrorAt": iso(row.last_error_at), "nextTryAt": iso(row.next_at),
+            "queueLength": queue_length(context, row)}
+
+
+# ============================================================================
+# TELEGRAM. Sessions in a chat: what is told there.
+# ============================================================================
+# Events become notes (what is to be done in a chat) in the transaction that
+# moves the channel's place, and a note is deleted in the one that records what
+# was sent.  One thread does both, so a newer state replaces one that was not
+# told yet.  Texts are plain: whatever an agent writes is never markup.  In a
+# forum each session has a topic.  The bot's token stands in the path of every
+# request, so no path is ever logged or shown.
+
+POLL_SECONDS = 50              # Telegram holds a request for news so long
+TELEGRAM_SECONDS = 20.0        # for any other request
+TELEGRAM_PAUSE = 60.0          # seconds between two tries at most: a chat is not a place for old news
+TELEGRAM_IDLE = 30.0           # seconds after which the sender looks without being told
+GATHER_NOTICES = 0.2           # seconds in which several changes of a session become one notice
+MAX_ANSWER = 8_000_000         # bytes of an answer: a hundred updates of long messages
+MESSAGE_UNITS = 4_096          # UTF-16 units of one message
+MAX_PIECES = 6                 # messages that one text is cut into
+MAX_NOTES, MAX_SENT = 500, 10_000   # notes that wait; sent messages that are remembered for replies
+REQUESTS, VERDICTS = ("permission.requested", "question.asked"), ("permission.resolved", "question.answered")
+MEMORY_OF_UPDATES = 6 * 86_400.0    # after a week of silence Telegram counts updates from anywhere
+TRUSTED = Guard(("all",))      # for the address of the Bot API, which the operator chose
+
+
+class TelegramError(Exception):
+    """Telegram would not, or was not reached."""
+
+    def __init__(self, status: Optional[int], said: str, wait: float = 0.0) -> None:
+        super().__init__(said)
+        self.status, self.wait = status, wait
+
+    @property
+    def final(self) -> bool:
+        """Tell whether the same request would fail again."""
+        return self.status in (400, 403)
+
+
+def check_telegram(settings: Settings) -> None:
+    """Check what the settings say of Telegram.  Raises ValueError that names the setting."""
+    if not re.fullmatch(r"|\d{1,20}:[\w-]{1,100}", settings.telegram_token, re.ASCII):
+        raise ValueError("AEGIS_TELEGRAM_TOKEN (hidden) must be a bot's token, such as 123456:ABC-DEF")
+    for name in ("telegram_chats", "telegram_users"):
+        wrong = next((word for word in getattr(settings, name) if not re.fullmatch(r"-?\d{1,18}", word)), None)
+        if wrong is not None:
+            raise ValueError(f"AEGIS_{name.upper()} holds {clip(wrong, 40)!r}: it must list numeric ids")
+    try:
+        read_url(settings.telegram_api)
+    except ValueError as error:
+        raise ValueError(f"AEGIS_TELEGRAM_API {error}") from None
+    unknown = unknown_types(settings.telegram_events)
+    if unknown:
+        raise ValueError(f"AEGIS_TELEGRAM_EVENTS holds unknown events: {', '.join(unknown)}")
+
+
+def units(text_: str) -> int:
+    """Count a text's UTF-16 units, as Telegram does."""
+    return len(text_.encode("utf-16-le", "replace")) // 2
+
+
+def cut_text(text_: str, most: int = MESSAGE_UNITS) -> List[str]:
+    """Cut a text into messages, at the end of a line where one is near, never inside a character.
+
+    >>> cut_text("one\\ntwo", 5), cut_text("\\U0001f600" * 3, 4)
+    (['one', 'two'], ['😀😀', '😀'])
+    """
+    left, found = text_.replace("\0", "").strip(), []
+    while left and len(found) < MAX_PIECES:
+        cut = most
+        while units(left[:cut]) > most:
+            cut -= (units(left[:cut]) - most + 1) // 2
+        line = left.rfind("\n", max(1, cut * 3 // 4), cut) if cut < len(left) else -1
+        cut = line if line > 0 else cut
+        found.append(left[:cut].strip())
+        left = left[cut:].strip()
+    if left:
+        found[-1] = f"{found[-1][:most // 2]}\n… (more than fits here)"
+    return [piece for piece in found if piece]
+
+
+def keyboard(rows: Sequence[Sequence[Tuple[str, str]]]) -> Json:
+    """Write rows of buttons: what stands on each, and what its press says."""
+    return {"inline_keyboard": [[{"text": clip(label, 60) or "-", "callback_data": data} for label, data in row]
+                                for row in rows]}
+
+
+def permission_note(name: str, asked: Json) -> Tuple[str, Json]:
+    """Write what an agent asks to do, with the buttons that decide."""
+    change = f"\n\n{clip(asked['detail'], 3_000)}" if asked.get("detail") else ""
+    return (f"{name} asks for your permission.\n{clip(asked['summary'], 3_000)}{change}",
+            keyboard([[("Approve", f"a:{asked['id']}"), ("Reject", f"r:{asked['id']}")]]))
+
+
+def question_note(name: str, asked: Json) -> Tuple[str, Json]:
+    """Write what an agent asks, with its options as buttons."""
+    lines = [clip(asked["plan"], 8_000), ""] if isinstance(asked.get("plan"), str) else []
+    for question in asked["questions"]:
+        lines.append(question["question"] + (" (several may be chosen)" if question["multiSelect"] else ""))
+        lines.extend(f"{number_}. {row['label']}" + (f": {row['description']}" if row["description"] else "")
+                     for number_, row in enumerate(question["options"], 1))
+    told = "\n".join(lines) + ("\nOr reply with words of your own." if len(asked["questions"]) == 1 else "")
+    return f"{name} asks:\n{told}", question_keyboard(asked["id"], asked["questions"], {})
+
+
+def question_keyboard(request_id: str, questions: Sequence[Json], chosen: Mapping[str, Sequence[int]]) -> Json:
+    """Write a question's options as buttons, those that are chosen marked; Send when one press is not enough."""
+    rows = []
+    for place, question in enumerate(questions):
+        marked = chosen.get(str(place), ())
+        before = f"{place + 1}: " if len(questions) > 1 else ""
+        rows.extend([(("✓ " if index in marked else "") + before + row["label"], f"o:{request_id}:{place}:{index}")]
+                    for index, row in enumerate(question["options"][:20]))
+    return keyboard([*rows, *([] if one_press(questions) else [[("Send", f"s:{request_id}")]])])
+
+
+def one_press(questions: Sequence[Json]) -> bool:
+    """Tell whether a single press answers all."""
+    return len(questions) == 1 and not questions[0]["multiSelect"]
+
+
+def state_text(name: str, event: Event) -> str:
+    """Write what became of a session."""
+    data, kind = event.data, event.type.partition(".")[2].replace("_", " ")
+    told = data.get("output" if kind == "idle" else "reason") or ""
+    until = f" until {data['resetsAt']}" if data.get("resetsAt") else ""
+    return f"{name} is {kind}{until}." + (f"\n{told}" if told else "")
+
+
+def other_text(name: str, event: Event) -> str:
+    """Write an event that has no words of its own."""
+    told = ", ".join(f"{key}: {clip(str(value), 200)}" for key, value in event.data.items()
+                     if isinstance(value, (str, int, float)) and key != "name")
+    return f"{name}: {event.type}" + (f"\n{told}" if told else "")
+
+
+def verdict_text(data: Json) -> str:
+    """Write how a request was decided, and by whom."""
+    state, by = str(data.get("state") or "closed").replace("_", " "), data.get("decidedBy") or "nobody"
+    if "questionId" in data and state == "approved":
+        return f"Answered by {by}: {clip(data.get('message') or '', 300)}"
+    return f"{state[:1].upper()}{state[1:]}" + ("." if state.endswith("terminal") else f" by {by}.")
+
+
+class Telegram(Listener):
+    """The channel.  Its sender's thread alone makes and sends notes; another one polls for what people answer."""
+
+    def __init__(self, context: Context) -> None:
+        settings = context.settings
+        super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
+        self.context, self.some = context, threading.Event()
+        self.chats = frozenset(map(int, settings.telegram_chats))
+        self.users = frozenset(map(int, settings.telegram_users))
+        self.on = bool(settings.telegram_token and self.chats)
+        self.name = ""                                  # the bot's, once Telegram told it
+        self.forums: Dict[int, bool] = {}
+        self.last_success_at: Optional[float] = None
+        self.last_error: Optional[str] = None
+        self.last_error_at: Optional[float] = None
+        self.failing = False
+        self.react: Callable[[Json], Tuple[List[Statement], str]] = lambda update: ([], "")   # see REPLIES
+
+    def start(self) -> None:
+        """Go on behind the last event that was told; without a token or a chat, hold no event back."""
+        if not self.on:
+            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            return
+        if not stored_place(self.context, "telegram"):
+            self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
+        self.context.bus.listen(self)
+        spawn("aegis-telegram", self.send_forever)
+        spawn("aegis-telegram-in", self.poll_forever)
+
+    def offer(self, event: Event) -> None:
+        """Wake the sender for an event that is told."""
+        if not self.some.is_set() and self.wants(event):
+            self.some.set()
+
+    def ask(self, method: str, seconds: float = TELEGRAM_SECONDS, **fields: Any) -> Any:
+        """Call a method of the Bot API; gives its result.  Raises TelegramError, which never holds the token."""
+        token = self.context.settings.telegram_token
+        try:
+            site = read_url(f"{self.context.settings.telegram_api.rstrip('/')}/bot{token}/{method}")
+            body = dump({name: value for name, value in fields.items() if value is not None})
+            reply = exchange(site, TRUSTED, "POST", {"Content-Type": "application/json"},
+                             body.encode("utf-8", "replace"), seconds, MAX_ANSWER)
+            told = json.loads(reply.body)
+            if reply.status == 200 and told["ok"] is True:
+                self.last_success_at, self.failing = time.time(), False
+                return told["result"]
+            said = clip(str(told.get("description") or "no reason"), 200).replace(token, "…")
+            wait = float((told.get("parameters") or {}).get("retry_after") or 0)
+            raise self.failed(TelegramError(int(told.get("error_code") or reply.status), f"{method}: {said}",
+                                            min(wait, MAX_RETRY_AFTER)))
+        except OutboundError as error:
+            raise self.failed(TelegramError(None, f"{method}: {error}")) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self.failed(TelegramError(None, f"{method}: the answer is not the Bot API's")) from None
+
+    def failed(self, error: TelegramError) -> TelegramError:
+        """Remember what went wrong."""
+        self.last_error, self.last_error_at = str(error), time.time()
+        self.failing = not error.final
+        return error
+
+    # -- what is to be told
+
+    def send_forever(self) -> None:
+        """Make notes of events and send them: the body of the sender's thread."""
+        pause = 0.0
+        while not self.context.stopping.is_set():
+            if pause:
+                self.some.wait(pause)
+                self.context.stopping.wait(GATHER_NOTICES)
+            self.some.clear()
+            try:
+                pause = self.step(time.time())
+            except ApiError as error:
+                self.context.log.note("warning", f"Telegram waits: {error}")
+                pause = 1.0
+            except Exception:
+                self.context.log.note("error", "the Telegram sender failed", trace=traceback.format_exc())
+                pause = 5.0
+
+    def step(self, now: float) -> float:
+        """Do what is due; gives the seconds until there may be more."""
+        if self.context.stopping.is_set():
+            return TELEGRAM_IDLE
+        if self.gather():
+            return 0.0
+        note = self.context.store.row(NoteRow, "telegram_notes", "1 ORDER BY seq")
+        if note is None:
+            return TELEGRAM_IDLE
+        if note.next_at is not None and 0 < note.next_at - now <= MAX_RETRY_AFTER:
+            return min(note.next_at - now, TELEGRAM_IDLE)
+        self.deliver(note)
+        return 0.0
+
+    def gather(self) -> bool:
+        """Make notes of what happened since; tells whether there was a page of it."""
+        place = stored_place(self.context, "telegram")
+        page = self.context.store.rows(Event, "events", "id > ? ORDER BY id LIMIT ?", place, REPLAY_PAGE)
+        wanted = [event for event in page if self.wants(event)]
+        if not wanted:
+            if page and page[-1].id - place >= SAVE_PLACE_EVERY or len(page) == REPLAY_PAGE:
+                self.context.bus.commit([place_statement("telegram", page[-1].id)])
+            return len(page) == REPLAY_PAGE
+        statements = [one for event in newest_states(wanted) for one in self.notes_of(event)]
+        spill = ("DELETE FROM telegram_notes WHERE kind IN ('say', 'state') AND seq <= "
+                 "(SELECT max(seq) FROM telegram_notes) - ?", (MAX_NOTES,))
+        self.context.bus.commit([*statements, spill, place_statement("telegram", page[-1].id)])
+        return True
+
+    def notes_of(self, event: Event) -> List[Statement]:
+        """Write the notes of an event, for every chat."""
+        name = session_name(self.context, event.session)
+        if event.type in VERDICTS:
+            request = event.data.get("questionId") or event.data["permission"]["id"]
+            return [one for chat in self.chats for one in self.verdict_notes(chat, event, request)]
+        if event.type in REQUESTS:
+            asked = event.data.get("permission") or event.data["question"]
+            text_, markup = (permission_note if "permission" in event.data else question_note)(name, asked)
+            return [one for chat in self.chats
+                    for one in say(chat, text_, event.session, kind="request", request=asked["id"], markup=markup)]
+        if event.type == "session.resumed":
+            again = {"method": "reopenForumTopic"}
+            return [one for chat in self.chats for one in (note(chat, "topic", event.session, None, again),
+                                                           *say(chat, f"{name} was brought back.", event.session))]
+        if not is_state(event):
+            return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
+        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+
+    def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
+        """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
+        known = "SELECT 1 FROM telegram_sent WHERE chat = ? AND request = ?"
+        forgotten = ("DELETE FROM telegram_notes WHERE chat = ? AND request = ? AND kind = 'request'", (chat, request))
+        if not self.context.store.value(known, chat, request):
+            return [forgotten]
+        return [forgotten, note(chat, "edit", event.session, request, {"text": verdict_text(event.data)})]
+
+    # -- telling it
+
+    def deliver(self, note_: NoteRow) -> None:
+        """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
+        done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        try:
+            done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
+        except TelegramError as error:
+            lost_topic = error.status == 400 and re.search(r"thread not found|topic_?\s?deleted", str(error), re.I)
+            if lost_topic and note_.tries < 3:
+                done = [("DELETE FROM telegram_topics WHERE chat = ? AND session = ?", (note_.chat, note_.session)),
+                        ("UPDATE telegram_notes SET tries = tries + 1 WHERE seq = ?", (note_.seq,))]
+            elif not error.final:
+                pause = min(TELEGRAM_PAUSE, backoff(note_.tries + 1, 1.0, jitter()))
+                done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
+                         (time.time() + max(error.wait, pause), note_.seq))]
+            self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
+        self.context.bus.commit(done)
+
+    def do_say(self, note_: NoteRow) -> List[Statement]:
+        """Send a message."""
+        thread = note_.body.get("thread")
+        thread = self.topic_of(note_.chat, note_.session) if thread is None else thread
+        sent = self.ask("sendMessage", chat_id=note_.chat, text=note_.body["text"], message_thread_id=thread or None,
+                        reply_markup=note_.body.get("markup"), link_preview_options={"is_disabled": True})
+        asked = note_.request if note_.body.get("markup") else None
+        kept = {"chat": note_.chat, "message": sent["message_id"], "session": note_.session, "request": asked,
+                "text": note_.body["text"], "chosen": {}}
+        return [insert("telegram_sent", kept), ("DELETE FROM telegram_sent WHERE seq <= (SELECT max(seq) FROM "
+                                                "telegram_sent) - ?", (MAX_SENT,))]
+
+    def do_edit(self, note_: NoteRow) -> List[Statement]:
+        """Write a verdict under a message, and take its buttons away."""
+        for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
+                                            note_.request):
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
+                        link_preview_options={"is_disabled": True})
+        return []
+
+    def do_mark(self, note_: NoteRow) -> List[Statement]:
+        """Show which options are chosen."""
+        request = self.context.store.row(PermissionRow, "permissions", "id = ? AND state = 'pending'", note_.request)
+        for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
+                                            note_.request) if request else ():
+            self.change("editMessageReplyMarkup", chat_id=sent.chat, message_id=sent.message,
+                        reply_markup=question_keyboard(request.id, questions_of(request), sent.chosen))
+        return []
+
+    def do_topic(self, note_: NoteRow) -> List[Statement]:
+        """Close a session's topic, or open it again."""
+        thread = self.context.store.value("SELECT thread FROM telegram_topics WHERE chat = ? AND session = ?",
+                                          note_.chat, note_.session)
+        if thread is not None:
+            self.change(note_.body["method"], chat_id=note_.chat, message_thread_id=thread)
+        return []
+
+    def change(self, method: str, **fields: Any) -> None:
+        """Change what may be as wanted already, or gone."""
+        try:
+            self.ask(method, **fields)
+        except TelegramError as error:
+            if not error.final:
+                raise
+
+    def topic_of(self, chat: int, session_id: Optional[str]) -> Optional[int]:
+        """Give a session's topic, made when it has none yet; None where there are no topics."""
+        if session_id is None or not self.is_forum(chat):
+            return None
+        known = self.context.store.value("SELECT thread FROM telegram_topics WHERE chat = ? AND session = ?", chat,
+                                         session_id)
+        if known is not None:
+            return known
+        try:
+            name = clip(session_name(self.context, session_id), 100)
+            made = self.ask("createForumTopic", chat_id=chat, name=name)["message_thread_id"]
+        except TelegramError as error:
+            if not error.final:
+                raise
+            self.context.log.note("warning", f"Telegram: no topics: {error}", chat=chat)
+            self.forums[chat] = False   # the bot may not: until the next start it goes without
+            return None
+        self.context.bus.commit([insert("telegram_topics", {"chat": chat, "session": session_id, "thread": made})])
+        return made
+
+    def is_forum(self, chat: int) -> bool:
+        """Tell whether a chat has topics; Telegram is asked once."""
+        if chat not in self.forums:
+            self.forums[chat] = self.ask("getChat", chat_id=chat).get("is_forum") is True
+        return self.forums[chat]
+
+    # -- what people answer
+
+    def poll_forever(self) -> None:
+        """Take updates one by one: the body of the poller's thread."""
+        tries = 0
+        while not self.context.stopping.is_set():
+            try:
+                self.name = self.name or str(self.ask("getMe").get("username") or "")
+                for update_ in self.ask("getUpdates", POLL_SECONDS + 10.0, offset=self.expected(),
+                                        timeout=POLL_SECONDS, allowed_updates=["message", "callback_query"]):
+                    self.take(update_)
+                tries = 0
+            except TelegramError as error:
+                tries += 1
+                self.context.log.note("warning", f"Telegram: {error}", tries=tries)
+                self.context.stopping.wait(max(error.wait, min(TELEGRAM_PAUSE, backoff(tries, 1.0, jitter()))))
+            except ApiError as error:
+                self.context.log.note("warning", f"Telegram waits: {error}")
+                self.context.stopping.wait(1.0)
+            except Exception:
+                self.context.log.note("error", "the Telegram poller failed", trace=traceback.format_exc())
+                self.context.stopping.wait(5.0)
+
+    def expected(self) -> int:
+        """Give the number from which on updates are new."""
+        recent = age(telegram_fact(self.context, "offset_at")) < MEMORY_OF_UPDATES
+        return telegram_fact(self.context, "offset") if recent else 0
+
+    def take(self, update_: Json) -> None:
+        """Act on an update, once: what is done twice has no second effect, and the rest is stored with its number."""
+        number_ = int(update_["update_id"])
+        if number_ < self.expected() or self.context.stopping.is_set():
+            return
+        statements: List[Statement] = []
+        toast = ""
+        try:
+            statements, toast = self.react(update_)
+        except ApiError as error:
+            if error.status >= 500:
+                raise
+        except Exception:
+            self.context.log.note("error", "an update from Telegram failed", update=number_,
+                                  trace=traceback.format_exc())
+        self.context.bus.commit([*statements, fact_statement("offset", number_ + 1),
+                                 fact_statement("offset_at", int(time.time()))])
+        self.some.set()
+        if "callback_query" in update_:
+            with contextlib.suppress(TelegramError):   # too late is no harm: the message tells it too
+                self.ask("answerCallbackQuery", callback_query_id=update_["callback_query"]["id"],
+                         text=clip(toast, 190) or None)
+
+    def health(self) -> Json:
+        """Tell how the channel fares."""
+        waiting = self.context.store.value("SELECT count(*) FROM telegram_notes")
+        state = "failing" if self.failing else "active" if self.last_success_at else "starting"
+        state = state if self.on else "off"
+        return {"channel": "telegram", "state": state, "name": f"@{self.name}" if self.name else None,
+                "target": read_url(self.context.settings.telegram_api).origin if self.on else None,
+                "lastSuccessAt": iso(self.last_success_at), "lastError": self.last_error,
+                "lastErrorAt": iso(self.last_error_at), "queueLength": waiting,
+                "ignored": telegram_fact(self.context, "ignored")}
+
+
+NOTE_KINDS = {"say": "say", "state": "say", "request": "say", "edit": "edit", "mark": "mark", "topic": "topic"}
+
+
+def note(chat: int, kind: str, session_id: Optional[str], request: Optional[str], body: Json) -> Statement:
+    """Write the statement that adds a note."""
+    return insert("telegram_notes", {"chat": chat, "kind": kind, "session": session_id, "request": request,
+                                     "body": body, "tries": 0})
+
+
+def say(chat: int, text_: str, session_id: Optional[str] = None, kind: str = "say", request: Optional[str] = None,
+        markup: Optional[Json] = None, thread: Optional[int] = None) -> List[Statement]:
+    """Write the notes of a text, cut into messages; its buttons stand under the last one."""
+    cut = cut_text(text_)
+    found = []
+    for number_, piece in enumerate(cut, 1):
+        last = number_ == len(cut)
+        body = {"text": piece, "thread": thread, "markup": markup if last else None}
+        found.append(note(chat, kind, session_id, request, body))
+    return found
+
+
+def newest_states(events: Sequence[Event]) -> List[Event]:
+    """Leave out states that a later one replaced, and those that a request says better."""
+    last = {event.session: event.id for event in events if is_state(event)}
+    asked = {event.session for event in events if event.type in REQUESTS}
+    return [event for event in events if not is_state(event) or (
+        last[event.session] == event.id
+        and not (event.session in asked and event.type in ("session.asking", "session.permission_prompt")))]
+
+
+def is_state(event: Event) -> bool:
+    """Tell whether an event says what a session is now, so that a later one replaces it."""
+    return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
+
+
+def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+    """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
+    ended = event.type.partition(".")[2] in ENDED
+    return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
+            *say(chat, text_, event.session, kind="state"),
+            *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
+
+
+def session_name(context: Context, session_id: Optional[str]) -> str:
+    """Give a session's name, or what stands for it."""
+    name = context.store.value("SELECT name FROM sessions WHERE id = ?", session_id) if session_id else None
+    return name or session_id or "Aegis"
+
+
+def telegram_fact(context: Context, name: str) -> int:
+    """Give a number that the channel remembers; 0 at first."""
+    return context.store.value("SELECT value FROM telegram_facts WHERE name = ?", name) or 0
+
+
+def fact_statement(name: str, value: int) -> Statement:
+    """Write the statement that remembers a number."""
+    return "INSERT OR REPLACE INTO telegram_facts (name, value) VALUES (?, ?)", (name, value)
+
+
+# ============================================================================
+# REPLIES. What people answer in Telegram.
+# ============================================================================
+# Who is not listed, as a chat and as a user, is not obeyed and hears nothing.
+# All else goes through the functions that the endpoints use.  An update is
+# handled before its number is stored, so after a kill -9 it may be handled
+# again: a prompt carries the update's number as its idempotency key, a request
+# is decided once, and what is said or ticked is stored with the number.  To
+# add a command: one row in COMMANDS_THERE.
+
+
+class Heard(NamedTuple):
+    """A message or a press of a listed user in a listed chat."""
+
+    bot: Telegram
+    update: int
+    chat: int
+    user: int
+    thread: Optional[int]          # the topic that it stands in
+    private: bool
+    message: Json                  # the message, or the one whose button was pressed
+
+    @property
+    def by(self) -> str:
+        """What decisions are recorded under."""
+        return f"telegram:{self.user}"
+
+    def say(self, text_: str, session_id: Optional[str] = None, **more: Any) -> List[Statement]:
+        """Write an answer, where the question stood."""
+        return say(self.chat, text_, session_id, thread=self.thread or 0, **more)
+
+
+def react(bot: Telegram, update_: Json) -> Tuple[List[Statement], str]:
+    """Act on an update; gives what is to be stored with its number, and a word for who pressed a button."""
+    query, message = update_.get("callback_query"), update_.get("message")
+    if query:
+        message = query.get("message")
+    if not message:
+        return [], ""
+    chat, user = message["chat"]["id"], (query or message).get("from", {}).get("id")
+    if chat not in bot.chats or user not in bot.users:
+        bot.context.log.note("warning", "somebody unknown wrote to the Telegram bot: ignored", chat=chat, user=user)
+        return [fact_statement("ignored", telegram_fact(bot.context, "ignored") + 1)], ""
+    thread = message.get("message_thread_id") if message.get("is_topic_message") else None
+    heard = Heard(bot, int(update_["update_id"]), chat, user, thread, message["chat"].get("type") == "private", message)
+    try:
+        return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
+    except ApiError as error:
+        if error.status >= 500:
+            raise
+        return ([], f"No: {error}") if query else (heard.say(f"No: {error}."), "")
+
+
+def on_message(heard: Heard) -> List[Statement]:
+    """Take a command, an answer to a question, or a prompt."""
+    text_ = heard.message.get("text")
+    sent = replied_to(heard)
+    session_id = sent.session if sent and sent.session else topic_session(heard)
+    if text_ is None:
+        speaks = set(heard.message) & {"photo", "document", "voice", "audio", "video", "sticker"}
+        return heard.say("Only text reaches a session.") if speaks and (session_id or heard.private) else []
+    command = re.match(r"/([A-Za-z_]+)(?:@(\w+))?(?:\s+(.*))?\Z", text_, re.DOTALL)
+    if command:
+        if command.group(2) and command.group(2).lower() != heard.bot.name.lower():
+            return []
+        act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
+        return act(heard, (command.group(3) or "").strip(), session_id)
+    if session_id is None:
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+    request = sent.request if sent else None
+    if request and is_question(heard, request):
+        return answer_in_words(heard, session_id, request, text_)
+    return send_prompt(heard, session_id, text_)
+
+
+def replied_to(heard: Heard) -> Optional[SentRow]:
+    """Find the message of ours that a message replies to."""
+    message = heard.message.get("reply_to_message") or {}
+    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                       message.get("message_id"))
+
+
+def topic_session(heard: Heard) -> Optional[str]:
+    """Find the session whose topic a message stands in."""
+    return heard.bot.context.store.value("SELECT session FROM telegram_topics WHERE chat = ? AND thread = ?",
+                                         heard.chat, heard.thread)
+
+
+def send_prompt(heard: Heard, session_id: str, text_: str) -> List[Statement]:
+    """Queue a prompt under the update's number, so that it is never sent twice."""
+    session = find_live(heard.bot.context, session_id)
+    busy = session.row.status not in ("idle", "error")
+    prompt = enqueue(session, "prompt", text_, f"telegram:{heard.update}")
+    if not busy or prompt.state != "queued":
+        return []
+    state = session.row.status.replace("_", " ")
+    return heard.say(f"{session.row.name} is {state}: it gets this when it can.", session_id)
+
+
+def find_asked(heard: Heard, request_id: str) -> PermissionRow:
+    """Find a request in any state.  Raises ApiError 404."""
+    found = heard.bot.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
+    if found is None:
+        raise ApiError(404, "PERMISSION_NOT_FOUND", "there is no such request any more")
+    return found
+
+
+def is_question(heard: Heard, request_id: str) -> bool:
+    """Tell whether a request is a question or a plan."""
+    tool = heard.bot.context.store.value("SELECT tool FROM permissions WHERE id = ?", request_id)
+    return tool in QUESTION_TOOLS
+
+
+def answer_in_words(heard: Heard, session_id: str, request_id: str, words: str) -> List[Statement]:
+    """Answer a question by free text."""
+    context = heard.bot.context
+    session = find_live(context, session_id)
+    request = find_request(session, request_id, True)
+    given = read_answers(questions_of(request), None, None, words)
+    answer_question(context, session, request, given, True, heard.by)
+    return []
+
+
+def on_press(heard: Heard, data: str) -> Tuple[List[Statement], str]:
+    """Do what a pressed button says: its letter, what it is about, and which option."""
+    letter, _, rest = data.partition(":")
+    act = PRESSES.get(letter)
+    return act(heard, *rest.split(":")) if act else ([], "This button is not known any more.")
+
+
+def press_decide(heard: Heard, request_id: str, state: str) -> Tuple[List[Statement], str]:
+    """Approve or reject a request."""
+    context, row = heard.bot.context, find_asked(heard, request_id)
+    session = find_live(context, row.session)
+    request = find_request(session, request_id, False)
+    decision = approval(request, None, False) if state == "approved" else {"behavior": "deny",
+                                                                           "message": "Rejected by the user."}
+    settled = decide(context, session, request, state, decision, by=heard.by)
+    return [], f"{settled.state.replace('_', ' ')}: {settled.summary}"
+
+
+def press_option(heard: Heard, request_id: str, place: str, index: str) -> Tuple[List[Statement], str]:
+    """Answer a question by an option; where several belong to an answer, mark or unmark it."""
+    context, row = heard.bot.context, find_asked(heard, request_id)
+    session = find_live(context, row.session)
+    request = find_request(session, request_id, True)
+    questions = questions_of(request)
+    label = questions[int(place)]["options"][int(index)]["label"]
+    if one_press(questions):
+        answer_question(context, session, request, [[label]], False, heard.by)
+        return [], f"answered: {label}"
+    sent = context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                             heard.message.get("message_id"))
+    if sent is None:
+        return [], "This message is not known any more: answer by another way."
+    marked = toggled(sent.chosen, place, int(index), questions[int(place)]["multiSelect"])
+    return [("UPDATE telegram_sent SET chosen = ? WHERE seq = ?", (dump(marked), sent.seq)),
+            note(heard.chat, "mark", row.session, request_id, {})], label
+
+
+def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bool) -> Dict[str, List[int]]:
+    """Mark an option, or unmark it; of a question that takes one answer, the others are unmarked.
+
+    >>> toggled({"0": [1]}, "0", 2, False), toggled({"0": [1]}, "0", 2, True), toggled({"0": [1]}, "0", 1, True)
+    ({'0': [2]}, {'0': [1, 2]}, {'0': []})
+    """
+    marked = chosen.get(place, [])
+    kept = [one for one in marked if one != index] if several else []
+    return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
+
+
+def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
+    """Answer a question by the options that are marked."""
+    context, row = heard.bot.context, find_asked(heard, request_id)
+    session = find_live(context, row.session)
+    request = find_request(session, request_id, True)
+    questions = questions_of(request)
+    sent = context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                             heard.message.get("message_id"))
+    chosen = sent.chosen if sent else {}
+    given = [[question["options"][index]["label"] for index in chosen.get(str(place), [])]
+             for place, question in enumerate(questions)]
+    if not all(given):
+        return [], "Choose an answer to each question before."
+    answer_question(context, session, request, given, False, heard.by)
+    return [], "answered"
+
+
+def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List[Statement], str]:
+    """Kill a session, or let it live."""
+    if answer != "yes":
+        return [note(heard.chat, "edit", session_id, f"kill:{session_id}", {"text": "It goes on."})], "It goes on."
+    row, was_live = kill_session(heard.bot.context, session_id, f"killed in Telegram by {heard.by}")
+    told = f"Killed by {heard.by}." if was_live else f"It had ended before: it is {row.status}."
+    return [note(heard.chat, "edit", session_id, f"kill:{session_id}", {"text": told})], told
+
+
+PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
+    "a": lambda heard, request: press_decide(heard, request, "approved"),
+    "r": lambda heard, request: press_decide(heard, request, "rejected"),
+    "o": press_option, "s": press_send, "k": press_kill,
+}
+
+
+def meant(heard: Heard, word: str, session_id: Optional[str]) -> Session:
+    """Find the session that a command is about: by id, by name, or by where it stands.  Raises ApiError 400, 404."""
+    context = heard.bot.context
+    if not word and session_id is None:
+        raise ApiError(400, "INVALID_REQUEST", "name a session, or reply to one of its messages")
+    by_name = context.store.value(
+        "SELECT id FROM sessions WHERE name = ? ORDER BY ended_at IS NULL DESC, created_at DESC", word)
+    return find_session(context, by_name or word or session_id or "")
+
+
+def say_sessions(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/sessions: list the live sessions."""
+    lines = []
+    for session in sorted(list(heard.bot.context.sessions.values()), key=lambda one: one.row.created_at):
+        why = f": {clip(session.row.reason, 100)}" if session.row.reason else ""
+        lines.append(f"{session.row.name} ({session.row.id}) is {session.row.status.replace('_', ' ')}{why}")
+    return heard.say("\n".join(lines) or "No session is alive.")
+
+
+def say_output(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/read: show a session's state and its last answer."""
+    session = meant(heard, word, session_id)
+    row = session.row
+    told = f"{row.name} is {row.status.replace('_', ' ')}" + (f": {row.reason}" if row.reason else ".")
+    return heard.say(f"{told}\n{row.output or 'It has answered nothing yet.'}", row.id)
+
+
+def ask_kill(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/kill: end a session, after a second press."""
+    row = find_live(heard.bot.context, meant(heard, word, session_id).row.id).row
+    buttons = keyboard([[(f"Kill {clip(row.name, 40)}", f"k:{row.id}"), ("Let it live", f"k:{row.id}:no")]])
+    return heard.say(f"Kill {row.name}? It is {row.status.replace('_', ' ')}.", row.id, request=f"kill:{row.id}",
+                     markup=buttons)
+
+
+def say_help(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
+    """/help: say what can be done here."""
+    return heard.say("Reply to a message of a session, or write in its topic, to send it a prompt.\n"
+                     "/sessions lists them\n/read NAME shows the last answer\n/kill NAME ends one\n"
+                     "NAME may be left out in a topic or a reply.")
+
+
+COMMANDS_THERE: Dict[str, Callable[[Heard, str, Optional[str]], List[Statement]]] = {
+    "sessions": say_sessions, "read": say_output, "kill": ask_kill, "help": say_help, "start": say_help,
+}
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -9700,6 +11380,9 @@ class App:
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
         context.runner, context.traffic = Runner(context), Traffic()
+        context.guard, context.webhooks = Guard(settings.webhook_allow), Webhooks(context)
+        context.telegram = telegram = Telegram(context)
+        telegram.react = lambda update_: react(telegram, update_)
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
@@ -9718,6 +11401,8 @@ class App:
         spawn("aegis-sweep", sweep_memory, self.context)
         self.context.verifier.start()
         self.context.runner.start()
+        self.context.webhooks.start()
+        self.context.telegram.start()
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -9733,6 +11418,7 @@ class App:
         """Stop watching; agents go on."""
         context = self.context
         self.monitor.close()
+        context.webhooks.close()
         context.exits.close()
         context.tmux.close()
         context.store.close()
@@ -10347,6 +12033,8 @@ TEMPLATE: Dict[str, Field] = dict(
                        maxProperties=MAX_VARIABLES, default={}),
     session=anything("Fields of create; every string in them may hold {{variables}}."),
 )
+WEBHOOK_ID = text("The webhook's id.", 64)
+LETTER_ID = text("The dead letter's id.", 64)
 STREAM: Dict[str, Field] = dict(
     types=text("Only these events, comma-separated; session.* takes a family.", 2_000, default=None),
     after=whole("Begin behind the event with this id; 0 replays all.", 0, 10 ** 15, default=None),
@@ -11119,8 +12807,7 @@ def stream_events(
 ) -> Stream:
     """Follow all events as a stream (Server-Sent Events)."""
     kinds = read_list(types or "")
-    unknown = [kind for kind in kinds if not any(known == kind or (kind.endswith("*") and known.startswith(kind[:-1]))
-                                                 for known in EVENT_TYPES)]
+    unknown = unknown_types(kinds)
     if unknown:
         raise ApiError(400, "INVALID_REQUEST", f"types holds unknown events: {', '.join(unknown)}",
                        fields={"types": "must name events, or a family such as session.*"})
@@ -11548,6 +13235,93 @@ def checked_day(field: str, day: Optional[str]) -> Optional[str]:
 def get_diagnostics(ask: Ask, full: bool) -> Any:
     """Tell versions, tmux health, resources, settings, queues, recent errors, and what to do about what is wrong."""
     return Later(lambda: diagnostics(ask.context, full))
+
+
+def list_webhooks(ask: Ask) -> Json:
+    """List the webhooks, and how each fares."""
+    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    return {"webhooks": [wire_webhook(ask.context, row) for row in rows]}
+
+
+def create_webhook(ask: Ask, name: Optional[str], url: str, events: List[str], session: Optional[str],
+                   labels: Optional[Json], secret: Optional[str]) -> Any:
+    """Have events sent to an address from now on, signed; the secret is shown this once."""
+    fields = webhook_fields(events, url, session, labels, secret)
+    if session is not None:
+        find_session(ask.context, session)
+
+    def work() -> Json:
+        check_reachable(ask.context, url)
+        row = ask.context.webhooks.add(new_webhook(new_id("wh-"), "api", name, **fields))
+        ask.context.webhooks.employ(row)
+        return wire_webhook(ask.context, row, fields["secret"])
+    return Later(work)
+
+
+def get_webhook(ask: Ask, id: str) -> Json:
+    """Get one webhook."""
+    return wire_webhook(ask.context, find_webhook(ask.context, id))
+
+
+def update_webhook(ask: Ask, id: str, url: Optional[str], events: Optional[List[str]], paused: Optional[bool]) -> Any:
+    """Change a webhook's address or events, pause it, or let it go on; a paused one keeps its queue."""
+    row = find_webhook(ask.context, id)
+
+    def work() -> Json:
+        if url is not None:
+            check_reachable(ask.context, url)
+        return wire_webhook(ask.context, change_webhook(ask.context, row, url, events, paused))
+    return Later(work)
+
+
+def delete_webhook(ask: Ask, id: str) -> Json:
+    """Delete a webhook, its queue and its dead letters."""
+    row = find_webhook(ask.context, id)
+    if row.source == "settings":
+        raise given_refusal(row)
+    return {"id": row.id, "deleted": True, "deadLetters": ask.context.webhooks.remove(row)}
+
+
+def rotate_webhook(ask: Ask, id: str, secret: Optional[str], keep_seconds: float) -> Json:
+    """Give a webhook another secret, shown this once; the old one signs too for a while."""
+    row, fresh = rotate_secret(ask.context, find_webhook(ask.context, id), secret, keep_seconds)
+    return wire_webhook(ask.context, row, fresh)
+
+
+def test_webhook(ask: Ask, id: str) -> Any:
+    """Send a webhook a test message now, once, past its queue."""
+    row = find_webhook(ask.context, id)
+    return Later(lambda: try_webhook(ask.context, row))
+
+
+def list_dead_letters(ask: Ask, webhook: Optional[str], page: int, limit: int) -> Json:
+    """List the events that did not arrive, newest first, page by page."""
+    store, where = ask.context.store, "(? IS NULL OR webhook = ?)"
+    total = store.value(f"SELECT count(*) FROM dead_letters WHERE {where}", webhook, webhook)
+    rows = store.rows(LetterRow, "dead_letters", f"{where} ORDER BY seq DESC LIMIT ? OFFSET ?", webhook, webhook, limit,
+                      (page - 1) * limit)
+    return {"deadLetters": [wire_letter(row) for row in rows], "pagination": pagination(page, limit, total)}
+
+
+def retry_dead_letter(ask: Ask, id: str) -> Any:
+    """Send a dead letter once more, under its old message id; it goes when it arrives."""
+    letter = find_letter(ask.context, id)
+    return Later(lambda: retry_letter(ask.context, letter), True)
+
+
+def delete_dead_letter(ask: Ask, id: str) -> Json:
+    """Delete a dead letter."""
+    letter = find_letter(ask.context, id)
+    ask.context.bus.commit([("DELETE FROM dead_letters WHERE id = ?", (letter.id,))])
+    return {"id": letter.id, "deleted": True}
+
+
+def get_channel_health(ask: Ask) -> Json:
+    """Tell how each channel fares: state, last success, last error, queue length."""
+    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
+    well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
+    return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
 
 
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
@@ -12289,6 +14063,56 @@ ROUTES = (
         dict(full=flag("Check the database's integrity, too, which takes a while.", default=False)),
         tool="get_diagnostics",
     ),
+    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks"),
+    Route(
+        "POST /v1/webhooks",
+        create_webhook,
+        "webhooks:admin",
+        dict(
+            name=text("Name, unique among webhooks; its id when missing.", 100, default=None, minLength=1,
+                      pattern=r"^[^\x00-\x1f\x7f]+$"),
+            **{**GIVEN_WEBHOOK, "secret": {**GIVEN_WEBHOOK["secret"], "default": None}},
+        ),
+        201,
+        "create_webhook",
+    ),
+    Route(
+        "GET /v1/webhooks/dead-letter",
+        list_dead_letters,
+        "webhooks:admin",
+        dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
+        tool="list_dead_letters",
+    ),
+    Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
+          tool="retry_dead_letter"),
+    Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
+          tool="delete_dead_letter"),
+    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook"),
+    Route(
+        "PATCH /v1/webhooks/:id",
+        update_webhook,
+        "webhooks:admin",
+        dict(
+            id=WEBHOOK_ID,
+            **{name: {**GIVEN_WEBHOOK[name], "default": None} for name in ("url", "events")},
+            paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
+        ),
+        tool="update_webhook",
+    ),
+    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook"),
+    Route(
+        "POST /v1/webhooks/:id/rotate",
+        rotate_webhook,
+        "webhooks:admin",
+        dict(
+            id=WEBHOOK_ID,
+            secret={**GIVEN_WEBHOOK["secret"], "default": None},
+            keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
+        ),
+        tool="rotate_webhook",
+    ),
+    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook"),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health"),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,
@@ -12298,8 +14122,8 @@ ROUTES = (
     ),
 )
 # "any": whoever has a key; what it may do is decided by what it does
-SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write", "admin",
-                    "hook", "any"))
+SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write",
+                    "webhooks:admin", "admin", "hook", "any"))
 
 
 PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
@@ -17011,6 +18835,8 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     given.update(flags)
     settings = Settings(given)
     settings.sources = {**sources, **dict.fromkeys(flags, "flag")}
+    read_given(settings.webhooks)
+    check_telegram(settings)
     if not is_loopback(settings.host) and not settings.auth_token:
         raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
                          "for whoever reaches this API can run code as you")
