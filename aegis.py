@@ -42,6 +42,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     HTTP          the server
     DEMO AGENT    a stand-in with Claude Code's surface
     BENCH         the figures, measured on this box
+    CLIENT        a caller of a running Aegis
     COMMAND LINE  serve, bench, selftest, demo-agent
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
@@ -13854,6 +13855,285 @@ def bench(argv: Sequence[str]) -> int:
 
 
 # ============================================================================
+# CLIENT. A caller of a running Aegis.
+# ============================================================================
+# What the command line and MCP over stdio are made of: they speak the HTTP
+# API as any other client does.  A Client keeps one connection and belongs to
+# one thread; only close() may come from another, and ends what waits.  A
+# refusal arrives as the ApiError that it was; where no server answered at all
+# its status is 0.  The token is sent to the server it is for, and nowhere else.
+
+CALL_SECONDS = 120.0        # an answer that was not told to wait: create waits for its agent
+DIAL_SECONDS = 10.0         # a connection is made within this
+STREAM_SECONDS = 90.0       # a stream without even a comment for so long is dead: they come every 15 s
+COME_BACK_SECONDS = 60.0    # how long a stream that broke is tried again: a restart of the server takes less
+COME_BACK_STATUS = (0, 502, 503, 504)   # what a server, or a proxy before it, answers meanwhile
+
+
+class Place(NamedTuple):
+    """Where a server is."""
+
+    secure: bool
+    host: str
+    port: int
+    prefix: str      # of its paths, behind a proxy
+
+
+def read_url(url: str) -> Place:
+    """Read a server's address.  Raises ApiError that says how it is written."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ApiError(0, "BAD_URL", f"{clip(url, 100)!r} is no address of a server: write http://127.0.0.1:9100")
+    if parts.username is not None or parts.password is not None:
+        raise ApiError(0, "BAD_URL", "an address holds no password: put the token into AEGIS_TOKEN")
+    return Place(parts.scheme == "https", parts.hostname, port, urllib.parse.quote(parts.path.rstrip("/"), "/%"))
+
+
+def as_request(route: Route, values: Mapping[str, Any]) -> Tuple[str, str, Optional[Json]]:
+    """Write a row and the values of its fields as a request: method, path with query, body."""
+    method, _, path = route.route.partition(" ")
+    inside = PATH_FIELD.findall(path)
+    missing = [name for name in inside if values.get(name) in (None, "")]
+    if missing:
+        raise ApiError(400, "INVALID_REQUEST", f"{missing[0]} is required", fields={missing[0]: "is required"})
+    path = PATH_FIELD.sub(
+        lambda found: urllib.parse.quote(str(values[found.group(1)]), "/" if found.group()[0] == "*" else ""), path)
+    rest = {name: value for name, value in values.items() if name not in inside}
+    if route.whole_body:
+        return method, path, rest.get(route.whole_body) or {}
+    if method != "GET":
+        return method, path, rest or None
+    words = {name: value if isinstance(value, str) else dump(value) for name, value in rest.items()
+             if value is not None}
+    return method, path + ("?" + urllib.parse.urlencode(words) if words else ""), None
+
+
+def read_blocks(lines: Iterator[bytes]) -> Iterator[Json]:
+    """Read the lines of an event stream as the events' data; comments and unfinished blocks give nothing."""
+    data: List[str] = []
+    for line in lines:
+        text_ = line.decode("utf-8", "replace").rstrip("\r\n")
+        name, _, value = text_.partition(":")
+        if name == "data":
+            data.append(value[1:] if value.startswith(" ") else value)
+        elif not text_ and data:
+            told, data = json.loads("\n".join(data)), []
+            if isinstance(told, dict):
+                yield told
+
+
+class Client:
+    """One caller, with a kept connection."""
+
+    def __init__(self, url: str, token: str = "") -> None:
+        """Take an address and a bearer token.  Raises ApiError when either cannot be."""
+        if not re.fullmatch(r"[\x21-\x7e]*", token):
+            raise ApiError(0, "BAD_TOKEN", "the token must have visible ASCII characters only")
+        self.url, self.place, self.closed = url.rstrip("/"), read_url(url), False
+        self.headers = {"Accept": "application/json, text/event-stream", "User-Agent": f"aegis/{__version__}",
+                        "Host": urllib.parse.urlsplit(url).netloc,
+                        **({"Authorization": f"Bearer {token}"} if token else {})}
+        self.line: Any = None                       # the kept connection
+        self.sockets: List[socket.socket] = []      # of all connections, also of one that its answer ends
+
+    def ask(self, route: Route, values: Mapping[str, Any], seconds: float = CALL_SECONDS,
+            key: Optional[str] = None) -> Any:
+        """Make the request of a row.  Raises ApiError."""
+        method, path, body = as_request(route, values)
+        return self.call(method, path, body, seconds, key)
+
+    def call(self, method: str, path: str, body: Optional[Json] = None, seconds: float = CALL_SECONDS,
+             key: Optional[str] = None) -> Any:
+        """Make a request and give its JSON; `key`, its Idempotency-Key, lets it be repeated.  Raises ApiError."""
+        again = method == "GET" or key is not None
+        headers = {**self.headers, **({"Idempotency-Key": key} if key else {})}
+        while True:
+            kept = self._kept()
+            try:
+                status, told = self._exchange(method, path, body, headers, seconds)
+                break
+            except ValueError as error:   # the header or path that it refuses to send
+                raise ApiError(0, "BAD_REQUEST", f"this cannot be sent: {error}") from None
+            except Exception as error:
+                self._drop(self.line)
+                if not (kept and again) or isinstance(error, (socket.timeout, ApiError)):
+                    raise self._lost(error, seconds) from None
+        if not 200 <= status < 300:
+            raise self._refusal(status, told)
+        return told
+
+    def events(self, path: str = "/v1/events", after: Optional[int] = None, **query: str) -> Iterator[Json]:
+        """Yield events as they come; a stream that breaks goes on where it broke.  Raises ApiError when it cannot.
+
+        Where nothing was heard before it broke, a `reset` says that the state is to be read anew.
+        """
+        came, broke, pause, heard = False, 0.0, 0.1, after
+        while not self.closed:
+            try:
+                for event in self._stream(path, {**query, **({} if heard is None else {"after": str(heard)})}):
+                    if event is None:   # it stands
+                        if came and heard is None:
+                            yield {"type": "reset"}
+                        came, broke, pause = True, 0.0, 0.1
+                        continue
+                    heard = event.get("id", heard)
+                    yield event
+            except ApiError as error:
+                if not came or error.status not in COME_BACK_STATUS:
+                    raise
+                broke = broke or time.monotonic()
+                if time.monotonic() - broke > COME_BACK_SECONDS:
+                    raise
+            time.sleep(pause)
+            pause = min(2.0, pause * 2)
+
+    def close(self) -> None:
+        """Hang up, from any thread: what waits for an answer ends."""
+        self.closed = True
+        for sock in list(self.sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)   # wakes whoever reads from it
+
+    # -- connections
+
+    def _dial(self, seconds: float) -> Any:
+        """Connect; http.client cannot speak TLS where ssl was kept from it, so the socket is made here."""
+        import http.client
+        place = self.place
+        try:
+            sock = socket.create_connection((place.host, place.port), min(DIAL_SECONDS, seconds))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if place.secure:
+                import ssl
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=place.host)
+        except OSError as error:
+            why = "" if isinstance(error, ConnectionRefusedError) else f" ({error})"
+            raise ApiError(0, "NO_SERVER", f"no Aegis answers at {self.url}{why}: start one with `python3 aegis.py`, "
+                           "or name another with --url") from None
+        line = http.client.HTTPConnection(place.host, place.port, timeout=seconds)
+        line.sock = line.own = sock
+        self.sockets.append(sock)
+        return line
+
+    def _kept(self) -> bool:
+        """Tell whether the kept connection may still be used; one that the server has closed is forgotten."""
+        if self.line is not None and (self.line.sock is None or select.select([self.line.sock], [], [], 0)[0]):
+            self._drop(self.line)
+        return self.line is not None
+
+    def _exchange(self, method: str, path: str, body: Optional[Json], headers: Json, seconds: float) -> Tuple[int, Any]:
+        if self.closed:
+            raise OSError("hung up")
+        self.line = self.line or self._dial(seconds)
+        self.line.sock.settimeout(seconds)
+        payload = None if body is None else dump(body).encode("utf-8", "replace")
+        typed = {} if payload is None else {"Content-Type": "application/json"}
+        self.line.request(method, self.place.prefix + path, payload, {**headers, **typed})
+        answer = self.line.getresponse()
+        return answer.status, self._json(answer.status, answer.read())
+
+    def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[Optional[Json]]:
+        """Yield None when the stream stands, then its events, to its end.  Raises ApiError."""
+        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+        line = None
+        try:
+            line = self._dial(STREAM_SECONDS)
+            line.sock.settimeout(STREAM_SECONDS)
+            line.request("GET", self.place.prefix + target, headers=self.headers)
+            answer = line.getresponse()
+            if answer.status != 200:
+                raise self._refusal(answer.status, self._json(answer.status, answer.read()))
+            yield None
+            yield from read_blocks(iter(answer.readline, b""))
+        except (GeneratorExit, ApiError):
+            raise
+        except Exception as error:
+            if not self.closed:
+                raise self._lost(error, STREAM_SECONDS) from None
+        finally:
+            self._drop(line)
+
+    def _drop(self, line: Any) -> None:
+        if line is None:
+            return
+        self.line = None if line is self.line else self.line
+        with contextlib.suppress(OSError):
+            line.close()
+        with contextlib.suppress(OSError, ValueError):
+            line.own.close()
+            self.sockets.remove(line.own)
+
+    # -- what comes back
+
+    def _json(self, status: int, raw: bytes) -> Any:
+        try:
+            return None if status == 204 else json.loads(raw)
+        except ValueError:
+            raise ApiError(status if status >= 400 else 0, "NO_AEGIS", f"what answers at {self.url} ({status}) is no "
+                           "Aegis: is the address right?") from None
+
+    def _refusal(self, status: int, told: Any) -> ApiError:
+        """Turn the contract's error envelope into the error that it was."""
+        if not isinstance(told, dict) or not isinstance(told.get("error"), str):
+            return ApiError(status, "NO_AEGIS", f"{self.url} answered {status} without saying why: is the address "
+                            "right?")
+        error = ApiError(status, str(told.get("code")), told["error"])
+        error.more = {name: value for name, value in told.items() if name not in ("error", "code", "statusCode")}
+        return error
+
+    def _lost(self, error: Exception, seconds: float) -> ApiError:
+        """Say why there is no answer, and what to do."""
+        if isinstance(error, ApiError):
+            return error
+        if self.closed:
+            return ApiError(0, "HUNG_UP", "the connection was closed by its own side")
+        if isinstance(error, socket.timeout):
+            return ApiError(0, "NO_ANSWER", f"{self.url} gave no answer within {seconds:g} s")
+        return ApiError(0, "CONNECTION_LOST", f"the connection to {self.url} broke ({error or type(error).__name__}): "
+                        "what was asked may have been done")
+
+
+def own_address(state_dir: str) -> str:
+    """Give the address of the server that runs on a state directory of ours; empty when none does.
+
+    A server notes it beside its lock.  Its process is looked for, since another user may have taken the port since.
+    """
+    try:
+        folder = Path(state_dir)
+        if folder.stat().st_uid != os.getuid():
+            return ""
+        os.kill(int((folder / "lock").read_text()), 0)
+        return (folder / "address").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def reach(url: str = "", token: str = "", environ: Mapping[str, str] = os.environ) -> Client:
+    """Make the client of the server that is meant.  Raises ApiError.
+
+    Address: given, AEGIS_URL, the server that runs on our state directory, port AEGIS_PORT of this box.  Token: given
+    (@FILE names a file of it), AEGIS_TOKEN, AEGIS_AUTH_TOKEN; the state directory's own key is for its own server.
+    """
+    state = os.path.realpath(os.path.expanduser(environ.get("AEGIS_STATE_DIR") or "~/.aegis"))
+    own, chosen = own_address(state), url or environ.get("AEGIS_URL", "")
+    chosen = chosen or own or f"http://127.0.0.1:{environ.get('AEGIS_PORT') or 9100}"
+    token = token or environ.get("AEGIS_TOKEN", "") or environ.get("AEGIS_AUTH_TOKEN", "")
+    try:
+        if token.startswith("@"):
+            token = Path(os.path.expanduser(token[1:])).read_text("utf-8").strip()
+        elif not token and own and chosen.rstrip("/") == own:
+            key = Path(state, "admin.key")
+            token = key.read_text("utf-8").strip() if key.exists() else ""
+    except (OSError, ValueError) as error:
+        raise ApiError(0, "BAD_TOKEN", f"the token cannot be read: {error}") from None
+    return Client(chosen, token)
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
@@ -13948,6 +14228,7 @@ def serve(argv: Sequence[str]) -> int:
         return EXIT_START
     log.start()
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    write_private(Path(settings.state_dir) / "address", agents_url(settings, server.server_port) + "\n")
     log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
              state=settings.state_dir, sessions=len(app.context.sessions))
     give_back_memory()

@@ -7081,6 +7081,193 @@ def test_bench_prints_its_table(_):
 
 
 # ============================================================================
+# CLIENT. A caller of a running Aegis.
+# ============================================================================
+
+
+def client_of(server: Server) -> aegis.Client:
+    """Give a client of a server."""
+    return aegis.Client(f"http://127.0.0.1:{server.port}", server.env.get("AEGIS_AUTH_TOKEN", ""))
+
+
+def row(tool: str) -> Any:
+    """Find the row that a tool names."""
+    return next(one for one in aegis.ROUTES if one.tool == tool)
+
+
+@contextlib.contextmanager
+def answering(*lines: Tuple[bytes, ...]) -> Iterator[Tuple[str, List[bytes]]]:
+    """Answer what comes on one connection after the other, then close it; gives the address and what was asked."""
+    asked: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                for answers in lines:
+                    with listening.accept()[0] as line, line.makefile("rb") as coming:
+                        for answer in answers:
+                            head = b"".join(iter(coming.readline, b"\r\n"))
+                            length = re.search(rb"Content-Length: (\d+)", head)
+                            asked.append(head + coming.read(int(length.group(1)) if length else 0))
+                            line.sendall(answer)
+        worker = threading.Thread(target=serve, daemon=True)
+        worker.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+        listening.shutdown(socket.SHUT_RDWR)
+        worker.join(5)
+
+
+def http_answer(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
+    """Write an answer."""
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+def failure(work: Callable[[], Any]) -> aegis.ApiError:
+    """Give the error that work must end with."""
+    with pytest.raises(aegis.ApiError) as caught:
+        work()
+    return caught.value
+
+
+def test_a_client_asks_by_rows_on_one_connection(server):
+    client = client_of(server)
+    assert client.call("GET", "/v1/health")["status"] == "ok"
+    line = client.line
+    key = f"a b/c?{uuid.uuid4().hex}/ü"
+    client.ask(row("set_memory"), {"key": key, "value": {"a": [1, None, "é"]}})
+    assert client.ask(row("get_memory"), {"key": key})["value"] == {"a": [1, None, "é"]}
+    assert [one["key"] for one in client.ask(row("list_memory"), {"prefix": key, "limit": 5})["entries"]] == [key]
+    assert client.ask(row("delete_memory"), {"key": key})["deleted"] is True
+    assert client.line is line
+    client.close()
+    assert failure(lambda: client.call("GET", "/v1/health")).code == "HUNG_UP"
+
+
+def test_a_client_tells_a_refusal_as_it_was(server, strict):
+    client = client_of(server)
+    wrong = failure(lambda: client.call("POST", "/v1/memory", {"key": "", "what": 1}))
+    assert (wrong.status, wrong.code) == (400, "INVALID_REQUEST") and wrong.more["fields"]["value"] == "is required"
+    assert failure(lambda: client.ask(row("get_session"), {"id": "../x?y"})).code == "SESSION_NOT_FOUND"
+    assert failure(lambda: client.ask(row("get_session"), {"id": ""})).message == "id is required"
+    stranger = aegis.Client(f"http://127.0.0.1:{strict.port}", "wrong")
+    assert failure(lambda: stranger.call("GET", "/v1/sessions")).status == 401
+    assert client_of(strict).call("GET", "/v1/sessions")["sessions"] == []
+
+
+def test_a_client_says_what_to_do_where_no_aegis_answers():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    lost = failure(lambda: aegis.Client(f"http://127.0.0.1:{port}").call("GET", "/v1/health"))
+    assert (lost.status, lost.code) == (0, "NO_SERVER")
+    assert f"no Aegis answers at http://127.0.0.1:{port}: start one with `python3 aegis.py`" in lost.message
+    lost = failure(lambda: next(aegis.Client(f"http://127.0.0.1:{port}").events()))
+    assert lost.code == "NO_SERVER"
+    for url in ("127.0.0.1:9100", "ftp://x", "http://", "http://a:b@c", "http://x:port", "http://x/?y"):
+        assert failure(lambda: aegis.Client(url)).code == "BAD_URL", url
+    assert failure(lambda: aegis.Client("http://x", "a\r\nX: y")).code == "BAD_TOKEN"
+
+
+def test_a_client_says_when_what_answers_is_no_aegis_or_too_slow():
+    page = http_answer(b"<h1>Hello</h1>", kind="text/html")
+    with answering((page,), (http_answer(b"<h1>Bad gateway</h1>", "502 Bad Gateway"),), (b"",),
+                   (http_answer(b"{}")[:-1],)) as (url, _):
+        client = aegis.Client(url)
+        told = [failure(lambda: client.call("GET", "/v1/health")) for _ in range(4)]
+    assert [one.code for one in told] == ["NO_AEGIS", "NO_AEGIS", "CONNECTION_LOST", "CONNECTION_LOST"]
+    assert [one.status for one in told] == [0, 502, 0, 0]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = aegis.Client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert failure(lambda: slow.call("GET", "/v1/health", seconds=0.05)).code == "NO_ANSWER"
+
+
+def test_a_client_repeats_only_what_may_be_repeated():
+    good = http_answer(b'{"n": 1}')
+    with answering((good, b""), (good, b""), (good, b""), (good,)) as (url, asked):   # b"": taken, and never answered
+        client = aegis.Client(url)
+        for _ in range(2):
+            assert client.call("GET", "/x") == {"n": 1}
+        assert client.call("POST", "/x", {}, key="once") == {"n": 1}
+        assert failure(lambda: client.call("POST", "/x", {})).code == "CONNECTION_LOST"
+    assert [one.split()[0] for one in asked] == [b"GET", b"GET", b"GET", b"POST", b"POST", b"POST"]
+    with answering((good,), (good,)) as (url, asked):
+        client = aegis.Client(url)
+        client.call("GET", "/x")
+        eventually(lambda: not client._kept())       # the server has closed it: nothing is lost by asking anew
+        assert client.call("POST", "/x", {}) == {"n": 1}
+
+
+def test_a_client_behind_a_path_sends_its_token_and_host():
+    with answering((http_answer(b"{}"),)) as (url, asked):
+        assert aegis.Client(url + "/my%20box/", "t0ken").call("GET", "/v1/health") == {}
+    head = asked[0].decode().split("\r\n")
+    assert head[0] == "GET /my%20box/v1/health HTTP/1.1" and "Authorization: Bearer t0ken" in head
+    assert f"Host: {url[7:]}" in head
+
+
+def test_an_event_stream_is_read_by_the_rules_of_event_streams():
+    raw = (b": hello\nretry: 2000\nid: 1\ndata: {\"id\":1,\ndata: \"a\":2}\r\n\r\n:\n\ndata:{\"id\":2}\n\n"
+           b"data: [1]\n\ndata: {\"id\":3}\n")
+    assert list(aegis.read_blocks(iter(raw.splitlines(True)))) == [{"id": 1, "a": 2}, {"id": 2}]
+
+
+@alone
+def test_a_client_follows_events_through_a_restart(house):
+    own = house()
+    client = client_of(own)
+    client.call("POST", "/v1/memory", {"key": "k0", "value": 0})
+    events = client.events(after=0, types="memory.set")
+    assert next(events)["key"] == "k0"
+    own.crash()
+    own.start(own.port)
+    client.call("POST", "/v1/memory", {"key": "k1", "value": 1})
+    assert next(events)["key"] == "k1"
+    own.crash()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aegis, "COME_BACK_SECONDS", 0.2)
+        assert failure(lambda: next(events)).code in ("NO_SERVER", "CONNECTION_LOST")
+
+
+def test_a_client_that_hangs_up_ends_what_waits(talk):
+    talk.server.events.told(None)
+    client = client_of(talk.server)
+    busy = threading.Thread(target=lambda: told.append(failure(
+        lambda: client.call("GET", "/v1/verify/none?wait=done")).code), daemon=True)
+    told: List[str] = []
+    stream = client.events(f"/v1/sessions/{talk.id}/events", after=0)
+    assert next(stream)["type"] == "session.created"
+    heard: List[Json] = []
+    listening = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+    listening.start()
+    eventually(lambda: heard)
+    client.close()
+    listening.join(WITHIN)
+    assert not listening.is_alive()
+    busy.start()
+    busy.join(WITHIN)
+    assert told == ["HUNG_UP"]
+
+
+def test_the_server_of_our_state_directory_is_found_and_only_it_gets_its_key(server, tmp_path):
+    here = f"http://127.0.0.1:{server.port}"
+    assert aegis.own_address(str(server.state)) == here
+    env = {"AEGIS_STATE_DIR": str(server.state)}
+    key = server.state / "admin.key"
+    key.write_text("minted\n")
+    try:
+        bearer = [aegis.reach(url, environ=env).headers.get("Authorization") for url in ("", here, "http://other:9100")]
+        assert bearer == ["Bearer minted", "Bearer minted", None]
+        assert aegis.reach(environ={**env, "AEGIS_TOKEN": "mine"}).headers["Authorization"] == "Bearer mine"
+        assert aegis.reach(token=f"@{key}", environ=env).headers["Authorization"] == "Bearer minted"
+        assert aegis.reach(environ={**env, "AEGIS_URL": "http://other:9100"}).url == "http://other:9100"
+    finally:
+        key.unlink()
+    for name, text in (("lock", str(2 ** 22 + 7)), ("address", here), ("admin.key", "minted")):
+        (tmp_path / name).write_text(text)
+    left = aegis.reach(environ={"AEGIS_STATE_DIR": str(tmp_path), "AEGIS_PORT": "9123"})   # by one that was killed
+    assert (left.url, left.headers.get("Authorization")) == ("http://127.0.0.1:9123", None)
+    assert failure(lambda: aegis.reach(token="@/no/such/file", environ={})).code == "BAD_TOKEN"
+
+
+# ============================================================================
 # COMMAND LINE. serve, bench, selftest, demo-agent.
 # ============================================================================
 
