@@ -7272,9 +7272,13 @@ def test_the_server_of_our_state_directory_is_found_and_only_it_gets_its_key(ser
 # ============================================================================
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    assert aegis.main(["dance"]) == 2
-    assert "selftest" in capsys.readouterr().err
+def test_an_unknown_command_names_the_nearest_or_where_all_are_told(capsys):
+    assert (aegis.main(["dance"]), aegis.main(["selftset"])) == (2, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "aegis: there is no command 'dance': `aegis.py help` lists them",
+        "aegis: there is no command 'selftset': did you mean `selftest`?"]
+    assert aegis.main(["pipeline", "lst"]) == 2
+    assert "did you mean `pipeline ls`?" in capsys.readouterr().err
 
 
 def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path):
