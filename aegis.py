@@ -46,6 +46,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     TERMINAL      what a person reads, and what they type
     VERBS         from a row to a command, and from an answer to lines
     DIALOGUE      one session, followed at a terminal
+    RUN           prompts and their answers: run, send, tail
     WATCHING      lists that stay true, and windows to look into
     COMMANDS      the table of verbs, help, completion
     COMMAND LINE  serve, bench, selftest, demo-agent; main
@@ -14118,12 +14119,13 @@ def own_address(state_dir: str) -> str:
         return ""
 
 
-def reach(url: str = "", token: str = "", environ: Mapping[str, str] = os.environ) -> Client:
+def reach(url: str = "", token: str = "", environ: Optional[Mapping[str, str]] = None) -> Client:
     """Make the client of the server that is meant.  Raises ApiError.
 
     Address: given, AEGIS_URL, the server that runs on our state directory, port AEGIS_PORT of this box.  Token: given
     (@FILE names a file of it), AEGIS_TOKEN, AEGIS_AUTH_TOKEN; the state directory's own key is for its own server.
     """
+    environ = os.environ if environ is None else environ
     state = os.path.realpath(os.path.expanduser(environ.get("AEGIS_STATE_DIR") or "~/.aegis"))
     own, chosen = own_address(state), url or environ.get("AEGIS_URL", "")
     chosen = chosen or own or f"http://127.0.0.1:{environ.get('AEGIS_PORT') or 9100}"
@@ -14148,6 +14150,7 @@ def reach(url: str = "", token: str = "", environ: Mapping[str, str] = os.enviro
 # what a person may wait for at once: events, a typed line, Ctrl-C, the clock.
 
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+READABLE = 12      # columns that a cell keeps: rather than have less, the last column of a table goes
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "magenta": "35"}
 WORD_STYLES = {   # states of sessions, stages, pipelines and verifications
     "idle": "green", "working": "blue", "starting": "blue", "permission_prompt": "magenta", "asking": "magenta",
@@ -14158,7 +14161,7 @@ WORD_STYLES = {   # states of sessions, stages, pipelines and verifications
 
 def safe_text(text_: str) -> str:
     """Make a text harmless for a terminal; what was taken out is shown as its escape."""
-    return UNSAFE.sub(lambda found: f"\\x{ord(found.group()):02x}" if found.group() < "\x100" else
+    return UNSAFE.sub(lambda found: f"\\x{ord(found.group()):02x}" if ord(found.group()) < 0x100 else
                       f"\\u{ord(found.group()):04x}", text_.replace("\r\n", "\n"))
 
 
@@ -14199,10 +14202,13 @@ def fit(text_: str, width: int) -> str:
 
 
 def lay_out(rows: Sequence[Sequence[str]], room: Optional[int]) -> List[List[str]]:
-    """Pad the cells of a table; where there is only so much room, the widest columns give way."""
+    """Pad the cells of a table; where there is only so much room, the last columns go, then the widest give way."""
     widths = [max(cells(row[place]) for row in rows) for place in range(len(rows[0]))]
-    while room is not None and sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > 6:
-        widths[widths.index(max(widths))] -= 1
+    if room is not None:
+        while len(widths) > 1 and sum(min(width, READABLE) + 2 for width in widths) - 2 > room:
+            widths.pop()
+        for _ in range(sum(widths) + 2 * len(widths) - 2 - room):
+            widths[widths.index(max(widths))] -= 1
     shown = []
     for row in rows:
         fitted = [fit(cell, width) for cell, width in zip(row, widths)]
@@ -14222,8 +14228,8 @@ def is_terminal(file: Any) -> bool:
 class Terminal:
     """Where results and notes go: results to stdout, everything else to stderr."""
 
-    def __init__(self, as_json: bool = False, environ: Mapping[str, str] = os.environ) -> None:
-        self.as_json = as_json
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json, environ = as_json, os.environ
         for name in ("stdin", "stdout", "stderr"):   # one that was closed: no file of ours may take its place
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
@@ -14395,6 +14401,7 @@ class Job(NamedTuple):
 
 ROUTES_BY_PATH = {route.route: route for route in ROUTES}
 ROUTES_BY_TOOL = {route.tool: route for route in ROUTES if route.tool}
+ANY_ITEM: Field = {"type": ["object", "integer", "string"]}    # of an array that says nothing of its items
 MISSING = object()     # of a field that the command line does not name: null is a value
 
 
@@ -14423,7 +14430,8 @@ def add_fields(parser: argparse.ArgumentParser, verb: Verb, row: Route) -> None:
 def add_argument(parser: argparse.ArgumentParser, row: Route, name: str) -> None:
     """Give a parser an argument; several words of one field are its array."""
     field = row.takes[name]
-    several, needed = "array" in kinds_of(field) or field["type"] == "object", "default" not in field
+    kinds, needed = kinds_of(field), "default" not in field
+    several = ("array" in kinds and "boolean" not in kinds) or kinds == ["object"]
     collection = row.route.split("/")[2] if name == "id" else ""
     parser.add_argument(name, metavar=BY_NAME.get(collection, kebab(name).upper()), help=about(field), default=None,
                         choices=field.get("enum"),
@@ -14453,14 +14461,17 @@ def option_kind(field: Field) -> Json:
 
 def read_field(name: str, field: Field, given: Any) -> Any:
     """Read what the command line says of a field as the JSON that is meant; MISSING where it says nothing."""
+    kinds = kinds_of(field)
     if given is None or given == []:
         return MISSING
-    if isinstance(given, list) and "array" in kinds_of(field):
-        items = [read_word(name, field.get("items", {"type": ["object", "string", "integer"]}), one) for one in given]
-        return items[0] if len(items) == 1 and kinds_of(field) != ["array"] else items
-    if isinstance(given, list):
+    if not isinstance(given, list):
+        return read_word(name, field, given) if isinstance(given, str) else given
+    if len(given) == 1 and len(kinds) > 1:
+        with contextlib.suppress(Wrong):
+            return read_word(name, field, given[0])
+    if kinds == ["object"] or ("object" in kinds and "=" in given[0]):
         return merged_words(name, given)
-    return read_word(name, field, given) if isinstance(given, str) else given
+    return [read_word(name, field.get("items", ANY_ITEM), one) for one in given]
 
 
 def read_word(name: str, field: Field, word: str) -> Any:
@@ -14555,6 +14566,8 @@ def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
     listed_ = next((value for value in answer.values() if isinstance(value, list)
                     and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
         if isinstance(answer, dict) and (columns or "pagination" in answer) else None
+    if listed_ is None and columns:
+        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
     if listed_ is None:
         return show_fields(terminal, answer)
     names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
@@ -14590,6 +14603,14 @@ def do_row(job: Job) -> None:
     show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
 
 
+def do_create(job: Job) -> None:
+    """Create a session, in the current directory where neither words nor a template say another."""
+    values = job.values()
+    if job.row().route == "POST /v1/sessions" and values.get("template") is None:
+        values.setdefault("workDir", os.getcwd())
+    show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
+
+
 def waiting_time(values: Mapping[str, Any]) -> float:
     """Tell how long an answer may take that was told to wait."""
     told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
@@ -14623,18 +14644,18 @@ def summary_of(route: Route) -> str:
 def nearest(word: str, known: Any) -> str:
     """Suggest what may have been meant."""
     from difflib import get_close_matches
-    close = get_close_matches(word, list(known), 1, 0.6)
+    close = get_close_matches(word, list(known), 1, 0.7)
     return f": did you mean `{close[0]}`?" if close else ""
 
 
 # ============================================================================
 # DIALOGUE. One session, followed at a terminal.
 # ============================================================================
-# `run`, `send --wait` and `tail`.  Events only wake us; what is so is read
-# from the server each time, so that nothing is lost where a stream breaks.
-# The answer goes to stdout, progress and questions to stderr.  A request is
-# shown behind a bar that its own text cannot leave, keys that were typed
-# before it showed are thrown away, and only a word for yes means yes.
+# Events only wake us; what is so is read from the server each time, so that
+# nothing is lost where a stream breaks.  The answer goes to stdout, progress
+# and questions to stderr.  A request is shown behind a bar that its own text
+# cannot leave, keys that were typed before it showed are thrown away, and
+# only a word for yes means yes.
 
 GLANCE_SECONDS = 1.0       # a session is looked at so often though no event tells of anything: tools tell of none
 SHOWN_LINES = 30         # lines of a request that are shown unasked
@@ -14670,6 +14691,7 @@ class Dialogue:
         self.way = job.options.requests or ("ask" if self.terminal.talks and not self.terminal.as_json else "stop")
         self.loud = not job.options.quiet and not self.terminal.as_json
         self.stream = job.options.stream
+        self.patient = bool(session["limits"].get("resumeOnReset"))   # it goes on by itself behind a usage limit
         self.last: Optional[str] = None        # id of the last message seen
         self.held = ""                         # the agent's last words: the answer, if nothing follows them
         self.asking: Optional[str] = None      # the request that the person was asked
@@ -14737,7 +14759,7 @@ class Dialogue:
             return Outcome(0, "done")
         if status in ENDED:
             return Outcome(GONE, status, self.known["statusReason"] or reason)
-        if status == "rate_limited":
+        if status == "rate_limited" and not self.patient:
             return Outcome(LIMITED, "rate_limited", reason)
         if prompt["state"] == "failed":
             stopped = re.search("interrupted|cancelled", reason or "") is not None
@@ -14773,6 +14795,8 @@ class Dialogue:
     def attend(self) -> Optional[Outcome]:
         """See to what waits for a decision."""
         permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        if self.known["status"] in ("stalled", "rate_limited"):
+            self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
         key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
         if key != self.asking and self.asking is not None:
             self.terminal.note("(decided)", "dim")
@@ -14927,7 +14951,12 @@ def read_choice(question: Json, part: str) -> Any:
     return found if question["multiSelect"] else found[0]
 
 
-# -- run and send
+# ============================================================================
+# RUN. Prompts and their answers: run, send, tail.
+# ============================================================================
+# `run` is a session for one prompt.  It ends the session when all is done,
+# for a session can be resumed; what is unfinished is left alive.  stdout has
+# the answer, or with --json one object, and nothing else.
 
 
 def run_prompt(job: Job) -> int:
@@ -14976,6 +15005,7 @@ def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, ke
         outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
         dialogue.look()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         dialogue.terminal.note(f"left: session {dialogue.id} goes on; `aegis.py attach {dialogue.id}` opens it, "
                                f"`aegis.py kill {dialogue.id}` ends it", "yellow")
         return STOPPED
@@ -15017,9 +15047,6 @@ def read_policy(given: Optional[str]) -> Json:
     if given is None:
         return {}
     return {"permissions": read_json("policy", given)} if given[:1] in ("{", "@") else {"permissionProfile": given}
-
-
-# -- tail
 
 
 def tail(job: Job) -> Optional[int]:
@@ -15324,13 +15351,21 @@ def attach(job: Job) -> int:
 SECRET_NAMES = ("AEGIS_TOKEN", "AEGIS_AUTH_TOKEN")
 
 
+def trusted_program(word: str) -> bool:
+    """Tell whether a program is one that root or this user installed."""
+    try:
+        return os.stat(shutil.which(word) or word).st_uid in (0, os.getuid())
+    except OSError:
+        return False
+
+
 def attach_words(command: str, host: str, environ: Mapping[str, str]) -> List[str]:
     """Write what is run to attach.  Raises ApiError where the server is elsewhere, or names anything but tmux.
 
     Inside a client of the same tmux server its window is switched to; inside another, the session opens within it.
     """
     found = ATTACH.fullmatch(command)
-    if host not in LOOPBACK_NAMES or not found:
+    if host not in LOOPBACK_NAMES or not found or not trusted_program(found["tmux"]):
         why = "the server names another command than it should" if host in LOOPBACK_NAMES else f"it runs on {host}"
         raise ApiError(0, "NOT_HERE", f"{why}: attach on its own box with `aegis.py attach`")
     start = [found["tmux"], "-u", "-L", found["socket"]]
@@ -15358,7 +15393,7 @@ KEEP = (
 EVERY_VERB = (
     Verb("run", run_prompt, "POST /v1/sessions", ("prompt",), more=(*RUN_OPTIONS, *KEEP),
          about="Give a new session one prompt, show what it does, and print its answer."),
-    Verb("create", do_row, "POST /v1/sessions", ("prompt",)),
+    Verb("create", do_create, "POST /v1/sessions", ("prompt",), ("id", "name", "status")),
     Verb("ls", list_live, "GET /v1/sessions", hidden=("page", "limit"), more=(
         (("-a", "--all"), {"action": "store_true", "help": "those that ended, too"}),
         (("-n", "--number"), {"type": int, "default": 200, "metavar": "N", "help": "at most so many (default: 200)"}),
@@ -15376,22 +15411,22 @@ EVERY_VERB = (
     Verb("attach", attach, "GET /v1/sessions/:id", more=(
         (("--print",), {"action": "store_true", "help": "print the command, do not run it"}),),
         about="Open a session's window in this terminal."),
-    Verb("approve", do_row, "POST /v1/sessions/:id/approve", ("permissionId",)),
-    Verb("reject", do_row, "POST /v1/sessions/:id/reject", ("permissionId",)),
-    Verb("answer", do_row, "POST /v1/sessions/:id/answer", ("answer",)),
-    Verb("interrupt", do_row, "POST /v1/sessions/:id/interrupt"),
-    Verb("escape", do_row, "POST /v1/sessions/:id/escape"),
+    Verb("approve", do_row, "POST /v1/sessions/:id/approve", ("permissionId",), ("permissionId", "decision", "status")),
+    Verb("reject", do_row, "POST /v1/sessions/:id/reject", ("permissionId",), ("permissionId", "decision", "status")),
+    Verb("answer", do_row, "POST /v1/sessions/:id/answer", ("answer",), ("questionId", "state", "answers", "status")),
+    Verb("interrupt", do_row, "POST /v1/sessions/:id/interrupt", columns=("status", "reason")),
+    Verb("escape", do_row, "POST /v1/sessions/:id/escape", columns=("status",)),
     Verb("kill", kill_named, "DELETE /v1/sessions/:id", hidden=("id",), more=(
         (("sessions",), {"metavar": "SESSION", "nargs": "+", "help": "sessions, by id or name"}),)),
-    Verb("spawn", do_row, "POST /v1/sessions/:id/spawn", ("prompt",)),
-    Verb("fork", do_row, "POST /v1/sessions/:id/fork", ("prompt",)),
-    Verb("resume", do_row, "POST /v1/sessions/:id/resume", ("prompt",)),
+    Verb("spawn", do_create, "POST /v1/sessions/:id/spawn", ("prompt",), ("id", "name", "status")),
+    Verb("fork", do_create, "POST /v1/sessions/:id/fork", ("prompt",), ("id", "name", "status")),
+    Verb("resume", do_create, "POST /v1/sessions/:id/resume", ("prompt",), ("id", "name", "status")),
     Verb("label", do_row, "PATCH /v1/sessions/:id", ("labels",)),
     Verb("children", do_row, "GET /v1/sessions/:id/children", columns=("id", "name", "status", "workDir")),
     Verb("queue", do_row, "GET /v1/sessions/:id/queue", columns=("promptId", "position", "kind", "createdAt", "text")),
-    Verb("unqueue", do_row, "DELETE /v1/sessions/:id/queue/:promptId"),
-    Verb("command", do_row, "POST /v1/sessions/:id/command"),
-    Verb("sh", do_row, "POST /v1/sessions/:id/bash"),
+    Verb("unqueue", do_row, "DELETE /v1/sessions/:id/queue/:promptId", columns=("promptId", "state")),
+    Verb("command", do_row, "POST /v1/sessions/:id/command", columns=("promptId", "state")),
+    Verb("sh", do_row, "POST /v1/sessions/:id/bash", columns=("promptId", "state")),
     Verb("pane", print_pane, "GET /v1/sessions/:id/pane"),
     Verb("explain", do_row, "GET /v1/sessions/:id/explain"),
     Verb("permissions", do_row, "GET /v1/sessions/:id/permissions"),
@@ -15404,7 +15439,7 @@ EVERY_VERB = (
     Verb("pipeline show", show_pipeline, "GET /v1/pipelines/:id", more=WATCH),
     Verb("pipeline watch", lambda job: watch_pipeline(job, job.values()["id"]), "GET /v1/pipelines/:id",
          hidden=("wait", "timeout"), about="Watch a pipeline until it is over."),
-    Verb("pipeline cancel", do_row, "DELETE /v1/pipelines/:id"),
+    Verb("pipeline cancel", do_row, "DELETE /v1/pipelines/:id", columns=("id", "name", "state")),
     Verb("template ls", do_row, "GET /v1/templates", columns=("name", "id", "description")),
     Verb("template show", do_row, "GET /v1/templates/:id"),
     Verb("template create", do_row, "POST /v1/templates"),
@@ -15413,7 +15448,7 @@ EVERY_VERB = (
     Verb("worktree rm", do_row, "DELETE /v1/worktrees/:id"),
     Verb("memory ls", do_row, "GET /v1/memory", ("prefix",), columns=("key", "value", "version", "expiresAt")),
     Verb("memory get", print_entry, "GET /v1/memory/*key"),
-    Verb("memory set", do_row, "POST /v1/memory"),
+    Verb("memory set", do_row, "POST /v1/memory", columns=("key", "version")),
     Verb("memory rm", do_row, "DELETE /v1/memory/*key"),
     Verb("key create", do_row, "POST /v1/auth/keys"),
     Verb("key ls", do_row, "GET /v1/auth/keys"),
@@ -15482,23 +15517,27 @@ def begin_with_verb(words: Sequence[str]) -> List[str]:
 
 def run_verb(verb: Verb, words: Sequence[str]) -> int:
     """Do a verb; whatever goes wrong is one line and an exit code."""
-    terminal = Terminal("--json" in words)
+    terminal, client = Terminal("--json" in words), None
     try:
-        options = verb_parser(verb).parse_args(words)
+        options = verb_parser(verb).parse_intermixed_args(words)   # options also before an argument
         terminal.as_json = options.json or getattr(options, "stream", False)
         client = reach(options.url, options.token)
         return finished(verb.work(Job(verb, options, client, terminal)) or 0)
     except Wrong as wrong:
         return refused(terminal, verb, str(wrong), USAGE)
     except ApiError as error:
-        code = USAGE if error.status == 400 else UNSERVED if error.code in UNREACHED else FAILED
+        wrong = error.status == 400 or error.code.startswith("BAD_")
+        code = USAGE if wrong else UNSERVED if error.code in UNREACHED else FAILED
         return refused(terminal, verb, error.message + advice(error), code)
     except KeyboardInterrupt:
         return STOPPED
-    except BrokenPipeError:
-        return unread()
-    except OSError as error:
-        return refused(terminal, verb, str(error), FAILED)
+    except OSError as error:   # of the output: all others are told as ApiErrors
+        forget_output()
+        gone = isinstance(error, BrokenPipeError)
+        return UNREAD if gone else refused(terminal, verb, f"the output cannot be written: {error}", FAILED)
+    finally:
+        if client:
+            client.close()
 
 
 UNREACHED = ("NO_SERVER", "NO_ANSWER", "CONNECTION_LOST", "NO_AEGIS")
@@ -15523,11 +15562,10 @@ def finished(code: int) -> int:
     return code
 
 
-def unread() -> int:
-    """Leave quietly when nobody reads the output any more."""
+def forget_output() -> None:
+    """Send what is still to be written nowhere: nobody reads it any more."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return UNREAD
 
 
 def print_help(argv: Sequence[str], others: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
