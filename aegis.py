@@ -3,6 +3,7 @@
 
     python3 aegis.py                 serve on http://127.0.0.1:9100
     python3 aegis.py --demo          the same with a built-in stand-in agent: no account needed
+    python3 aegis.py run "Say hi."   a session for one prompt, and its answer; `aegis.py help` lists all commands
     curl -X POST localhost:9100/v1/sessions -H 'Content-Type: application/json' \\
          -d '{"workDir": "/tmp", "prompt": "Say hello."}'
 
@@ -14415,14 +14416,14 @@ def kinds_of(field: Field) -> List[str]:
     return field["type"] if isinstance(field["type"], list) else [field["type"]]
 
 
-def add_fields(parser: argparse.ArgumentParser, verb: Verb, row: Route) -> None:
-    """Give a parser the arguments and options that a row's fields come to."""
+def add_fields(parser: argparse.ArgumentParser, verb: Verb, row: Route, options: bool) -> None:
+    """Give a parser the arguments, and options, that a row's fields come to."""
     ordered = [*PATH_FIELD.findall(row.route), *(name for name, field in row.takes.items() if "default" not in field),
                *verb.words]
     arguments = [name for name in dict.fromkeys(ordered) if name not in verb.hidden]
     for name in arguments:
         add_argument(parser, row, name)
-    for name, field in row.takes.items():
+    for name, field in row.takes.items() if options else ():
         if name not in arguments and name not in verb.hidden:
             parser.add_argument("--" + kebab(name), dest=name, default=None, help=about(field), **option_kind(field))
 
@@ -15478,17 +15479,29 @@ ANYWHERE = (
 
 def verb_parser(verb: Verb) -> Parser:
     """Describe a verb's command line."""
-    parser = Parser(prog=f"aegis.py {verb.name}", description=verb_about(verb), allow_abbrev=False,
+    parser = Parser(prog=f"aegis.py {verb.name}", usage=usage_line(verb), description=verb_about(verb), allow_abbrev=False,
                     epilog="`aegis.py help` lists the exit codes.")
+    add_arguments(parser, verb, options=True)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, verb: Verb, options: bool) -> None:
+    """Give a parser a verb's arguments, and its options."""
     for words, how in verb.more:
         if not words[0].startswith("-"):
             parser.add_argument(*words, **how)
     if verb.route:
-        add_fields(parser, verb, ROUTES_BY_PATH[verb.route])
-    for words, how in (*verb.more, *ANYWHERE):
+        add_fields(parser, verb, ROUTES_BY_PATH[verb.route], options)
+    for words, how in (*verb.more, *ANYWHERE) if options else ():
         if words[0].startswith("-"):
             parser.add_argument(*words, **how)
-    return parser
+
+
+def usage_line(verb: Verb) -> str:
+    """Write the line that shows how a verb is used."""
+    bare = argparse.ArgumentParser(prog=f"aegis.py {verb.name} [OPTION]...", add_help=False)
+    add_arguments(bare, verb, options=False)
+    return bare.format_usage()[7:].strip().replace("%", "%%")
 
 
 def verb_about(verb: Verb) -> str:

@@ -7973,7 +7973,8 @@ def test_the_readme_names_every_setting_state_and_event(readme):
 
 
 def test_the_readmes_tables_are_the_programs_own(readme):
-    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table()):
+    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table(), aegis.verbs_table(),
+                  aegis.exits_table()):
         assert table in readme
 
 
@@ -7998,6 +7999,17 @@ def test_every_curl_of_the_readme_works(house):
     said = done.stdout.decode()
     assert '"statusCode"' not in said, said
     assert set(re.findall(r"=== (\d+)", said)) <= {"0", "28"}, said
+
+
+@alone
+def test_every_command_of_the_readme_works(house):
+    own = house()
+    block = next(one for one in shell_blocks(README.read_text(encoding="utf-8")) if "aegis.py run" in one)
+    started = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE))))
+    script = block.replace("python3 aegis.py", started).replace("/tmp/my-project", str(own.work))
+    done = subprocess.run(["sh", "-e", "-c", script], env=own.env, cwd=str(own.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0 and b"login" in done.stdout, done
 
 
 # ============================================================================
@@ -8061,6 +8073,12 @@ def test_no_function_is_longer_than_a_screen():
 
 def test_a_room_uses_only_rooms_above_it():
     assert downward() == []
+
+
+def test_no_name_of_the_file_is_given_twice():
+    names = collections.Counter(name for node in TREE.body for name in defined(node)
+                                if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_room_has_a_box_an_opening_and_its_place_on_the_title_page():
