@@ -15383,7 +15383,6 @@ def attach_words(command: str, host: str, environ: Mapping[str, str]) -> List[st
 # To add a verb: a row here; its help, its completion and `aegis.py help`
 # follow.  A row whose route this server does not have is left out.
 
-ALL_OF_CREATE = ("prompt",)
 KEEP = (
     (("--keep",), {"action": "store_true", "default": None, "dest": "keep", "help": "leave the session alive"}),
     (("--rm",), {"action": "store_false", "default": None, "dest": "keep",
@@ -15457,7 +15456,20 @@ EVERY_VERB = (
     Verb("key rotate", do_row, "POST /v1/auth/keys/:id/rotate"),
     Verb("webhook ls", do_row, "GET /v1/webhooks"),
     Verb("webhook create", do_row, "POST /v1/webhooks"),
+    Verb("webhook test", do_row, "POST /v1/webhooks/:id/test"),
+    Verb("webhook rotate", do_row, "POST /v1/webhooks/:id/rotate"),
     Verb("webhook rm", do_row, "DELETE /v1/webhooks/:id"),
+    Verb("letter ls", do_row, "GET /v1/webhooks/dead-letter"),
+    Verb("letter retry", do_row, "POST /v1/webhooks/dead-letter/:id/retry"),
+    Verb("letter rm", do_row, "DELETE /v1/webhooks/dead-letter/:id"),
+    Verb("channels", do_row, "GET /v1/channels/health"),
+    Verb("consensus create", do_create, "POST /v1/sessions/:id/consensus"),
+    Verb("consensus ls", do_row, "GET /v1/consensus"),
+    Verb("consensus show", do_row, "GET /v1/consensus/:id"),
+    Verb("consensus cancel", do_row, "DELETE /v1/consensus/:id"),
+    Verb("swarm", do_row, "GET /v1/swarm"),
+    Verb("audit ls", do_row, "GET /v1/audit"),
+    Verb("diagnostics", do_row, "GET /v1/diagnostics"),
     Verb("stats", do_row, "GET /v1/sessions/stats"),
     Verb("metrics", do_row, "GET /v1/metrics"),
     Verb("health", do_row, "GET /v1/health"),
@@ -15479,8 +15491,8 @@ ANYWHERE = (
 
 def verb_parser(verb: Verb) -> Parser:
     """Describe a verb's command line."""
-    parser = Parser(prog=f"aegis.py {verb.name}", usage=usage_line(verb), description=verb_about(verb), allow_abbrev=False,
-                    epilog="`aegis.py help` lists the exit codes.")
+    parser = Parser(prog=f"aegis.py {verb.name}", usage=usage_line(verb), description=verb_about(verb),
+                    allow_abbrev=False, epilog="`aegis.py help` lists the exit codes.")
     add_arguments(parser, verb, options=True)
     return parser
 
@@ -15634,7 +15646,25 @@ _aegis() {
 }
 complete -F _aegis aegis aegis.py ./aegis.py
 """
-ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i; }
+_aegis() {
+    local cur="${words[CURRENT]}" verb="${words[2]}" flags= values=
+    case "$verb" in (%(groups)s) (( CURRENT > 3 )) && verb="$verb ${words[3]}";; esac
+    if (( CURRENT == 2 )); then
+        compadd -- %(verbs)s; return
+    fi
+    case "$verb" in
+%(cases)s
+    esac
+    case "$cur" in
+        (-*) compadd -- ${=flags};;
+        (*) case "$values" in (sessions|pipelines) values=$(%(program)s completion "$values" 2>/dev/null);; esac
+            [ -n "$values" ] && compadd -- ${=values} || _files;;
+    esac
+}
+compdef _aegis aegis aegis.py ./aegis.py
+"""
 
 
 def completion(argv: Sequence[str], others: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
@@ -15652,9 +15682,8 @@ def completion(argv: Sequence[str], others: Mapping[str, Callable[[Sequence[str]
     cases += [f'        "{name}") flags="{" ".join(flags_of(verb))}"; values="{values_of(verb)}";;'
               for name, verb in VERBS.items()]
     program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
-    script = BASH % {"groups": "|".join(groups), "verbs": " ".join(firsts), "cases": "\n".join(cases),
-                     "program": program}
-    print((ZSH if kind == "zsh" else "") + script, end="")
+    told = {"groups": "|".join(groups), "verbs": " ".join(firsts), "cases": "\n".join(cases), "program": program}
+    print({"bash": BASH, "zsh": ZSH}[kind] % told, end="")
     return 0
 
 
