@@ -3,6 +3,7 @@
 
     python3 aegis.py                 serve on http://127.0.0.1:9100
     python3 aegis.py --demo          the same with a built-in stand-in agent: no account needed
+    python3 aegis.py run "Say hi."   a session for one prompt, and its answer; `aegis.py help` lists all commands
     curl -X POST localhost:9100/v1/sessions -H 'Content-Type: application/json' \\
          -d '{"workDir": "/tmp", "prompt": "Say hello."}'
 
@@ -56,7 +57,13 @@ Rooms, top to bottom; a room uses only rooms above it:
     BENCH         the figures, measured on this box
     CLIENT        a caller of a running Aegis
     BRIDGE        MCP over stdin and stdout
-    COMMAND LINE  serve, doctor, bench, selftest, demo-agent
+    TERMINAL      what a person reads, and what they type
+    VERBS         from a row to a command, and from an answer to lines
+    DIALOGUE      one session, followed at a terminal
+    RUN           prompts and their answers: run, send, tail
+    WATCHING      lists that stay true, and windows to look into
+    COMMANDS      the table of verbs, help, completion
+    COMMAND LINE  serve, doctor, bench, selftest, demo-agent; main
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
@@ -67,7 +74,8 @@ aegis-pipelines (decides what starts next), aegis-stage (one for each stage, whi
 aegis-mcp (one for each tool that waits, while its caller is told of progress) -
 aegis-bridge (in `aegis.py mcp`: one for each request) -
 aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-in (polls) -
-aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).
+aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).  A command
+that follows events has aegis-feed.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Webhooks.lock -> Store.lock;
@@ -18542,12 +18550,13 @@ def own_address(state_dir: str) -> str:
         return ""
 
 
-def reach(url: str = "", token: str = "", environ: Mapping[str, str] = os.environ) -> Client:
+def reach(url: str = "", token: str = "", environ: Optional[Mapping[str, str]] = None) -> Client:
     """Make the client of the server that is meant.  Raises ApiError.
 
     Address: given, AEGIS_URL, the server that runs on our state directory, port AEGIS_PORT of this box.  Token: given
     (@FILE names a file of it), AEGIS_TOKEN, AEGIS_AUTH_TOKEN; the state directory's own key is for its own server.
     """
+    environ = os.environ if environ is None else environ
     state = os.path.realpath(os.path.expanduser(environ.get("AEGIS_STATE_DIR") or "~/.aegis"))
     own, chosen = own_address(state), url or environ.get("AEGIS_URL", "")
     chosen = chosen or own or f"http://127.0.0.1:{environ.get('AEGIS_PORT') or 9100}"
@@ -18786,7 +18795,1576 @@ def bridge(argv: Sequence[str]) -> int:
 
 
 # ============================================================================
-# COMMAND LINE. serve, doctor, bench, selftest, demo-agent.
+# TERMINAL. What a person reads, and what they type.
+# ============================================================================
+# What agents and callers wrote is never printed as it is: a control character
+# could drive the person's terminal, a bidirectional mark could turn what they
+# approve around.  Colours only where a terminal takes them.  News gathers
+# what a person may wait for at once: events, a typed line, Ctrl-C, the clock.
+
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+READABLE = 12      # columns that a cell keeps: rather than have less, the last column of a table goes
+STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "magenta": "35"}
+WORD_STYLES = {   # states of sessions, stages, pipelines and verifications
+    "idle": "green", "working": "blue", "starting": "blue", "permission_prompt": "magenta", "asking": "magenta",
+    "stalled": "yellow", "rate_limited": "yellow", "error": "red", "exited": "dim", "killed": "dim", "running": "blue",
+    "done": "green", "passed": "green", "failed": "red", "cancelled": "yellow", "skipped": "dim",
+}
+
+
+def safe_text(text_: str) -> str:
+    """Make a text harmless for a terminal; what was taken out is shown as its escape."""
+    return UNSAFE.sub(lambda found: f"\\x{ord(found.group()):02x}" if ord(found.group()) < 0x100 else
+                      f"\\u{ord(found.group()):04x}", text_.replace("\r\n", "\n"))
+
+
+def safe_line(value: Any) -> str:
+    """Give a value as one harmless line: None as -, true as yes, anything nested as JSON."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return safe_text(value if isinstance(value, str) else dump(value)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def safe_json(value: Any, indent: Optional[int] = None) -> str:
+    """Write a value as JSON that no terminal minds either."""
+    told = dump(value) if indent is None else json.dumps(value, ensure_ascii=False, indent=indent)
+    return UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", told)
+
+
+def cells(text_: str) -> int:
+    """Count the columns that a text takes on a terminal."""
+    if text_.isascii():
+        return len(text_)
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else
+               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text_)
+
+
+def fit(text_: str, width: int) -> str:
+    """Cut a text to so many columns."""
+    if cells(text_) <= width:
+        return text_
+    taken, used = [], 0
+    for char in text_:
+        used += cells(char)
+        if used > width - 1:
+            break
+        taken.append(char)
+    return "".join(taken) + "…"
+
+
+def lay_out(rows: Sequence[Sequence[str]], room: Optional[int]) -> List[List[str]]:
+    """Pad the cells of a table; where there is only so much room, the last columns go, then the widest give way."""
+    widths = [max(cells(row[place]) for row in rows) for place in range(len(rows[0]))]
+    if room is not None:
+        while len(widths) > 1 and sum(min(width, READABLE) + 2 for width in widths) - 2 > room:
+            widths.pop()
+        for _ in range(sum(widths) + 2 * len(widths) - 2 - room):
+            widths[widths.index(max(widths))] -= 1
+    shown = []
+    for row in rows:
+        fitted = [fit(cell, width) for cell, width in zip(row, widths)]
+        shown.append([cell + " " * (width - cells(cell)) for cell, width in zip(fitted, widths)])
+        shown[-1][-1] = fitted[-1]
+    return shown
+
+
+def is_terminal(file: Any) -> bool:
+    """Tell whether a file is a terminal; a closed one is none."""
+    try:
+        return file is not None and file.isatty()
+    except ValueError:
+        return False
+
+
+class Terminal:
+    """Where results and notes go: results to stdout, everything else to stderr."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json, environ = as_json, os.environ
+        for name in ("stdin", "stdout", "stderr"):   # one that was closed: no file of ours may take its place
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        for file in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):
+                file.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
+        plain = bool(environ.get("NO_COLOR")) or environ.get("TERM", "dumb") == "dumb"
+        self.painted = {name: is_terminal(getattr(sys, name)) and not plain for name in ("stdout", "stderr")}
+        self.moves = is_terminal(sys.stdout) and environ.get("TERM", "dumb") != "dumb"   # its cursor may be moved
+        self.talks = is_terminal(sys.stdin) and is_terminal(sys.stderr)                  # somebody can be asked
+
+    def paint(self, text_: str, style: str, where: str = "stdout") -> str:
+        """Colour a text where that may be."""
+        return f"\x1b[{STYLES[style]}m{text_}\x1b[0m" if style and self.painted[where] else text_
+
+    def room(self) -> Optional[int]:
+        """Tell how wide a table may be; a file takes any width."""
+        return shutil.get_terminal_size().columns or 80 if is_terminal(sys.stdout) else None
+
+    def say(self, text_: str) -> None:
+        """Print a result: text of ours, or text that was made harmless."""
+        print(text_, flush=True)
+
+    def note(self, text_: str, style: str = "") -> None:
+        """Tell the person something that is no result."""
+        with contextlib.suppress(OSError):
+            print(self.paint(safe_text(text_), style, "stderr"), file=sys.stderr, flush=True)
+
+    def result(self, value: Any) -> None:
+        """Print a result for a program: one JSON value on one line, more on a terminal."""
+        self.say(safe_json(value, 2 if is_terminal(sys.stdout) else None))
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
+        """Give the lines of a table."""
+        shown = lay_out([list(titles), *([safe_line(cell) for cell in row] for row in rows)], self.room())
+        lines = [self.paint("  ".join(shown[0]).rstrip(), "bold")]
+        for row in shown[1:]:
+            lines.append("  ".join(self.paint(cell, WORD_STYLES.get(cell.strip(), "")) for cell in row).rstrip())
+        return lines
+
+
+class News:
+    """What one person may wait for at once.  Threads put, the command's own thread waits."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.queue: "queue.SimpleQueue[Tuple[str, Any]]" = queue.SimpleQueue()
+        self.wake_r, self.wake_w = socket.socketpair()
+        self.wake_w.setblocking(False)
+        self.interrupts = 0
+
+    def put(self, kind: str, what: Any = None) -> None:
+        """Tell the waiting thread; a signal handler may."""
+        self.queue.put((kind, what))
+        with contextlib.suppress(OSError):
+            self.wake_w.send(b"x")
+
+    def listen(self, path: str, after: Optional[int] = None, **query: str) -> None:
+        """Begin to hear a stream of events."""
+        def feed() -> None:
+            try:
+                for event in self.client.events(path, after, **query):
+                    self.put("event", event)
+            except ApiError as error:
+                self.put("lost", error)
+        spawn("aegis-feed", feed)
+
+    def heed(self) -> None:
+        """Take Ctrl-C as news; a second one is a KeyboardInterrupt, for whatever waits then."""
+        def pressed(number_: int, stack: Any) -> None:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                raise KeyboardInterrupt
+            self.put("interrupt")
+        signal.signal(signal.SIGINT, pressed)
+
+    def wait(self, seconds: float, keyboard: bool = False) -> List[Tuple[str, Any]]:
+        """Wait for something and give all there is: ("event", it), ("line", text or None), ("interrupt", …), …."""
+        if self.queue.empty():
+            watched = [self.wake_r, *([sys.stdin.fileno()] if keyboard else [])]
+            ready = select.select(watched, [], [], max(0.0, seconds))[0]
+            if keyboard and sys.stdin.fileno() in ready:
+                typed = os.read(sys.stdin.fileno(), 100_000)
+                return [("line", typed.decode("utf-8", "replace").strip() if typed else None)]
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self.queue.get_nowait())
+        with contextlib.suppress(BlockingIOError):
+            self.wake_r.recv(65_536, socket.MSG_DONTWAIT)
+        return found
+
+
+# ============================================================================
+# VERBS. From a row to a command, and from an answer to lines.
+# ============================================================================
+# A verb is a name for a row of ROUTES: the row's path and required fields are
+# its arguments, the other fields its options.  `call` reaches every row that
+# names a tool.  Sessions and pipelines may be named by id, by the beginning
+# of one, or by name.  To add a verb: a row in one of the tables of VERBS.
+
+FAILED, USAGE, UNSERVED, WAITING, GONE, LIMITED, TIMED_OUT, STOPPED, UNREAD = 1, 2, 5, 6, 7, 8, 124, 130, 141
+EXITS = {
+    0: "done",
+    FAILED: "refused by the server; or the turn, pipeline or verification has failed",
+    USAGE: "the command line, a setting or a field is wrong",
+    3: "serve: another Aegis uses this state directory",
+    4: "serve: it cannot start",
+    UNSERVED: "no Aegis answers, or the connection broke",
+    WAITING: "a permission or a question waits, and nobody here can answer it",
+    GONE: "the agent ended before it was done",
+    LIMITED: "the account's usage limit stopped the agent",
+    TIMED_OUT: "the time limit was reached",
+    STOPPED: "interrupted, or stopped by Ctrl-C",
+    UNREAD: "whoever read the output went away",
+}
+TYPED = ("prompt", "text", "value", "command")     # fields whose argument `-` stands for stdin
+BY_NAME = {"sessions": "SESSION", "pipelines": "PIPELINE"}   # what may be named otherwise than by its id
+
+
+class Wrong(Exception):
+    """The command line is wrong; says how."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> Any:
+        """Refuse a command line."""
+        raise Wrong(f"{message}; `{self.prog} --help` tells more")
+
+
+class Verb(NamedTuple):
+    """One command of a caller."""
+
+    name: str                                  # one word or two
+    work: Callable[["Job"], Optional[int]]     # gives its exit code, None for 0
+    route: str = ""                            # the row that its arguments come from
+    words: Tuple[str, ...] = ()                # fields that are arguments although they may be left out
+    columns: Tuple[str, ...] = ()              # of the table that its answer is shown as
+    more: Tuple[Tuple[Tuple[str, ...], Json], ...] = ()   # options of its own, as argparse takes them
+    about: str = ""                            # where no row says it
+    hidden: Tuple[str, ...] = ()               # fields that are no options
+
+
+class Job(NamedTuple):
+    """A verb that is being done."""
+
+    verb: Verb
+    options: argparse.Namespace
+    client: Client
+    terminal: Terminal
+
+    def values(self) -> Json:
+        """Give the fields that the command line names, names of sessions made ids.  Raises Wrong, ApiError."""
+        row = self.row()
+        given = {name: read_field(name, row.takes[name], getattr(self.options, name, None)) for name in row.takes
+                 if name not in self.verb.hidden}
+        return with_ids(self.client, row, {name: value for name, value in given.items() if value is not MISSING})
+
+    def row(self) -> Route:
+        """Give the verb's row."""
+        return ROUTES_BY_PATH[self.verb.route]
+
+    def ask(self, values: Json, seconds: float = CALL_SECONDS, key: Optional[str] = None) -> Any:
+        """Make the row's request."""
+        return self.client.ask(self.row(), values, seconds, key)
+
+
+ROUTES_BY_PATH = {route.route: route for route in ROUTES}
+ROUTES_BY_TOOL = {route.tool: route for route in ROUTES if route.tool}
+ANY_ITEM: Field = {"type": ["object", "integer", "string"]}    # of an array that says nothing of its items
+MISSING = object()     # of a field that the command line does not name: null is a value
+
+
+def kebab(name: str) -> str:
+    """Turn a wire name into an option's: workDir -> work-dir."""
+    return snake(name).replace("_", "-")
+
+
+def kinds_of(field: Field) -> List[str]:
+    """List the JSON types that a field takes."""
+    return field["type"] if isinstance(field["type"], list) else [field["type"]]
+
+
+def add_fields(parser: argparse.ArgumentParser, verb: Verb, row: Route, options: bool) -> None:
+    """Give a parser the arguments, and options, that a row's fields come to."""
+    ordered = [*PATH_FIELD.findall(row.route), *(name for name, field in row.takes.items() if "default" not in field),
+               *verb.words]
+    arguments = [name for name in dict.fromkeys(ordered) if name not in verb.hidden]
+    for name in arguments:
+        add_argument(parser, row, name)
+    for name, field in row.takes.items() if options else ():
+        if name not in arguments and name not in verb.hidden:
+            parser.add_argument("--" + kebab(name), dest=name, default=None, help=about(field), **option_kind(field))
+
+
+def add_argument(parser: argparse.ArgumentParser, row: Route, name: str) -> None:
+    """Give a parser an argument; several words of one field are its array."""
+    field = row.takes[name]
+    kinds, needed = kinds_of(field), "default" not in field
+    several = ("array" in kinds and "boolean" not in kinds) or kinds == ["object"]
+    collection = row.route.split("/")[2] if name == "id" else ""
+    parser.add_argument(name, metavar=BY_NAME.get(collection, kebab(name).upper()), help=about(field), default=None,
+                        choices=field.get("enum"),
+                        nargs=("+" if needed else "*") if several else None if needed else "?")
+
+
+def about(field: Field) -> str:
+    """Say what a field means, and its default."""
+    default = field.get("default")
+    told = "" if default in (None, False, [], {}, "") else f" (default: {default})"
+    return (field["description"] + told).replace("%", "%%")
+
+
+def option_kind(field: Field) -> Json:
+    """Say how argparse is to take a field: a switch, a choice, something repeated, or a value."""
+    kinds = kinds_of(field)
+    if kinds == ["boolean"]:
+        return {"action": argparse.BooleanOptionalAction}
+    if field.get("enum") and len(field["enum"]) == 1:
+        return {"action": "store_const", "const": field["enum"][0]}
+    if field.get("enum"):
+        return {"choices": field["enum"]}
+    if "object" in kinds:
+        return {"action": "append", "metavar": "NAME=VALUE"}
+    return {"action": "append", "metavar": "VALUE"} if kinds == ["array"] else {"metavar": "VALUE"}
+
+
+def read_field(name: str, field: Field, given: Any) -> Any:
+    """Read what the command line says of a field as the JSON that is meant; MISSING where it says nothing."""
+    kinds = kinds_of(field)
+    if given is None or given == []:
+        return MISSING
+    if not isinstance(given, list):
+        return read_word(name, field, given) if isinstance(given, str) else given
+    if len(given) == 1 and len(kinds) > 1:
+        with contextlib.suppress(Wrong):
+            return read_word(name, field, given[0])
+    if kinds == ["object"] or ("object" in kinds and "=" in given[0]):
+        return merged_words(name, given)
+    return [read_word(name, field.get("items", ANY_ITEM), one) for one in given]
+
+
+def read_word(name: str, field: Field, word: str) -> Any:
+    """Read one word as the type that a field wants.  Raises Wrong."""
+    kinds = kinds_of(field)
+    if word == "-" and name in TYPED:
+        word = sys.stdin.read()
+    if kinds == ["string"]:
+        return os.path.abspath(os.path.expanduser(word)) if name == "workDir" else word
+    if kinds == ["object"]:
+        return read_json(name, word)
+    with contextlib.suppress(ValueError):
+        value = json.loads(word)
+        if any(TYPES[kind][0](value) for kind in kinds):
+            return value
+    if "string" in kinds:
+        return word
+    raise Wrong(f"{kebab(name)} must be {' or '.join(TYPES[kind][1] for kind in kinds)}, not {clip(word, 40)!r}")
+
+
+def read_json(name: str, word: str) -> Json:
+    """Read a JSON object, @FILE with one, or - for stdin.  Raises Wrong."""
+    try:
+        return read_object(sys.stdin.read() if word == "-" else word)
+    except ValueError as error:
+        raise Wrong(f"{kebab(name)} {error}") from None
+
+
+def merged_words(name: str, words: Sequence[str]) -> Json:
+    """Read NAME=VALUE (text), NAME:=JSON, a JSON object, @FILE or - into one object.  Raises Wrong."""
+    told: Json = {}
+    for word in words:
+        if word[:1] in ("{", "@") or word == "-":
+            told.update(read_json(name, word))
+            continue
+        key, equals, value = word.partition("=")
+        if not equals or not key.rstrip(":"):
+            raise Wrong(f"{clip(word, 40)!r} is neither NAME=VALUE nor a JSON object")
+        try:
+            told[key.rstrip(":")] = json.loads(value) if key.endswith(":") else value
+        except ValueError as error:
+            raise Wrong(f"{clip(word, 40)!r}: what stands behind := is not JSON ({error})") from None
+    return told
+
+
+# -- names
+
+
+def with_ids(client: Client, row: Route, values: Json) -> Json:
+    """Put the id in place of another name of what a row is about.  Raises ApiError."""
+    collection = row.route.split("/")[2] if row.route.count("/") > 2 else ""
+    if collection not in BY_NAME or ":id" not in row.route or not isinstance(values.get("id"), str):
+        return values
+    return {**values, "id": find_named(client, collection, values["id"])}
+
+
+def find_named(client: Client, collection: str, word: str) -> str:
+    """Find what is meant by an id, a name (of one that lives before one that ended), or the beginning of an id."""
+    ids, names = [], []
+    for one in every(client, collection):
+        if one["id"] == word or (one["name"] == word and one.get("endedAt") is None):
+            return one["id"]
+        names += [one["id"]] if one["name"] == word else []
+        ids += [one["id"]] if one["id"].startswith(word) else []
+    if names or len(ids) == 1:
+        return (names or ids)[0]
+    one = BY_NAME[collection].lower()
+    if ids:
+        raise ApiError(404, "AMBIGUOUS", f"{clip(word, 40)!r} is the beginning of {len(ids)} {one}s: "
+                       + ", ".join(ids[:5]))
+    raise ApiError(404, f"{BY_NAME[collection]}_NOT_FOUND", f"there is no {one} {clip(word, 60)!r}: "
+                   f"`aegis.py {'ls -a' if one == 'session' else 'pipeline ls'}` lists them")
+
+
+def every(client: Client, collection: str, **query: str) -> Iterator[Json]:
+    """Yield the items of a list, page by page, newest first."""
+    for page in itertools.count(1):
+        words = urllib.parse.urlencode({**query, "page": page, "limit": 200})
+        answer = client.call("GET", f"/v1/{collection}?{words}")
+        yield from answer[collection]
+        if page >= answer["pagination"]["totalPages"]:
+            return
+
+
+# -- answers
+
+
+def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
+    """Print an answer: JSON for programs; for people a table of what it lists, or its fields."""
+    if terminal.as_json:
+        return terminal.result(answer)
+    listed_ = next((value for value in answer.values() if isinstance(value, list)
+                    and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
+        if isinstance(answer, dict) and (columns or "pagination" in answer) else None
+    if listed_ is None and columns:
+        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
+    if listed_ is None:
+        return show_fields(terminal, answer)
+    names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
+    lines = terminal.table([kebab(name).upper() for name in names], [[one.get(name) for name in names]
+                                                                     for one in listed_])
+    terminal.say("\n".join(lines))
+    page = answer.get("pagination") or {}
+    if page.get("totalPages", 1) > page.get("page", 1):
+        terminal.note(f"{page['total']} in all; --page {page['page'] + 1} shows the next", "dim")
+    return None
+
+
+def show_fields(terminal: Terminal, answer: Any, indent: str = "") -> None:
+    """Print an object as lines of name and value, with what is nested below it."""
+    if not isinstance(answer, dict):
+        return terminal.say(indent + safe_text(answer if isinstance(answer, str) else dump(answer)))
+    width = max([len(kebab(name)) for name in answer] or [0])
+    for name, value in answer.items():
+        title = terminal.paint(safe_line(kebab(name)).ljust(width), "bold")
+        if isinstance(value, dict) and value and not indent:
+            terminal.say(f"{indent}{title.rstrip()}")
+            show_fields(terminal, value, "  ")
+        elif isinstance(value, str) and "\n" in value:
+            terminal.say(f"{indent}{title}\n" + "\n".join(f"{indent}  {line}" for line in safe_text(value).split("\n")))
+        elif value not in (None, {}, []):
+            terminal.say(f"{indent}{title}  {safe_line(value)}")
+    return None
+
+
+def do_row(job: Job) -> None:
+    """Make the request of a verb's row and show the answer."""
+    values = job.values()
+    show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
+
+
+def do_create(job: Job) -> None:
+    """Create a session, in the current directory where neither words nor a template say another."""
+    values = job.values()
+    if job.row().route == "POST /v1/sessions" and values.get("template") is None:
+        values.setdefault("workDir", os.getcwd())
+    show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
+
+
+def waiting_time(values: Mapping[str, Any]) -> float:
+    """Tell how long an answer may take that was told to wait."""
+    told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
+    return CALL_SECONDS + max(told or [3600.0])
+
+
+def call_tool(job: Job) -> Optional[int]:
+    """Make the request of any row that names a tool; without a name, list them."""
+    name = (job.options.tool or "").replace("-", "_")
+    if not name:
+        rows = [(route.tool, route.route, summary_of(route)) for route in ROUTES if route.tool]
+        told = [dict(zip(("tool", "route", "summary"), one)) for one in rows]
+        show(job.terminal, {"tools": told}, ("tool", "route", "summary"))
+        return None
+    if name not in ROUTES_BY_TOOL:
+        raise Wrong(f"there is no tool {clip(name, 40)!r}{nearest(name, ROUTES_BY_TOOL)}; `aegis.py call` lists them")
+    row = ROUTES_BY_TOOL[name]
+    given = {field: read_word(field, row.takes[field], value) if isinstance(value, str) and field in row.takes
+             and kinds_of(row.takes[field]) != ["object"] else value
+             for field, value in merged_words("fields", job.options.fields).items()}
+    values = with_ids(job.client, row, given)
+    show(job.terminal, job.client.ask(row, values, waiting_time(values)))
+    return None
+
+
+def summary_of(route: Route) -> str:
+    """Give the first line of what a row's handler says of itself."""
+    return (route.handler.__doc__ or "").strip().split("\n")[0]
+
+
+def nearest(word: str, known: Any) -> str:
+    """Suggest what may have been meant."""
+    from difflib import get_close_matches
+    close = get_close_matches(word, list(known), 1, 0.7)
+    return f": did you mean `{close[0]}`?" if close else ""
+
+
+# ============================================================================
+# DIALOGUE. One session, followed at a terminal.
+# ============================================================================
+# Events only wake us; what is so is read from the server each time, so that
+# nothing is lost where a stream breaks.  The answer goes to stdout, progress
+# and questions to stderr.  A request is shown behind a bar that its own text
+# cannot leave, keys that were typed before it showed are thrown away, and
+# only a word for yes means yes.
+
+GLANCE_SECONDS = 1.0       # a session is looked at so often though no event tells of anything: tools tell of none
+SHOWN_LINES = 30         # lines of a request that are shown unasked
+WAYS = ("ask", "approve", "reject", "wait", "stop")
+RUN_OPTIONS = (
+    (("--requests",), {"choices": WAYS, "default": None, "help": "what becomes of permission requests: ask at the "
+                       "terminal (default where there is one), approve, reject, wait for somebody else's decision, or "
+                       f"stop with exit code {WAITING} (default elsewhere)"}),
+    (("-y", "--yes"), {"action": "store_const", "const": "approve", "dest": "requests",
+                       "help": "approve every permission request; questions still wait"}),
+    (("--timeout",), {"type": float, "metavar": "SECONDS", "default": None,
+                      "help": f"interrupt the turn after so long, with exit code {TIMED_OUT}"}),
+    (("-q", "--quiet"), {"action": "store_true", "help": "show no progress"}),
+    (("--stream",), {"action": "store_true", "help": "print events, messages and the result as JSON lines"}),
+)
+ASK_HELP = "y yes · a yes, and always in this session · n no · n WHY no, and tell the agent why · d all of it"
+
+
+class Outcome(NamedTuple):
+    """How following a prompt ended."""
+
+    code: int
+    name: str                      # done, failed, interrupted, waiting, exited, rate_limited, timeout
+    reason: Optional[str] = None
+
+
+class Dialogue:
+    """A session that a person or a script follows until a prompt is over."""
+
+    def __init__(self, job: Job, news: News, session: Json) -> None:
+        self.job, self.client, self.terminal, self.news = job, job.client, job.terminal, news
+        self.id, self.name = session["id"], session["name"]
+        self.way = job.options.requests or ("ask" if self.terminal.talks and not self.terminal.as_json else "stop")
+        self.loud = not job.options.quiet and not self.terminal.as_json
+        self.stream = job.options.stream
+        self.patient = bool(session["limits"].get("resumeOnReset"))   # it goes on by itself behind a usage limit
+        self.last: Optional[str] = None        # id of the last message seen
+        self.held = ""                         # the agent's last words: the answer, if nothing follows them
+        self.asking: Optional[str] = None      # the request that the person was asked
+        self.settled: set = set()              # requests that we decided
+        self.told = ""                         # the last note on what is waited for
+        self.known: Json = {}                  # the session as it was read last
+
+    @property
+    def path(self) -> str:
+        """Name the session in paths."""
+        return f"/v1/sessions/{self.id}"
+
+    def pass_over(self) -> None:
+        """Take what was said so far as known."""
+        said = self.client.call("GET", f"{self.path}/read?limit=1")["messages"]
+        self.last = said[0]["id"] if said else None
+
+    def send(self, body: Json) -> str:
+        """Send a prompt; gives its id."""
+        return self.client.call("POST", f"{self.path}/send", body, key=new_id("cli-"))["promptId"]
+
+    def follow(self, prompt_id: str, seconds: Optional[float]) -> Outcome:
+        """Follow until a prompt is over, or nobody here can help it on."""
+        until = None if seconds is None else time.monotonic() + seconds
+        self.news.listen(f"{self.path}/events")
+        while True:
+            prompt = self.client.call("GET", f"{self.path}/queue/{prompt_id}")
+            self.look()
+            over = self.verdict(prompt) or self.attend()
+            if over:
+                return over
+            left = GLANCE_SECONDS if until is None else min(GLANCE_SECONDS, until - time.monotonic())
+            if left <= 0:
+                self.interrupt(prompt)
+                return Outcome(TIMED_OUT, "timeout", f"it took more than {seconds:g} s; its turn was interrupted")
+            for kind, what in self.news.wait(left, keyboard=self.asking is not None):
+                over = over or self.hear(kind, what, prompt)
+            if over:
+                return over
+
+    def look(self) -> None:
+        """Read the session, and show what is new."""
+        query = {"limit": 200, **({"after": self.last} if self.last else {})}
+        self.known = self.client.call("GET", f"{self.path}/read?{urllib.parse.urlencode(query)}")
+        for message in self.known["messages"]:
+            self.last = message["id"]
+            if self.stream:
+                self.terminal.say(safe_json({"type": "message", "sessionId": self.id, **message}))
+            elif self.loud:
+                self.progress(message)
+
+    def progress(self, message: Json) -> None:
+        """Show a message; the agent's words only when something follows them, for the last ones are the answer."""
+        if self.held:
+            self.terminal.note(self.held)
+        self.held = message["text"] if message["role"] == "assistant" and not message.get("tool") else ""
+        told = progress_line(message)
+        if told:
+            self.terminal.note(fit(told, (self.terminal.room() or 120) - 1), "dim")
+
+    def verdict(self, prompt: Json) -> Optional[Outcome]:
+        """Tell whether it is over, and how."""
+        status, reason = self.known["status"], prompt["reason"] or self.known["statusReason"]
+        if prompt["state"] == "done":
+            return Outcome(0, "done")
+        if status in ENDED:
+            return Outcome(GONE, status, self.known["statusReason"] or reason)
+        if status == "rate_limited" and not self.patient:
+            return Outcome(LIMITED, "rate_limited", reason)
+        if prompt["state"] == "failed":
+            stopped = re.search("interrupted|cancelled", reason or "") is not None
+            return Outcome(STOPPED, "interrupted", reason) if stopped else Outcome(FAILED, "failed", reason)
+        if status == "error" and prompt["state"] == "queued":
+            return Outcome(FAILED, "failed", reason)
+        if status == "asking" and not self.known["pendingQuestion"]:
+            return Outcome(WAITING, "waiting", reason)
+        return None
+
+    def interrupt(self, prompt: Json) -> None:
+        """End the turn, or take the prompt back before it was typed."""
+        for method, path in (("DELETE", f"{self.path}/queue/{prompt['promptId']}"), ("POST", f"{self.path}/interrupt")):
+            with contextlib.suppress(ApiError):
+                self.client.call(method, path)
+                return
+
+    def hear(self, kind: str, what: Any, prompt: Json) -> Optional[Outcome]:
+        """Take one piece of news."""
+        if kind == "event" and self.stream:
+            self.terminal.say(safe_json(what))
+        elif kind == "lost":
+            raise what
+        elif kind == "interrupt":
+            self.terminal.note(f"interrupting the turn; Ctrl-C again leaves session {self.id} as it is", "yellow")
+            self.interrupt(prompt)
+        elif kind == "line":
+            return self.typed(what)
+        return None
+
+    # -- what the agent asks
+
+    def attend(self) -> Optional[Outcome]:
+        """See to what waits for a decision."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        if self.known["status"] in ("stalled", "rate_limited"):
+            self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
+        key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
+        if key != self.asking and self.asking is not None:
+            self.terminal.note("(decided)", "dim")
+            self.asking = None
+        if key is None or key in self.settled or key == self.asking:
+            return None
+        if permission and self.way in ("approve", "reject"):
+            self.decide(self.way, {"permissionId": key}, key)
+            self.terminal.note(f"{self.way}d: {clip(permission['summary'], 200)}".replace("rejectd", "rejected"), "dim")
+            return None
+        if self.way == "ask":
+            return self.put_question(key, permission, question)
+        summary_ = permission["summary"] if permission else question["title"]
+        if self.way == "wait":
+            self.tell_once(f"waiting for a decision: {clip(summary_, 200)} (aegis.py "
+                           f"{'approve' if permission else 'answer'} {self.id})")
+            return None
+        return Outcome(WAITING, "waiting", f"{'a permission' if permission else 'an answer'} is asked for: "
+                       f"{clip(summary_, 200)}")
+
+    def tell_once(self, words: str) -> None:
+        """Note what is waited for, once."""
+        if words != self.told:
+            self.told = words
+            self.terminal.note(words, "yellow")
+
+    def put_question(self, key: str, permission: Optional[Json], question: Optional[Json]) -> None:
+        """Show what is asked, and begin to wait for the person's line; what they typed before does not count."""
+        if self.held:
+            self.terminal.note(self.held)
+            self.held = ""
+        with contextlib.suppress(Exception):
+            import termios
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+        self.asking = key
+        lines = permission_lines(permission) if permission else question_lines(question or {})
+        title = f"{permission['tool']} asks for permission" if permission else "the agent asks"
+        self.terminal.note(f"┌ {safe_line(title)}", "magenta")
+        self.bar(lines[:SHOWN_LINES])
+        if len(lines) > SHOWN_LINES:
+            self.terminal.note(f"│ … {len(lines) - SHOWN_LINES} more lines: d shows them", "magenta")
+        self.terminal.note(f"└ {ASK_HELP}" if permission else "└ a number, a label, several with commas, or words",
+                           "magenta")
+
+    def bar(self, lines: Sequence[str]) -> None:
+        """Print lines behind a bar."""
+        for line in lines:
+            self.terminal.note(f"│ {line}")
+
+    def typed(self, line: Optional[str]) -> Optional[Outcome]:
+        """Take what the person typed at a request."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        if line is None:
+            self.way, self.asking = "stop", None
+            return self.attend()
+        if not line or self.asking is None:
+            return None
+        try:
+            if permission and permission["id"] == self.asking:
+                self.typed_decision(line, permission)
+            elif question:
+                self.decide("answer", answer_typed(question, line), self.asking)
+        except (ApiError, Wrong) as error:
+            self.terminal.note(str(error), "red")
+        return None
+
+    def typed_decision(self, line: str, permission: Json) -> None:
+        """Decide a permission request as typed.  Raises Wrong where it is neither yes nor no."""
+        word, _, rest = line.partition(" ")
+        which = {"permissionId": permission["id"]}
+        if word.lower() in ("y", "yes", "a", "always") and not rest:
+            self.decide("approve", {**which, "always": word.lower() in ("a", "always")}, permission["id"])
+        elif word.lower() in ("n", "no"):
+            self.decide("reject", {**which, **({"message": rest.strip()} if rest.strip() else {})}, permission["id"])
+        elif word.lower() == "d" and not rest:
+            self.bar(permission_lines(permission))
+        else:
+            raise Wrong(ASK_HELP)
+
+    def decide(self, verb: str, body: Json, key: str) -> None:
+        """Send a decision; one that somebody else made meanwhile stands."""
+        try:
+            self.client.call("POST", f"{self.path}/{verb}", body)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+            self.terminal.note(error.message, "yellow")
+        self.settled.add(key)
+        self.asking = None
+
+
+def progress_line(message: Json) -> str:
+    """Say in one line what an agent does."""
+    if message.get("tool"):
+        given = message.get("input") or {}
+        what = next((given[name] for name in ("command", "file_path", "path", "pattern", "url", "description", "prompt")
+                     if isinstance(given.get(name), str)), "" if not given else dump(given))
+        return f"• {message['tool']}: {safe_line(what)}"
+    if message["role"] == "tool" and message["text"].strip():
+        return "  └ " + safe_line(message["text"].strip().split("\n")[0])
+    return ""
+
+
+def permission_lines(request: Json) -> List[str]:
+    """Lay out all of what a permission is asked for."""
+    told = [request["summary"]]
+    for name, value in (request.get("input") or {}).items():
+        text_ = value if isinstance(value, str) else dump(value)
+        told += [f"{name}: {text_}"] if "\n" not in text_ else [f"{name}:", *(f"  {one}" for one in text_.split("\n"))]
+    told += (request.get("detail") or "").split("\n") if request.get("detail") else []
+    return [safe_text(line).replace("\n", "\\n") for one in told for line in one.split("\n")]
+
+
+def question_lines(question: Json) -> List[str]:
+    """Lay out a question, a plan or a dialog with what may be chosen."""
+    told = [line for line in (question.get("plan") or question.get("text") or "").split("\n") if line]
+    if not question.get("questions"):
+        told += [question["title"] or "", *(f"{place}. {one}" for place, one in enumerate(question["options"], 1))]
+    for one in question.get("questions") or ():
+        told.append(one["question"] + (" (several may be chosen)" if one["multiSelect"] else ""))
+        for place, option in enumerate(one["options"], 1):
+            described = f"  {option['description']}" if option.get("description") else ""
+            told.append(f"  {place}. {option['label']}{described}")
+    if len(question.get("questions") or ()) > 1:
+        told.append("An answer for each, with ; between them.")
+    return [safe_text(line).replace("\n", "\\n") for one in told for line in one.split("\n")]
+
+
+def answer_typed(question: Json, line: str) -> Json:
+    """Read the line that a person typed as the body of an answer.  Raises Wrong."""
+    questions = question.get("questions") or [{"options": [{"label": one} for one in question["options"]],
+                                               "multiSelect": False}]
+    which = {} if question["id"] is None else {"questionId": question["id"]}
+    parts = [part.strip() for part in line.split(";")] if len(questions) > 1 else [line]
+    if len(parts) != len(questions):
+        raise Wrong(f"{len(questions)} answers are asked for, with ; between them")
+    given = [read_choice(one, part) for one, part in zip(questions, parts)]
+    if len(given) > 1:
+        return {**which, "answers": given}
+    return {**which, "text": given[0]["text"]} if isinstance(given[0], dict) else {**which, "answer": given[0]}
+
+
+def read_choice(question: Json, part: str) -> Any:
+    """Read one answer: labels by number or name, else the words themselves."""
+    labels = [one["label"] for one in question["options"]]
+    by_name = {label.lower(): label for label in labels}
+    words = [word.strip() for word in part.split(",")] if question["multiSelect"] else [part]
+    found = [labels[int(word) - 1] if word.isdigit() and 0 < int(word) <= len(labels) else by_name.get(word.lower())
+             for word in words]
+    if any(one is None for one in found):
+        return {"text": part}
+    return found if question["multiSelect"] else found[0]
+
+
+# ============================================================================
+# RUN. Prompts and their answers: run, send, tail.
+# ============================================================================
+# `run` is a session for one prompt.  It ends the session when all is done,
+# for a session can be resumed; what is unfinished is left alive.  stdout has
+# the answer, or with --json one object, and nothing else.
+
+
+def run_prompt(job: Job) -> int:
+    """Give a new session one prompt, follow it, and print the answer."""
+    values, began = job.values(), time.monotonic()
+    prompt, templated_ = values.get("prompt"), values.get("template") is not None
+    if not templated_ and not (prompt or "").strip():
+        raise Wrong("a prompt is required: words, or - for stdin; `aegis.py run --help` tells more")
+    values.update(read_policy(job.options.policy))
+    if not templated_:
+        del values["prompt"]   # sent when the session stands: what the agent asks while it starts is to be seen
+        values.setdefault("workDir", os.getcwd())
+    session = job.ask(values, key=new_id("run-"))
+    dialogue = Dialogue(job, News(job.client), session)
+    if templated_ and not session["promptDelivery"]:
+        raise Wrong(f"the template has no prompt and none was given; session {dialogue.id} waits for one")
+
+    def begin() -> str:
+        return session["promptDelivery"]["promptId"] if templated_ else dialogue.send({"text": prompt})
+    return follow_to_end(dialogue, begin, began, job.options.keep)
+
+
+def send_prompt(job: Job) -> Optional[int]:
+    """Send a prompt to a session; with --wait follow it and print the answer."""
+    values, began = job.values(), time.monotonic()
+    if job.options.wait:
+        session = job.client.call("GET", f"/v1/sessions/{values['id']}")
+        dialogue = Dialogue(job, News(job.client), session)
+        dialogue.pass_over()
+        body = {name: value for name, value in values.items() if name != "id"}
+        return follow_to_end(dialogue, lambda: dialogue.send(body), began, keep=True)
+    told = job.ask(values, key=new_id("cli-"))
+    if job.terminal.as_json:
+        job.terminal.result(told)
+    else:
+        where = f"queued, place {told['position']}" if told["queued"] else told["state"]
+        job.terminal.say(f"{told['promptId']} {where}")
+    return FAILED if told["state"] == "failed" else None
+
+
+def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, keep: Optional[bool]) -> int:
+    """Follow the prompt that `begin` sends, tell the outcome, and end the session unless it is to be kept."""
+    dialogue.news.heed()
+    try:
+        prompt_id = begin()
+        outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
+        dialogue.look()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        dialogue.terminal.note(f"left: session {dialogue.id} goes on; `aegis.py attach {dialogue.id}` opens it, "
+                               f"`aegis.py kill {dialogue.id}` ends it", "yellow")
+        return STOPPED
+    kept = keep is True or (keep is None and outcome.code != 0)
+    if not kept:
+        with contextlib.suppress(ApiError):
+            dialogue.client.call("DELETE", dialogue.path)
+    tell_outcome(dialogue, outcome, prompt_id, time.monotonic() - began, kept)
+    return outcome.code
+
+
+def tell_outcome(dialogue: Dialogue, outcome: Outcome, prompt_id: str, seconds: float, kept: bool) -> None:
+    """Print the answer, and say how it ended."""
+    known, terminal = dialogue.known, dialogue.terminal
+    output = known["output"] if outcome.code == 0 else None
+    if terminal.as_json:
+        names = ("tokenUsage", "costUsd", "turns", "pendingPermission", "pendingQuestion")
+        told = {"sessionId": dialogue.id, "name": dialogue.name, "promptId": prompt_id, "outcome": outcome.name,
+                "exitCode": outcome.code, "reason": outcome.reason, "output": output, "kept": kept,
+                "seconds": round(seconds, 3), **{name: known[name] for name in names}}
+        terminal.say(safe_json({"type": "result", **told})) if dialogue.stream else terminal.result(told)
+        return
+    if output:
+        terminal.say(safe_text(output))
+    if outcome.code:
+        then = {WAITING: f"`aegis.py approve {dialogue.id}`, `reject` or `answer` decides it",
+                GONE: f"`aegis.py resume {dialogue.id}` brings it back"}
+        terminal.note(f"aegis: {outcome.name}: {outcome.reason or 'no reason was given'}; "
+                      + then.get(outcome.code, f"session {dialogue.id} " + ("goes on" if kept else "was ended")),
+                      "red")
+    elif dialogue.loud:
+        cost = f", ${known['costUsd']:.4f}" if known["costUsd"] else ""
+        terminal.note(f"session {dialogue.id}: done in {seconds:.1f} s{cost}"
+                      + ("" if kept else f"; `aegis.py resume {dialogue.id}` brings it back"), "dim")
+
+
+def read_policy(given: Optional[str]) -> Json:
+    """Read --policy: a profile's name, or a policy as JSON or @FILE."""
+    if given is None:
+        return {}
+    return {"permissions": read_json("policy", given)} if given[:1] in ("{", "@") else {"permissionProfile": given}
+
+
+def tail(job: Job) -> Optional[int]:
+    """Follow what a session says, or all events; ends with the session."""
+    if job.options.id is None or job.options.events:
+        session = None if job.options.id is None else find_named(job.client, "sessions", job.options.id)
+        for event in job.client.events(**({"session": session} if session else {})):
+            job.terminal.say(safe_json(event) if job.terminal.as_json else event_line(job.terminal, event))
+            if event["type"] in ("session.exited", "session.killed") and session:
+                return None
+    session = find_named(job.client, "sessions", job.options.id)
+    news, last, told = News(job.client), None, ""
+    news.listen(f"/v1/sessions/{session}/events")
+    while True:
+        query = {"limit": job.options.lines if last is None else 1000, **({"after": last} if last else {})}
+        known = job.client.call("GET", f"/v1/sessions/{session}/read?{urllib.parse.urlencode(query)}")
+        for message in known["messages"]:
+            last = message["id"]
+            job.terminal.say(safe_json(message) if job.terminal.as_json else message_text(job.terminal, message))
+        last = last or "0-0"
+        if known["status"] in ENDED:
+            return None
+        if known["status"] != told:
+            told = known["status"]
+            job.terminal.note(f"({told}{': ' + known['statusReason'] if known['statusReason'] else ''})", "dim")
+        for kind, what in news.wait(GLANCE_SECONDS):
+            if kind == "lost":
+                raise what
+
+
+def message_text(terminal: Terminal, message: Json) -> str:
+    """Lay a message out for reading."""
+    line = progress_line(message)
+    if line:
+        return terminal.paint(safe_text(line), "dim")
+    who = "you" if message["role"] == "user" else message["role"]
+    return f"{terminal.paint(who, 'bold')}  {safe_text(message['text'])}"
+
+
+def event_line(terminal: Terminal, event: Json) -> str:
+    """Lay an event out as one line: when, what, where, and what else it carries."""
+    rest = {name: value for name, value in event.items() if name not in ("id", "type", "sessionId", "timestamp")
+            and not isinstance(value, (dict, list)) and value is not None}
+    words = " ".join(f"{name}={safe_line(value)}" for name, value in rest.items())
+    kind = terminal.paint(safe_line(event["type"]).ljust(26), "bold")
+    line = f"{event.get('timestamp', '')}  {kind}  {event.get('sessionId') or '-':12}  {words}"
+    return line if terminal.room() is None else fit(line, (terminal.room() or 80) + (8 if terminal.moves else 0))
+
+
+# ============================================================================
+# WATCHING. Lists that stay true, and windows to look into.
+# ============================================================================
+# `ls`, `pipeline`, `verify`, `read`, `pane`, `kill` and `attach`: verbs for
+# which a terminal adds something.  A list that is watched is drawn again when
+# an event comes, and each second for its clocks.
+
+COLOURS = re.compile("\x1b\\[[0-9;:]*m")         # colours: the only escape sequences of a pane that are let through
+ATTACH = re.compile(r"(?P<tmux>\S*tmux\S*) -L (?P<socket>[\w.-]+) new-session -t (?P<group>[\w-]+) \\; "
+                    r"set destroy-unattached on \\; select-window -t (?P<window>@\d+)"
+                    r"( \\; select-pane -t (?P<pane>%\d+))?")
+WATCH = ((("-w", "--watch"), {"action": "store_true", "help": "go on showing it as it changes"}),)
+
+
+class Drawing(NamedTuple):
+    """What a watched thing looks like now."""
+
+    value: Any                     # for programs
+    lines: List[str]               # for people
+    code: Optional[int] = None     # it is over, with this exit code
+
+
+def keep_showing(job: Job, draw: Callable[[], Drawing], **query: str) -> int:
+    """Draw, and draw again when something happens, until it is over."""
+    news, terminal, shown = News(job.client), job.terminal, None
+    news.listen("/v1/events", **query)
+    moves = terminal.moves and not terminal.as_json
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the terminal is given back as it was
+    try:
+        if moves:
+            print("\x1b[?1049h\x1b[?25l", end="")
+        while True:
+            drawing = draw()
+            if moves:
+                height = shutil.get_terminal_size().lines or 24
+                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in drawing.lines[:height - 1]) + "\x1b[J", end="",
+                      flush=True)
+            elif drawing.lines != shown:
+                terminal.say(safe_json(drawing.value) if terminal.as_json else "\n".join(drawing.lines))
+            shown = drawing.lines
+            if drawing.code is not None:
+                return drawing.code
+            for kind, what in news.wait(1.0):
+                if kind == "lost":
+                    raise what
+    finally:
+        if moves:
+            print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+            terminal.say("\n".join(drawing.lines))
+
+
+def ago(stamp: Optional[str], now: float) -> str:
+    """Say how long ago a moment of the wire was: 5s, 3m, 2h, 4d."""
+    if not stamp:
+        return "-"
+    then = datetime.datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.timezone.utc)
+    seconds = max(0, int(now - then.timestamp()))
+    size, unit = next(((size, unit) for size, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= size),
+                      (1, "s"))
+    return f"{seconds // size}{unit}"
+
+
+def list_live(job: Job) -> Optional[int]:
+    """List sessions that live, newest first, or all of them."""
+    query = {name: str(value) for name, value in job.values().items()}
+    whole_list = job.options.all or "status" in query
+
+    def draw() -> Drawing:
+        found = (one for one in every(job.client, "sessions", **query) if whole_list or one["status"] not in ENDED)
+        sessions = list(itertools.islice(found, job.options.number))
+        titles = ("ID", "NAME", "STATUS", "ACTIVE", "AGENT", "TURNS", "QUEUE", "COST", "WORKDIR", "NOTE")
+        return Drawing(sessions, job.terminal.table(titles, [session_cells(one, time.time()) for one in sessions]))
+    if job.options.watch:
+        return keep_showing(job, draw, types="session.*,permission.*,question.*,prompt.*,turn.*")
+    drawing = draw()
+    if job.terminal.as_json:
+        job.terminal.result({"sessions": drawing.value})
+    elif drawing.value:
+        job.terminal.say("\n".join(drawing.lines))
+    else:
+        lives = "" if whole_list else " lives; `aegis.py ls -a` lists those that ended"
+        job.terminal.note(f"no session{lives}", "dim")
+    return None
+
+
+def session_cells(one: Json, now: float) -> List[Any]:
+    """Give the cells of a session's row."""
+    asked = one["pendingPermission"] or one["pendingQuestion"] or {}
+    cost = "-" if one["costUsd"] is None else f"${one['costUsd']:.2f}"
+    return [one["id"], one["name"], one["status"], ago(one["lastActivityAt"], now), one["agent"], str(one["turns"]),
+            str(one["queueLength"]), cost, one["workDir"],
+            clip(asked.get("summary") or asked.get("title") or one["statusReason"] or "", 60)]
+
+
+def read_output(job: Job) -> Optional[int]:
+    """Print a session's last answer, or its messages."""
+    values = job.values()
+    told = job.ask(values, waiting_time(values))
+    if job.terminal.as_json:
+        job.terminal.result(told)
+    elif job.options.messages:
+        for message in told["messages"]:
+            job.terminal.say(message_text(job.terminal, message))
+    elif told["output"]:
+        job.terminal.say(safe_text(told["output"]))
+    else:
+        job.terminal.note(f"it has said nothing yet ({told['status']})", "dim")
+    asked = told["pendingPermission"] or told["pendingQuestion"]
+    if asked and not job.terminal.as_json:
+        job.terminal.note(f"it waits: {clip(asked.get('summary') or asked.get('title') or '', 200)}", "yellow")
+    return TIMED_OUT if told.get("timedOut") else None
+
+
+def print_pane(job: Job) -> None:
+    """Print a session's screen."""
+    told = job.ask(job.values())
+    if job.terminal.as_json:
+        return job.terminal.result(told)
+    text_ = told["text"].rstrip("\n")
+    if not job.options.ansi:
+        return job.terminal.say(safe_text(text_))
+    plain, colours = COLOURS.split(text_), COLOURS.findall(text_)
+    return job.terminal.say("".join(itertools.chain(*itertools.zip_longest(map(safe_text, plain), colours,
+                                                                           fillvalue=""))) + "\x1b[0m")
+
+
+def print_entry(job: Job) -> None:
+    """Print the value of an entry: a text as it is, all else as JSON."""
+    told = job.ask(job.values())
+    if job.terminal.as_json:
+        return job.terminal.result(told)
+    return job.terminal.say(safe_text(told["value"] if isinstance(told["value"], str) else dump(told["value"])))
+
+
+def kill_named(job: Job) -> Optional[int]:
+    """Kill sessions; all are tried, and the first that cannot be decides the exit code."""
+    values, answers, wrong = job.values(), [], None
+    for word in job.options.sessions:
+        try:
+            answers.append(job.ask({**values, "id": find_named(job.client, "sessions", word)}))
+            if not job.terminal.as_json:
+                job.terminal.say(f"{answers[-1]['id']} {'killed' if answers[-1]['killed'] else 'had ended before'}")
+        except ApiError as error:
+            answers.append({"id": word, **error.body()})
+            wrong = wrong or error
+    if job.terminal.as_json:
+        job.terminal.result(answers[0] if len(answers) == 1 and not wrong else {"results": answers})
+    if wrong:
+        raise wrong
+    return None
+
+
+def verify_work(job: Job) -> Optional[int]:
+    """Verify a session's work, and print what passed."""
+    values = job.values()
+    told = job.ask(values, waiting_time(values), key=new_id("cli-"))
+    if job.terminal.as_json:
+        job.terminal.result(told)
+    else:
+        names = ("name", "state", "exitCode", "command", "reason")
+        rows = [[one.get(name) for name in names] for one in told["checks"]]
+        job.terminal.say("\n".join(job.terminal.table(("CHECK", "STATE", "EXIT", "COMMAND", "REASON"), rows)))
+        for one in told["checks"]:
+            if one["state"] == "failed" and (one.get("output") or "").strip():
+                job.terminal.say(f"\n{safe_line(one['name'])}:\n{safe_text(one['output'].rstrip())}")
+        job.terminal.note(f"{told['id']}: {told['state']}" + (f": {told['reason']}" if told["reason"] else ""), "dim")
+    if told.get("timedOut"):
+        return TIMED_OUT
+    return FAILED if told["passed"] is False else None
+
+
+# -- pipelines
+
+
+def create_pipeline_from(job: Job) -> int:
+    """Create a pipeline from a file, or from - for stdin."""
+    word = job.options.definition
+    body = read_json("definition", word if word == "-" or word.lstrip()[:1] == "{" else f"@{word}")
+    body.update(job.values())
+    body["workDir"] = os.path.abspath(os.path.expanduser(str(body.get("workDir") or "")))
+    told = job.client.call("POST", "/v1/pipelines", body, key=new_id("cli-"))
+    if job.options.watch:
+        return watch_pipeline(job, told["id"])
+    if job.terminal.as_json:
+        job.terminal.result(told)
+    else:
+        job.terminal.say(f"{told['id']} {safe_line(told['name'])}: {told['state']}")
+    return 0
+
+
+def show_pipeline(job: Job) -> int:
+    """Show a pipeline with its stages; with --watch until it is over."""
+    values = job.values()
+    if job.options.watch:
+        return watch_pipeline(job, values["id"])
+    told = job.ask(values, waiting_time(values))
+    if job.terminal.as_json:
+        job.terminal.result(told)
+        return 0
+    job.terminal.say("\n".join(pipeline_lines(job.terminal, told)))
+    for stage in told["stages"]:
+        if stage.get("output"):
+            job.terminal.say(f"\n{job.terminal.paint(safe_line(stage['name']), 'bold')}\n{safe_text(stage['output'])}")
+    return 0
+
+
+def watch_pipeline(job: Job, pipeline: str) -> int:
+    """Watch a pipeline until it is over; its end is the exit code."""
+    def draw() -> Drawing:
+        told = job.client.call("GET", f"/v1/pipelines/{pipeline}")
+        code = None if told["endedAt"] is None else 0 if told["state"] == "done" else FAILED
+        return Drawing(told, pipeline_lines(job.terminal, told), code)
+    return keep_showing(job, draw, types="pipeline.*,session.*,permission.*,question.*")
+
+
+def pipeline_lines(terminal: Terminal, told: Json) -> List[str]:
+    """Lay a pipeline out."""
+    reason = f": {told['reason']}" if told["reason"] else ""
+    state = terminal.paint(told["state"], WORD_STYLES.get(told["state"], ""))
+    head = f"{told['id']}  {safe_line(told['name'])}  {state}"
+    rows = [(one["name"], one["state"], one["attempt"], ", ".join(one["dependsOn"]), one["sessionId"],
+             (one.get("waitsFor") or {}).get("summary") or one["reason"]) for one in told["stages"]]
+    return [head + safe_line(reason) if reason else head,
+            *terminal.table(("STAGE", "STATE", "ATTEMPT", "AFTER", "SESSION", "NOTE"), rows)]
+
+
+# -- attach
+
+
+def attach(job: Job) -> int:
+    """Open a session's window in this terminal."""
+    told = job.ask(job.values())
+    if not told["attach"]:
+        raise ApiError(409, "SESSION_ENDED", f"session {told['id']} is {told['status']}: "
+                       f"`aegis.py resume {told['id']}` brings it back")
+    words = attach_words(told["attach"], job.client.place.host, os.environ)
+    if job.options.print or job.terminal.as_json:
+        job.terminal.result({"id": told["id"], "attach": words}) if job.terminal.as_json else \
+            job.terminal.say(" ".join(map(shlex.quote, words)))
+        return 0
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
+        raise Wrong("attach needs a terminal; --print shows its command")
+    if os.environ.get("TMUX") and "new-session" in words:
+        job.terminal.note("inside tmux: the prefix key is your outer tmux's; press it twice for the session's", "dim")
+    kept = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES and name[:4] != "TMUX"
+            or name == "TMUX_TMPDIR" or (name == "TMUX" and "switch-client" in words)}
+    try:
+        os.execvpe(words[0], words, kept)
+    except OSError as error:
+        raise ApiError(0, "NO_TMUX", f"{words[0]} cannot be run ({error.strerror}): is tmux installed here?") from None
+
+
+SECRET_NAMES = ("AEGIS_TOKEN", "AEGIS_AUTH_TOKEN")
+
+
+def trusted_program(word: str) -> bool:
+    """Tell whether a program is one that root or this user installed."""
+    try:
+        return os.stat(shutil.which(word) or word).st_uid in (0, os.getuid())
+    except OSError:
+        return False
+
+
+def attach_words(command: str, host: str, environ: Mapping[str, str]) -> List[str]:
+    """Write what is run to attach.  Raises ApiError where the server is elsewhere, or names anything but tmux.
+
+    Inside a client of the same tmux server its window is switched to; inside another, the session opens within it.
+    """
+    found = ATTACH.fullmatch(command)
+    if host not in LOOPBACK_NAMES or not found or not trusted_program(found["tmux"]):
+        why = "the server names another command than it should" if host in LOOPBACK_NAMES else f"it runs on {host}"
+        raise ApiError(0, "NOT_HERE", f"{why}: attach on its own box with `aegis.py attach`")
+    start = [found["tmux"], "-u", "-L", found["socket"]]
+    end = [";", "select-window", "-t", found["window"], *([";", "select-pane", "-t", found["pane"]] if found["pane"]
+                                                          else [])]
+    if os.path.basename(environ.get("TMUX", "").split(",")[0]) == found["socket"]:
+        return [*start, "switch-client", "-t", found["window"], *end]
+    return [*start, "new-session", "-t", found["group"], ";", "set", "destroy-unattached", "on", *end]
+
+
+# ============================================================================
+# COMMANDS. The table of verbs, help, completion.
+# ============================================================================
+# To add a verb: a row here; its help, its completion and `aegis.py help`
+# follow.  A row whose route this server does not have is left out.
+
+KEEP = (
+    (("--keep",), {"action": "store_true", "default": None, "dest": "keep", "help": "leave the session alive"}),
+    (("--rm",), {"action": "store_false", "default": None, "dest": "keep",
+                 "help": "end the session, whatever came of it (default: end it when all is done, else keep it)"}),
+    (("--policy",), {"metavar": "POLICY", "default": None, "help": "what the agent may do unasked: a permission "
+                     "profile, or a policy as JSON or @FILE"}),
+)
+EVERY_VERB = (
+    Verb("run", run_prompt, "POST /v1/sessions", ("prompt",), more=(*RUN_OPTIONS, *KEEP),
+         about="Give a new session one prompt, show what it does, and print its answer."),
+    Verb("create", do_create, "POST /v1/sessions", ("prompt",), ("id", "name", "status")),
+    Verb("ls", list_live, "GET /v1/sessions", hidden=("page", "limit"), more=(
+        (("-a", "--all"), {"action": "store_true", "help": "those that ended, too"}),
+        (("-n", "--number"), {"type": int, "default": 200, "metavar": "N", "help": "at most so many (default: 200)"}),
+        *WATCH)),
+    Verb("show", do_row, "GET /v1/sessions/:id"),
+    Verb("read", read_output, "GET /v1/sessions/:id/read", more=(
+        (("-m", "--messages"), {"action": "store_true", "help": "print the last messages, not the answer alone"}),)),
+    Verb("send", send_prompt, "POST /v1/sessions/:id/send", more=(
+        *RUN_OPTIONS, (("-w", "--wait"), {"action": "store_true", "help": "follow it, and print the answer"}))),
+    Verb("tail", tail, more=(
+        (("id",), {"metavar": "SESSION", "nargs": "?", "help": "the session; all events when left out"}),
+        (("-n", "--lines"), {"type": int, "default": 20, "metavar": "N", "help": "messages to begin with (20)"}),
+        (("-e", "--events"), {"action": "store_true", "help": "events in place of messages"})),
+        about="Follow what a session says and does, or all events."),
+    Verb("attach", attach, "GET /v1/sessions/:id", more=(
+        (("--print",), {"action": "store_true", "help": "print the command, do not run it"}),),
+        about="Open a session's window in this terminal."),
+    Verb("approve", do_row, "POST /v1/sessions/:id/approve", ("permissionId",), ("permissionId", "decision", "status")),
+    Verb("reject", do_row, "POST /v1/sessions/:id/reject", ("permissionId",), ("permissionId", "decision", "status")),
+    Verb("answer", do_row, "POST /v1/sessions/:id/answer", ("answer",), ("questionId", "state", "answers", "status")),
+    Verb("interrupt", do_row, "POST /v1/sessions/:id/interrupt", columns=("status", "reason")),
+    Verb("escape", do_row, "POST /v1/sessions/:id/escape", columns=("status",)),
+    Verb("kill", kill_named, "DELETE /v1/sessions/:id", hidden=("id",), more=(
+        (("sessions",), {"metavar": "SESSION", "nargs": "+", "help": "sessions, by id or name"}),)),
+    Verb("spawn", do_create, "POST /v1/sessions/:id/spawn", ("prompt",), ("id", "name", "status")),
+    Verb("fork", do_create, "POST /v1/sessions/:id/fork", ("prompt",), ("id", "name", "status")),
+    Verb("resume", do_create, "POST /v1/sessions/:id/resume", ("prompt",), ("id", "name", "status")),
+    Verb("label", do_row, "PATCH /v1/sessions/:id", ("labels",)),
+    Verb("children", do_row, "GET /v1/sessions/:id/children", columns=("id", "name", "status", "workDir")),
+    Verb("queue", do_row, "GET /v1/sessions/:id/queue", columns=("promptId", "position", "kind", "createdAt", "text")),
+    Verb("unqueue", do_row, "DELETE /v1/sessions/:id/queue/:promptId", columns=("promptId", "state")),
+    Verb("command", do_row, "POST /v1/sessions/:id/command", columns=("promptId", "state")),
+    Verb("sh", do_row, "POST /v1/sessions/:id/bash", columns=("promptId", "state")),
+    Verb("pane", print_pane, "GET /v1/sessions/:id/pane"),
+    Verb("explain", do_row, "GET /v1/sessions/:id/explain"),
+    Verb("permissions", do_row, "GET /v1/sessions/:id/permissions"),
+    Verb("policy", do_row, "PUT /v1/sessions/:id/permissions"),
+    Verb("profile", do_row, "PUT /v1/sessions/:id/permission-profile"),
+    Verb("verify", verify_work, "POST /v1/sessions/:id/verify"),
+    Verb("pipeline create", create_pipeline_from, "POST /v1/pipelines", hidden=("stages", "defaults"), more=(
+        (("definition",), {"metavar": "FILE", "help": "JSON file with name, stages and so on; - for stdin"}), *WATCH)),
+    Verb("pipeline ls", do_row, "GET /v1/pipelines", columns=("id", "name", "state", "seconds", "createdAt", "reason")),
+    Verb("pipeline show", show_pipeline, "GET /v1/pipelines/:id", more=WATCH),
+    Verb("pipeline watch", lambda job: watch_pipeline(job, job.values()["id"]), "GET /v1/pipelines/:id",
+         hidden=("wait", "timeout"), about="Watch a pipeline until it is over."),
+    Verb("pipeline cancel", do_row, "DELETE /v1/pipelines/:id", columns=("id", "name", "state")),
+    Verb("template ls", do_row, "GET /v1/templates", columns=("name", "id", "description")),
+    Verb("template show", do_row, "GET /v1/templates/:id"),
+    Verb("template create", do_row, "POST /v1/templates"),
+    Verb("template rm", do_row, "DELETE /v1/templates/:id"),
+    Verb("worktree ls", do_row, "GET /v1/worktrees"),
+    Verb("worktree rm", do_row, "DELETE /v1/worktrees/:id"),
+    Verb("memory ls", do_row, "GET /v1/memory", ("prefix",), columns=("key", "value", "version", "expiresAt")),
+    Verb("memory get", print_entry, "GET /v1/memory/*key"),
+    Verb("memory set", do_row, "POST /v1/memory", columns=("key", "version")),
+    Verb("memory rm", do_row, "DELETE /v1/memory/*key"),
+    Verb("key create", do_row, "POST /v1/auth/keys"),
+    Verb("key ls", do_row, "GET /v1/auth/keys"),
+    Verb("key rm", do_row, "DELETE /v1/auth/keys/:id"),
+    Verb("key rotate", do_row, "POST /v1/auth/keys/:id/rotate"),
+    Verb("webhook ls", do_row, "GET /v1/webhooks"),
+    Verb("webhook create", do_row, "POST /v1/webhooks"),
+    Verb("webhook test", do_row, "POST /v1/webhooks/:id/test"),
+    Verb("webhook rotate", do_row, "POST /v1/webhooks/:id/rotate"),
+    Verb("webhook rm", do_row, "DELETE /v1/webhooks/:id"),
+    Verb("letter ls", do_row, "GET /v1/webhooks/dead-letter"),
+    Verb("letter retry", do_row, "POST /v1/webhooks/dead-letter/:id/retry"),
+    Verb("letter rm", do_row, "DELETE /v1/webhooks/dead-letter/:id"),
+    Verb("channels", do_row, "GET /v1/channels/health"),
+    Verb("consensus create", do_create, "POST /v1/sessions/:id/consensus"),
+    Verb("consensus ls", do_row, "GET /v1/consensus"),
+    Verb("consensus show", do_row, "GET /v1/consensus/:id"),
+    Verb("consensus cancel", do_row, "DELETE /v1/consensus/:id"),
+    Verb("swarm", do_row, "GET /v1/swarm"),
+    Verb("audit ls", do_row, "GET /v1/audit"),
+    Verb("diagnostics", do_row, "GET /v1/diagnostics"),
+    Verb("stats", do_row, "GET /v1/sessions/stats"),
+    Verb("metrics", do_row, "GET /v1/metrics"),
+    Verb("health", do_row, "GET /v1/health"),
+    Verb("call", call_tool, more=(
+        (("tool",), {"nargs": "?", "metavar": "TOOL", "help": "the tool; without one they are listed"}),
+        (("fields",), {"nargs": "*", "metavar": "FIELD=VALUE", "help": "fields, also FIELD:=JSON, a JSON object or "
+                       "@FILE"})),
+        about="Make any request that agents are offered as a tool."),
+)
+VERBS = {verb.name: verb for verb in EVERY_VERB if not verb.route or verb.route in ROUTES_BY_PATH}
+ANYWHERE = (
+    (("--url",), {"metavar": "URL", "default": "", "help": "the server (AEGIS_URL; default: the one that runs on this "
+                  "user's state directory, else http://127.0.0.1:9100)"}),
+    (("--token",), {"metavar": "TOKEN", "default": "", "help": "bearer token, or @FILE with it (AEGIS_TOKEN, "
+                    "AEGIS_AUTH_TOKEN)"}),
+    (("--json",), {"action": "store_true", "help": "print JSON on stdout, and nothing else"}),
+)
+
+
+def verb_parser(verb: Verb) -> Parser:
+    """Describe a verb's command line."""
+    parser = Parser(prog=f"aegis.py {verb.name}", usage=usage_line(verb), description=verb_about(verb),
+                    allow_abbrev=False, epilog="`aegis.py help` lists the exit codes.")
+    add_arguments(parser, verb, options=True)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, verb: Verb, options: bool) -> None:
+    """Give a parser a verb's arguments, and its options."""
+    for words, how in verb.more:
+        if not words[0].startswith("-"):
+            parser.add_argument(*words, **how)
+    if verb.route:
+        add_fields(parser, verb, ROUTES_BY_PATH[verb.route], options)
+    for words, how in (*verb.more, *ANYWHERE) if options else ():
+        if words[0].startswith("-"):
+            parser.add_argument(*words, **how)
+
+
+def usage_line(verb: Verb) -> str:
+    """Write the line that shows how a verb is used."""
+    bare = argparse.ArgumentParser(prog=f"aegis.py {verb.name} [OPTION]...", add_help=False)
+    add_arguments(bare, verb, options=False)
+    return bare.format_usage()[7:].strip().replace("%", "%%")
+
+
+def verb_about(verb: Verb) -> str:
+    """Say what a verb does."""
+    return verb.about or summary_of(ROUTES_BY_PATH[verb.route])
+
+
+def find_verb(words: Sequence[str]) -> Tuple[Optional[Verb], Sequence[str]]:
+    """Find the verb that a command line begins with, and what is left behind it."""
+    for count in (2, 1):
+        verb = VERBS.get(" ".join(words[:count]))
+        if verb and len(words) >= count:
+            return verb, words[count:]
+    return None, words
+
+
+def begin_with_verb(words: Sequence[str]) -> List[str]:
+    """Move what stands before the verb and is for any verb behind it: --json ls is ls --json."""
+    front, rest = [], list(words)
+    while rest and rest[0].partition("=")[0] in ("--url", "--token", "--json"):
+        size = 1 if rest[0] == "--json" or "=" in rest[0] else 2
+        front, rest = front + rest[:size], rest[size:]
+    verb, behind = find_verb(rest)
+    return [*rest[:len(rest) - len(behind)], *front, *behind] if verb else list(words)
+
+
+def run_verb(verb: Verb, words: Sequence[str]) -> int:
+    """Do a verb; whatever goes wrong is one line and an exit code."""
+    terminal, client = Terminal("--json" in words), None
+    try:
+        options = verb_parser(verb).parse_intermixed_args(words)   # options also before an argument
+        terminal.as_json = options.json or getattr(options, "stream", False)
+        client = reach(options.url, options.token)
+        return finished(verb.work(Job(verb, options, client, terminal)) or 0)
+    except Wrong as wrong:
+        return refused(terminal, verb, str(wrong), USAGE)
+    except ApiError as error:
+        wrong = error.status == 400 or error.code.startswith("BAD_")
+        code = USAGE if wrong else UNSERVED if error.code in UNREACHED else FAILED
+        return refused(terminal, verb, error.message + advice(error), code)
+    except KeyboardInterrupt:
+        return STOPPED
+    except OSError as error:   # of the output: all others are told as ApiErrors
+        forget_output()
+        gone = isinstance(error, BrokenPipeError)
+        return UNREAD if gone else refused(terminal, verb, f"the output cannot be written: {error}", FAILED)
+    finally:
+        if client:
+            client.close()
+
+
+UNREACHED = ("NO_SERVER", "NO_ANSWER", "CONNECTION_LOST", "NO_AEGIS")
+
+
+def advice(error: ApiError) -> str:
+    """Say what to do about a refusal that does not say it."""
+    if error.status == 401:
+        return "; give it with --token, or in AEGIS_TOKEN"
+    return ""
+
+
+def refused(terminal: Terminal, verb: Verb, message: str, code: int) -> int:
+    """Say in one line what is wrong."""
+    terminal.note(f"aegis: {verb.name}: " + message.replace("\n", " "))
+    return code
+
+
+def finished(code: int) -> int:
+    """Write out what is still held, while a failure of that can be told.  Raises OSError."""
+    sys.stdout.flush()
+    return code
+
+
+def forget_output() -> None:
+    """Send what is still to be written nowhere: nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def print_help(argv: Sequence[str], others: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
+    """List the commands and the exit codes, or tell about one command."""
+    verb, rest = find_verb(argv)
+    if verb:
+        verb_parser(verb).print_help()
+        return 0
+    told = {name: verb_about(one) for name, one in VERBS.items() if not argv or name.split()[0] == argv[0]}
+    if argv and not told:
+        print(f"aegis: there is no command {safe_line(argv[0])}{nearest(argv[0], [*VERBS, *others])}", file=sys.stderr)
+        return USAGE
+    if not argv:
+        told.update({name: (work.__doc__ or "").strip().split("\n")[0] for name, work in others.items()})
+    print("aegis.py COMMAND …; `aegis.py COMMAND --help` tells more, `aegis.py` alone serves.\n")
+    print("\n".join(f"  {name:16} {about_}" for name, about_ in told.items()))
+    if not argv:
+        print("\nExit codes:\n\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXITS.items()))
+    return 0
+
+
+def exits_table() -> str:
+    """Write the README's table of exit codes."""
+    lines = ["| exit code | meaning |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {code} | {told} |" for code, told in EXITS.items())])
+
+
+def verbs_table() -> str:
+    """Write the README's table of commands."""
+    lines = ["| command | what it does |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {verb_about(verb)} |" for name, verb in VERBS.items())])
+
+
+# -- completion
+
+SAFE_NAME = re.compile(r"[\w@%+=:,./-]{1,100}")     # what may stand in a command line unquoted
+BASH = """\
+_aegis() {
+    local cur=${COMP_WORDS[COMP_CWORD]} verb=${COMP_WORDS[1]} flags= values= IFS=$' \\t\\n'
+    case "$verb" in %(groups)s) [ "$COMP_CWORD" -gt 2 ] && verb="$verb ${COMP_WORDS[2]}";; esac
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "%(verbs)s" -- "$cur")); return
+    fi
+    case "$verb" in
+%(cases)s
+    esac
+    case "$cur" in
+        -*) COMPREPLY=($(compgen -W "$flags" -- "$cur"));;
+        *) case "$values" in sessions|pipelines) values=$(%(program)s completion "$values" 2>/dev/null);; esac
+           COMPREPLY=($(compgen -W "$values" -- "$cur"));;
+    esac
+    [ ${#COMPREPLY[@]} -gt 0 ] || compopt -o default 2>/dev/null
+}
+complete -F _aegis aegis aegis.py ./aegis.py
+"""
+ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i; }
+_aegis() {
+    local cur="${words[CURRENT]}" verb="${words[2]}" flags= values=
+    case "$verb" in (%(groups)s) (( CURRENT > 3 )) && verb="$verb ${words[3]}";; esac
+    if (( CURRENT == 2 )); then
+        compadd -- %(verbs)s; return
+    fi
+    case "$verb" in
+%(cases)s
+    esac
+    case "$cur" in
+        (-*) compadd -- ${=flags};;
+        (*) case "$values" in (sessions|pipelines) values=$(%(program)s completion "$values" 2>/dev/null);; esac
+            [ -n "$values" ] && compadd -- ${=values} || _files;;
+    esac
+}
+compdef _aegis aegis aegis.py ./aegis.py
+"""
+
+
+def completion(argv: Sequence[str], others: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
+    """Print the completion script for a shell: bash or zsh."""
+    kind = argv[0] if argv else ""
+    if kind in BY_NAME:
+        return print_names(kind)
+    if kind not in ("bash", "zsh"):
+        print("aegis: completion is for bash or zsh: `source <(aegis.py completion bash)`", file=sys.stderr)
+        return USAGE
+    groups = sorted({name.split()[0] for name in VERBS if " " in name})
+    firsts = list(dict.fromkeys([name.split()[0] for name in VERBS] + list(others)))
+    cases = [f'        "{group}") values="{" ".join(name.split()[1] for name in VERBS if name.split()[0] == group)}";;'
+             for group in groups if group not in VERBS]
+    cases += [f'        "{name}") flags="{" ".join(flags_of(verb))}"; values="{values_of(verb)}";;'
+              for name, verb in VERBS.items()]
+    program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
+    told = {"groups": "|".join(groups), "verbs": " ".join(firsts), "cases": "\n".join(cases), "program": program}
+    print({"bash": BASH, "zsh": ZSH}[kind] % told, end="")
+    return 0
+
+
+def flags_of(verb: Verb) -> List[str]:
+    """List a verb's options."""
+    actions = verb_parser(verb)._actions
+    return [word for action in actions for word in action.option_strings if word.startswith("--")]
+
+
+def values_of(verb: Verb) -> str:
+    """Say what a verb's argument is: sessions, pipelines, or words to choose from."""
+    for action in verb_parser(verb)._actions:
+        known = [collection for collection, title in BY_NAME.items() if action.metavar == title]
+        if known and not action.option_strings:
+            return known[0]
+    return ""
+
+
+def print_names(collection: str) -> int:
+    """Print the names and ids that a completion offers; odd names are left to their ids."""
+    with contextlib.suppress(ApiError):
+        for one in itertools.islice(every(reach(), collection), 500):
+            if collection != "sessions" or one["status"] not in ENDED:
+                print("\n".join(word for word in (one["name"], one["id"]) if SAFE_NAME.fullmatch(word)))
+    return 0
+
+
+# ============================================================================
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent; main.
 # ============================================================================
 # `python3 aegis.py` alone serves.  Errors at start are one line that says
 # what to do, and an exit status of their own.
@@ -18799,11 +20377,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aegis.py",
         description="Serves the coding agents of this box over HTTP.",
-        epilog="Further commands: `aegis.py doctor` says what is wrong and what to do, "
-        "`aegis.py bench` measures this box, "
-        "`aegis.py selftest --screens DIR` replays captured screens, "
-        "`aegis.py mcp` offers them to other agents (MCP over stdin and stdout), "
-        "`aegis.py docs` prints the README's tables.  Only from the environment: "
+        epilog="`aegis.py help` lists the commands for a running server and all others.  Only from the environment: "
         + "; ".join(f"AEGIS_{one.name.upper()}: {one.about}" for one in SETTINGS if not one.flag),
     )
     parser.add_argument("--version", action="version", version=f"aegis {__version__}")
@@ -19018,7 +20592,8 @@ def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:
 
 def print_docs(argv: Sequence[str]) -> int:
     """Print the README's generated tables."""
-    for title, table in (("Settings", settings_table()), ("Endpoints", endpoints_table()), ("Events", events_table())):
+    for title, table in (("Settings", settings_table()), ("Endpoints", endpoints_table()), ("Events", events_table()),
+                         ("Commands", verbs_table()), ("Exit codes", exits_table())):
         print(f"## {title}\n\n{table}\n")
     return 0
 
@@ -19073,20 +20648,30 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
         print(row.ljust(width) + "".join(str(matrix.get((row, name), 0) or ".").rjust(len(name) + 2) for name in read))
 
 
-COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
+COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {   # beside the verbs, each with a command line of its own
     "serve": serve, "doctor": doctor, "bench": bench, "docs": print_docs, "selftest": selftest, "mcp": bridge,
     "demo-agent": demo_agent_main,
+    "completion": lambda argv: completion(argv, COMMANDS), "help": lambda argv: print_help(argv, COMMANDS),
 }
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; serve when none is named."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(words[0]) if words else serve
-    if words and command is None and not words[0].startswith("-"):
-        print(f"aegis: there is no command {words[0]!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return EXIT_SETTINGS
-    return command(words[1:]) if command and words and words[0] in COMMANDS else serve(words)
+    words = begin_with_verb(sys.argv[1:] if argv is None else argv)
+    verb, rest = find_verb(words)
+    if verb:
+        return run_verb(verb, rest)
+    if not words or words[0].startswith("-"):
+        return serve(words)
+    if words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    group = [name for name in VERBS if name.split()[0] == words[0]]
+    if group and not words[1:]:
+        return print_help(words, COMMANDS)
+    shown = safe_line(" ".join(words[:2] if group else words[:1]))
+    guess = nearest(shown, group or [*VERBS, *COMMANDS])
+    print(f"aegis: there is no command {shown!r}{guess or ': `aegis.py help` lists them'}", file=sys.stderr)
+    return EXIT_SETTINGS
 
 
 if __name__ == "__main__":

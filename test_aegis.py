@@ -19,11 +19,13 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import hmac
 import http.client
 import inspect
+import io
 import json
 import mmap
 import multiprocessing
@@ -36,11 +38,13 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import subprocess
 import symtable
 import sys
 import sysconfig
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -9735,13 +9739,682 @@ def test_bridge_lives_on_when_the_server_restarts(house):
 
 
 # ============================================================================
-# COMMAND LINE. serve, doctor, bench, selftest, demo-agent.
+# TERMINAL. What a person reads, and what they type.
+# ============================================================================
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.exe\r\x08"
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def cli(server: Optional[Server], *words: str, stdin: str = "", **env: str) -> Done:
+    """Run a command against a server, in this process: a start costs more than most of them do."""
+    base = server.env if server else {**clean_environment(Path(tempfile.gettempdir())), "AEGIS_STATE_DIR": "/none"}
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(os, "environ", {**base, **env})
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(signal, "signal", lambda *_: None)
+        return Done(aegis.main(words), out.getvalue(), err.getvalue())
+
+
+def cli_process(server: Server, *words: str, **more: Any) -> Any:
+    """Begin a command as a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", IMPORTED, str(HERE), *words], env=server.env, cwd=str(server.work),
+                            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **more})
+
+
+def told(server: Server, *words: str, **more: Any) -> Any:
+    """Run a command that must succeed and print one JSON value."""
+    done = cli(server, *words, "--json", **more)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return json.loads(done.stdout)
+
+
+class Person:
+    """A command at a terminal of its own: what it draws is read, keys can be typed, and it can be resized."""
+
+    def __init__(self, server: Server, *words: str, columns: int = 100, **env: str) -> None:
+        self.ours, theirs = os.openpty()
+        self.resize(columns)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_FRONT + IMPORTED, str(HERE), *words], env={**server.env, **env},
+            cwd=str(server.work), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        self.drawn = ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(self.ours, 65536)
+                if not data:
+                    return
+                self.drawn += data.decode("utf-8", "replace")
+
+    def resize(self, columns: int) -> None:
+        """Give the terminal another width."""
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+
+    def sees(self, pattern: str) -> Any:
+        """Wait for what is drawn to hold a pattern."""
+        return eventually(lambda: re.search(pattern, self.drawn))
+
+    def types(self, keys: str) -> None:
+        """Type, and forget what was drawn before."""
+        self.drawn = ""
+        os.write(self.ours, keys.encode())
+
+    def leaves(self) -> int:
+        """Wait for its end; gives the exit code."""
+        code = self.process.wait(WITHIN)
+        self.reader.join(1)
+        return code
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(OSError):
+            self.process.kill()
+            self.process.wait()
+            os.close(self.ours)
+
+
+# the terminal becomes its controlling one, so that Ctrl-C is a signal
+IN_FRONT = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
+@pytest.fixture
+def person(server: Server) -> Iterator[Callable[..., Person]]:
+    """Sit people down at terminals of the shared server."""
+    made: List[Person] = []
+
+    def sit(*words: str, **more: Any) -> Person:
+        made.append(Person(server, *words, **more))
+        return made[-1]
+    yield sit
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("given, shown", [
+    ("plain ü 漢字 🦀\ttab\nline", "plain ü 漢字 🦀\ttab\nline"), ("a\r\nb\rc", "a\nb\\x0dc"),
+    ("\x1b[31mred", "\\x1b[31mred"), ("\x9b31m\x7f", "\\x9b31m\\x7f"), ("\u202egnp.exe", "\\u202egnp.exe"),
+    ("\x00\x08\u2028", "\\x00\\x08\\u2028"), ("\ud83d", "\\ud83d")], ids=ascii)
+def test_no_text_of_others_reaches_a_terminal_as_keys(given, shown):
+    assert aegis.safe_text(given) == shown
+    assert json.loads(aegis.safe_json({"x": given})) == {"x": given}
+    assert not aegis.UNSAFE.search(aegis.safe_json(given))
+    assert "\n" not in aegis.safe_line(given) and "\t" not in aegis.safe_line(given)
+
+
+def test_a_table_keeps_its_columns_whatever_is_in_them():
+    rows = [["NAME", "N", "DIR"], ["漢字", "1", "/a"], ["e\u0301", "22", "/very/long/" + "x" * 90]]
+    shown = aegis.lay_out(rows, 40)
+    assert [aegis.cells("  ".join(row[:2])) for row in shown] == [8, 8, 8]
+    assert max(aegis.cells("  ".join(row)) for row in shown) == 40 and shown[2][2].endswith("…")
+    assert aegis.lay_out(rows, None)[2][2] == rows[2][2]
+    assert [len(row) for row in aegis.lay_out(rows, 12)] == [2, 2, 2]      # no room for the last one
+    assert aegis.lay_out([["abcdef"]], 4) == [["abc…"]]
+    assert (aegis.fit("漢字漢字", 5), aegis.fit("abc", 3)) == ("漢字…", "abc")
+
+
+def test_colours_are_for_terminals_that_want_them(make, person, server):
+    make(name=f"hue-{uuid.uuid4().hex[:6]}")
+    assert "\x1b" not in cli(server, "ls").stdout
+    for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        one = person("ls", **env)
+        assert one.leaves() == 0 and "hue-" in one.drawn
+        assert ("\x1b[" in one.drawn) is coloured, one.drawn
+
+
+def test_what_a_session_says_cannot_drive_the_terminal(make, server, person):
+    talk = make("[[say fine]]", name="漢字 \u202eevil")
+    talk.read()
+    with open(talk.get()["transcriptPath"], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"type": "assistant", "timestamp": aegis.iso(time.time()), "message": {
+            "id": "m", "role": "assistant", "content": [{"type": "text", "text": EVIL + "after"}]}}) + "\n")
+    verbs = (("read", talk.id), ("read", talk.id, "-m"), ("ls",), ("show", talk.id), ("pane", talk.id),
+             ("ls", "--json"), ("pane", talk.id, "--ansi"), ("call", "read_session", f"id={talk.id}"),
+             ("read", talk.id, "--json"))
+    for words in verbs:
+        done = cli(server, *words)
+        said = re.sub("\x1b\\[[0-9;]*m", "", done.stdout) if "--ansi" in words else done.stdout
+        assert done.returncode == 0 and said and not aegis.UNSAFE.search(said), (words, said)
+    one = person("tail", talk.id, NO_COLOR="1")
+    one.sees("after")
+    assert not aegis.UNSAFE.search(one.drawn.replace("\r\n", "\n")), one.drawn
+
+
+def test_output_that_cannot_be_written_ends_a_command_quietly(server):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    told_ = []
+    line = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE), "health")))
+    for redirect in ("", ">&-", "<&- >&- 2>&-", *([">/dev/full"] if os.path.exists("/dev/full") else [])):
+        done = subprocess.run(["sh", "-c", f"{line} {redirect}"], env=server.env, stdout=theirs, stderr=subprocess.PIPE,
+                              timeout=60)
+        told_.append((done.returncode, done.stderr.count(b"\n")))
+    os.close(theirs)
+    assert told_[:3] == [(141, 0), (0, 0), (0, 0)] and told_[3:] in ([], [(1, 1)])
+
+
+# ============================================================================
+# VERBS. From a row to a command, and from an answer to lines.
 # ============================================================================
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    assert aegis.main(["dance"]) == 2
-    assert "selftest" in capsys.readouterr().err
+@pytest.mark.parametrize("words, wanted", [
+    ("send S hello --expand", {"id": "S", "text": "hello", "expand": True}),
+    ("send S -- --no", {"id": "S", "text": "--no"}),
+    ("answer S 2", {"id": "S", "answer": 2}), ("answer S Red Blue", {"id": "S", "answer": ["Red", "Blue"]}),
+    ("answer S --answers [1,2]", {"id": "S", "answers": [1, 2]}),
+    ("approve S", {"id": "S"}), ("approve S perm-1 --always", {"id": "S", "permissionId": "perm-1", "always": True}),
+    ("approve S --updated-input command=ls", {"id": "S", "updatedInput": {"command": "ls"}}),
+    ("read S --wait --timeout 1.5 --limit 3", {"id": "S", "wait": "idle", "timeout": 1.5, "limit": 3}),
+    ("memory set k {\"a\":[null]}", {"key": "k", "value": {"a": [None]}}),
+    ("memory set k word", {"key": "k", "value": "word"}), ("memory set k null", {"key": "k", "value": None}),
+    ("memory set k \"5\" --ttl-ms 5", {"key": "k", "value": "5", "ttlMs": 5}),
+    ("create hi --variables who=5 --variables n:=5", {"prompt": "hi", "variables": {"who": "5", "n": 5}}),
+    ("create --env A=b=c --args=-v --args x --worktree --no-resume-on-reset",
+     {"env": {"A": "b=c"}, "args": ["-v", "x"], "worktree": True, "resumeOnReset": False}),
+    ("create --command [\"a\"]", {"command": ["a"]}), ("create --command 'sh -c x'", {"command": "sh -c x"}),
+    ("create --work-dir /a/../b", {"workDir": "/b"}), ("verify S --checks {\"command\":\"true\"}",
+                                                       {"id": "S", "checks": [{"command": "true"}]}),
+    ("policy S allowRead:=true deny:=[\"Bash\"]", {"id": "S", "policy": {"allowRead": True, "deny": ["Bash"]}}),
+    ("create --name n hi", {"prompt": "hi", "name": "n"}), ("resume --json S hi", {"id": "S", "prompt": "hi"}),
+    ("answer --text word S", {"id": "S", "text": "word"}), ("label S a=b", {"id": "S", "labels": {"a": "b"}}),
+], ids=lambda one: one if isinstance(one, str) else "")
+def test_a_verbs_fields_are_read_as_the_row_wants_them(words, wanted):
+    split = shlex.split(words) if "'" in words else words.split(" ")
+    if '"5"' in words:
+        split[3] = '"5"'
+    verb, rest = aegis.find_verb(split)
+    row = aegis.ROUTES_BY_PATH[verb.route]
+    options = aegis.verb_parser(verb).parse_intermixed_args(rest)
+    found = {name: aegis.read_field(name, row.takes[name], getattr(options, name, None)) for name in row.takes}
+    assert {name: value for name, value in found.items() if value is not aegis.MISSING} == wanted
+
+
+@pytest.mark.parametrize("words, why", [
+    ("send", "the following arguments are required: SESSION, TEXT"), ("send S", "required: TEXT"),
+    ("ls --nmae x", "unrecognized arguments: --nmae x"), ("read S --limit x", "limit must be a whole number, not 'x'"),
+    ("ls --status lazy", "invalid choice: 'lazy'"), ("memory set k v --ttl-ms x", "must be a whole number"),
+    ("policy S x", "neither NAME=VALUE nor a JSON object"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
+    ("policy S a:=b", "is not JSON"), ("run", "a prompt is required"),
+    ("run x --policy {", "must be a JSON object"), ("call dance", "there is no tool 'dance'"),
+    ("call red_session", "did you mean `read_session`?"), ("run x --timeout soon", "invalid float value"),
+    ("pipeline create /no/such", "must be a JSON object"), ("attach", "required: SESSION"),
+    ("ls --url nowhere", "is no address of a server"), ("ls --token @/no/such", "the token cannot be read"),
+], ids=lambda one: one)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(server, capsys, monkeypatch, words, why):
+    monkeypatch.setenv("AEGIS_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setattr(aegis, "find_named", lambda client, collection, word: word)
+    code = aegis.main(words.split(" "))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1) and why in err and err.startswith("aegis: "), err
+
+
+def test_every_tool_is_a_command_and_every_command_has_a_row():
+    pending = ("/v1/auth/keys", "/v1/webhooks", "/v1/metrics", "/v1/channels", "/v1/consensus", "/v1/swarm", "/v1/audit",
+               "/v1/diagnostics", "/v1/sessions/:id/consensus")      # of servers that have them
+    assert [verb.route for verb in aegis.EVERY_VERB if verb.route and verb.route not in aegis.ROUTES_BY_PATH
+            and not verb.route.split(" ")[1].startswith(pending)] == []
+    for verb in aegis.VERBS.values():
+        text = aegis.verb_parser(verb).format_help()
+        assert f"aegis.py {verb.name}" in text and "--json" in text and len(aegis.verb_about(verb)) > 10
+    assert len(aegis.ROUTES_BY_TOOL) == len([one for one in aegis.ROUTES if one.tool])
+
+
+def test_call_reaches_any_tool(server, talk):
+    tools = {one["tool"] for one in told(server, "call")["tools"]}
+    assert tools == set(aegis.ROUTES_BY_TOOL)
+    name = talk.get()["name"]
+    assert told(server, "call", "get-session", f"id={name}")["id"] == talk.id
+    assert told(server, "call", "read_session", f"id={talk.id}", "limit=0")["messages"] == []
+    made = told(server, "call", "create_sessions", json.dumps({"sessions": [{"workDir": str(server.work)}]}))
+    ids = [one["id"] for one in made["sessions"]]
+    assert told(server, "call", "kill_sessions", f"ids:={json.dumps(ids)}")["killed"] == 1
+
+
+def test_a_session_is_named_by_id_or_name_or_the_beginning_of_its_id(server, make):
+    name = f"naïve {uuid.uuid4().hex[:6]}"
+    ended = make(name=name)
+    ended.kill()
+    assert told(server, "show", name)["id"] == ended.id          # of one that ended, where none lives
+    alive_ = make(name=name)
+    for word in (alive_.id, name, alive_.id[:11]):
+        assert told(server, "show", word)["id"] == alive_.id
+    assert told(server, "show", ended.id[:11])["status"] == "killed"
+    done = cli(server, "show", "")
+    assert (done.returncode, done.stdout) == (1, "") and "is the beginning of" in done.stderr
+    done = cli(server, "show", f"{name}?")
+    assert done.returncode == 1 and "there is no session" in done.stderr and "ls -a" in done.stderr
+
+
+def test_a_refusal_is_one_line_and_an_exit_code(server, strict, talk):
+    done = cli(server, "unqueue", talk.id, "p-none")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("aegis: unqueue: ")
+    assert cli(server, "profile", talk.id, "no-such").returncode == 2
+    bare = {"AEGIS_AUTH_TOKEN": "", "AEGIS_TOKEN": ""}
+    done = cli(strict, "ls", **bare)
+    assert done.returncode == 1 and "AEGIS_TOKEN" in done.stderr and done.stderr.count("\n") == 1
+    secret = strict.env["AEGIS_AUTH_TOKEN"]
+    assert cli(strict, "ls", **{**bare, "AEGIS_TOKEN": secret}).returncode == 0
+    kept = strict.root / "token"
+    kept.write_text(secret + "\n")
+    assert cli(strict, "--token", f"@{kept}", "ls", **bare).returncode == 0
+    done = cli(None, "ls", AEGIS_PORT="1")
+    assert done.returncode == 5 and done.stderr == ("aegis: ls: no Aegis answers at http://127.0.0.1:1: start one with "
+                                                    "`python3 aegis.py`, or name another with --url\n")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_a_server_behind_tls_is_reached_by_the_script_itself(server, tmp_path):
+    import ssl
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(cert), str(key))
+    answer = http_answer(b'{"status": "ok", "behind": "tls"}')
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            for _ in range(2):
+                with contextlib.suppress(OSError):
+                    with context.wrap_socket(listening.accept()[0], server_side=True) as line:
+                        line.recv(65536)
+                        line.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://localhost:{listening.getsockname()[1]}"
+        env = {**server.env, "AEGIS_URL": url}
+        words = [sys.executable, str(AEGIS), "health", "--json"]
+        good = subprocess.run(words, env={**env, "SSL_CERT_FILE": str(cert)}, stdout=subprocess.PIPE, timeout=30)
+        assert json.loads(good.stdout) == {"status": "ok", "behind": "tls"}
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        assert done.returncode == 5 and b"CERTIFICATE_VERIFY_FAILED" in done.stderr
+
+
+def test_the_verbs_of_a_session_from_beginning_to_end(server, make):
+    name = f"life-{uuid.uuid4().hex[:6]}"
+    work = ("--work-dir", str(server.work))
+    made = told(server, "create", "[[say one]]", "--name", name, "--labels", "a=b", "--agent", "demo", *work)
+    try:
+        assert (made["name"], made["workDir"], made["labels"]) == (name, str(server.work), {"a": "b"})
+        assert told(server, "read", name, "--wait")["output"] == "one"
+        assert cli(server, "read", name).stdout == "one\n"
+        assert "you  [[say one]]" in cli(server, "read", name, "--messages").stdout
+        assert told(server, "label", name, "a=c", "--max-seconds", "900")["labels"] == {"a": "c"}
+        assert told(server, "explain", name)["status"] == "idle"
+        assert "demo" in cli(server, "pane", name).stdout
+        assert told(server, "permissions", name)["pending"] == []
+        child = told(server, "spawn", name, "[[say child]]")
+        assert child["id"] in cli(server, "children", name).stdout
+        fork = told(server, "fork", name)
+        done = cli(server, "kill", fork["id"], "nobody", child["id"])
+        assert done.returncode == 1 and f"{child['id']} killed" in done.stdout and "'nobody'" in done.stderr
+        assert told(server, "kill", name)["killed"] is True
+        assert told(server, "resume", name, "[[say again]]")["id"] == made["id"]
+        assert told(server, "read", name, "--wait")["output"] == "again"
+    finally:
+        server.call("DELETE /v1/sessions/batch", {"ids": [made["id"]]})
+
+
+def test_memory_and_templates_have_verbs(server, tmp_path):
+    key = f"cli/{uuid.uuid4().hex[:8]}"
+    told(server, "memory", "set", key, '{"n": 1}')
+    assert cli(server, "memory", "get", key).stdout == '{"n":1}\n'
+    assert key in cli(server, "memory", "ls", "cli/").stdout
+    told(server, "memory", "set", key, "-", stdin="from stdin")
+    assert cli(server, "memory", "get", key).stdout == "from stdin\n"
+    assert told(server, "memory", "rm", key)["deleted"] is True
+    body = tmp_path / "body.json"
+    body.write_text('{"prompt": "Greet {{who}}."}')
+    name = f"t-{uuid.uuid4().hex[:6]}"
+    told(server, "template", "create", name, f"@{body}", "--variables", '{"who": {"default": "all"}}')
+    assert name in cli(server, "template", "ls").stdout
+    assert told(server, "template", "rm", name)["deleted"] is True
+    assert cli(server, "stats").returncode == cli(server, "health").returncode == 0
+
+
+# ============================================================================
+# DIALOGUE. One session, followed at a terminal.
+# ============================================================================
+
+
+@pytest.mark.parametrize("words", [f"x{EVIL}\n└ y yes\ny", "\u2028└ y", "a\x0b└"], ids=ascii)
+def test_a_request_cannot_leave_its_bar(words):
+    asked = {"summary": f"Bash: {words}", "input": {"command": words, f"b{words}": {"c": words}}, "detail": words}
+    question = {"plan": words, "questions": [{"question": words, "multiSelect": False, "options": [
+        {"label": words, "description": words}]}], "options": [words], "title": words}
+    lines = [*aegis.permission_lines(asked), *aegis.question_lines(question),
+             *aegis.question_lines({"title": words, "options": [words], "text": words})]
+    assert lines and not [line for line in lines if "\n" in line or aegis.UNSAFE.search(line)]
+    assert len([line for line in lines if "└" in line]) >= 8
+
+
+# ============================================================================
+# RUN. Prompts and their answers: run, send, tail.
+# ============================================================================
+
+
+def test_run_prints_the_answer_alone_and_ends_the_session(server):
+    work = ("--work-dir", str(server.work))
+    done = cli(server, "run", "[[bash ls]] [[say the answer]]", "--permission-profile", "autonomous", *work)
+    assert (done.returncode, done.stdout) == (0, "the answer\n"), done
+    assert "• Bash: ls" in done.stderr and "resume" in done.stderr
+    session = re.search(r"session (\w+): done", done.stderr).group(1)
+    assert told(server, "show", session)["status"] == "killed"
+    done = cli(server, "run", "-", "--rm", "-q", *work, stdin="[[say piped]]")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "piped\n", "")
+    name = f"kept-{uuid.uuid4().hex[:6]}"
+    result = told(server, "run", "[[say kept]]", "--keep", "--name", name)
+    assert (result["outcome"], result["output"], result["exitCode"], result["kept"]) == ("done", "kept", 0, True)
+    shown = told(server, "show", name)
+    assert shown["status"] == "idle" and shown["workDir"] == os.getcwd()
+    told(server, "kill", name)
+
+
+def test_run_streams_json_lines(server):
+    done = cli(server, "run", "[[say x]]", "--stream", "--rm", "--work-dir", str(server.work))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, lines[-1]["type"], lines[-1]["output"]) == (0, "result", "x")
+    kinds = [one["type"] for one in lines]
+    assert kinds.count("message") == 2 and kinds.count("result") == 1
+
+
+@pytest.mark.parametrize("words, code, outcome", [
+    (("[[bash rm x]]",), 6, "waiting"), (("[[bash rm x]]", "--requests", "reject"), 0, "done"),
+    (("[[bash rm x]] [[say y]]", "--yes"), 0, "done"), (("[[ask]]", "--yes"), 6, "waiting"),
+    (("[[exit]]",), 7, "exited"), (("[[hang]]", "--timeout", "0.5"), 124, "timeout"),
+    (("[[error overloaded]]",), 1, "failed"), (("[[bash rm x]]", "--policy", '{"allowBash": false}'), 0, "done")],
+    ids=lambda one: one[0] + " " + " ".join(one[1:]) if isinstance(one, tuple) else None)
+def test_run_ends_with_a_code_for_each_outcome(server, words, code, outcome):
+    done = cli(server, "run", *words, "--json", "--work-dir", str(server.work))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["exitCode"], result["outcome"]) == (code, code, outcome), done
+    if outcome == "waiting":
+        assert result["pendingPermission"] or result["pendingQuestion"]
+    if code not in (0, 7):
+        assert result["kept"] and told(server, "kill", result["sessionId"])["killed"]
+
+
+def test_run_waits_for_somebody_elses_decision_when_told(server):
+    name = f"wait-{uuid.uuid4().hex[:6]}"
+    running = cli_process(server, "run", "[[bash rm x]] [[say well]]", "--requests", "wait", "--name", name,
+                          stderr=subprocess.PIPE)
+    eventually(lambda: told(server, "show", name)["pendingPermission"])
+    assert told(server, "approve", name)["decision"] == "approved"
+    out, err = running.communicate(timeout=WITHIN)
+    assert (running.returncode, out) == (0, b"well\n") and b"waiting for a decision: Bash: rm x" in err
+
+
+def test_run_at_a_terminal_asks_and_only_yes_means_yes(server, person):
+    one = person("run", "[[bash rm -rf build]] [[bash second]] [[bash third]] [[say fine]]")
+    one.sees(r"Bash asks for permission[\s\S]*│ command: rm -rf build[\s\S]*y yes")
+    one.types("perhaps\n")
+    one.sees("y yes · a yes")
+    one.types("yesterday\n")
+    one.sees("y yes · a yes")
+    one.types("\n")
+    one.types("y\n")
+    one.sees(r"│ command: second[\s\S]*y yes")
+    one.types("n not that one\n")
+    one.sees(r"│ command: third[\s\S]*y yes")
+    one.types("d\n")
+    one.sees("command: third")
+    one.types("a\n")
+    assert one.leaves() == 0 and "fine" in one.drawn
+    talk = re.search(r"session (\w+): done", one.drawn).group(1)
+    history = {one["input"]["command"]: one for one in
+               server.ask(f"GET /v1/sessions/{talk}/permissions")["history"]}
+    states = [history[name]["state"] for name in ("rm -rf build", "second", "third")]
+    assert states == ["approved", "rejected", "approved"]
+    assert history["second"]["message"] == "not that one"
+
+
+def test_keys_typed_before_a_request_shows_do_not_answer_it(server, person):
+    one = person("run", "[[slow 1]] [[bash rm x]]")
+    one.sees("")
+    os.write(one.ours, b"y\ny\ny\n")
+    one.sees(r"Bash asks for permission[\s\S]*y yes")
+    one.types("n\n")
+    assert one.leaves() == 0
+    talk = re.search(r"session (\w+): done", one.drawn).group(1)
+    assert server.ask(f"GET /v1/sessions/{talk}/permissions")["history"][0]["state"] == "rejected"
+
+
+def test_run_at_a_terminal_takes_answers_and_sees_what_others_decided(person, server):
+    name = f"q-{uuid.uuid4().hex[:6]}"
+    one = person("run", "[[ask multi]] [[say asked]] [[bash rm x]] [[say after]]", "--name", name)
+    one.sees(r"1\. Red[\s\S]*1\. Black")
+    one.types("2\n")
+    one.sees("2 answers are asked for")
+    one.types("blue; 1,3\n")
+    one.sees("Bash asks for permission")
+    told(server, "approve", name)
+    one.sees(r"\(decided\)")
+    assert one.leaves() == 0
+
+
+def test_ctrl_c_interrupts_the_turn_and_a_second_one_leaves(person, server):
+    name = f"c-{uuid.uuid4().hex[:6]}"
+    one = person("run", "[[hang]]", "--name", name)
+    eventually(lambda: told(server, "show", name)["status"] == "working")
+    one.types("\x03")
+    one.sees("interrupting the turn")
+    assert one.leaves() == 130
+    assert told(server, "show", name)["status"] == "idle"
+    told(server, "kill", name)
+    two = person("run", "[[bash rm x]]", "--name", name)
+    two.sees("y yes")
+    two.types("\x04")                               # the end of input: nobody is there any more
+    assert two.leaves() == 6
+    told(server, "kill", name)
+
+
+@alone
+def test_a_second_ctrl_c_leaves_the_session_as_it_is(house):
+    own = house()
+    one = Person(own, "run", "[[hang]]", "--name", "left")
+    try:
+        eventually(lambda: own.ask("GET /v1/sessions?status=working")["sessions"])
+        own.process.send_signal(signal.SIGSTOP)      # so that the interrupt is under way for as long as it takes
+        one.types("\x03")
+        one.sees("interrupting the turn")
+        one.types("\x03")
+        one.sees("left: session \\w+ goes on")
+        assert one.leaves() == 130
+        own.process.send_signal(signal.SIGCONT)
+    finally:
+        one.close()
+
+
+def test_send_waits_and_tells_only_what_is_new(server, make):
+    talk = make("[[say old]]")
+    talk.read()
+    done = cli(server, "send", talk.id, "[[say new]]", "--wait")
+    assert (done.returncode, done.stdout) == (0, "new\n") and "old" not in done.stderr
+    assert talk.status == "idle"
+    done = cli(server, "send", talk.id, "[[say third]]")
+    assert re.fullmatch(r"p-\w+ \w+\n", done.stdout)
+    assert cli(server, "send", "nobody", "x").returncode == 1
+
+
+def test_tail_follows_a_session_to_its_end(server, make):
+    talk = make("[[say first]]")
+    talk.read()
+    following = {kind: cli_process(server, "tail", talk.id, *words, stderr=subprocess.DEVNULL)
+                 for kind, words in (("text", ()), ("events", ("--events", "--json")))}
+    assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say first]]\n", b"assistant  first\n"]
+    talk.say("[[say second]]")
+    assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say second]]\n", b"assistant  second\n"]
+    talk.say("/help", "POST command")
+    talk.kill()
+    events = [json.loads(one) for one in following["events"].communicate(timeout=WITHIN)[0].splitlines()]
+    assert events[-1]["type"] == "session.killed" and {one["sessionId"] for one in events} == {talk.id}
+    following["text"].communicate(timeout=WITHIN)
+    assert [one.returncode for one in following.values()] == [0, 0]
+
+
+# ============================================================================
+# WATCHING. Lists that stay true, and windows to look into.
+# ============================================================================
+
+
+def test_ls_lists_and_filters(server, make):
+    talk = make(labels={"cli": "yes"})
+    ended = make(labels={"cli": "yes"})
+    ended.kill()
+    assert [one["id"] for one in told(server, "ls", "--label", "cli=yes")["sessions"]] == [talk.id]
+    both = told(server, "ls", "-a", "--label", "cli=yes")["sessions"]
+    assert [one["id"] for one in both] == [ended.id, talk.id]
+    killed = told(server, "ls", "--status", "killed", "-n", "1", "--label", "cli")["sessions"]
+    assert [one["id"] for one in killed] == [ended.id]
+    lines = cli(server, "ls", "--label", "cli").stdout.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("ID ")
+    assert lines[1].split()[:3] == [talk.id, talk.get()["name"], "idle"]
+    done = cli(server, "ls", "--label", "no-such-label")
+    assert (done.returncode, done.stdout) == (0, "") and "no session lives" in done.stderr
+
+
+def test_ls_watch_stays_true_fits_the_terminal_and_gives_it_back(server, make, person):
+    make(name=f"漢字-{'x' * 60}", labels={"watched": "yes"})
+    one = person("ls", "--watch", "--label", "watched", columns=60, NO_COLOR="1")
+    one.sees("idle")
+    rows = [re.sub("\x1b\\[[?0-9;]*[A-Za-z]", "", line) for line in one.drawn.replace("\r", "").split("\n")]
+    assert max(aegis.cells(row) for row in rows) <= 60
+    one.drawn = ""
+    make("[[hang]]", name="newcomer", labels={"watched": "yes"})
+    one.sees(r"newc[\s\S]*working")
+    one.types("\x03")
+    assert one.leaves() == 130 and "\x1b[?25h\x1b[?1049l" in one.drawn
+
+
+def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
+    talk = make(labels={"piped": "yes"})
+    with cli_process(server, "ls", "-w", "-a", "--label", "piped", "--json") as watching:
+        assert [one["status"] for one in json.loads(watching.stdout.readline())] == ["idle"]
+        talk.kill()
+        while json.loads(watching.stdout.readline())[0]["status"] != "killed":
+            pass
+        watching.terminate()
+    assert watching.returncode == 143
+
+
+def test_attach_runs_tmux_and_nothing_else(server, make, person):
+    talk = make(name=f"att-{uuid.uuid4().hex[:6]}")
+    printed = cli(server, "attach", talk.id, "--print").stdout
+    assert printed.startswith(f"tmux -u -L {server.socket} new-session -t ")
+    one = person("attach", talk.id)
+    one.sees("demo agent|Demo")
+    assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+    one.types("\x02d")
+    assert one.leaves() == 0
+    assert cli(server, "attach", talk.id).returncode == 2          # no terminal
+    good = talk.get()["attach"]
+    assert "switch-client" in aegis.attach_words(good, "127.0.0.1", {"TMUX": f"/tmp/tmux-0/{server.socket},1,0"})
+    assert "new-session" in aegis.attach_words(good, "127.0.0.1", {"TMUX": "/tmp/tmux-0/default,1,0"})
+    for command, host in ((good, "box.example"), (good + " \\; run-shell id", "127.0.0.1"),
+                          ("sh -c tmux", "127.0.0.1"), (good.replace("tmux", "/tmp/x/tmux", 1), "127.0.0.1")):
+        assert failure(lambda: aegis.attach_words(command, host, {})).code == "NOT_HERE"
+    talk.kill()
+    done = cli(server, "attach", talk.id, "--print")
+    assert done.returncode == 1 and "resume" in done.stderr
+
+
+def test_pipelines_are_made_watched_and_cancelled(server, tmp_path, person):
+    spec = {"name": f"cli-{uuid.uuid4().hex[:6]}", "defaults": {"agent": "demo"},
+            "stages": [{"name": "a", "prompt": "[[say one]]"}, {"name": "b", "prompt": "[[say {{stages.a.output}}!]]"}]}
+    file = tmp_path / "pipeline.json"
+    file.write_text(json.dumps(spec))
+    done = cli(server, "pipeline", "create", str(file), "--watch")
+    assert done.returncode == 0 and re.search(r"b +done", done.stdout.split("\nSTAGE")[-1]), done
+    shown = cli(server, "pipeline", "show", spec["name"]).stdout
+    assert "one!" in shown
+    assert told(server, "pipeline", "show", spec["name"])["stages"][0]["state"] == "done"
+    assert spec["name"] in cli(server, "pipeline", "ls").stdout
+    spec["stages"][1]["prompt"] = "[[exit]]"
+    made = told(server, "pipeline", "create", "-", "--parallel", "1", stdin=json.dumps(spec))
+    assert cli(server, "pipeline", "watch", made["id"]).returncode == 1
+    spec["stages"][0]["prompt"] = "[[hang]]"
+    made = told(server, "pipeline", "create", json.dumps(spec))
+    one = person("pipeline", "watch", made["id"])
+    one.sees("running")
+    assert told(server, "pipeline", "cancel", made["id"])["cancelled"] is True
+    assert one.leaves() == 1 and "cancelled" in one.drawn
+
+
+def test_verify_prints_what_passed_and_its_code_says_whether_all_did(server, talk):
+    done = cli(server, "verify", talk.id, "--checks", '{"name": "good", "command": "true"}')
+    assert done.returncode == 0 and re.search(r"good +passed", done.stdout)
+    done = cli(server, "verify", talk.id, "--checks", '{"name": "bad", "command": "echo because; exit 3"}')
+    assert done.returncode == 1 and re.search(r"bad +failed +3", done.stdout) and "\nbecause\n" in done.stdout
+
+
+# ============================================================================
+# COMMANDS. The table of verbs, help, completion.
+# ============================================================================
+
+
+def test_help_tells_every_command_and_exit_code(capsys):
+    assert aegis.main(["help"]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in (*aegis.VERBS, *aegis.COMMANDS) if f"\n  {name} " not in listed] == []
+    assert all(f"{code}  {meaning}" in listed for code, meaning in aegis.EXITS.items())
+    assert aegis.main(["help", "run"]) == 0 and "--timeout SECONDS" in capsys.readouterr().out
+    assert aegis.main(["pipeline"]) == 0 and "pipeline watch" in capsys.readouterr().out
+    assert aegis.main(["help", "raed"]) == 2 and "`read`" in capsys.readouterr().err
+
+
+# how a shell completes the words of a line, and then prints what it found
+COMPLETES = {
+    "bash": "COMP_WORDS=({words}); COMP_CWORD={last}; COMPREPLY=(); _aegis; echo \"${{COMPREPLY[*]}}\"\n",
+    "zsh": "words=({words}); CURRENT={last}; (( CURRENT += 1 )); _aegis; print\n"}
+BEFORE = {"bash": "", "zsh": "compdef() { :; }; _files() { :; }\n"
+                             "compadd() { shift; print -rn -- ${(M)@:#${words[CURRENT]}*}; }\n"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_completes_commands_flags_and_what_lives(server, make, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    odd, name = make(name="$(touch pwned) x"), f"tab-{uuid.uuid4().hex[:6]}"
+    talk = make(name=name)
+    lines = {"aegis re": ["read", "reject", "resume"], "aegis pipeline c": ["create", "cancel"],
+             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name], f"aegis kill {odd.id[:8]}": [odd.id],
+             f"aegis read {talk.id[:6]}": [talk.id], "aegis pipeline create --par": ["--parallel"],
+             "aegis run --perm": ["--permission-mode", "--permissions", "--permission-profile"]}
+    script = BEFORE[shell] + f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
+    for line in lines:
+        words = line.split()
+        script += COMPLETES[shell].format(words=line, last=len(words) - 1)
+    done = subprocess.run([shell, "-c", script], env=server.env, cwd=str(server.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60)
+    found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
+    assert found == [sorted(one) for one in lines.values()], done
+    assert not (server.work / "pwned").exists()
+
+
+# ============================================================================
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent; main.
+# ============================================================================
+
+
+def test_an_unknown_command_names_the_nearest_or_where_all_are_told(capsys):
+    assert (aegis.main(["dance"]), aegis.main(["selftset"])) == (2, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "aegis: there is no command 'dance': `aegis.py help` lists them",
+        "aegis: there is no command 'selftset': did you mean `selftest`?"]
+    assert aegis.main(["pipeline", "lst"]) == 2
+    assert "did you mean `pipeline ls`?" in capsys.readouterr().err
 
 
 def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path):
@@ -9859,7 +10532,8 @@ def test_the_readme_names_every_setting_state_and_event(readme):
 
 
 def test_the_readmes_tables_are_the_programs_own(readme):
-    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table()):
+    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table(), aegis.verbs_table(),
+                  aegis.exits_table()):
         assert table in readme
 
 
@@ -9884,6 +10558,17 @@ def test_every_curl_of_the_readme_works(house):
     said = done.stdout.decode()
     assert '"statusCode"' not in said, said
     assert set(re.findall(r"=== (\d+)", said)) <= {"0", "28"}, said
+
+
+@alone
+def test_every_command_of_the_readme_works(house):
+    own = house()
+    block = next(one for one in shell_blocks(README.read_text(encoding="utf-8")) if "aegis.py run" in one)
+    started = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE))))
+    script = block.replace("python3 aegis.py", started).replace("/tmp/my-project", str(own.work))
+    done = subprocess.run(["sh", "-e", "-c", script], env=own.env, cwd=str(own.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0 and b"login" in done.stdout, done
 
 
 # ============================================================================
@@ -9951,6 +10636,12 @@ def test_no_function_is_longer_than_a_screen():
 
 def test_a_room_uses_only_rooms_above_it():
     assert downward() == []
+
+
+def test_no_name_of_the_file_is_given_twice():
+    names = collections.Counter(name for node in TREE.body for name in defined(node)
+                                if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_room_has_a_box_an_opening_and_its_place_on_the_title_page():
