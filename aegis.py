@@ -34,6 +34,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     MEMORY        what agents and callers leave for one another
     CHECKS        a project's own checks, found and run
     VERIFY        rounds of checks, and mending between them
+    RUNS          what pipelines and consensus reviews have in common
+    STAGES        the plan of a pipeline
     PIPELINES     stages of work, each when what it depends on is done
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
@@ -49,7 +51,7 @@ for each event stream - aegis-tmux (reads the control client) - aegis-exits (pro
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
-aegis-pipelines (decides what starts next), aegis-stage (one for each stage, while it starts) -
+aegis-pipelines (decides what starts next), aegis-start (one for each stage, while it starts) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
@@ -8128,31 +8130,185 @@ def checks_for(session: SessionRow, given: Optional[Sequence[Json]], seconds: fl
 
 
 # ============================================================================
-# PIPELINES. Stages of work, each when what it depends on is done.
+# RUNS. What pipelines and consensus reviews have in common.
 # ============================================================================
-# plan_stages() is pure: from the states of the stages it says what to start, what to
-# skip, and when all is over.  The runner round it is thin: each change stands
-# in the database before it is done, sessions and prompts are made under keys
-# of the stage's own, so that a restart finds them instead of making others.
-# One thread decides, woken by events; a start takes a thread of its own.
-# Lock: Runner.lock, taken before Session.lock: between reading stages and
-# storing what was decided about them.
-#
-#     waiting -> running -> [verifying] -> done
-#        ^          |            |
-#        +- retry --+------------+-------> failed
-#     waiting -> skipped (another stage failed and stops all)
-#     any     -> cancelled
+# A run is work that several sessions do and that outlives Aegis.  Its changes
+# stand in the database before they are done; sessions and prompts are made
+# under keys of the run's own, so that a restart finds them instead of making
+# others.  One thread for all runs of a kind decides what follows, woken by
+# events of their sessions; a start takes a thread of its own.  Ended runs are
+# swept away when there are too many, or they are too old.  Lock: Loop.lock,
+# taken before Session.lock: between reading a run and storing what was
+# decided about it.
+
+LAUNCHES = 3               # sessions that one attempt may begin: a restart may lose one before its agent runs
+LOOP_LOOK = 60.0           # seconds after which a loop looks without being told
+AGAIN_SECONDS = 1.0        # until it tries again what was refused for the moment
+WAKES = frozenset(("prompt.done", "prompt.failed", "session.exited", "session.killed", "verify.completed"))
+
+
+class Inbox(Listener):
+    """Hears of the sessions that work for runs; what it queues are the runs' ids."""
+
+    def __init__(self) -> None:
+        super().__init__(tuple(WAKES))
+        self.runs: Dict[str, str] = {}    # session -> its run; single dict operations only
+
+    def offer(self, event: Event) -> None:
+        """Queue the run that an event is about."""
+        if event.type in WAKES and event.session in self.runs:
+            self.queue.put(self.runs[event.session])   # type: ignore[arg-type]
+
+    def poke(self, run_id: str) -> None:
+        """Have a run looked at."""
+        self.queue.put(run_id)   # type: ignore[arg-type]
+
+
+class Loop:
+    """Brings all runs of a kind forward.  `most`: how many sessions may work for them at once."""
+
+    def __init__(self, context: Context, name: str, advance: Callable[[str], None], most: int) -> None:
+        self.context, self.name, self.advance, self.most = context, name, advance, most
+        self.lock = threading.RLock()
+        self.inbox = Inbox()
+        self.starts = threading.BoundedSemaphore(BATCH_STARTS)
+        self.starting: "set[str]" = set()            # what a thread is starting
+        self.active: Dict[str, int] = {}             # sessions at work, by run
+        self.hungry: Dict[str, None] = {}            # runs that could start more, the longest waiting first
+        self.due: Dict[str, float] = {}              # run -> when it must be looked at, in Unix seconds
+
+    def start(self) -> None:
+        """Begin."""
+        self.context.bus.listen(self.inbox)
+        spawn(self.name, self._run)
+
+    def _run(self) -> None:
+        while not self.context.stopping.is_set():
+            now = time.time()
+            pause = min([LOOP_LOOK, *(at - now for at in list(self.due.values()))])
+            told = {run for run, at in list(self.due.items()) if at <= now}
+            with contextlib.suppress(queue.Empty):
+                if not told:
+                    told.add(self.inbox.queue.get(timeout=max(0.0, pause)))   # type: ignore[arg-type]
+                while True:
+                    told.add(self.inbox.queue.get_nowait())   # type: ignore[arg-type]
+            for run in told - {None}:
+                self.look(run)
+            for run in list(self.hungry):
+                if sum(self.active.values()) >= self.most:
+                    break
+                self.look(run)
+
+    def look(self, run: str) -> None:
+        """Bring a run forward; what fails is tried again."""
+        try:
+            self.due.pop(run, None)
+            self.hungry.pop(run, None)
+            self.advance(run)
+        except ApiError as error:
+            self.context.log.note("warning", "a run waits", run=run, error=error)
+            self.due[run] = time.time() + AGAIN_SECONDS
+        except Exception:
+            self.context.log.note("error", "a run failed", run=run, trace=traceback.format_exc())
+            self.due[run] = time.time() + LOOP_LOOK
+
+    def room_for(self, run: str) -> int:
+        """Tell how many sessions may work for a run, with those that do already."""
+        return self.most - sum(count for other, count in self.active.items() if other != run)
+
+    def due_at(self, run: str, at: float) -> None:
+        """Have a run looked at when its time comes."""
+        self.due[run] = min(self.due.get(run, math.inf), at)
+
+    def end(self, run: str) -> None:
+        """Forget a run that is over: its share goes to those that wait, and nothing more is heard of its sessions."""
+        self.active.pop(run, None)
+        for session_id in [one for one, of in list(self.inbox.runs.items()) if of == run]:
+            self.inbox.runs.pop(session_id, None)
+        for other in list(self.hungry):
+            self.inbox.poke(other)
+
+    def begin(self, item: str, run: str, work: Callable[[], None], fail: Callable[[str], None]) -> None:
+        """Start something of a run in a thread, unless one is at it; `fail` is told why it could not be."""
+        if item not in self.starting:
+            self.starting.add(item)
+            spawn("aegis-start", self._begin, item, run, work, fail)
+
+    def _begin(self, item: str, run: str, work: Callable[[], None], fail: Callable[[str], None]) -> None:
+        try:
+            with self.starts:
+                if not self.context.stopping.is_set():
+                    work()
+        except ApiError as error:
+            if error.code == "STORE_UNAVAILABLE":
+                self.context.stopping.wait(AGAIN_SECONDS)
+            else:
+                fail(error.message)
+        except Exception:
+            self.context.log.note("error", "a start failed", run=run, trace=traceback.format_exc())
+            fail("internal error; the log tells more")
+        finally:
+            self.starting.discard(item)
+            self.inbox.poke(run)
+
+
+def start_session(context: Context, wanted: Json, prompt: str, key: str, name: str) -> Session:
+    """Start a session from a stored body of create; the same key gives the same one.  Raises ApiError."""
+    return create_session(context, Wanted(**wanted, name=name, prompt=prompt, idempotency=key))
+
+
+def begun_under(context: Context, key: str) -> Optional[str]:
+    """Find the session that was started under a key, noted or not."""
+    return context.store.value("SELECT id FROM sessions WHERE idempotency = ?", key)
+
+
+def first_prompt(context: Context, session_id: str) -> PromptRow:
+    """Find the prompt that a session was created with."""
+    return context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session_id)
+
+
+def settle_books(context: Context, session: Session) -> None:
+    """Wait until a turn that has just ended stands in the session's books."""
+    while unsettled(session) and not context.stopping.wait(0.01):
+        catch_up(session)
+
+
+def end_session(context: Context, session_id: str, reason: str) -> None:
+    """End a session that is not needed any more, when its last turn stands in its books."""
+    session = context.sessions.get(session_id)
+    if session and not session.ending and not context.stopping.is_set():
+        settle_books(context, session)
+        with contextlib.suppress(ApiError):
+            kill_session(context, session_id, reason)
+
+
+def usage_now(context: Context, session_id: str) -> Json:
+    """Tell what a session has used so far."""
+    with contextlib.suppress(ApiError):
+        ledger = find_session(context, session_id).row.ledger
+        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger)}
+    return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
+
+
+def usage_between(before: Optional[Json], after: Json) -> Json:
+    """Subtract what a session had used before a stage's turn."""
+    tokens = {name: count - (before["tokens"][name] if before else 0) for name, count in after["tokens"].items()}
+    costs = (before["cost"] if before else 0.0, after["cost"])
+    return {"tokenUsage": tokens, "costUsd": None if None in costs else round(costs[1] - costs[0], 6)}
+
+
+# ============================================================================
+# STAGES. The plan of a pipeline.
+# ============================================================================
+# What may start, what is skipped and when all is over follow from the states
+# of the stages alone.  So does what a graph may look like, and what a stage
+# may quote of the others.  Pure.
 
 MAX_STAGES = 100
 MAX_RETRIES = 10
 ACTIVE_STAGES = ("running", "verifying")
 STAGE_STATES = ("waiting", *ACTIVE_STAGES, "done", "failed", "skipped", "cancelled")
 PIPELINE_STATES = ("running", "done", "failed", "cancelled")
-LAUNCHES = 3               # sessions of one attempt: a restart may lose one before its agent runs
-RUNNER_LOOK = 60.0         # seconds after which the runner looks without being told
-AGAIN_SECONDS = 1.0        # until it tries again what was refused for the moment
-WAKES = frozenset(("prompt.done", "prompt.failed", "session.exited", "session.killed", "verify.completed"))
 
 
 class Step(NamedTuple):
@@ -8236,6 +8392,19 @@ def blanks_faults(spec: Json, before: "set[str]") -> List[str]:
     return faults
 
 
+# ============================================================================
+# PIPELINES. Stages of work, each when what it depends on is done.
+# ============================================================================
+# The runner is thin: it sees what the stages have come to, asks the plan, and
+# stores what follows with its events, all at once, before any of it is done.
+#
+#     waiting -> running -> [verifying] -> done
+#        ^          |            |
+#        +- retry --+------------+-------> failed
+#     waiting -> skipped (another stage failed and stops all)
+#     any     -> cancelled
+
+
 def stage_text(context: Context, stage: StageRow, stages: Sequence[StageRow], session_id: str) -> str:
     """Fill a stage's prompt.  Raises Unfilled."""
     outputs = {f"stages.{one.name}.output": one.output or "" for one in stages if one.state in ("done", "failed")}
@@ -8247,104 +8416,46 @@ def stage_text(context: Context, stage: StageRow, stages: Sequence[StageRow], se
     return filled
 
 
-class Inbox(Listener):
-    """Hears of the sessions that work for pipelines; what it queues are the pipelines' ids."""
-
-    def __init__(self) -> None:
-        super().__init__(tuple(WAKES))
-        self.pipelines: Dict[str, str] = {}    # session -> its pipeline; single dict operations only
-
-    def offer(self, event: Event) -> None:
-        """Queue the pipeline that an event is about."""
-        if event.type in WAKES and event.session in self.pipelines:
-            self.queue.put(self.pipelines[event.session])   # type: ignore[arg-type]
-
-    def poke(self, pipeline_id: str) -> None:
-        """Have a pipeline looked at."""
-        self.queue.put(pipeline_id)   # type: ignore[arg-type]
-
-
 class Runner:
-    """Drives pipelines.  lock guards the stages between their reading and the storing of what was decided."""
+    """Drives pipelines."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.lock = threading.RLock()
-        self.inbox = Inbox()
-        self.starts = threading.BoundedSemaphore(BATCH_STARTS)
-        self.starting: "set[str]" = set()            # stages whose start a thread is at
-        self.active: Dict[str, int] = {}             # stages at work, by pipeline
-        self.hungry: Dict[str, None] = {}            # pipelines that could start more, the longest waiting first
-        self.due: Dict[str, float] = {}              # pipeline -> when it must be looked at, in Unix seconds
+        self.loop = Loop(context, "aegis-pipelines", self.advance, context.settings.pipeline_stages)
 
     def start(self) -> None:
         """Go on with the pipelines that the last Aegis left."""
-        self.context.bus.listen(self.inbox)
         for row in self.context.store.rows(PipelineRow, "pipelines", "ended_at IS NULL ORDER BY created_at"):
-            for stage in stages_of(self.context, row.id):
-                if stage.session:
-                    self.inbox.pipelines[stage.session] = row.id
-            self.active[row.id] = sum(one.state in ACTIVE_STAGES for one in stages_of(self.context, row.id))
-            self.inbox.poke(row.id)
+            stages = stages_of(self.context, row.id)
+            self.loop.inbox.runs.update((one.session, row.id) for one in stages if one.session)
+            self.loop.active[row.id] = sum(one.state in ACTIVE_STAGES for one in stages)
+            self.loop.inbox.poke(row.id)
         self.end_left_over()
-        spawn("aegis-pipelines", self._run)
-
-    def _run(self) -> None:
-        while not self.context.stopping.is_set():
-            now = time.time()
-            pause = min([RUNNER_LOOK, *(at - now for at in list(self.due.values()))])
-            told = {pipeline for pipeline, at in list(self.due.items()) if at <= now}
-            with contextlib.suppress(queue.Empty):
-                if not told:
-                    told.add(self.inbox.queue.get(timeout=max(0.0, pause)))   # type: ignore[arg-type]
-                while True:
-                    told.add(self.inbox.queue.get_nowait())   # type: ignore[arg-type]
-            for pipeline_id in told - {None}:
-                self.advance_safely(pipeline_id)
-            for pipeline_id in list(self.hungry):
-                if sum(self.active.values()) >= self.context.settings.pipeline_stages:
-                    break
-                self.advance_safely(pipeline_id)
-
-    def advance_safely(self, pipeline_id: str) -> None:
-        """Bring a pipeline forward; what fails is tried again."""
-        try:
-            self.due.pop(pipeline_id, None)
-            self.hungry.pop(pipeline_id, None)
-            self.advance(pipeline_id)
-        except ApiError as error:
-            self.context.log.note("warning", "pipeline waits", pipeline=pipeline_id, error=error)
-            self.due[pipeline_id] = time.time() + AGAIN_SECONDS
-        except Exception:
-            self.context.log.note("error", "pipeline failed", pipeline=pipeline_id, trace=traceback.format_exc())
-            self.due[pipeline_id] = time.time() + RUNNER_LOOK
+        self.loop.start()
 
     def advance(self, pipeline_id: str) -> None:
         """See what a pipeline's stages have come to, and do what follows."""
-        with self.lock:
+        with self.loop.lock:
             row = find_pipeline(self.context, pipeline_id)
             if row.ended_at is not None:
                 return
             stages = stages_of(self.context, pipeline_id)
             changed = [self.observe(row, one) for one in stages]
-            others = sum(count for other, count in self.active.items() if other != pipeline_id)
-            room = min(row.parallel, self.context.settings.pipeline_stages - others)
+            room = min(row.parallel, self.loop.room_for(pipeline_id))
             decided = plan_stages([step_of(one) for one in changed], room)
             changed = [self.decide(one, decided, changed) for one in changed]
             again = plan_stages([step_of(one) for one in changed], room)   # a start may have failed at once
             self.store(row, stages, changed, again.outcome)
-            self.active[pipeline_id] = sum(one.state in ACTIVE_STAGES for one in changed)
+            self.loop.active[pipeline_id] = working = sum(one.state in ACTIVE_STAGES for one in changed)
             if again.outcome:
-                self.active.pop(pipeline_id, None)
+                self.loop.end(pipeline_id)
             elif again.start or again.skip:
-                self.inbox.poke(pipeline_id)
-            elif again.hungry and row.parallel > self.active[pipeline_id]:
-                self.hungry[pipeline_id] = None
+                self.loop.inbox.poke(pipeline_id)
+            elif again.hungry and row.parallel > working:
+                self.loop.hungry[pipeline_id] = None
         for one in changed:
             self.carry_on(row, one)
         self.end_sessions(row, changed, stages)
-        if again.outcome:
-            self.forget_sessions(stages)
 
     def observe(self, row: PipelineRow, stage: StageRow) -> StageRow:
         """See what an active stage has come to."""
@@ -8355,7 +8466,7 @@ class Runner:
             spawn("aegis-ending", self.abandon, row, stage)
             return failed_stage(stage, f"it took more than {limit:g} s")
         if limit is not None:
-            self.due[row.id] = min(self.due.get(row.id, math.inf), (stage.started_at or 0) + limit + 0.01)
+            self.loop.due_at(row.id, (stage.started_at or 0) + limit + 0.01)
         if stage.state == "verifying":
             return self.observe_verify(stage)
         prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt) if stage.prompt else None
@@ -8379,7 +8490,7 @@ class Runner:
             if error.status == 503:
                 raise
             if error.code == "VERIFY_RUNNING":
-                self.due[row.id] = time.time() + AGAIN_SECONDS
+                self.loop.due_at(row.id, time.time() + AGAIN_SECONDS)
                 return stage._replace(output=None)
             return failed_stage(stage, error.message)
         return stage._replace(state="verifying", verify=found.id)
@@ -8435,27 +8546,8 @@ class Runner:
 
     def carry_on(self, row: PipelineRow, stage: StageRow) -> None:
         """Start what is to run and does not."""
-        if stage.state == "running" and stage.prompt is None and stage.id not in self.starting:
-            self.starting.add(stage.id)
-            spawn("aegis-stage", self.launch_safely, row, stage)
-
-    def launch_safely(self, row: PipelineRow, stage: StageRow) -> None:
-        """Start a stage's turn: the body of its thread."""
-        try:
-            with self.starts:
-                if not self.context.stopping.is_set():
-                    self.launch(row, stage)
-        except ApiError as error:
-            if error.code == "STORE_UNAVAILABLE":
-                self.context.stopping.wait(AGAIN_SECONDS)
-            else:
-                self.fail(stage, error.message)
-        except Exception:
-            self.context.log.note("error", "stage failed", pipeline=row.id, trace=traceback.format_exc())
-            self.fail(stage, "internal error; the log tells more")
-        finally:
-            self.starting.discard(stage.id)
-            self.inbox.poke(row.id)
+        if stage.state == "running" and stage.prompt is None:
+            self.loop.begin(stage.id, row.id, lambda: self.launch(row, stage), lambda why: self.fail(stage, why))
 
     def launch(self, row: PipelineRow, stage: StageRow) -> None:
         """Make a stage's session and prompt, or find those that were made for it.  Raises ApiError."""
@@ -8469,8 +8561,8 @@ class Runner:
             session = start_session(self.context, stage.spec["wanted"], stage.text or "", stage_key(stage),
                                     f"{clip(row.name, 40)}/{clip(stage.name, 30)}-{stage.id[-6:]}{stage.attempt}")
             prompt = first_prompt(self.context, session.row.id)
-        self.inbox.pipelines[session.row.id] = row.id
-        with self.lock:
+        self.loop.inbox.runs[session.row.id] = row.id
+        with self.loop.lock:
             now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
             wanted = (now.state, now.attempt, now.starts) == ("running", stage.attempt, stage.starts)
             if wanted:
@@ -8480,7 +8572,7 @@ class Runner:
 
     def fail(self, stage: StageRow, reason: str) -> None:
         """Fail a stage that could not be started."""
-        with self.lock, contextlib.suppress(ApiError):
+        with self.loop.lock, contextlib.suppress(ApiError):
             now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
             if (now.state, now.attempt, now.prompt) == ("running", stage.attempt, None):
                 after = failed_stage(now, reason)
@@ -8492,15 +8584,11 @@ class Runner:
         with contextlib.suppress(ApiError):
             if stage.verify and find_verify(self.context, stage.verify).ended_at is None:
                 cancel_verify(self.context.verifier, stage.verify)
-        if stage.session and stage.prompt and (stage.spec["same"] or row.keep):
-            cancel_turn(self.context, stage.session, stage.prompt)
-        elif stage.session:
-            end_session(self.context, stage.session, f"its stage {stage.name} of pipeline {row.id} is over")
-
-    def forget_sessions(self, stages: Sequence[StageRow]) -> None:
-        """Hear no more of a pipeline's sessions."""
-        for one in stages:
-            self.inbox.pipelines.pop(one.session or "", None)
+        session_id = stage.session or begun_under(self.context, stage_key(stage))
+        if session_id and stage.prompt and (stage.spec["same"] or row.keep):
+            cancel_turn(self.context, session_id, stage.prompt)
+        elif session_id:
+            end_session(self.context, session_id, f"its stage {stage.name} of pipeline {row.id} is over")
 
     def end_sessions(self, row: PipelineRow, stages: Sequence[StageRow], before: Sequence[StageRow] = ()) -> None:
         """End the sessions that no stage needs any more, those of earlier attempts too."""
@@ -8527,7 +8615,7 @@ class Runner:
 
     def cancel(self, pipeline_id: str) -> Tuple[PipelineRow, bool]:
         """End a pipeline and what works for it; tells whether it was running.  Raises ApiError 404."""
-        with self.lock:
+        with self.loop.lock:
             row = find_pipeline(self.context, pipeline_id)
             if row.ended_at is not None:
                 return row, False
@@ -8535,14 +8623,11 @@ class Runner:
             after = [one if one.ended_at else over_stage(one, "cancelled", "the pipeline was cancelled")
                      for one in stages]
             self.store(row, stages, after, "cancelled")
-            self.active.pop(pipeline_id, None)
+            self.loop.end(pipeline_id)
         for one in stages:
             if one.state in ACTIVE_STAGES:
                 self.abandon(row, one)
         self.end_sessions(row, after)
-        self.forget_sessions(stages)
-        for other in list(self.hungry):
-            self.inbox.poke(other)
         return find_pipeline(self.context, pipeline_id), True
 
 
@@ -8572,46 +8657,6 @@ def stage_event(stage: StageRow) -> Draft:
     """Tell a stage's state."""
     told = {"pipelineId": stage.pipeline, "stage": stage.name, "state": stage.state, "attempt": stage.attempt}
     return Draft("pipeline.stage", stage.session, {**told, **({"reason": stage.reason} if stage.reason else {})})
-
-
-def start_session(context: Context, wanted: Json, prompt: str, key: str, name: str) -> Session:
-    """Start a session from a stored body of create; the same key gives the same one.  Raises ApiError."""
-    return create_session(context, Wanted(**wanted, name=name, prompt=prompt, idempotency=key))
-
-
-def first_prompt(context: Context, session_id: str) -> PromptRow:
-    """Find the prompt that a session was created with."""
-    return context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session_id)
-
-
-def settle_books(context: Context, session: Session) -> None:
-    """Wait until a turn that has just ended stands in the session's books."""
-    while unsettled(session) and not context.stopping.wait(0.01):
-        catch_up(session)
-
-
-def end_session(context: Context, session_id: str, reason: str) -> None:
-    """End a session that is not needed any more, when its last turn stands in its books."""
-    session = context.sessions.get(session_id)
-    if session and not session.ending and not context.stopping.is_set():
-        settle_books(context, session)
-        with contextlib.suppress(ApiError):
-            kill_session(context, session_id, reason)
-
-
-def usage_now(context: Context, session_id: str) -> Json:
-    """Tell what a session has used so far."""
-    with contextlib.suppress(ApiError):
-        ledger = find_session(context, session_id).row.ledger
-        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger)}
-    return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
-
-
-def usage_between(before: Optional[Json], after: Json) -> Json:
-    """Subtract what a session had used before a stage's turn."""
-    tokens = {name: count - (before["tokens"][name] if before else 0) for name, count in after["tokens"].items()}
-    costs = (before["cost"] if before else 0.0, after["cost"])
-    return {"tokenUsage": tokens, "costUsd": None if None in costs else round(costs[1] - costs[0], 6)}
 
 
 def usage_of(context: Context, stage: StageRow, stages: Sequence[StageRow]) -> Json:
@@ -10120,7 +10165,7 @@ def create_pipeline(ask: Ask, name: Optional[str], stages: List[Json], work_dir:
     def work() -> Json:
         rows = read_stages(ask, row, stages, {"workDir": work_dir or context.start_dir, **checked_defaults(defaults)})
         made = store_pipeline(context, row, rows)
-        context.runner.inbox.poke(made.id)
+        context.runner.loop.inbox.poke(made.id)
         return wire_pipeline(context, made)
     return Later(work)
 
