@@ -40,6 +40,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     PIPELINES     stages of work, each when what it depends on is done
     VERDICTS      what reviewers say, and what follows from it
     CONSENSUS     reviewers that know nothing of one another
+    SWARM         who works together, and who waits for whom
     APP           after a restart, and what owns all of it
     ACCESS        bearer token, Host and Origin
     HANDLERS      one function for each endpoint
@@ -52,7 +53,7 @@ Rooms, top to bottom; a room uses only rooms above it:
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
-session, while it types) - aegis-sweep (memory that expired) -
+session, while it types) - aegis-sweep (memory that expired), aegis-prune (old runs) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-pipelines (decides what starts next), aegis-consensus (the same for reviews),
 aegis-start (one for each stage and reviewer, while it starts) -
@@ -232,6 +233,11 @@ SETTINGS = (
     ),
     Setting("log_format", "choice:text|json", "text", "Shape of a log line."),
     Setting("consensus_reviewers", "int", "9", "How many reviewers of all consensus reviews may work at once."),
+    Setting(
+        "keep_runs", "int", "1000", "How many ended pipelines, verifications and reviews stay stored, of each kind; "
+        "0: all."
+    ),
+    Setting("keep_runs_days", "int", "90", "And for how many days, with what was noted of directories; 0: for good."),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -2243,13 +2249,13 @@ class Entry(NamedTuple):
     decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
 
 
-def parse_line(raw: bytes) -> List[Entry]:
-    """Read one line; what it does not know it leaves out."""
+def parse_line(raw: bytes, side: bool = False) -> List[Entry]:
+    """Read one line; what it does not know it leaves out, and what a subagent wrote unless `side` is true."""
     try:
         line = whole_text(json.loads(raw), raw)
     except ValueError:
         return []
-    if not isinstance(line, dict) or line.get("isSidechain"):
+    if not isinstance(line, dict) or (line.get("isSidechain") and not side):
         return []
     kind = line.get("type")
     if kind == "attachment":
@@ -4040,6 +4046,19 @@ class Caller:
         self.tell()
 
 
+SUBAGENTS_KEPT = 50        # of one session, the newest
+
+
+class Subagent(NamedTuple):
+    """One of an agent's own subagents, as its reports and transcript tell of it."""
+
+    id: str
+    type: Optional[str]
+    began: float
+    ended: Optional[float]
+    ledger: Json
+
+
 class Session:
     """One session.  lock guards row, facts and holds; changed is notified at every commit."""
 
@@ -4081,6 +4100,8 @@ class Session:
         self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
         self.tail: Tuple[Any, List[Json]] = (None, [])  # the last answer to "the last messages", and for what
         self.transcript_lock = threading.RLock()        # one reader at a time; taken before lock
+        self.subagents: Dict[str, Subagent] = {}        # the newest last
+        self.subagents_known = False                    # those of before the restart were looked for
 
     @contextlib.contextmanager
     def changing(self, source: str, rule: str, detail: str = "") -> Iterator["Change"]:
@@ -5811,6 +5832,8 @@ def receive_hook(session: Session, body: Json) -> Answer:
     """Take one report of the agent; what is unknown is no error, for agents learn new ones."""
     name = str(body.get("hook_event_name") or "")
     learn_paths(session, body)
+    if body.get("agent_id"):
+        note_subagent(session, name, str(body["agent_id"]), body.get("agent_type"))
     if body.get("agent_id") and name not in SUBAGENT_HOOKS:
         session.note("hook", f"{name} of a subagent", str(body.get("agent_id")))
         return {}
@@ -5819,6 +5842,19 @@ def receive_hook(session: Session, body: Json) -> Answer:
         session.note("hook", f"{name or 'nameless'} (unused)")
         return {}
     return handle(session, body)
+
+
+def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None:
+    """Remember a subagent that reports, and when it ends."""
+    if not re.fullmatch(r"[\w-]{1,100}", agent_id):
+        return
+    with session.lock:
+        known = session.subagents.get(agent_id) or Subagent(
+            agent_id, clip(kind, 100) if isinstance(kind, str) and kind else None, time.time(), None, new_ledger())
+        ended = time.time() if name == "SubagentStop" else None
+        session.subagents[agent_id] = known._replace(ended=ended, type=known.type or kind or None)
+        while len(session.subagents) > SUBAGENTS_KEPT:
+            session.subagents.pop(next(iter(session.subagents)))
 
 
 def learn_paths(session: Session, body: Json) -> None:
@@ -8479,6 +8515,13 @@ AGAIN_SECONDS = 1.0        # until it tries again what was refused for the momen
 WAKES = frozenset(("prompt.done", "prompt.failed", "session.exited", "session.killed", "verify.completed"))
 
 
+PRUNE_SECONDS = 60.0       # pause between two looks for runs that need not be kept any longer
+PRUNED_AT_ONCE = 200       # a short transaction
+RUN_PARTS = {"pipelines": ("stages", "pipeline"), "verifies": ("checks", "verify"),
+             "consensus": ("reviewers", "consensus")}   # table of runs -> table of their parts, and what names the run
+GATES = "SELECT verify FROM stages JOIN pipelines ON pipelines.id = pipeline WHERE pipelines.ended_at IS NULL"
+
+
 class Inbox(Listener):
     """Hears of the sessions that work for runs; what it queues are the runs' ids."""
 
@@ -8622,11 +8665,64 @@ def usage_now(context: Context, session_id: str) -> Json:
     return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
 
 
+def usage_sum(*parts: Json) -> Json:
+    """Add up what several sessions have used; the cost is unknown when one of them is."""
+    costs = [one["cost"] for one in parts]
+    names_ = ("input", "output", "cacheRead", "cacheWrite")
+    tokens = {name: sum(one["tokens"][name] for one in parts) for name in names_}
+    return {"tokens": tokens, "cost": None if None in costs else round(sum(costs), 6)}
+
+
 def usage_between(before: Optional[Json], after: Json) -> Json:
     """Subtract what a session had used before a stage's turn."""
     tokens = {name: count - (before["tokens"][name] if before else 0) for name, count in after["tokens"].items()}
     costs = (before["cost"] if before else 0.0, after["cost"])
     return {"tokenUsage": tokens, "costUsd": None if None in costs else round(costs[1] - costs[0], 6)}
+
+
+def doomed_runs(context: Context, table: str, now: float) -> List[str]:
+    """List ended runs beyond what the settings keep; never a live one, nor a verification that a live stage needs."""
+    settings = context.settings
+    oldest = now - settings.keep_runs_days * 86_400 if settings.keep_runs_days else -1.0
+    beyond = f"SELECT id FROM {table} WHERE ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT -1 OFFSET ?"
+    needed = f" AND id NOT IN ({GATES} AND verify IS NOT NULL)" if table == "verifies" else ""
+    found = context.store.pairs(
+        f"SELECT id FROM {table} WHERE ended_at IS NOT NULL AND (ended_at < ? OR id IN ({beyond})){needed} LIMIT ?",
+        oldest, settings.keep_runs or 10 ** 9, PRUNED_AT_ONCE)
+    return [one for one, in found]
+
+
+def prune_runs(context: Context, now: float) -> int:
+    """Delete the runs that need not be kept any longer; gives how many."""
+    count = 0
+    for table, (parts, owner) in RUN_PARTS.items():
+        doomed = doomed_runs(context, table, now)
+        marks = ", ".join("?" * len(doomed))
+        if doomed:
+            context.bus.commit([(f"DELETE FROM {parts} WHERE {owner} IN ({marks})", doomed),
+                                (f"DELETE FROM {table} WHERE id IN ({marks})", doomed)])
+        count += len(doomed)
+    return count
+
+
+def prune_bases(context: Context, now: float) -> None:
+    """Forget what was noted of the directories of sessions that ended long ago."""
+    days = context.settings.keep_runs_days
+    for folder in (context.state_dir / "bases").glob("*") if days else ():
+        ended = context.store.pairs("SELECT ended_at FROM sessions WHERE id = ?", folder.name)
+        last = ended[0][0] if ended else folder.stat().st_mtime   # its session may be about to be stored
+        if last is not None and last < now - days * 86_400:
+            forget_base(context, folder.name)
+
+
+def sweep_runs(context: Context) -> None:
+    """Prune, now and then: the body of its thread."""
+    pause = 0.0
+    while not context.stopping.wait(pause):
+        pause = PRUNE_SECONDS
+        with contextlib.suppress(ApiError, OSError):
+            pause = 0.05 if prune_runs(context, time.time()) >= PRUNED_AT_ONCE else PRUNE_SECONDS
+            prune_bases(context, time.time())
 
 
 # ============================================================================
@@ -8993,12 +9089,21 @@ def stage_event(stage: StageRow) -> Draft:
 
 def usage_of(context: Context, stage: StageRow, stages: Sequence[StageRow]) -> Json:
     """Tell what a stage has used: up to the next stage's turn in the same session, or up to now."""
+    earlier = usage_before(context, stage)
     if not stage.session:
-        return {"tokenUsage": usage_now(context, "")["tokens"], "costUsd": 0.0}
+        return usage_between(None, earlier)
     later = [one for one in stages if one.session == stage.session and one.base
              and (one.started_at or 0) > (stage.started_at or 0)]
     following = min(later, key=lambda one: one.started_at or 0).base if later else None
-    return usage_between(stage.base, following or usage_now(context, stage.session))
+    own = usage_between(stage.base, following or usage_now(context, stage.session))
+    return usage_between(None, usage_sum(earlier, {"tokens": own["tokenUsage"], "cost": own["costUsd"]}))
+
+
+def usage_before(context: Context, stage: StageRow) -> Json:
+    """Tell what the sessions of a stage's earlier attempts have used."""
+    begun = context.store.pairs("SELECT id FROM sessions WHERE idempotency > ? AND idempotency < ?",
+                                f"{stage.id} attempt ", f"{stage.id} attempt!") if stage.attempt else []
+    return usage_sum(*(usage_now(context, one) for one, in begun if one != stage.session))
 
 
 def find_pipeline(context: Context, pipeline_id: str) -> PipelineRow:
@@ -9222,7 +9327,7 @@ def plain_file(file: Optional[str], work_dir: str) -> Optional[str]:
 
 
 def merge_findings(assessments: Mapping[int, Json], work_dir: str) -> List[Json]:
-    """Merge what reviewers found in the same place for the same criterion; what most saw stands first, then the worst."""
+    """Merge what reviewers found in the same place for the same criterion; what most saw stands first."""
     merged: Dict[Any, Json] = {}
     for place, told in sorted(assessments.items()):
         for criterion in told["criteria"]:
@@ -9585,6 +9690,233 @@ def wire_consensus(context: Context, row: ConsensusRow, brief: bool = False) -> 
 
 
 # ============================================================================
+# SWARM. Who works together, and who waits for whom.
+# ============================================================================
+# A group is a family (a session with its children, and each agent's own
+# subagents), a pipeline, a consensus review, or sessions that share a label.
+# Groups are put together from memory and a few queries, their details only
+# for those that are shown.  Nothing here is stored, and nothing is changed.
+
+SWARM_KINDS = ("family", "pipeline", "consensus", "label")
+SWARM_STATES = ("working", "waiting", "idle")
+NEEDS_SOMEBODY = ("permission_prompt", "asking", "rate_limited", "stalled", "error")
+AT_WORK = ("starting", "working")
+OWN_LABELS = ("pipeline", "stage", "consensus")   # made by runs, which are groups of their own
+
+
+class Group(NamedTuple):
+    """Sessions that work together."""
+
+    kind: str
+    id: str
+    name: str
+    created_at: float
+    members: Dict[str, str]    # session -> its part in the group
+    waits: List[Json] = []     # what follows from the run's own plan
+    progress: Json = {}        # of a run; of the others it is counted
+    run: Optional[str] = None  # the run's state
+
+
+def live_rows(context: Context) -> Dict[str, SessionRow]:
+    """Give the rows of all live sessions, as of now."""
+    return {one.row.id: one.row for one in list(context.sessions.values()) if one.live}
+
+
+def families(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
+    """Put sessions and their children together, and those whose agents have subagents."""
+    parents: Dict[str, str] = dict(context.store.pairs(
+        "SELECT id, parent FROM sessions WHERE parent IS NOT NULL AND (ended_at IS NULL OR parent IN "
+        "(SELECT id FROM sessions WHERE ended_at IS NULL)) ORDER BY created_at"))
+    groups: Dict[str, Dict[str, str]] = {}
+    for child in parents:
+        top = child
+        while top in parents:
+            top = parents[top]
+        groups.setdefault(top, {top: "parent"})[child] = "child"
+    for session_id in live:
+        if session_id not in parents and subagents_of(context, session_id):
+            groups.setdefault(session_id, {session_id: "parent"})
+    named_ = {top: live.get(top) or find_session(context, top).row for top in groups}
+    return [Group("family", top, named_[top].name, named_[top].created_at, members)
+            for top, members in groups.items() if live.keys() & members.keys()]
+
+
+def runs_in_sight(context: Context, kind: Any, table: str, label: str, live: Mapping[str, SessionRow]) -> List[Any]:
+    """List the runs of a kind that are not over, or whose sessions live on."""
+    kept = sorted({row.labels[label] for row in live.values() if label in row.labels})[:500]
+    marks = ", ".join("?" * len(kept))
+    return context.store.rows(kind, table, f"ended_at IS NULL OR id IN ({marks}) ORDER BY created_at", *kept)
+
+
+def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
+    """Make a group of each pipeline: stages wait for those they depend on."""
+    groups = []
+    for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
+        stages = stages_of(context, row.id)
+        over = {one.name for one in stages if one.ended_at is not None}
+        waits = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
+                 for name in one.depends_on if name not in over]
+        waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
+                  if one.state == "verifying"]
+        members = {one.session: one.name for one in stages[::-1] if one.session}
+        groups.append(Group("pipeline", row.id, row.name, row.created_at, members, waits,
+                            {"total": len(stages), "over": len(over)}, row.state))
+    return groups
+
+
+def consensus_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
+    """Make a group of each consensus review: the verdict waits for its reviewers."""
+    groups = []
+    for row in runs_in_sight(context, ConsensusRow, "consensus", "consensus", live):
+        reviewers = reviewers_of(context, row.id)
+        open_ = [one for one in reviewers if one.ended_at is None]
+        waits = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
+                 for one in open_]
+        members = {row.session: "reviewed", **{one.session: f"reviewer {one.place + 1}" for one in reviewers
+                                               if one.session}}
+        groups.append(Group("consensus", row.id, ", ".join(row.criteria), row.created_at, members, waits,
+                            {"total": len(reviewers), "over": len(reviewers) - len(open_)}, row.state))
+    return groups
+
+
+def label_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
+    """Put live sessions that share a label together."""
+    groups: Dict[Tuple[str, str], Dict[str, str]] = {}
+    for row in live.values():
+        for name, value in row.labels.items():
+            if name not in OWN_LABELS:
+                groups.setdefault((name, value), {})[row.id] = "member"
+    return [Group("label", f"{name}={value}", f"{name}={value}", min(live[one].created_at for one in members), members)
+            for (name, value), members in groups.items() if len(members) > 1]
+
+
+GROUPERS: Dict[str, Callable[[Context, Mapping[str, SessionRow]], List[Group]]] = dict(zip(
+    SWARM_KINDS, (families, pipeline_groups, consensus_groups, label_groups)))
+
+
+def group_state(group: Group, live: Mapping[str, SessionRow]) -> str:
+    """Tell whether somebody waits for a decision, somebody works, or nobody does."""
+    own = [one for one, part in group.members.items() if (group.kind, part) != ("consensus", "reviewed")]
+    statuses = {live[one].status for one in own if one in live}
+    if statuses & set(NEEDS_SOMEBODY):
+        return "waiting"
+    return "working" if group.run == "running" or statuses & set(AT_WORK) else "idle"
+
+
+def subagents_of(context: Context, session_id: str) -> List[Subagent]:
+    """List the subagents that a live session's agent has or had, with what they used."""
+    session = context.sessions.get(session_id)
+    if session is None:
+        return []
+    recall_subagents(session)
+    with session.lock:
+        at_rest = session.row.status not in ("working", *NEEDS_SOMEBODY) and not session.facts.tasks
+        known = list(session.subagents.values())
+    for one in known:   # an interrupt ends them without a report
+        read_subagent(session, one, at_rest)
+    return list(session.subagents.values())
+
+
+def subagent_path(session: Session, agent_id: str) -> Optional[str]:
+    """Name a subagent's transcript."""
+    return f"{session.row.parts[-1][:-6]}/subagents/agent-{agent_id}.jsonl" if session.row.parts else None
+
+
+def recall_subagents(session: Session) -> None:
+    """Find the subagents that reported to the Aegis before us, by their transcripts; once."""
+    if session.subagents_known or not session.row.parts:
+        return
+    session.subagents_known = True
+    if session.adopted_at == -math.inf:
+        return
+    with contextlib.suppress(OSError), os.scandir(os.path.dirname(subagent_path(session, "") or "")) as entries:
+        for entry in itertools.islice(entries, SUBAGENTS_KEPT):
+            found = re.fullmatch(r"agent-([\w-]{1,100})\.jsonl", entry.name)
+            if found and found[1] not in session.subagents:
+                over = b'"stop_reason":"end_turn"' in read_tail(Path(entry.path), 65_536).encode().replace(b": ", b":")
+                about = entry.stat()
+                session.subagents[found[1]] = Subagent(found[1], None, about.st_ctime, about.st_mtime if over else None,
+                                                       new_ledger())
+
+
+def read_subagent(session: Session, one: Subagent, at_rest: bool) -> None:
+    """Read the new lines of a subagent's transcript into its books."""
+    path, ledger = subagent_path(session, one.id), one.ledger
+    while path:
+        offset, lines = read_new_lines(path, ledger["offset"])
+        if offset == ledger["offset"]:
+            break
+        entries = [entry for line in lines for entry in parse_line(line, side=True)]
+        ledger = {**count_usage(ledger, entries), "offset": offset}
+    with session.lock:
+        now = session.subagents.get(one.id, one)
+        ended = now.ended or (time.time() if at_rest else None)
+        if (now.ledger, now.ended) != (ledger, ended):
+            session.subagents[one.id] = now._replace(ledger=ledger, ended=ended)
+
+
+def waits_of(context: Context, session: Session, live: Mapping[str, SessionRow]) -> List[Json]:
+    """Tell what a live session waits for."""
+    row, facts = session.row, session.facts
+    waits = [{"kind": "question" if one.tool in QUESTION_TOOLS else "permission", "for": one.id, "about": one.summary}
+             for one in facts.pending]
+    if facts.dialog and not waits:
+        waits.append({"kind": "dialog", "for": None, "about": facts.dialog.title or facts.dialog.rule})
+    waits += [{"kind": "subagent", "for": one.id} for one in list(session.subagents.values()) if one.ended is None]
+    if row.status == "idle":
+        waits += [{"kind": "child", "for": one.id} for one in live.values()
+                  if one.parent == row.id and one.status != "idle"]
+    return waits
+
+
+def wire_member(context: Context, row: SessionRow, part: str, live: Mapping[str, SessionRow]) -> Json:
+    """Give a member of a group its shape on the wire."""
+    session, now = context.sessions.get(row.id), time.time()
+    helpers = subagents_of(context, row.id)
+    shown = [{"id": one.id, "type": one.type, "state": "working" if one.ended is None else "ended",
+              "tokenUsage": token_usage(one.ledger), "costUsd": cost_usd(one.ledger), "startedAt": iso(one.began),
+              "endedAt": iso(one.ended)} for one in helpers]
+    return {"sessionId": row.id, "name": row.name, "role": part, "status": row.status,
+            "waitsFor": waits_of(context, session, live) if session else [], "subagents": shown,
+            "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger), "createdAt": iso(row.created_at),
+            "ageSeconds": round(max(0.0, (row.ended_at or now) - row.created_at), 3)}
+
+
+def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], ended: Mapping[str, SessionRow]) -> Json:
+    """Give a group its shape on the wire; what a reviewed session used is not the review's."""
+    rows = {one: live.get(one) or ended.get(one) for one in group.members}
+    members = [wire_member(context, row, group.members[one], live) for one, row in rows.items() if row]
+    counted = [each for one in members if one["role"] != "reviewed" for each in (one, *one["subagents"])]
+    costs = [one["costUsd"] for one in counted]
+    waits = group.waits + [{"who": one["sessionId"], **each} for one in members for each in one["waitsFor"]]
+    over = sum(one["status"] in ("idle", *ENDED) for one in members)
+    return {"id": group.id, "kind": group.kind, "name": group.name, "state": group_state(group, live),
+            "runState": group.run, "members": members, "waits": waits,
+            "progress": group.progress or {"total": len(members), "over": over},
+            "tokenUsage": {name: sum(one["tokenUsage"][name] for one in counted)
+                           for name in ("input", "output", "cacheRead", "cacheWrite")},
+            "costUsd": None if None in costs else round(sum(costs), 6), "createdAt": iso(group.created_at),
+            "ageSeconds": round(max(0.0, time.time() - group.created_at), 3)}
+
+
+def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Tuple[List[Json],
+                                                                                                       int]:
+    """Give a page of groups, newest first, and how many there are."""
+    live = live_rows(context)
+    groups = [group for name, grouper in GROUPERS.items() if kind in (None, name) for group in grouper(context, live)
+              if state is None or group_state(group, live) == state]
+    groups.sort(key=lambda one: -one.created_at)
+    shown = groups[(page - 1) * limit:page * limit]
+    gone = sorted({one for group in shown for one in group.members if one not in live})
+    rows: List[SessionRow] = []
+    for at in range(0, len(gone), 500):
+        some = gone[at:at + 500]
+        rows += context.store.rows(SessionRow, "sessions", f"id IN ({', '.join('?' * len(some))})", *some)
+    ended = {row.id: row for row in rows}
+    return [wire_group(context, group, live, ended) for group in shown], len(groups)
+
+
+# ============================================================================
 # APP. After a restart, and what owns all of it.
 # ============================================================================
 # A session's row is stored before its window opens, and the window's start
@@ -9827,6 +10159,7 @@ class App:
         self.context.verifier.start()
         self.context.runner.start()
         self.context.panel.start()
+        spawn("aegis-prune", sweep_runs, self.context)
 
     def let_go(self) -> None:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
@@ -11299,6 +11632,14 @@ def cancel_consensus(ask: Ask, id: str) -> Any:
     return Later(work)
 
 
+def get_swarm(ask: Ask, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Any:
+    """List the groups of sessions that work together: members, who waits for whom, progress, tokens, cost, age."""
+    def work() -> Json:
+        groups, total = swarm_page(ask.context, kind, state, page, limit)
+        return {"groups": groups, "pagination": pagination(page, limit, total)}
+    return Later(work)
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -11735,6 +12076,15 @@ ROUTES = (
     Route("GET /v1/consensus/:id", get_consensus, "sessions:read", dict(id=CONSENSUS_ID, **WAIT_DONE),
           tool="get_review"),
     Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review"),
+    Route(
+        "GET /v1/swarm",
+        get_swarm,
+        "sessions:read",
+        dict(kind=choice("Only groups of this kind.", *SWARM_KINDS, default=None),
+             state=choice("Only groups in this state; waiting: for somebody's decision.", *SWARM_STATES, default=None),
+             **paged("Groups on a page.", 20)),
+        tool="get_swarm",
+    ),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory"),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory"),
     Route("GET /v1/memory/*key", get_memory, "memory:read", dict(key=MEMORY_KEY), tool="get_memory"),

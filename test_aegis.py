@@ -5771,6 +5771,53 @@ def test_a_check_that_vanished_with_its_box_is_run_again(house):
 
 
 # ============================================================================
+# RUNS. What pipelines and consensus reviews have in common.
+# ============================================================================
+
+
+@alone
+def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
+    own = house("--keep-runs", "2")
+    talk = own.open()
+    gate = {"checks": [check(f"while ! test -e {tmp_path}/go; do sleep 0.05; done")]}
+    live = [pipeline(own, {"prompt": "[[hang]]"}),
+            pipeline(own, {"name": "gated", "prompt": "[[say x]]", "verify": gate})]
+    gated = own.events.wait_for("pipeline.stage", stage="gated", state="verifying")["pipelineId"]
+    made = {"pipelines": [finished(own, pipeline(own, {"prompt": "[[say x]]"}))["id"] for _ in range(4)],
+            "verify": [verify(talk, check("true"))["id"] for _ in range(4)],
+            "consensus": [ruled(own, review(talk, reviewers=1))["id"] for _ in range(4)]}
+    assert all(own.call(f"GET /v1/{kind}/{one}").status == 200 for kind, ids in made.items() for one in ids)
+    own.crash().start()
+    for kind, ids in made.items():
+        eventually(lambda: [own.call(f"GET /v1/{kind}/{one}").status for one in ids] == [404, 404, 200, 200])
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    counts = [database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+              for table in ("stages", "checks", "reviewers")]
+    database.close()
+    assert counts == [4, 3, 2], "their parts went with them"
+    (tmp_path / "go").touch()
+    assert gated == live[1]["id"] and finished(own, live[1])["state"] == "done"
+    assert own.ask(f"GET /v1/pipelines/{live[0]['id']}")["state"] == "running"
+
+
+def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
+    settings = aegis.Settings({"state_dir": str(tmp_path), "keep_runs_days": "2", "keep_runs": "0"})
+    context = aegis.Context(settings, aegis.Log())
+    context.store = aegis.Store(tmp_path / "aegis.db")
+    context.bus = aegis.Bus(context.store, 10)
+    for day, ended in enumerate((1.0, 100_000.0, 200_000.0, None)):
+        context.bus.commit([aegis.insert("pipelines", aegis.PipelineRow(
+            f"pl-{day}", "x", "done", None, 1, 0, None, "", 0.0, ended)._asdict())])
+        (tmp_path / "bases" / f"s{day}" / "objects").mkdir(parents=True)
+        os.utime(tmp_path / "bases" / f"s{day}", (ended or 200_000, ended or 200_000))
+    assert aegis.prune_runs(context, 200_000.0) == 1
+    aegis.prune_bases(context, 200_000.0)
+    assert context.store.pairs("SELECT id FROM pipelines ORDER BY id") == [("pl-1",), ("pl-2",), ("pl-3",)]
+    assert sorted(one.name for one in (tmp_path / "bases").iterdir()) == ["s1", "s2", "s3"]
+    context.store.close()
+
+
+# ============================================================================
 # STAGES. The plan of a pipeline.
 # ============================================================================
 
@@ -6036,6 +6083,8 @@ def test_create_pipeline_tries_again_as_often_as_told(server, key):
     told = finished(server, pipeline(server, {"name": "bad", "prompt": "[[error 500]]", "retries": 2}))
     assert told["state"] == "failed" and told["stages"][0]["attempt"] == 3
     killed = server.ask(f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]
+    assert told["stages"][0]["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in killed)
+                                               for name in told["tokenUsage"]} == told["tokenUsage"]
     assert len(killed) == 3 and eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]} == {"killed"})
     made = pipeline(server, {"name": "late", "prompt": "[[say {{memory.%sx}}]]" % key, "retries": 2})
@@ -6592,6 +6641,97 @@ def test_a_review_finds_what_was_begun_and_not_noted_and_begins_again_what_never
     forget_note(own, "UPDATE reviewers SET prompt = NULL WHERE consensus = ?", made["id"])
     assert ruled(own, made)["verdict"] == "approved"
     assert asked_of(own, made) == ["You are reviewer 1 of 1", "You are reviewer 1 of 1 again"]
+
+
+# ============================================================================
+# SWARM. Who works together, and who waits for whom.
+# ============================================================================
+
+
+def swarm(server: Server, query: str = "") -> Dict[str, Json]:
+    """Give the groups by id."""
+    return {one["id"]: one for one in server.ask(f"GET /v1/swarm?limit=200{query}")["groups"]}
+
+
+def waits(group: Json) -> List[Tuple[str, str, Any]]:
+    """Reduce a group to who waits for whom."""
+    return sorted((one["kind"], one["who"], one["for"]) for one in group["waits"])
+
+
+def test_get_swarm_tells_of_a_family_and_of_what_it_waits_for(server, make):
+    talk = make()
+    assert talk.id not in swarm(server)
+    child, other = (Talk(server, talk.server.ask(f"POST /v1/sessions/{talk.id}/spawn", {"prompt": prompt}))
+                    for prompt in ("[[bash touch x]] [[say after]]", "[[say done]]"))
+    asked = child.wait("permission.requested")["permission"]["id"]
+    other.wait("prompt.done"), eventually(lambda: other.status == "idle")
+    group = swarm(server, "&kind=family&state=waiting")[talk.id]
+    assert [(one["sessionId"], one["role"], one["status"]) for one in group["members"]] == [
+        (talk.id, "parent", "idle"), (child.id, "child", "permission_prompt"), (other.id, "child", "idle")]
+    assert waits(group) == [("child", talk.id, child.id), ("permission", child.id, asked)]
+    assert (group["state"], group["progress"], group["runState"]) == ("waiting", {"total": 3, "over": 2}, None)
+    child.ask("POST approve", {})
+    child.wait("prompt.done"), eventually(lambda: child.status == "idle")
+    other.kill()
+    group = eventually(lambda: swarm(server, "&state=idle").get(talk.id))
+    assert [one["status"] for one in group["members"]] == ["idle", "idle", "killed"] and group["waits"] == []
+    assert group["tokenUsage"]["output"] == sum(one.get()["tokenUsage"]["output"] for one in (talk, child, other)) > 0
+    assert group["ageSeconds"] >= 0 and group["costUsd"] is None, "the demo's model has no price"
+
+
+@alone
+def test_get_swarm_tells_of_an_agents_own_subagents_also_after_a_restart(house):
+    own = house()
+    talk = own.open("[[agents touch a ;; touch b]] [[say after]]")
+    asked = [talk.wait("permission.requested")["permission"] for _ in range(2)]
+    group = eventually(lambda: swarm(own, "&kind=family")[talk.id])
+    helpers = group["members"][0]["subagents"]
+    assert [(one["type"], one["state"]) for one in helpers] == [("general-purpose", "working")] * 2
+    assert {one["id"] for one in helpers} == {one["subagentId"] for one in asked}
+    assert waits(group) == sorted([*(("permission", talk.id, one["id"]) for one in asked),
+                                   *(("subagent", talk.id, one["id"]) for one in helpers)])
+    own.crash().start()
+    eventually(lambda: {one["id"]: one["state"] for one in swarm(own)[talk.id]["members"][0]["subagents"]} == {
+        one["id"]: "working" for one in helpers})
+    for _ in asked:
+        eventually(lambda: talk.call("POST approve", {"permissionId": talk.get()["pendingPermissions"][0]["id"]}
+                                     ).status == 200)
+    assert talk.read()["status"] == "idle"
+    group = eventually(lambda: swarm(own, "&state=idle").get(talk.id))
+    shown = group["members"][0]["subagents"]
+    assert [one["state"] for one in shown] == ["ended", "ended"] and all(one["tokenUsage"]["output"] for one in shown)
+    assert group["tokenUsage"]["output"] == sum(one["tokenUsage"]["output"] for one in (*shown, group["members"][0]))
+    assert not [one for one in group["waits"] if one["kind"] == "subagent"]
+
+
+def test_get_swarm_tells_of_runs_and_labels_page_by_page(server, make):
+    label = {"team": uuid.uuid4().hex[:8]}
+    pair = [make("[[hang]]", labels=label), make(labels=label)]
+    gated = pipeline(server, {"name": "a", "prompt": "[[hang]]"}, {"name": "b", "prompt": "[[say x]]"},
+                     {"name": "c", "prompt": "[[say x]]", "dependsOn": ["a", "b"]})
+    judged = review(pair[1], "hang | approve", reviewers=2)
+    eventually(lambda: [one["state"] for one in server.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"]] == [
+        "reviewing", "done"])
+    eventually(lambda: server.ask(f"GET /v1/pipelines/{gated['id']}")["stages"][0]["sessionStatus"] == "working")
+    groups = swarm(server)
+    found = groups[gated["id"]]
+    assert (found["kind"], found["state"], found["progress"]) == ("pipeline", "working", {"total": 3, "over": 0})
+    assert waits(found) == [("stage", "b", "a"), ("stage", "c", "a"), ("stage", "c", "b")]
+    assert [one["role"] for one in found["members"]] == ["a"]
+    found = groups[judged["id"]]
+    assert [one["role"] for one in found["members"]] == ["reviewed", "reviewer 1", "reviewer 2"]
+    assert waits(found) == [("reviewer", judged["id"], found["members"][1]["sessionId"])]
+    assert (found["state"], found["progress"]) == ("working", {"total": 2, "over": 1})
+    found = groups[f"team={label['team']}"]
+    assert {one["sessionId"]: one["status"] for one in found["members"]} == {pair[0].id: "working", pair[1].id: "idle"}
+    assert not any(one.startswith(("pipeline=", "consensus=", "stage=")) for one in groups)
+    assert {one["kind"] for one in swarm(server, "&kind=label").values()} == {"label"}
+    pages = [server.ask(f"GET /v1/swarm?limit=1&page={page}") for page in (1, 2)]
+    assert [len(one["groups"]) for one in pages] == [1, 1] and pages[0]["pagination"]["total"] >= 3
+    assert pages[0]["groups"][0]["createdAt"] >= pages[1]["groups"][0]["createdAt"]
+    assert server.refusal("GET /v1/swarm?kind=flock") == (400, "INVALID_REQUEST")
+    server.ask(f"DELETE /v1/pipelines/{gated['id']}"), server.ask(f"DELETE /v1/consensus/{judged['id']}")
+    eventually(lambda: gated["id"] not in swarm(server) and judged["id"] not in swarm(server))
 
 
 # ============================================================================
