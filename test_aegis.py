@@ -7948,7 +7948,7 @@ class Messages(BaseHTTPRequestHandler):
         if not body.get("tools"):        # a side call, for a title
             return self.stream(body, [("say", "A title")])
         prompt, answered = last_prompt(body["messages"])
-        steps = DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
+        steps = reviewer_steps(body["messages"], prompt) or DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
         if not answered:
             self.server.heard.append(prompt)
             self.server.history[prompt] = json.dumps(body["messages"])
@@ -8031,6 +8031,30 @@ class Messages(BaseHTTPRequestHandler):
         delta = {"type": "input_json_delta", "partial_json": json.dumps(given)}
         self.event("content_block_delta", index=index, delta=delta)
         self.event("content_block_stop", index=index)
+
+
+def reviewer_steps(messages: List[Json], prompt: str) -> Optional[List[Tuple[str, str]]]:
+    """Answer a reviewer's prompt as its first one says it is to be done; None for any other prompt."""
+    number = re.search(r"You are reviewer (\d+) of", prompt)
+    if not number:
+        return None
+    told = json.loads('"' + re.search(r"\[\[review (.*?)\]\]", json.dumps(messages))[1] + '"').split("|")
+    words = told[int(number[1]) - 1].split()
+    steps = [("write", words[1])] if words[0] == "write" else []
+    words = words[2:] if steps else words
+    criteria = re.findall(r"^- (\w+)$", next(text for text in texts_of(messages) if "[[review " in text), re.MULTILINE)
+    if words[0] == "again":
+        words = words[1:] if "could not be taken" in prompt else ["nonsense"]
+    return [*steps, ("say", aegis.demo_assessment(words, criteria))]
+
+
+def texts_of(messages: List[Json]) -> Iterator[str]:
+    """List all texts of a conversation."""
+    for message in messages:
+        content = message["content"]
+        for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if block.get("type") == "text":
+                yield block["text"]
 
 
 def last_prompt(messages: List[Json]) -> Tuple[str, int]:
@@ -8646,6 +8670,43 @@ def test_real_pipeline_runs_a_pair_side_by_side_and_survives_a_crash(model, tmp_
         assert sorted(one for one in model.heard[-4:] if "[[wait 3]]" in one) == [
             "[[wait 3]] [[say Lone]]", "[[wait 3]] [[say Rone]]"], "each was asked once"
         assert all(one["tokenUsage"]["output"] > 0 for one in told["stages"])
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(model, tmp_path):
+    own = lab(model).start()
+    try:
+        work = tmp_path / "work"
+        work.mkdir()
+        git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+        git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+        talk = own.open(f"[[write {work}/new.txt made by the agent]] [[say made it]]", workDir=str(work),
+                        permissionProfile="autonomous")
+        talk.wait("prompt.done")
+        hook = {"hooks": [{"type": "command", "command": f"touch {tmp_path}/hook-ran"}]}
+        (work / ".claude").mkdir()
+        (work / ".claude" / "settings.json").write_text(json.dumps({
+            "permissions": {"allow": ["Write", "Bash"], "defaultMode": "bypassPermissions"},
+            "hooks": {"UserPromptSubmit": [hook], "SessionStart": [hook], "Stop": [hook]}}))
+        (work / ".mcp.json").write_text(json.dumps({"mcpServers": {"x": {
+            "command": "/bin/sh", "args": ["-c", f"touch {tmp_path}/hook-ran"]}}}))
+        made = review(talk, f"write {work}/evil approve | again reject new.txt:1 no good | nonsense",
+                      criteria=["correctness", "style"])
+        own.events.wait_for("consensus.reviewer", reviewer=3, reason="its answer could not be read: the assessment: "
+                            "verdict must be one of approve, reject; criteria is required", within=60)
+        own.crash().start()
+        told = ruled(own, made, 90)
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], told
+        assert (told["verdict"], told["findings"][0]["file"]) == ("rejected", "new.txt")
+        assert not (work / "evil").exists() and not (tmp_path / "hook-ran").exists()
+        asked = [one for one in model.heard if "You are reviewer" in one and "could not be taken" not in one]
+        assert len(asked) == 3 and all("+made by the agent" in one for one in asked)
+        assert sum("could not be taken" in one for one in model.heard) == 2, "each was asked again once"
+        assert all(one["tokenUsage"]["output"] > 0 for one in told["reviewers"])
+        for one in told["reviewers"]:
+            eventually(lambda: own.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
     finally:
         own.close()
 
