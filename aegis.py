@@ -1197,6 +1197,8 @@ EVENT_TYPES = {
     "verify.check": "one of its checks ended; carries name, state, exit code and seconds",
     "verify.fixing": "what failed was sent to the agent as a prompt",
     "verify.completed": "a verification ended: `passed`, and the state of each check of its last round",
+    "template.set": "a template was made or replaced; carries its id and name",
+    "template.deleted": "a template was deleted; carries its id and name",
     "memory.set": "an entry of the memory was set; carries key and version, never the value",
     "memory.deleted": "an entry of the memory was deleted; what expires or ends with its session is not told",
     "reset": "events before this one are no longer stored: read the state anew",
@@ -7654,7 +7656,8 @@ def store_template(context: Context, row: TemplateRow, known: bool) -> TemplateR
     try:
         if row.name in BUILT_INS:
             raise sqlite3.IntegrityError
-        context.bus.commit([update("templates", row.id, values) if known else insert("templates", values)])
+        context.bus.commit([update("templates", row.id, values) if known else insert("templates", values)],
+                           [Draft("template.set", None, {"templateId": row.id, "name": row.name})])
     except sqlite3.IntegrityError as error:
         raise ApiError(409, "NAME_IN_USE", f"there is a template named {row.name!r} already: choose another name",
                        fields={"name": "is in use"}) from error
@@ -8637,6 +8640,19 @@ def begun_under(context: Context, key: str) -> Optional[str]:
     return context.store.value("SELECT id FROM sessions WHERE idempotency = ?", key)
 
 
+def begun_by(context: Context, word: str) -> List[Tuple[str, str]]:
+    """List the live sessions that were started under a run's keys, each with what it was started for."""
+    keys = [(one.row.id, (one.row.idempotency or "").partition(word)) for one in list(context.sessions.values())]
+    return [(session_id, key[0]) for session_id, key in keys if key[1]]
+
+
+def end_unless_resumed(context: Context, session_id: str, since: Optional[float], reason: str) -> None:
+    """End a session of a run in a thread, unless somebody resumed it after the run had ended."""
+    session = context.sessions.get(session_id)
+    if session and session.row.launch.get("started", 0) <= (since or math.inf):
+        spawn("aegis-ending", end_session, context, session_id, reason)
+
+
 def first_prompt(context: Context, session_id: str) -> PromptRow:
     """Find the prompt that a session was created with."""
     return context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session_id)
@@ -8889,14 +8905,18 @@ class Runner:
         """See what an active stage has come to."""
         if stage.state not in ACTIVE_STAGES:
             return stage
-        limit = stage.spec["timeout"]
-        if limit is not None and time.time() > (stage.started_at or 0) + limit:
-            spawn("aegis-ending", self.abandon, row, stage)
-            return failed_stage(stage, f"it took more than {limit:g} s")
-        if limit is not None:
-            self.loop.due_at(row.id, (stage.started_at or 0) + limit + 0.01)
-        if stage.state == "verifying":
-            return self.observe_verify(stage)
+        seen = self.observe_verify(stage) if stage.state == "verifying" else self.observe_turn(row, stage)
+        limit, began = stage.spec["timeout"], stage.started_at or 0
+        if limit is None or seen.state not in ACTIVE_STAGES:   # what ended in time counts, however late it is seen
+            return seen
+        if time.time() > began + limit:
+            spawn("aegis-ending", self.abandon, row, seen)
+            return failed_stage(seen, f"it took more than {limit:g} s")
+        self.loop.due_at(row.id, began + limit + 0.01)
+        return seen
+
+    def observe_turn(self, row: PipelineRow, stage: StageRow) -> StageRow:
+        """See what a stage's turn has come to."""
         prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt) if stage.prompt else None
         if prompt is None or prompt.ended_at is None:
             return stage
@@ -9022,10 +9042,7 @@ class Runner:
         """End the sessions that no stage needs any more, those of earlier attempts too."""
         if row.keep:
             return
-        by_name = {one.name: one for one in stages}
-        open_ = [one for one in stages if one.ended_at is None]
-        needed = {one.session for one in open_}
-        needed |= {by_name[name].session for one in open_ if one.spec["same"] for name in one.depends_on}
+        needed = needed_sessions(self.context, stages)
         names = {one.session: one.name for one in (*before, *stages) if one.session and one.session not in needed}
         for session_id, name in names.items():
             if session_id in self.context.sessions:
@@ -9033,13 +9050,14 @@ class Runner:
                       f"its stage {name} of pipeline {row.id} is over")
 
     def end_left_over(self) -> None:
-        """End the sessions of pipelines that ended just before the last Aegis did; who was resumed since stays."""
-        where = ("ended_at IS NOT NULL AND keep = 0 AND id IN (SELECT pipeline FROM stages WHERE session IN "
-                 "(SELECT id FROM sessions WHERE ended_at IS NULL))")
-        for row in self.context.store.rows(PipelineRow, "pipelines", where):
-            stages = [one for one in stages_of(self.context, row.id) if one.session in self.context.sessions]
-            self.end_sessions(row, [one for one in stages if self.context.sessions[one.session or ""]
-                                    .row.launch.get("started", 0) <= (row.ended_at or 0)])
+        """End the sessions, of whatever attempt, that the last Aegis did not come to end; one resumed since stays."""
+        for session_id, stage_id in begun_by(self.context, " attempt "):
+            stage = self.context.store.row(StageRow, "stages", "id = ?", stage_id)
+            row = find_pipeline(self.context, stage.pipeline) if stage else None
+            if row is None or row.keep:
+                continue
+            if session_id not in needed_sessions(self.context, stages_of(self.context, row.id)):
+                end_unless_resumed(self.context, session_id, row.ended_at, f"pipeline {row.id} needs it no more")
 
     def cancel(self, pipeline_id: str) -> Tuple[PipelineRow, bool]:
         """End a pipeline and what works for it; tells whether it was running.  Raises ApiError 404."""
@@ -9057,6 +9075,14 @@ class Runner:
                 self.abandon(row, one)
         self.end_sessions(row, after)
         return find_pipeline(self.context, pipeline_id), True
+
+
+def needed_sessions(context: Context, stages: Sequence[StageRow]) -> "set[Optional[str]]":
+    """List the sessions that stages work in, or will: what was begun for one and not noted yet is needed, too."""
+    by_name = {one.name: one for one in stages}
+    open_ = [one for one in stages if one.ended_at is None]
+    needed = {one.session or begun_under(context, stage_key(one)) for one in open_ if one.state in ACTIVE_STAGES}
+    return needed | {by_name[name].session for one in open_ if one.spec["same"] for name in one.depends_on}
 
 
 def step_of(stage: StageRow) -> Step:
@@ -9382,12 +9408,16 @@ class Panel:
             self.loop.inbox.runs.update((one.session, row.id) for one in reviewers if one.session)
             self.loop.active[row.id] = sum(one.state == "reviewing" for one in reviewers)
             self.loop.inbox.poke(row.id)
-        where = "keep = 0 AND id IN (SELECT consensus FROM reviewers JOIN sessions ON sessions.id = session WHERE "
-        for row in store.rows(ConsensusRow, "consensus", where + "sessions.ended_at IS NULL)"):
-            self.end_sessions(row, [one for one in reviewers_of(self.context, row.id) if one.session in
-                                    self.context.sessions and self.context.sessions[one.session].row.launch.get(
-                                        "started", 0) <= (one.ended_at or 0)])
+        for session_id, reviewer_id in begun_by(self.context, " start "):
+            self.end_left_over(session_id, store.row(ReviewerRow, "reviewers", "id = ?", reviewer_id))
         self.loop.start()
+
+    def end_left_over(self, session_id: str, one: Optional[ReviewerRow]) -> None:
+        """End a session that its reviewer needs no more, and that the last Aegis did not come to end."""
+        row = find_consensus(self.context, one.consensus) if one else None
+        if row and one and not row.keep and (one.ended_at or session_id != (
+                one.session or begun_under(self.context, reviewer_key(one)))):
+            end_unless_resumed(self.context, session_id, row.ended_at, f"review {row.id} needs it no more")
 
     def advance(self, consensus_id: str) -> None:
         """See what the reviewers have come to, and do what follows."""
@@ -9397,9 +9427,10 @@ class Panel:
                 return
             before = reviewers_of(self.context, consensus_id)
             after = self.admit(row, [self.observe(row, one) for one in before])
-            self.store(row, before, after)
+            over = all(one.ended_at for one in after)
+            self.store(row, before, after, closing(row, after) if over else None)
             self.loop.active[row.id] = sum(one.state == "reviewing" for one in after)
-            if all(one.ended_at for one in after):
+            if over:
                 self.loop.end(row.id)
             elif any(one.state == "waiting" for one in after):
                 self.loop.hungry[row.id] = None
@@ -9420,11 +9451,11 @@ class Panel:
         if one.state != "reviewing":
             return one
         limit, began = row.spec["timeout"], one.started_at or 0
-        if time.time() > began + limit:
+        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", one.prompt) if one.prompt else None
+        if (prompt is None or prompt.ended_at is None) and time.time() > began + limit:
             spawn("aegis-ending", self.abandon, row, one)
             return over_reviewer(one, "failed", f"it took more than {limit:g} s")
         self.loop.due_at(row.id, began + limit + 0.01)
-        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", one.prompt) if one.prompt else None
         if prompt is None or prompt.ended_at is None:
             return one
         if prompt.state == "done":
@@ -9445,7 +9476,7 @@ class Panel:
         return over_reviewer(one._replace(assessment=told), "done", None)
 
     def store(self, row: ConsensusRow, before: Sequence[ReviewerRow], after: Sequence[ReviewerRow],
-              cancelled: bool = False) -> None:
+              end: Optional[Tuple[Statement, Draft]] = None) -> None:
         """Store what was seen and decided, with its events, all at once."""
         statements, drafts = [], []
         for old, new in zip(before, after):
@@ -9456,12 +9487,8 @@ class Panel:
                 drafts.append(Draft("consensus.reviewer", row.session, {
                     "consensusId": row.id, "reviewer": new.place + 1, "state": new.state, "reason": new.reason,
                     "reviewerSessionId": new.session}))
-        if cancelled or all(one.ended_at for one in after):
-            statement, draft = closing(row, after, cancelled)
-            statements.append(statement)
-            drafts.append(draft)
-        if statements:
-            self.context.bus.commit(statements, drafts)
+        if statements or end:
+            self.context.bus.commit(statements + ([end[0]] if end else []), drafts + ([end[1]] if end else []))
 
     def carry_on(self, row: ConsensusRow, one: ReviewerRow) -> None:
         """Ask a reviewer in a thread."""
@@ -9517,8 +9544,8 @@ class Panel:
             if row.ended_at is not None:
                 return row, False
             before = reviewers_of(self.context, consensus_id)
-            self.store(row, before, [one if one.ended_at else over_reviewer(one, "cancelled", "cancelled")
-                                     for one in before], cancelled=True)
+            after = [one if one.ended_at else over_reviewer(one, "cancelled", "cancelled") for one in before]
+            self.store(row, before, after, closing(row, after, cancelled=True))
             self.loop.end(row.id)
         for one in before:
             if one.state == "reviewing":
@@ -9541,7 +9568,7 @@ def assessments_of(reviewers: Sequence[ReviewerRow]) -> Dict[int, Json]:
     return {one.place: one.assessment for one in reviewers if one.state == "done" and one.assessment}
 
 
-def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool) -> Tuple[Statement, Draft]:
+def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool = False) -> Tuple[Statement, Draft]:
     """Write what ends a review: its verdict, or that it has none."""
     told = assessments_of(reviewers)
     verdict, reason = (None, "cancelled") if cancelled else reach_verdict(
@@ -11236,7 +11263,8 @@ def replace_template(ask: Ask, id: str, name: str, description: str, variables: 
 def delete_template(ask: Ask, id: str) -> Json:
     """Delete a template; sessions made from it stay."""
     known = find_own_template(ask.context, id)
-    ask.context.bus.commit([("DELETE FROM templates WHERE id = ?", (known.id,))])
+    ask.context.bus.commit([("DELETE FROM templates WHERE id = ?", (known.id,))],
+                           [Draft("template.deleted", None, {"templateId": known.id, "name": known.name})])
     return {"id": known.id, "name": known.name, "deleted": True}
 
 
@@ -11540,11 +11568,11 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
     row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, "", int(keep),
                        ask.idempotency_key, digest.hexdigest()[:32], time.time(), None)
-    spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
 
     def work() -> Json:
         made = same_consensus(context, row)
         if made is None:
+            spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
             change = change_since(context, session)
             spec["change"] = {"about": change.about, "files": change.files, "truncated": change.cut}
             text_ = reviewed_text(task_of(context, id), change, names, instructions)
