@@ -4150,6 +4150,125 @@ def test_a_worktree_outside_a_repository_is_refused(server, tmp_path):
 
 
 # ============================================================================
+# CHANGES. What became of a directory since a session began.
+# ============================================================================
+
+
+class Place(NamedTuple):
+    """A state directory, as far as changes need one."""
+
+    state_dir: Path
+    run_dir: Path
+
+
+def told_change(root: Path, work_dir: Path, before: Callable[[], Any], work: Callable[[], Any]) -> aegis.Difference:
+    """Note what a directory holds, work in it, and tell the change."""
+    place = Place(root / "state", root / "state" / "run")
+    place.run_dir.mkdir(parents=True, exist_ok=True)
+    before()
+    began, base = time.time(), aegis.note_base(place, "s1", str(work_dir))
+    work()
+    row = collections.namedtuple("Row", "id work_dir launch created_at")("s1", str(work_dir), {"base": base}, began)
+    change = aegis.change_since(place, row)
+    assert list(place.run_dir.iterdir()) == [], "nothing is left of the looking"
+    return change
+
+
+def added(change: aegis.Difference) -> List[str]:
+    """List the lines that a change adds and takes away."""
+    return [one for one in change.text.split("\n") if re.match(r"[+-](?![+-])", one)]
+
+
+def test_a_change_is_what_was_done_since_however_it_was_committed(repository, tmp_path):
+    sub = repository / "sub"
+
+    def before() -> None:
+        (sub / "a.txt").write_text("a\nnot committed\n")
+        (sub / "mine.txt").write_text("mine\n")
+        (repository / "staged.txt").write_text("staged\n")
+        git(repository, "add", "staged.txt")
+
+    def work() -> None:
+        (sub / "a.txt").write_text("a\nnot committed\nby the agent\n")
+        git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "all of it")
+        (sub / "mine.txt").write_text("mine\nand theirs\n")
+        (sub / "ünew.txt").write_text("new\n")
+        (repository / "staged.txt").unlink()
+    change = told_change(tmp_path, repository, before, work)
+    assert sorted(added(change)) == ["+and theirs", "+by the agent", "+new", "-staged"] and not change.cut
+    assert sorted(change.files) == ["A sub/ünew.txt", "D staged.txt", "M sub/a.txt", "M sub/mine.txt"]
+    commit = lambda: (git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "more"))  # noqa: E731
+    nothing = told_change(tmp_path / "second", repository, commit, lambda: None)
+    assert (nothing.files, nothing.text) == ([], "") and not list((tmp_path / "second").rglob("objects"))
+
+
+def test_a_change_is_told_before_the_first_commit_and_without_git(tmp_path):
+    bare, plain = tmp_path / "bare", tmp_path / "plain"
+    bare.mkdir(), plain.mkdir()
+    git(bare, "init", "-q")
+    (bare / "old").write_text("old\n")
+    change = told_change(tmp_path, bare, lambda: None, lambda: (bare / "new").write_text("new\n"))
+    assert (added(change), change.files) == (["+new"], ["A new"])
+    (plain / "old").write_text("old\n"), os.utime(plain / "old", (1, 1))
+    (plain / "link").symlink_to("/etc/hostname"), os.mkfifo(plain / "pipe")
+    change = told_change(tmp_path, plain, lambda: None, lambda: (plain / "new").write_text("new\n"))
+    assert change.files == ["W new"] and change.text == "=== new\nnew\n\n" and "no git repository" in change.about
+
+
+HOSTILE = ("core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
+           "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
+
+
+def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, tmp_path):
+    def before() -> None:
+        (repository / ".gitattributes").write_text("* filter=x diff=x merge=x\n")
+        inner = repository / "inner"
+        inner.mkdir()
+        git(inner, "init", "-q"), git(inner, "commit", "-q", "--allow-empty", "-m", "one")
+        git(repository, "add", "-A")
+        git(inner, "config", "core.fsmonitor", f"touch {tmp_path}/ran-inner; false")
+        (inner / "loose").write_text("x")
+        for name in HOSTILE:
+            git(repository, "config", name, f"touch {tmp_path}/ran-{name}; cat")
+        for name in ("post-index-change", "reference-transaction", "pre-commit"):
+            hook = repository / ".git" / "hooks" / name
+            hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran-{name}\n"), hook.chmod(0o755)
+        for ran in tmp_path.glob("ran-*"):   # by our own git
+            ran.unlink()
+
+    def work() -> None:
+        (repository / "sub" / "a.txt").write_text("changed\n")
+        (repository / "link").symlink_to("/etc/hostname"), os.mkfifo(repository / "pipe")
+    change = told_change(tmp_path, repository, before, work)
+    assert [one.name for one in tmp_path.glob("ran-*")] == []
+    assert {"M sub/a.txt", "A link"} <= set(change.files) and "+changed" in change.text
+
+
+def test_a_change_hides_nothing_and_has_its_bounds(repository, tmp_path):
+    def work() -> None:
+        for name, how in (("sub/a.txt", "--assume-unchanged"), ("b.txt", "--skip-worktree")):
+            git(repository, "update-index", how, name)
+            (repository / name).write_text("hidden\n")
+        (repository / "huge").write_bytes(b"x" * 3_000_000)
+        (repository / "z-long").write_text("".join(f"line {number}\n" for number in range(30_000)))
+        (repository / "sub2").mkdir(), (repository / "gone").unlink(), (repository / "gone").symlink_to("sub2")
+        (repository / "sub2" / "in").write_text("x\n")
+
+    def before() -> None:
+        (repository / "b.txt").write_text("b\n"), (repository / "gone").mkdir()
+        (repository / "gone" / "in").write_text("x\n")
+        git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "two")
+        shutil.rmtree(repository / "gone"), (repository / "gone").write_text("x")
+    change = told_change(tmp_path, repository, before, work)
+    assert {"M sub/a.txt", "M b.txt", "A z-long", "A sub2/in"} <= set(change.files) and "A huge" not in change.files
+    assert "1 files are left out" in change.about and change.cut and len(change.text) <= aegis.CHANGE_SHOWN
+    assert change.text.endswith("\n") and change.text.count("+hidden") == 2
+    broken = told_change(tmp_path / "second", repository, lambda: None,
+                         lambda: (repository / ".git" / "HEAD").write_text("nonsense"))
+    assert "cannot be told" in broken.about and broken.files == []
+
+
+# ============================================================================
 # LIFE. Create, adopt after a restart, kill.
 # ============================================================================
 
@@ -5866,7 +5985,54 @@ def test_a_check_that_vanished_with_its_box_is_run_again(house):
 
 
 # ============================================================================
-# PIPELINES. Stages of work, each when what it depends on is done.
+# RUNS. What pipelines and consensus reviews have in common.
+# ============================================================================
+
+
+@alone
+def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
+    own = house("--keep-runs", "2")
+    talk = own.open()
+    gate = {"checks": [check(f"while ! test -e {tmp_path}/go; do sleep 0.05; done")]}
+    live = [pipeline(own, {"prompt": "[[hang]]"}),
+            pipeline(own, {"name": "gated", "prompt": "[[say x]]", "verify": gate})]
+    gated = own.events.wait_for("pipeline.stage", stage="gated", state="verifying")["pipelineId"]
+    made = {"pipelines": [finished(own, pipeline(own, {"prompt": "[[say x]]"}))["id"] for _ in range(4)],
+            "verify": [verify(talk, check("true"))["id"] for _ in range(4)],
+            "consensus": [ruled(own, review(talk, reviewers=1))["id"] for _ in range(4)]}
+    assert all(own.call(f"GET /v1/{kind}/{one}").status == 200 for kind, ids in made.items() for one in ids)
+    own.crash().start()
+    for kind, ids in made.items():
+        eventually(lambda: [own.call(f"GET /v1/{kind}/{one}").status for one in ids] == [404, 404, 200, 200])
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    counts = [database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+              for table in ("stages", "checks", "reviewers")]
+    database.close()
+    assert counts == [4, 3, 2], "their parts went with them"
+    (tmp_path / "go").touch()
+    assert gated == live[1]["id"] and finished(own, live[1])["state"] == "done"
+    assert own.ask(f"GET /v1/pipelines/{live[0]['id']}")["state"] == "running"
+
+
+def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
+    settings = aegis.Settings({"state_dir": str(tmp_path), "keep_runs_days": "2", "keep_runs": "0"})
+    context = aegis.Context(settings, aegis.Log())
+    context.store = aegis.Store(tmp_path / "aegis.db")
+    context.bus = aegis.Bus(context.store, 10)
+    for day, ended in enumerate((1.0, 100_000.0, 200_000.0, None)):
+        context.bus.commit([aegis.insert("pipelines", aegis.PipelineRow(
+            f"pl-{day}", "x", "done", None, 1, 0, None, "", 0.0, ended)._asdict())])
+        (tmp_path / "bases" / f"s{day}" / "objects").mkdir(parents=True)
+        os.utime(tmp_path / "bases" / f"s{day}", (ended or 200_000, ended or 200_000))
+    assert aegis.prune_runs(context, 200_000.0) == 1
+    aegis.prune_bases(context, 200_000.0)
+    assert context.store.pairs("SELECT id FROM pipelines ORDER BY id") == [("pl-1",), ("pl-2",), ("pl-3",)]
+    assert sorted(one.name for one in (tmp_path / "bases").iterdir()) == ["s1", "s2", "s3"]
+    context.store.close()
+
+
+# ============================================================================
+# STAGES. The plan of a pipeline.
 # ============================================================================
 
 W, R, V, D, F, S = "waiting", "running", "verifying", "done", "failed", "skipped"
@@ -5962,6 +6128,11 @@ def test_any_graph_with_any_failures_comes_to_its_end():
             graph[names[one]] = [*graph[names[one]], names[other]]
             graph[names[other]] = [*graph[names[other]], names[one]]
             assert aegis.graph_faults(graph)
+
+
+# ============================================================================
+# PIPELINES. Stages of work, each when what it depends on is done.
+# ============================================================================
 
 
 def pipeline(server: Server, *stages: Json, **more: Any) -> Json:
@@ -6126,6 +6297,8 @@ def test_create_pipeline_tries_again_as_often_as_told(server, key):
     told = finished(server, pipeline(server, {"name": "bad", "prompt": "[[error 500]]", "retries": 2}))
     assert told["state"] == "failed" and told["stages"][0]["attempt"] == 3
     killed = server.ask(f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]
+    assert told["stages"][0]["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in killed)
+                                               for name in told["tokenUsage"]} == told["tokenUsage"]
     assert len(killed) == 3 and eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]} == {"killed"})
     made = pipeline(server, {"name": "late", "prompt": "[[say {{memory.%sx}}]]" % key, "retries": 2})
@@ -6342,6 +6515,437 @@ def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts
         begun = [one for one in (own.ask(f"GET /v1/sessions/{each}") for each in ids) if one["pid"] or one["turns"]]
         assert sorted((one["labels"]["stage"], one["turns"]) for one in begun) == [("a", 1), ("b", 1)]
         assert len(ids) - len(begun) <= 1, "one may have died before its agent was started"
+
+
+# ============================================================================
+# VERDICTS. What reviewers say, and what follows from it.
+# ============================================================================
+
+
+def assessment(verdict: str = "approve", *findings: Json, **criteria: str) -> Json:
+    """Make an assessment: the vote, and votes by criterion; the first one has the findings."""
+    marks = [{"name": name, "verdict": vote, "score": 9 if vote == "approve" else 2, "findings": []}
+             for name, vote in (criteria or {"a": verdict, "b": verdict}).items()]
+    marks[0]["findings"] = list(findings)
+    return {"verdict": verdict, "summary": "", "criteria": marks}
+
+
+def fenced(value: Any) -> str:
+    """Write an answer as reviewers do."""
+    return f"Some words.\n```json\n{value if isinstance(value, str) else json.dumps(value)}\n```\n"
+
+
+GOOD = json.dumps(assessment())
+UNREADABLE = [
+    ("", "0 blocks"), ("approve", "0 blocks"), (GOOD, "0 blocks"), (f"```\n{GOOD}\n```", "0 blocks"),
+    (fenced(GOOD) + fenced(GOOD), "2 blocks"), (f"```json\n{GOOD}", "0 blocks"), (fenced(GOOD[:-1]), "Expecting"),
+    (fenced("[" * 100_000), "nested too deeply"), (fenced("[]"), "no object"), (fenced("NaN"), "no JSON"),
+    (fenced('{"verdict": "approve", "verdict": "reject"}'), "twice"),
+    (fenced('{"a": ' + "9" * 5_000 + "}"), "too large"),
+    (fenced({**assessment(), "verdict": "splendid"}), "verdict must be one of"),
+    (fenced({**assessment(), "more": 1}), "more is not a field"),
+    (fenced({**assessment(), "\ud800": 1}), "not a field"),
+    (fenced({**assessment(), "summary": "\ud800"}), None),
+    (fenced({**assessment(), "criteria": []}), "at least 1"), (fenced({**assessment(), "criteria": [1]}), "an object"),
+    (fenced(assessment(a="approve")), "leaves out b"), (fenced(assessment(a="approve", c="approve")), "not asked for"),
+    (fenced(assessment(a="approve", A="approve")), "given already"),
+    (fenced(assessment(a="approve", b="perhaps")), "criterion 2: verdict"),
+    (fenced(GOOD.replace("9", "11")), "score must be at most 10"), (fenced(GOOD.replace("9", "1e999")), "at most 10"),
+    (fenced(GOOD.replace("9", "true")), "score must be a number"),
+    (fenced(assessment("approve", {"message": ""})), "finding 1 of a"),
+    (fenced(assessment("approve", {"message": "x", "line": 0})), "line must be at least 1"),
+    (fenced(assessment("approve", {"message": "x", "severity": "fatal"})), "severity"),
+    (fenced(assessment("approve", "boom")), "findings item 0 must be an object"),
+    (fenced(assessment("approve", *[{"message": "x"}] * 101)), "at most 100 items"),
+    ("x" * 300_000 + fenced(GOOD), "more than 262,144"),
+    (fenced(GOOD).replace("json", "JSON").replace("```", "  ```"), None), (fenced(GOOD).replace("\n", "\r\n"), None),
+    (fenced(assessment(b="reject", A="approve")), None),
+]
+
+
+@pytest.mark.parametrize("said, wrong", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_an_answer_is_read_strictly(said, wrong):
+    if wrong is None:
+        told = aegis.read_assessment(said, ["a", "b"])
+        assert [one["name"] for one in told["criteria"]] == ["a", "b"]
+        json.dumps(told, ensure_ascii=False).encode("utf-8")
+        return
+    with pytest.raises(ValueError, match=re.escape(wrong)) as refused:
+        aegis.read_assessment(said, ["a", "b"])
+    assert len(str(refused.value)) < 500 and str(refused.value).encode("utf-8")
+
+
+def test_no_answer_whatever_breaks_the_reading():
+    rng = random.Random(7)
+    parts = ["```json", "```", "{", "}", "[", "]", '"', "verdict", "approve", "criteria", ":", ",", "\n", "\\ud800",
+             "9", "\x00", "é", "null", "-", "1e9999", *GOOD.split(" ")]
+    for _ in range(3_000):
+        said = "".join(rng.choice(parts) for _ in range(rng.randint(0, 60)))
+        if rng.random() < 0.5:
+            raw = list(GOOD)
+            for _ in range(rng.randint(1, 4)):
+                raw[rng.randrange(len(raw))] = rng.choice(parts)
+            said = fenced("".join(raw))
+        try:
+            told = aegis.read_assessment(said, ["a", "b"])
+        except ValueError:
+            continue
+        assert told["verdict"] in aegis.VOTES and [one["name"] for one in told["criteria"]] == ["a", "b"]
+
+
+Y, N = assessment("approve"), assessment("reject")
+HALF = assessment("reject", a="approve", b="reject")
+VERDICTS = [   # rule, weights, quorum, assessments by place -> the verdict
+    ("majority", None, 1, {0: Y}, "approved"), ("majority", None, 1, {0: N}, "rejected"),
+    ("majority", None, 2, {0: Y, 1: Y, 2: N}, "approved"), ("majority", None, 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("majority", None, 2, {0: Y, 2: N}, "rejected"), ("majority", None, 2, {1: Y}, None),
+    ("majority", None, 1, {}, None),
+    ("unanimous", None, 2, {0: Y, 1: Y, 2: Y}, "approved"), ("unanimous", None, 2, {0: Y, 1: Y, 2: N}, "rejected"),
+    ("unanimous", None, 2, {0: Y, 2: Y}, "approved"), ("unanimous", None, 3, {0: Y, 2: Y}, None),
+    ("weighted", [3, 1, 1], 2, {0: Y, 1: N, 2: N}, "approved"),
+    ("weighted", [2, 1, 1], 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("weighted", [2, 1, 1], 2, {0: Y, 1: N}, "approved"), ("weighted", [0, 1, 0], 1, {0: Y, 2: Y}, "rejected"),
+    ("weighted", {"a": 2, "b": 1}, 1, {0: HALF}, "approved"), ("weighted", {"a": 1, "b": 1}, 1, {0: HALF}, "rejected"),
+    ("weighted", {"a": 1, "b": 3}, 2, {0: HALF, 1: Y}, "approved"), ("weighted", {"a": 0, "b": 3}, 2, {0: HALF, 1: N},
+                                                                     "rejected"),
+]
+
+
+@pytest.mark.parametrize("rule, weights, quorum, told, wanted", VERDICTS, ids=range(len(VERDICTS)))
+def test_the_verdict_follows_from_the_votes_by_the_rule(rule, weights, quorum, told, wanted):
+    verdict, reason = aegis.reach_verdict(rule, weights, quorum, told)
+    assert verdict == wanted and reason
+    if wanted and rule != "weighted":   # nobody's place counts
+        shuffled = dict(zip(random.Random(1).sample(range(9), len(told)), told.values()))
+        assert aegis.reach_verdict(rule, weights, quorum, shuffled)[0] == wanted
+
+
+def test_findings_in_the_same_place_are_merged_and_what_most_saw_stands_first():
+    here = {"file": "src/x.py", "line": 3, "severity": "low", "message": "off by one"}
+    told = {0: assessment("reject", here, {"file": None, "line": None, "severity": "medium", "message": "No  tests"}),
+            1: assessment("reject", {**here, "file": "./src/../src/x.py", "severity": "critical",
+                                      "message": "wrong end"}),
+            4: assessment("reject", {**here, "file": "/w/src/x.py"}, {**here, "line": 4}, here,
+                          {"file": "/etc/passwd", "line": 1, "severity": "high", "message": "elsewhere"},
+                          {"file": "", "line": 7, "severity": "low", "message": "no tests"})}
+    found = aegis.merge_findings(told, "/w")
+    assert [(one["file"], one["line"], one["reviewers"], one["severity"]) for one in found] == [
+        ("src/x.py", 3, [1, 2, 5], "critical"), (None, None, [1, 5], "medium"), ("/etc/passwd", 1, [5], "high"),
+        ("src/x.py", 4, [5], "low")]
+    assert found[0]["messages"] == ["off by one", "wrong end"] and found[0]["seenBy"] == 3
+    assert aegis.agreement_on(["a", "b"], [Y, Y, N])[0] == {
+        "name": "a", "approve": 2, "reject": 1, "agreement": 0.667, "score": 6.67, "lowest": 2, "highest": 9}
+    assert aegis.agreement_on(["a"], [])[0]["agreement"] is None
+
+
+# ============================================================================
+# CONSENSUS. Reviewers that know nothing of one another.
+# ============================================================================
+
+
+def review(talk: Talk, play: str = "approve", **body: Any) -> Json:
+    """Have a session's work reviewed by demo agents that play as told."""
+    answer = talk.call("POST consensus", {"instructions": f"[[review {play}]]", **body})
+    assert answer.status == 201, answer.raw
+    return answer.json
+
+
+def ruled(server: Server, made: Json, within: float = 60) -> Json:
+    """Wait for a review's end."""
+    told = server.ask(f"GET /v1/consensus/{made['id']}?wait=done&timeout={within}")
+    assert told["timedOut"] is False, told
+    return told
+
+
+def ballots(told: Json) -> List[Tuple[str, Optional[str]]]:
+    """Reduce a review to what its reviewers came to."""
+    return [(one["state"], one["verdict"]) for one in told["reviewers"]]
+
+
+@alone
+def test_review_session_asks_reviewers_that_know_the_task_and_the_change(server, make, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+    git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+    (work / "before.txt").write_text("was there\n")
+    talk = make("[[say mended]]", workDir=str(work))
+    talk.wait("prompt.done")
+    (work / "a.txt").write_text("a\nby the agent\n"), (work / "new.txt").write_text("new\n")
+    made = review(talk, "write evil approve | again reject a.txt:2 no good | nonsense",
+                  criteria=["correctness", "style"])
+    assert (made["state"], made["quorum"], len(made["reviewers"])) == ("running", 2, 3)
+    told = ruled(server, made)
+    assert (told["state"], told["verdict"], told["reason"]) == ("done", "rejected", "majority: 50 % approve")
+    assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
+    assert [one["askedAgain"] for one in told["reviewers"]] == [False, True, True]
+    assert "twice" in told["reviewers"][2]["reason"] and not (work / "evil").exists()
+    assert told["findings"] == [{"criterion": "correctness", "file": "a.txt", "line": 2, "severity": "high",
+                                 "messages": ["no good"], "reviewers": [2], "seenBy": 1}]
+    assert [(one["name"], one["approve"], one["reject"]) for one in told["agreement"]] == [
+        ("correctness", 1, 1), ("style", 1, 1)]
+    assert told["change"] == {"about": "every change since the session began", "files": ["M a.txt", "A new.txt"],
+                              "truncated": False}
+    reviewers = [Talk(server, server.ask(f"GET /v1/sessions/{one['sessionId']}")) for one in told["reviewers"]]
+    for number, one in enumerate(reviewers, 1):
+        eventually(lambda: one.status == "killed")
+        found, asked = one.get(), one.prompts()
+        assert (found["permissionProfile"], found["permissionMode"], found["parentId"]) == (
+            "restricted", "default", None)
+        assert found["labels"] == {"consensus": told["id"]} and found["workDir"] == str(work)
+        assert asked[0].startswith(f"You are reviewer {number} of 3.") and len(asked) == (1 if number == 1 else 2)
+        assert "[[say mended]]" in asked[0] and "+by the agent" in asked[0] and "+new" in asked[0]
+        assert "was there" not in asked[0] and "- style" in asked[0]
+    refused = reviewers[0].ask("GET permissions")["history"]
+    assert [(one["tool"], one["state"], one["decidedBy"]) for one in refused] == [("Write", "rejected", "policy")]
+    assert sum(one["tokenUsage"]["output"] for one in told["reviewers"]) == told["tokenUsage"]["output"] > 0
+    server.events.wait_for("consensus.completed", consensusId=told["id"])
+    events = [(one["type"], one.get("reviewer"), one.get("state")) for one in server.events.heard
+              if one.get("consensusId") == told["id"]]
+    assert events[0][0] == "consensus.started" and events[-1] == ("consensus.completed", None, "done")
+    assert sorted(events[1:-1]) == sorted(("consensus.reviewer", number, state) for number, states_ in (
+        (1, ("reviewing", "done")), (2, ("reviewing", "reviewing", "done")), (3, ("reviewing", "reviewing", "failed")))
+        for state in states_)
+
+
+@alone
+def test_review_session_decides_by_the_rule_it_was_given(server, make):
+    talk = make()
+    made = [review(talk, "approve | reject x:1 y", reviewers=2, rule="weighted", weights=[2, 1]),
+            review(talk, "approve | error 500", reviewerCount=2, focusAreas=["speed"], rule="unanimous"),
+            review(talk, "approve | error 500", reviewers=2, rule="unanimous", quorum=1, agent="demo"),
+            review(talk, "hang", reviewers=1, timeout=1.5)]
+    told = [ruled(server, one) for one in made]
+    assert [(one["state"], one["verdict"]) for one in told] == [
+        ("done", "approved"), ("failed", None), ("done", "approved"), ("failed", None)]
+    assert told[1]["reason"] == "1 of the 2 reviewers that it takes have answered" and told[1]["criteria"] == ["speed"]
+    assert told[0]["criteria"] == list(aegis.DEFAULT_CRITERIA) and told[0]["findings"][0]["file"] == "x"
+    assert "1.5 s" in told[3]["reviewers"][0]["reason"]
+    for one in told:
+        for each in one["reviewers"]:
+            eventually(lambda: server.ask(f"GET /v1/sessions/{each['sessionId']}")["status"] == "killed")
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"reviewers": 0}, "reviewers"), ({"reviewers": 10}, "reviewers"), ({"criteria": []}, "criteria"),
+    ({"criteria": ["a", " A "]}, "criteria"), ({"criteria": ["  "]}, "criteria"), ({"criteria": ["a\nb"]}, "criteria"),
+    ({"criteria": ["a"], "focusAreas": ["a"]}, "focusAreas"), ({"reviewers": 1, "reviewerCount": 1}, "reviewerCount"),
+    ({"rule": "luck"}, "rule"), ({"rule": "weighted"}, "weights"), ({"weights": [1, 1, 1]}, "weights"),
+    ({"rule": "weighted", "weights": [1, 1]}, "weights"), ({"rule": "weighted", "weights": [0, 0, 0]}, "weights"),
+    ({"rule": "weighted", "weights": [1, -1, 1]}, "weights"), ({"rule": "weighted", "weights": [1, "x", 1]}, "weights"),
+    ({"rule": "weighted", "weights": {"correctness": 1}}, "weights"), ({"quorum": 4}, "quorum"),
+    ({"agent": "shell"}, "agent"),
+    ({"timeout": 0}, "timeout"), ({"instructions": " "}, "instructions"), ({"nonsense": 1}, "nonsense"),
+])
+def test_review_session_names_what_is_wrong(talk, body, field):
+    answer = talk.call("POST consensus", body)
+    assert (answer.status, answer.json["code"], list(answer.json["fields"])) == (400, "INVALID_REQUEST", [field])
+
+
+def test_review_session_with_an_idempotency_key_reviews_once_and_an_ended_session_too(server, make, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    talk = make(workDir=str(place))
+    talk.kill()
+    body = {"reviewers": 1, "instructions": "[[review approve]]"}
+    one, two = (talk.call("POST consensus", body, Idempotency_Key="once").json for _ in range(2))
+    assert one["id"] == two["id"] and ruled(server, one)["verdict"] == "approved"
+    other = talk.call("POST consensus", {**body, "keep": True}, Idempotency_Key="once")
+    assert (other.status, other.json["code"]) == (409, "IDEMPOTENCY_CONFLICT")
+    place.rmdir()
+    assert talk.refusal("POST consensus", body) == (409, "WORKDIR_GONE")
+    assert server.refusal("POST /v1/sessions/nobody/consensus", body) == (404, "SESSION_NOT_FOUND")
+
+
+def test_get_consensus_holds_until_it_is_over_and_keeps_sessions_when_told(server, make):
+    made = review(make(), "wait 0.6 approve", reviewers=1, keep=True)
+    early = server.ask(f"GET /v1/consensus/{made['id']}?wait=done&timeout=0.1")
+    assert (early["timedOut"], early["state"], early["verdict"]) == (True, "running", None)
+    told = ruled(server, made)
+    kept = server.ask(f"GET /v1/sessions/{told['reviewers'][0]['sessionId']}")
+    assert told["verdict"] == "approved" and kept["status"] == "idle"
+    server.ask(f"DELETE /v1/sessions/{kept['id']}")
+    assert server.refusal("GET /v1/consensus/nobody") == (404, "CONSENSUS_NOT_FOUND")
+
+
+def test_list_consensus_pages_newest_first(server, make):
+    talk = make()
+    ids = [ruled(server, review(talk, play, reviewers=1))["id"] for play in ("approve", "error 500")]
+    listed = server.ask(f"GET /v1/consensus?session={talk.id}")
+    assert [one["id"] for one in listed["consensus"]] == ids[::-1] and listed["pagination"]["total"] == 2
+    assert "findings" not in listed["consensus"][0] and listed["consensus"][1]["reviewers"][0]["verdict"] == "approve"
+    failed = server.ask(f"GET /v1/consensus?session={talk.id}&state=failed&limit=1")["consensus"]
+    assert [one["id"] for one in failed] == ids[1:] and not server.ask("GET /v1/consensus?session=nobody")["consensus"]
+    assert server.refusal("GET /v1/consensus?state=sleepy") == (400, "INVALID_REQUEST")
+
+
+def test_cancel_consensus_ends_its_reviewers(server, make):
+    made = review(make(), "hang")
+    eventually(lambda: all(one["sessionId"] for one in server.ask(f"GET /v1/consensus/{made['id']}")["reviewers"]))
+    told = server.ask(f"DELETE /v1/consensus/{made['id']}")
+    assert (told["state"], told["verdict"], told["cancelled"]) == ("cancelled", None, True)
+    assert ballots(told) == [("cancelled", None)] * 3
+    for one in told["reviewers"]:
+        eventually(lambda: server.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+    assert server.ask(f"DELETE /v1/consensus/{made['id']}")["cancelled"] is False
+    server.events.wait_for("consensus.cancelled", consensusId=made["id"])
+    made = review(make(), "hang")
+    assert server.ask(f"DELETE /v1/consensus/{made['id']}")["state"] == "cancelled", "while it starts"
+    eventually(lambda: {one["status"] for one in server.ask(
+        f"GET /v1/sessions?label=consensus={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_all_reviews_together_keep_to_the_limit(house):
+    own = house("--consensus-reviewers", "2")
+    made = [review(own.open(), "wait 0.2 approve", reviewers=3) for _ in range(2)]
+    assert [ruled(own, one)["verdict"] for one in made] == ["approved"] * 2
+    for one in made:
+        own.events.wait_for("consensus.completed", consensusId=one["id"])
+    at_work, most = set(), 0
+    for one in own.events.heard:
+        if one["type"] == "consensus.reviewer":
+            (at_work.add if one["state"] == "reviewing" else at_work.discard)((one["consensusId"], one["reviewer"]))
+            most = max(most, len(at_work))
+    assert most == 2
+
+
+def asked_of(own: Server, made: Json) -> List[str]:
+    """List the prompts that a review's agents were given, whoever they are."""
+    found = own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]
+    paths = [own.ask(f"GET /v1/sessions/{one['id']}")["transcriptPath"] for one in found]
+    return sorted(text.split(". ")[0] + (" again" if "could not be taken" in text else "") for path in paths
+                  if path and Path(path).exists() for kind, text in transcript(path) if kind == "prompt")
+
+
+ASKED = ["You are reviewer 1 of 3", "You are reviewer 2 of 3", "You are reviewer 2 of 3 again",
+         "You are reviewer 3 of 3", "You are reviewer 3 of 3 again"]
+
+
+@alone
+def test_a_review_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
+    own, rng = house(), random.Random(9)
+    for _ in range(CRASHES):
+        talk = own.open()
+        made = review(talk, "wait 0.4 approve | again wait 0.3 reject a:1 b | wait 0.2 nonsense")
+        threading.Event().wait(rng.uniform(0, 2.5))
+        own.crash()
+        threading.Event().wait(rng.choice((0, 0.5)))
+        own.start()
+        told = ruled(own, made)
+        assert (told["state"], told["verdict"]) == ("done", "rejected"), told
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
+        ids = {one["id"] for one in own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]}
+        eventually(lambda: {own.ask(f"GET /v1/sessions/{one}")["status"] for one in ids} <= {"killed", "exited"})
+        assert asked_of(own, made) == ASKED, "nobody was asked twice"
+        own.events.wait_for("consensus.completed", consensusId=made["id"])
+        assert len([one for one in own.events.heard if one["type"] == "consensus.completed"
+                    and one["consensusId"] == made["id"]]) == 1
+        talk.kill()
+
+
+@alone
+def test_a_review_finds_what_was_begun_and_not_noted_and_begins_again_what_never_ran(house):
+    own = house()
+    made = review(own.open(), "again wait 1 approve", reviewers=1)
+    own.events.wait_for("prompt.started", after=own.events.wait_for("consensus.reviewer", state="reviewing")["id"])
+    eventually(lambda: own.ask(f"GET /v1/consensus/{made['id']}")["reviewers"][0]["sessionId"])
+    eventually(lambda: own.ask(f"GET /v1/consensus/{made['id']}")["reviewers"][0]["askedAgain"])
+    eventually(lambda: asked_of(own, made)[-1].endswith("again"))
+    forget_note(own, "UPDATE reviewers SET prompt = NULL WHERE consensus = ?", made["id"])
+    assert ruled(own, made)["verdict"] == "approved"
+    assert asked_of(own, made) == ["You are reviewer 1 of 1", "You are reviewer 1 of 1 again"]
+
+
+# ============================================================================
+# SWARM. Who works together, and who waits for whom.
+# ============================================================================
+
+
+def swarm(server: Server, query: str = "") -> Dict[str, Json]:
+    """Give the groups by id."""
+    return {one["id"]: one for one in server.ask(f"GET /v1/swarm?limit=200{query}")["groups"]}
+
+
+def waits(group: Json) -> List[Tuple[str, str, Any]]:
+    """Reduce a group to who waits for whom."""
+    return sorted((one["kind"], one["who"], one["for"]) for one in group["waits"])
+
+
+def test_get_swarm_tells_of_a_family_and_of_what_it_waits_for(server, make):
+    talk = make()
+    assert talk.id not in swarm(server)
+    child, other = (Talk(server, talk.server.ask(f"POST /v1/sessions/{talk.id}/spawn", {"prompt": prompt}))
+                    for prompt in ("[[bash touch x]] [[say after]]", "[[say done]]"))
+    asked = child.wait("permission.requested")["permission"]["id"]
+    other.wait("prompt.done"), eventually(lambda: other.status == "idle")
+    group = swarm(server, "&kind=family&state=waiting")[talk.id]
+    assert [(one["sessionId"], one["role"], one["status"]) for one in group["members"]] == [
+        (talk.id, "parent", "idle"), (child.id, "child", "permission_prompt"), (other.id, "child", "idle")]
+    assert waits(group) == [("child", talk.id, child.id), ("permission", child.id, asked)]
+    assert (group["state"], group["progress"], group["runState"]) == ("waiting", {"total": 3, "over": 2}, None)
+    child.ask("POST approve", {})
+    child.wait("prompt.done"), eventually(lambda: child.status == "idle")
+    other.kill()
+    group = eventually(lambda: swarm(server, "&state=idle").get(talk.id))
+    assert [one["status"] for one in group["members"]] == ["idle", "idle", "killed"] and group["waits"] == []
+    assert group["tokenUsage"]["output"] == sum(one.get()["tokenUsage"]["output"] for one in (talk, child, other)) > 0
+    assert group["ageSeconds"] >= 0 and group["costUsd"] is None, "the demo's model has no price"
+
+
+@alone
+def test_get_swarm_tells_of_an_agents_own_subagents_also_after_a_restart(house):
+    own = house()
+    talk = own.open("[[agents touch a ;; touch b]] [[say after]]")
+    asked = [talk.wait("permission.requested")["permission"] for _ in range(2)]
+    group = eventually(lambda: swarm(own, "&kind=family")[talk.id])
+    helpers = group["members"][0]["subagents"]
+    assert [(one["type"], one["state"]) for one in helpers] == [("general-purpose", "working")] * 2
+    assert {one["id"] for one in helpers} == {one["subagentId"] for one in asked}
+    assert waits(group) == sorted([*(("permission", talk.id, one["id"]) for one in asked),
+                                   *(("subagent", talk.id, one["id"]) for one in helpers)])
+    own.crash().start()
+    eventually(lambda: {one["id"]: one["state"] for one in swarm(own)[talk.id]["members"][0]["subagents"]} == {
+        one["id"]: "working" for one in helpers})
+    for _ in asked:
+        eventually(lambda: talk.call("POST approve", {"permissionId": talk.get()["pendingPermissions"][0]["id"]}
+                                     ).status == 200)
+    assert talk.read()["status"] == "idle"
+    group = eventually(lambda: swarm(own, "&state=idle").get(talk.id))
+    shown = group["members"][0]["subagents"]
+    assert [one["state"] for one in shown] == ["ended", "ended"] and all(one["tokenUsage"]["output"] for one in shown)
+    assert group["tokenUsage"]["output"] == sum(one["tokenUsage"]["output"] for one in (*shown, group["members"][0]))
+    assert not [one for one in group["waits"] if one["kind"] == "subagent"]
+
+
+def test_get_swarm_tells_of_runs_and_labels_page_by_page(server, make):
+    label = {"team": uuid.uuid4().hex[:8]}
+    pair = [make("[[hang]]", labels=label), make(labels=label)]
+    gated = pipeline(server, {"name": "a", "prompt": "[[hang]]"}, {"name": "b", "prompt": "[[say x]]"},
+                     {"name": "c", "prompt": "[[say x]]", "dependsOn": ["a", "b"]})
+    judged = review(pair[1], "hang | approve", reviewers=2)
+    eventually(lambda: [one["state"] for one in server.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"]] == [
+        "reviewing", "done"])
+    eventually(lambda: server.ask(f"GET /v1/pipelines/{gated['id']}")["stages"][0]["sessionStatus"] == "working")
+    groups = swarm(server)
+    found = groups[gated["id"]]
+    assert (found["kind"], found["state"], found["progress"]) == ("pipeline", "working", {"total": 3, "over": 0})
+    assert waits(found) == [("stage", "b", "a"), ("stage", "c", "a"), ("stage", "c", "b")]
+    assert [one["role"] for one in found["members"]] == ["a"]
+    found = groups[judged["id"]]
+    assert [one["role"] for one in found["members"]] == ["reviewed", "reviewer 1", "reviewer 2"]
+    assert waits(found) == [("reviewer", judged["id"], found["members"][1]["sessionId"])]
+    assert (found["state"], found["progress"]) == ("working", {"total": 2, "over": 1})
+    found = groups[f"team={label['team']}"]
+    assert {one["sessionId"]: one["status"] for one in found["members"]} == {pair[0].id: "working", pair[1].id: "idle"}
+    assert not any(one.startswith(("pipeline=", "consensus=", "stage=")) for one in groups)
+    assert {one["kind"] for one in swarm(server, "&kind=label").values()} == {"label"}
+    pages = [server.ask(f"GET /v1/swarm?limit=1&page={page}") for page in (1, 2)]
+    assert [len(one["groups"]) for one in pages] == [1, 1] and pages[0]["pagination"]["total"] >= 3
+    assert pages[0]["groups"][0]["createdAt"] >= pages[1]["groups"][0]["createdAt"]
+    assert server.refusal("GET /v1/swarm?kind=flock") == (400, "INVALID_REQUEST")
+    server.ask(f"DELETE /v1/pipelines/{gated['id']}"), server.ask(f"DELETE /v1/consensus/{judged['id']}")
+    eventually(lambda: gated["id"] not in swarm(server) and judged["id"] not in swarm(server))
 
 
 # ============================================================================
@@ -10779,7 +11383,7 @@ class Messages(BaseHTTPRequestHandler):
         if not body.get("tools"):        # a side call, for a title
             return self.stream(body, [("say", "A title")])
         prompt, answered = last_prompt(body["messages"])
-        steps = DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
+        steps = reviewer_steps(body["messages"], prompt) or DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
         if not answered:
             self.server.heard.append(prompt)
             self.server.history[prompt] = json.dumps(body["messages"])
@@ -10865,6 +11469,30 @@ class Messages(BaseHTTPRequestHandler):
         delta = {"type": "input_json_delta", "partial_json": json.dumps(given)}
         self.event("content_block_delta", index=index, delta=delta)
         self.event("content_block_stop", index=index)
+
+
+def reviewer_steps(messages: List[Json], prompt: str) -> Optional[List[Tuple[str, str]]]:
+    """Answer a reviewer's prompt as its first one says it is to be done; None for any other prompt."""
+    number = re.search(r"You are reviewer (\d+) of", prompt)
+    if not number:
+        return None
+    told = json.loads('"' + re.search(r"\[\[review (.*?)\]\]", json.dumps(messages))[1] + '"').split("|")
+    words = told[int(number[1]) - 1].split()
+    steps = [("write", words[1])] if words[0] == "write" else []
+    words = words[2:] if steps else words
+    criteria = re.findall(r"^- (\w+)$", next(text for text in texts_of(messages) if "[[review " in text), re.MULTILINE)
+    if words[0] == "again":
+        words = words[1:] if "could not be taken" in prompt else ["nonsense"]
+    return [*steps, ("say", aegis.demo_assessment(words, criteria))]
+
+
+def texts_of(messages: List[Json]) -> Iterator[str]:
+    """List all texts of a conversation."""
+    for message in messages:
+        content = message["content"]
+        for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if block.get("type") == "text":
+                yield block["text"]
 
 
 def last_prompt(messages: List[Json]) -> Tuple[str, int]:
@@ -11499,6 +12127,43 @@ def test_real_pipeline_runs_a_pair_side_by_side_and_survives_a_crash(model, tmp_
         assert sorted(one for one in model.heard[-4:] if "[[wait 3]]" in one) == [
             "[[wait 3]] [[say Lone]]", "[[wait 3]] [[say Rone]]"], "each was asked once"
         assert all(one["tokenUsage"]["output"] > 0 for one in told["stages"])
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(model, tmp_path):
+    own = lab(model).start()
+    try:
+        work = tmp_path / "work"
+        work.mkdir()
+        git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+        git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+        talk = own.open(f"[[write {work}/new.txt made by the agent]] [[say made it]]", workDir=str(work),
+                        permissionProfile="autonomous")
+        talk.wait("prompt.done")
+        hook = {"hooks": [{"type": "command", "command": f"touch {tmp_path}/hook-ran"}]}
+        (work / ".claude").mkdir()
+        (work / ".claude" / "settings.json").write_text(json.dumps({
+            "permissions": {"allow": ["Write", "Bash"], "defaultMode": "bypassPermissions"},
+            "hooks": {"UserPromptSubmit": [hook], "SessionStart": [hook], "Stop": [hook]}}))
+        (work / ".mcp.json").write_text(json.dumps({"mcpServers": {"x": {
+            "command": "/bin/sh", "args": ["-c", f"touch {tmp_path}/hook-ran"]}}}))
+        made = review(talk, f"write {work}/evil approve | again reject new.txt:1 no good | nonsense",
+                      criteria=["correctness", "style"])
+        own.events.wait_for("consensus.reviewer", reviewer=3, reason="its answer could not be read: the assessment: "
+                            "verdict must be one of approve, reject; criteria is required", within=60)
+        own.crash().start()
+        told = ruled(own, made, 90)
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], told
+        assert (told["verdict"], told["findings"][0]["file"]) == ("rejected", "new.txt")
+        assert not (work / "evil").exists() and not (tmp_path / "hook-ran").exists()
+        asked = [one for one in model.heard if "You are reviewer" in one and "could not be taken" not in one]
+        assert len(asked) == 3 and all("+made by the agent" in one for one in asked)
+        assert sum("could not be taken" in one for one in model.heard) == 2, "each was asked again once"
+        assert all(one["tokenUsage"]["output"] > 0 for one in told["reviewers"])
+        for one in told["reviewers"]:
+            eventually(lambda: own.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
     finally:
         own.close()
 
