@@ -3136,10 +3136,53 @@ def parse_rule(action: str, text: str) -> Rule:
     return Rule(action, tool, pattern, text.strip())
 
 
+RULE_SYNONYMS = {"toolName": "tool", "ruleContent": "pattern", "ruleBehavior": "action"}   # as Claude Code keeps them
+
+
+def plain_rule(given: Json) -> Json:
+    """Write a rule as Claude Code's own settings hold it, {ruleBehavior, ruleValue, source}, as ours are written."""
+    inner = given.get("ruleValue")
+    flat = {**given, **inner} if isinstance(inner, dict) else given
+    left = ("source", "ruleValue") if flat is not given else ("source",)   # where it came from changes nothing
+    return {RULE_SYNONYMS.get(name, name): value for name, value in flat.items() if name not in left}
+
+
+def plain_policy(given: Any) -> Any:
+    """Bring an array of rules, or an object of a default and rules, into the shape of a policy."""
+    if isinstance(given, list):
+        return {"rules": given}
+    if not isinstance(given, dict):
+        return given
+    if isinstance(given.get("profile"), dict):
+        rest = {name: value for name, value in given.items() if name != "profile"}
+        return plain_policy({**given["profile"], **rest})
+    if "defaultBehavior" not in given:
+        return given
+    default, rest = given["defaultBehavior"], {name: one for name, one in given.items() if name != "defaultBehavior"}
+    if default not in ACTIONS:
+        return given   # and is told to be no field of a policy
+    return {**default_flags(default, rest.get("rules")), **rest}
+
+
+def default_flags(default: str, rules: Any) -> Json:
+    """Say by flags what holds where no rule speaks; where rules allow something, the rest of its kind is asked about.
+
+    A flag that denies would beat those rules.
+    """
+    told = [plain_rule(one) for one in rules if isinstance(one, dict)] if isinstance(rules, list) else []
+    named = [str(one.get("tool") or str(one.get("rule")).partition("(")[0]) for one in told
+             if next((one[key] for key in ("action", "decision", "behavior") if key in one), None) != "deny"]
+    kinds = {category(name) for name in named}
+    flags = {"allow": True, "ask": "ask", "deny": False}
+    return {flag: "ask" if default == "deny" and kind in kinds else flags[default]
+            for kind, (flag, _) in TOOL_KINDS.items()}
+
+
 def rule_from_json(given: Any) -> Rule:
     """Read one entry of "rules".  Raises ValueError, saying what is wrong."""
     if not isinstance(given, dict):
         raise ValueError('must be an object such as {"rule": "Bash(git *)", "action": "allow"}')
+    given = plain_rule(given)
     unknown = set(given) - {"rule", "tool", "pattern", "action", "decision", "behavior"}
     action = next((given[key] for key in ("action", "decision", "behavior") if key in given), None)
     rule, pattern = given.get("rule"), given.get("pattern")
@@ -3198,6 +3241,7 @@ def base_policy(given: Json, profiles: Mapping[str, Json], faults: Dict[str, str
 
 def policy_from_json(given: Json, profiles: Mapping[str, Json]) -> Policy:
     """Read a policy.  Raises ApiError 400 that names each fault at once."""
+    given = plain_policy(given)
     known = {*FIELD_OF, "rules", *ACTIONS, "profile"}
     if not isinstance(given, dict):
         raise ApiError(400, "INVALID_REQUEST", "a policy must be an object", fields={})
@@ -9909,11 +9953,13 @@ LIMITS: Dict[str, Field] = dict(
     resumeOnReset=flag("Continue by itself when the account's usage limit has been reset.", default=None),
 )
 POLICY: Dict[str, Field] = dict(
-    permissions=anything("Permission policy, as PUT …/permissions takes it.", default=None),
-    permissionProfile=text(
-        "Permission profile: restricted, standard, trusted, autonomous, plan, or one of your own.", 100, default=None
-    ),
+    permissions={"type": ["object", "array"], "maxItems": MAX_RULES, "default": None,
+                 "description": "Permission policy, as PUT …/permissions takes it."},
+    permissionProfile={"type": ["string", "object"], "maxLength": 100, "default": None, "description":
+                       "Permission profile: restricted, standard, trusted, autonomous, plan, one of your own, or a "
+                       "policy."},
 )
+DEFAULT_BEHAVIOR = choice("What holds where no rule speaks.", *ACTIONS, default=None)
 NEW_SESSION: Dict[str, Field] = dict(
     name=text(
         "Name, unique among live sessions; made up when missing.",
@@ -10178,12 +10224,12 @@ def wanted_from(ask: Ask, fields: Json, keyed: bool = True) -> Wanted:
     )
 
 
-def wanted_policy(context: Context, given: Optional[Json], profile: Optional[str]) -> Json:
+def wanted_policy(context: Context, given: Any, profile: Any) -> Json:
     """Read the policy of a create: a profile, a policy, or a policy on top of a profile.  Raises ApiError 400."""
     if profile is None and given is None:
         return {}
-    named = {"profile": profile} if profile is not None else {}
-    return policy_json(policy_from_json({**named, **(given or {})}, context.profiles))
+    named = plain_policy({"profile": profile} if profile is not None else {})
+    return policy_json(policy_from_json({**named, **plain_policy(given or {})}, context.profiles))
 
 
 def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
@@ -10571,17 +10617,21 @@ def get_permissions(ask: Ask, id: str, page: int, limit: int) -> Json:
             "pagination": pagination(page, limit, total)}
 
 
-def put_permissions(ask: Ask, id: str, policy: Json) -> Any:
+def put_permissions(ask: Ask, id: str, policy: Any) -> Any:
     """Replace a session's policy; it holds at once, for what is pending too."""
     return set_policy(ask.context, id, policy)
 
 
-def put_profile(ask: Ask, id: str, profile: str) -> Any:
+def put_profile(ask: Ask, id: str, profile: Any, default_behavior: Optional[str], rules: Optional[List[Json]]) -> Any:
     """Give a session a permission profile; it holds at once, for what is pending too."""
-    return set_policy(ask.context, id, {"profile": profile})
+    own = {"defaultBehavior": default_behavior, "rules": rules}
+    own = {name: value for name, value in own.items() if value is not None}
+    if profile is None and not own:
+        raise faulty({"profile": "is required: a name, or an object"})
+    return set_policy(ask.context, id, {**({"profile": profile} if profile is not None else {}), **own})
 
 
-def set_policy(context: Context, session_id: str, given: Json) -> Later:
+def set_policy(context: Context, session_id: str, given: Any) -> Later:
     """Store a policy, write it into the agent's own settings, and let it decide what is pending."""
     policy = policy_from_json(given, context.profiles)
     session = find_live(context, session_id)
@@ -10876,6 +10926,24 @@ def time_to_live(milliseconds: Optional[int], seconds: Optional[float]) -> Optio
     if milliseconds is not None and seconds is not None:
         raise faulty({"ttlSeconds": "and ttlMs say the same: give one of them"})
     return milliseconds / 1000 if milliseconds is not None else seconds
+
+
+def store_memory(ask: Ask, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+                 if_version: Optional[int]) -> Json:
+    """Set an entry of the memory, as POST does."""
+    return set_memory(ask, key, value, ttl_ms, ttl_seconds, if_version)
+
+
+def put_memory(ask: Ask, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+               if_version: Optional[int]) -> Json:
+    """Set the entry of the memory at a path."""
+    return set_memory(ask, key, value, ttl_ms, ttl_seconds, if_version)
+
+
+def put_session_memory(ask: Ask, id: str, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+                       if_version: Optional[int]) -> Json:
+    """Set the entry of a session's own memory at a path."""
+    return set_session_memory(ask, id, key, value, ttl_ms, ttl_seconds, if_version)
 
 
 def list_memory(ask: Ask, prefix: str, page: int, limit: int) -> Any:
@@ -11596,7 +11664,8 @@ ROUTES = (
         "PUT /v1/sessions/:id/permissions",
         put_permissions,
         "permissions:decide",
-        dict(id=ID, policy=anything("Flags and rules, or a profile.")),
+        dict(id=ID, policy={"type": ["object", "array"], "maxItems": MAX_RULES,
+                            "description": "Flags and rules, a profile, or an array of rules."}),
         whole_body="policy",
         tool="set_permissions",
         alias=True,
@@ -11605,7 +11674,14 @@ ROUTES = (
         "PUT /v1/sessions/:id/permission-profile",
         put_profile,
         "permissions:decide",
-        dict(id=ID, profile=text("restricted, standard, trusted, autonomous, plan, or one of your own.", 100)),
+        dict(
+            id=ID,
+            profile={"type": ["string", "object"], "maxLength": 100, "default": None, "description":
+                     "restricted, standard, trusted, autonomous, plan, one of your own, or a policy."},
+            defaultBehavior=DEFAULT_BEHAVIOR,
+            rules=many("Rules of a profile that has no name.", anything("tool, pattern and behavior."), MAX_RULES,
+                       default=None),
+        ),
         tool="set_permission_profile",
         alias=True,
     ),
@@ -11752,6 +11828,9 @@ ROUTES = (
         dict(id=ID, key=MEMORY_KEY, ifVersion=IF_VERSION),
         tool="delete_session_memory",
     ),
+    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY),
+    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY),
+    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY)),
     Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False),
     Route("GET /v1/auth/keys", list_keys, "admin"),
     Route(
@@ -11889,15 +11968,13 @@ def allowed_methods(node: Node) -> List[str]:
     return sorted({*node.routes, "OPTIONS", *(["HEAD"] if "GET" in node.routes else [])})
 
 
-def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Optional[Json]) -> Any:
+def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
     """Check scope and owner, validate what was given, call the handler, record it: the one door for every face."""
     ask.who.need(route.scope if route.scope != "hook" else None)
-    if "id" in words or (body and "id" in body):
-        check_owner(ask.context, ask.who, owned_path(route.route.partition(" ")[2]),
-                    str(words.get("id") or (body or {}).get("id")))
-    given: Json = dict(body or {})
-    if route.whole_body:
-        given = {route.whole_body: body or {}}
+    given: Json = {route.whole_body: {} if body is None else body} if route.whole_body else dict(body or {})
+    if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
+        path = owned_path(route.route.partition(" ")[2])
+        check_owner(ask.context, ask.who, path, str(words.get("id") or given.get("id")))
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
@@ -12112,8 +12189,8 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, "TOO_LARGE", f"the body must have at most {limit} bytes")
 
 
-def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
-    """Read a JSON body.  Raises ApiError 400 or 415."""
+def parse_body(headers: Mapping[str, str], raw: bytes, arrays: bool = False) -> Any:
+    """Read a JSON body: an object, or an array where one may be.  Raises ApiError 400 or 415."""
     if not raw:
         return None
     kind, _, parameters = headers.get("content-type", "").partition(";")
@@ -12132,8 +12209,8 @@ def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
         raise ApiError(400, "BAD_JSON", "the body is nested too deeply") from None
     except ValueError as error:
         raise ApiError(400, "BAD_JSON", f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "BAD_JSON", "the body must be a JSON object")
+    if not isinstance(value, (dict, list) if arrays else dict):
+        raise ApiError(400, "BAD_JSON", "the body must be a JSON object" + " or array" * arrays)
     return value
 
 
@@ -12530,7 +12607,7 @@ class Server(ThreadingHTTPServer):
                   given.strip() if kind.lower() == "bearer" else "")
 
         def work() -> Any:
-            body = parse_body(head.headers, raw)
+            body = parse_body(head.headers, raw, "array" in route.takes.get(route.whole_body or "", {}).get("type", ""))
             if route.scope == "hook":   # an agent's report is taken as it comes; a caller is told what is wrong
                 body = whole_text(body, raw)
             return call(route, ask, connection.words, parse_query(head.query) if head.query else {}, body)

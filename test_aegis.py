@@ -2611,7 +2611,7 @@ def test_all_faults_are_named_at_once_and_profiles_by_name():
     with pytest.raises(aegis.ApiError, match="profile mine: "):
         aegis.read_profiles({"mine": {"allowRead": 3}})
     with pytest.raises(aegis.ApiError):
-        aegis.policy_from_json([], {})
+        aegis.policy_from_json("x", {})
 
 
 CLIENT = [
@@ -6677,7 +6677,9 @@ def test_streams_tell_a_key_of_its_own_things_alone_also_in_replay(guarded, two)
             assert own.id in heard and {ours.id, theirs.id} - {own.id} - heard
             reader_of = (mine, other)[key]
             assert {guarded.call(f"GET /v1/sessions/{id}", headers=reader_of).status for id in heard} == {200}
-            assert {one["type"] for one in stream.heard if not one["sessionId"]} <= {"memory.set", "memory.deleted"}
+            for one in [one for one in stream.heard if not one["sessionId"]]:
+                path = f"pipelines/{one['pipelineId']}" if "pipelineId" in one else "memory"
+                assert guarded.call(f"GET /v1/{path}", headers=reader_of).status == 200, one
     for stream in (live[2], old[2]):   # sees all sessions, and may not read the memory
         stream.wait_for("session.updated", theirs.id, last)
         assert {ours.id, theirs.id} <= {one["sessionId"] for one in stream.heard}
@@ -6923,6 +6925,82 @@ def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
     assert cut.returncode == 1 and "end was cut off" in cut.stdout and "trigger" in cut.stdout
     assert run_aegis("audit", "verify", "--state-dir", "/nowhere").returncode == 2
     assert run_aegis("audit", "polish").returncode == 2
+
+
+# -- what other servers of this API take
+
+ALIKE = [
+    ([{"rule": "Bash(git *)", "action": "allow"}], {"rules": [{"rule": "Bash(git *)", "action": "allow"}]}),
+    ([{"tool": "Bash", "pattern": "git *", "behavior": "allow"}], {"allow": ["Bash(git *)"]}),
+    ([{"source": "userSettings", "ruleBehavior": "deny", "ruleValue": {"toolName": "Read", "ruleContent": "./x"}}],
+     {"deny": ["Read(./x)"]}),
+    ([{"source": "session", "ruleBehavior": "ask", "ruleValue": {"toolName": "Bash"}}], {"ask": ["Bash"]}),
+    ([], {}),
+    ({"profile": {"allowRead": True, "deny": ["Bash"]}}, {"allowRead": True, "deny": ["Bash"]}),
+    ({"profile": "restricted"}, {"profile": "restricted"}),
+    ({"rules": [{"tool": "Edit", "behavior": "deny"}]}, {"deny": ["Edit"]}),
+    ({"defaultBehavior": "allow", "rules": []}, {flag: True for flag in aegis.FIELD_OF}),
+    ({"defaultBehavior": "deny", "rules": [{"tool": "Read", "behavior": "allow"}]},
+     {**{flag: False for flag in aegis.FIELD_OF}, "allowRead": "ask", "allow": ["Read"]}),
+]
+
+
+@pytest.mark.parametrize("given, same", ALIKE, ids=lambda value: json.dumps(value))
+def test_policies_of_other_shapes_mean_the_same(given, same):
+    assert aegis.policy_from_json(given, {}) == aegis.policy_from_json(same, {})
+
+
+@pytest.mark.parametrize("given", [["Bash"], [{"tool": "Bash"}], [{"ruleValue": {"toolName": "Bash"}}],
+                                   {"defaultBehavior": "maybe"}, {"profile": {"zebra": 1}}, {"profile": 7},
+                                   [{"tool": "Read", "behavior": "allow", "constraints": {"readOnly": True}}]], ids=str)
+def test_policies_of_other_shapes_are_enforced_or_refused(given):
+    with pytest.raises(aegis.ApiError) as refused:
+        aegis.policy_from_json(given, {})
+    assert refused.value.status == 400
+
+
+def test_put_permissions_takes_an_array_of_rules(talk):
+    told = talk.ask("PUT permissions", [{"tool": "Bash", "pattern": "git *", "behavior": "allow"}])
+    assert told["policy"]["rules"] == [{"rule": "Bash(git *)", "action": "allow"}]
+    assert talk.ask("PUT permissions", {"profile": "standard"})["profile"] == "standard"
+    assert talk.refusal("PUT permissions", ["zebra"]) == (400, "INVALID_REQUEST")
+    assert talk.refusal("POST send", ["zebra"]) == (400, "BAD_JSON")
+    assert talk.ask("PUT permissions", [])["policy"] == {}
+
+
+def test_put_profile_takes_an_object(talk):
+    told = talk.ask("PUT permission-profile", {"profile": {"defaultBehavior": "ask", "rules": [
+        {"tool": "Bash", "behavior": "deny", "pattern": "rm *"}]}})["policy"]
+    assert told["rules"] == [{"rule": "Bash(rm *)", "action": "deny"}] and told["allowRead"] == "ask"
+    assert talk.ask("PUT permission-profile", {"defaultBehavior": "allow"})["policy"]["allowBash"] is True
+    assert talk.refusal("PUT permission-profile", {}) == (400, "INVALID_REQUEST")
+    assert talk.ask("PUT permissions", {})["policy"] == {}
+
+
+def test_create_session_takes_rules_and_a_profile_object(make):
+    rules = [{"tool": "Bash", "behavior": "deny"}]
+    made = make(ready=False, permissions=rules, permissionProfile={"allowRead": True})
+    policy = made.ask("GET permissions")["policy"]
+    assert policy == {"allowRead": True, "rules": [{"rule": "Bash", "action": "deny"}]}
+
+
+def test_put_memory_sets_what_a_path_names(server):
+    put = server.ask("PUT /v1/memory/team/notes/today", {"value": {"a": 1}, "ttlSeconds": 600})
+    assert put["key"] == "team/notes/today" and put["expiresAt"]
+    assert server.ask("GET /v1/memory/team/notes/today")["value"] == {"a": 1}
+    assert server.refusal("PUT /v1/memory/team/notes/today", {"value": 1, "ifVersion": 0}) == (409, "VERSION_CONFLICT")
+    server.ask("DELETE /v1/memory/team/notes/today")
+
+
+def test_store_memory_does_what_post_does(server):
+    assert server.ask("PUT /v1/memory", {"key": "put/key", "value": 7})["value"] == 7
+    assert server.ask("DELETE /v1/memory/put/key")["deleted"] is True
+
+
+def test_put_session_memory_sets_what_a_path_names(talk):
+    assert talk.ask("PUT memories/put/key", {"value": 8})["sessionId"] == talk.id
+    assert talk.ask("GET memories/put/key")["value"] == 8
+    talk.ask("DELETE memories/put/key")
 
 
 # ============================================================================
