@@ -16,7 +16,10 @@ Rooms, top to bottom; a room uses only rooms above it:
     TOOLS         ApiError, clock, ids, log, threads
     FIELDS        the little language of request fields
     STORE         sqlite: sessions, prompts, permission requests, events
+    AUDIT         who changed what: append-only, each row sealed by the one before
     EVENTS        the bus: stored first, then streamed
+    KEYS          API keys, scopes, and who is asking
+    LIMITS        token buckets
     TMUX          the driver: one control-mode client, one-shot fallback
     EXITS         tells at once when a process ends
     SCREENS       text of a terminal -> what the agent is doing
@@ -49,7 +52,7 @@ Rooms, top to bottom; a room uses only rooms above it:
     TELEGRAM      sessions in a chat: what is told there
     REPLIES       what people answer in Telegram
     APP           after a restart, and what owns all of it
-    ACCESS        bearer token, Host and Origin
+    ACCESS        who may enter: Host, Origin, tokens, rates, and whose things they see
     DIAGNOSTICS   what state this box and this process are in, and what to do
     HANDLERS      one function for each endpoint
     SHAPES        what answers look like
@@ -69,12 +72,13 @@ Rooms, top to bottom; a room uses only rooms above it:
     RUN           prompts and their answers: run, send, tail
     WATCHING      lists that stay true, and windows to look into
     COMMANDS      the table of verbs, help, completion
-    COMMAND LINE  serve, doctor, bench, selftest, demo-agent; main
+    COMMAND LINE  serve, doctor, bench, selftest, audit, demo-agent; main
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired), aegis-prune (old runs) -
+aegis-books (last use of keys, the audit log's head) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
 aegis-pipelines (decides what starts next), aegis-consensus (the same for reviews),
 aegis-start (one for each stage and reviewer, while it starts) -
@@ -86,8 +90,8 @@ that follows events has aegis-feed.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Webhooks.lock -> Store.lock;
-Tmux.lock, Monitor.lock, Exits.lock and Mcp.lock are leaves.  A session's lock is never held while tmux or a
-socket is waited for.
+Tmux.lock, Monitor.lock, Exits.lock, Mcp.lock, Keys.lock and Tickets.lock are leaves.  A session's lock is
+never held while tmux or a socket is waited for.
 """
 from __future__ import annotations
 
@@ -219,7 +223,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("host", "text", "127.0.0.1", "Address to listen on; anything but loopback needs a token."),
+    Setting("host", "text", "127.0.0.1", "Address to listen on; anything but loopback needs a token or AEGIS_AUTH=on."),
     Setting("port", "int", "9100", "Port to listen on; 0 picks a free one."),
     Setting(
         "auth_token", "text", "", "Bearer token that every request but health must carry.", flag=False, secret=True
@@ -288,6 +292,14 @@ SETTINGS = (
     Setting("telegram_events", "list", "session.idle,session.asking,session.rate_limited,session.stalled,session.error,"
             "session.exited,session.killed,permission.requested,question.asked", "Events that are told there."),
     Setting("telegram_api", "text", "https://api.telegram.org", "Address of the Bot API."),
+    Setting(
+        "auth", "choice:auto|on", "auto", "on: a key or the token is needed, and a first admin key is minted into "
+        "STATE_DIR/admin.key; auto: only when AEGIS_AUTH_TOKEN is set."
+    ),
+    Setting("key_rate", "int", "60000", "Requests a minute of one key that has no rate of its own; 0: any number."),
+    Setting("address_rate", "int", "1200000", "Requests a minute of one address without a key; 0: any number."),
+    Setting("failed_auth_rate", "int", "30", "Wrong tokens a minute from one address that are answered with 401; "
+            "beyond, with 429.  A right one always passes."),
 )
 
 MAX_PROMPT = 1_000_000         # characters; what one send may carry
@@ -424,7 +436,7 @@ class ApiError(Exception):
 
     def body(self) -> Json:
         """Give the contract's envelope."""
-        return {"error": self.message, "code": self.code, "statusCode": self.status, **self.more}
+        return {"error": masked(self.message), "code": self.code, "statusCode": self.status, **self.more}
 
 
 def iso(moment: Optional[float]) -> Optional[str]:
@@ -487,6 +499,15 @@ def whole_text(value: Any, raw: bytes) -> Any:
 def clip(text: str, length: int) -> str:
     """Shorten a text for a log line or a summary."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# a key, a stream token, or what stands in an address after token=, all but the first characters
+SECRET = re.compile(r"(aegis_(?:sse_)?[\w-]{6})[\w-]{10,}|(?<=token=)[^&\s'\"]+|(?<=token%3D)[^&\s'\"]+", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Take secrets out of a text that is logged or told."""
+    return SECRET.sub(lambda found: f"{found[1] or ''}…", text)
 
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -554,12 +575,13 @@ class Log:
         """Give a line its final text."""
         at, level, message, fields = line
         if self.shape == "json":
-            return json.dumps({"time": iso(at), "level": level, "message": message, **fields}, default=str) + "\n"
+            line_ = json.dumps({"time": iso(at), "level": level, "message": message, **fields}, default=str)
+            return masked(line_) + "\n"
         told = "".join(f" {name}={value}" for name, value in fields.items())
         line_ = (
             f"{iso(at)} {level:7} {message}{told}"  # whatever it quotes must not reach the operator's terminal as keys
         )
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda char: repr(char.group())[1:-1], line_) + "\n"
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda char: repr(char.group())[1:-1], masked(line_)) + "\n"
 
 
 def spawn(name: str, work: Callable[..., Any], *args: Any) -> threading.Thread:
@@ -843,6 +865,28 @@ MIGRATIONS = (
     CREATE INDEX stages_in ON stages(session) WHERE session IS NOT NULL;
     """,
     """
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, prefix TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, scopes TEXT NOT NULL,
+        rate INTEGER, created_by TEXT NOT NULL, created_at REAL NOT NULL, expires_at REAL, used_at REAL,
+        rotated_at REAL, old_hash TEXT, old_until REAL, revoked_at REAL);
+    ALTER TABLE sessions ADD COLUMN owner TEXT;
+    ALTER TABLE templates ADD COLUMN owner TEXT;
+    ALTER TABLE pipelines ADD COLUMN owner TEXT;
+    CREATE INDEX sessions_owner ON sessions(owner, created_at DESC) WHERE owner IS NOT NULL;
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, action TEXT NOT NULL, who TEXT NOT NULL, name TEXT,
+        address TEXT, session TEXT, target TEXT, status INTEGER, request TEXT, about TEXT NOT NULL, prev TEXT NOT NULL,
+        hash TEXT NOT NULL);
+    CREATE INDEX audit_session ON audit(session, seq) WHERE session IS NOT NULL;
+    CREATE INDEX audit_who ON audit(who, seq);
+    CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+    CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+    CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit WHEN NEW.seq <= (SELECT max(seq) FROM audit)
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+    """,
+    """
     CREATE TABLE consensus (
         id TEXT PRIMARY KEY, session TEXT NOT NULL, work_dir TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
         verdict TEXT, criteria TEXT NOT NULL, spec TEXT NOT NULL, text TEXT NOT NULL, keep INTEGER NOT NULL,
@@ -984,6 +1028,7 @@ class SessionRow(NamedTuple):
     worktree: Optional[Json]       # path, branch, root and base of a git worktree of its own
     resets_at: Optional[float]     # when the account's usage limit ends, if the agent said so
     known: Json                    # facts that nobody could see again after a restart: see KEPT_FACTS
+    owner: Optional[str] = None    # the key that made it; what comes from it has the same
 
 
 class PromptRow(NamedTuple):
@@ -1039,6 +1084,7 @@ class TemplateRow(NamedTuple):
     body: Json                     # fields of create
     created_at: float
     updated_at: float
+    owner: Optional[str] = None    # the key that made it
 
 
 class MemoryRow(NamedTuple):
@@ -1106,6 +1152,7 @@ class PipelineRow(NamedTuple):
     wanted: str                    # the body's digest, for a repeated idempotency key
     created_at: float
     ended_at: Optional[float]
+    owner: Optional[str] = None    # the key that made it; its sessions have the same
 
 
 class StageRow(NamedTuple):
@@ -1229,6 +1276,23 @@ class ReviewerRow(NamedTuple):
     assessment: Optional[Json]
     started_at: Optional[float]
     ended_at: Optional[float]
+class KeyRow(NamedTuple):
+    """One API key; its secret is nowhere, only the secret's hash."""
+
+    id: str
+    name: str
+    prefix: str                    # the secret's first characters, to tell keys apart
+    hash: str
+    scopes: List[str]              # as they were given
+    rate: Optional[int]            # requests a minute of its own
+    created_by: str                # the key that minted it, or open, master, aegis
+    created_at: float
+    expires_at: Optional[float]
+    used_at: Optional[float]       # written now and then, not with each request
+    rotated_at: Optional[float] = None
+    old_hash: Optional[str] = None     # of the secret before, while a rotation's grace lasts
+    old_until: Optional[float] = None
+    revoked_at: Optional[float] = None
 
 
 class Event(NamedTuple):
@@ -1244,7 +1308,7 @@ class Event(NamedTuple):
 JSON_COLUMNS = frozenset(("launch", "parts", "ledger", "input", "data", "suggestions", "policy", "labels", "limits",
                           "worktree", "known", "variables", "body", "content",
                           "words", "depends_on", "spec", "base", "types", "secrets",
-                          "chosen", "criteria", "assessment"))
+                          "chosen", "criteria", "assessment", "scopes"))
 Statement = Tuple[str, Sequence[Any]]
 ENDED = ("exited", "killed")
 
@@ -1374,6 +1438,151 @@ def store_refusal(error: sqlite3.Error) -> ApiError:
 
 
 # ============================================================================
+# AUDIT. Who changed what: append-only, each row sealed by the one before.
+# ============================================================================
+# A row's hash covers all of it and the hash of the row before, so that no row
+# can be changed, taken out or put in without all that follow being made anew;
+# triggers refuse UPDATE and DELETE.  A row is written in the transaction of the
+# change it tells of: whoever calls stands in `acting`, a thing of the thread,
+# and the first commit of theirs takes the row along.  Texts of prompts and
+# secrets are never in it, only their lengths.  That the end was cut off shows
+# against a file beside the database, and against the head in the server's log.
+
+GENESIS = "0" * 64             # stands for the row before the first
+AUDIT_ABOUT = 2_000            # characters of a row's further particulars
+HEAD_FILE = "audit.head"
+HEAD_SECONDS = 1.0             # pause between two looks whether there is a new head to keep
+HEAD_NOTED = 1_000             # rows after which the head is logged again
+
+
+class AuditEntry(NamedTuple):
+    """One thing to be recorded."""
+
+    action: str                    # the route, or permission.approved, key.created, auth.failed and the like
+    who: str                       # a key's id, or open, master, policy, terminal, clock, restart, aegis
+    name: Optional[str] = None     # of the key
+    address: Optional[str] = None
+    session: Optional[str] = None
+    target: Optional[str] = None   # what it was done to, below the session
+    status: Optional[int] = None   # of the answer
+    request: Optional[str] = None  # X-Request-Id, which the log has too
+    about: Json = {}
+
+
+class AuditRow(NamedTuple):
+    """One recorded thing."""
+
+    seq: int                       # from 1, without gaps
+    at: int                        # Unix time in milliseconds
+    action: str
+    who: str
+    name: Optional[str]
+    address: Optional[str]
+    session: Optional[str]
+    target: Optional[str]
+    status: Optional[int]
+    request: Optional[str]
+    about: str                     # JSON, kept as the text that was sealed
+    prev: str
+    hash: str
+
+
+def seal(row: AuditRow) -> str:
+    """Compute a row's hash: SHA-256 of its values, the hash before among them, as one canonical JSON array."""
+    return hashlib.sha256(json.dumps(row[:-1], separators=(",", ":")).encode()).hexdigest()
+
+
+def append_audit(db: sqlite3.Connection, entry: AuditEntry) -> AuditRow:
+    """Write a row behind the last one, within a transaction."""
+    seq, before = db.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, GENESIS)
+    about = json.dumps(entry.about, separators=(",", ":"), sort_keys=True, default=str)
+    if len(about) > AUDIT_ABOUT:
+        about = json.dumps({"cut": about[:AUDIT_ABOUT]})
+    texts = [value if not isinstance(value, str) else clip(value, 600) for value in entry[:-1]]
+    row = AuditRow(seq + 1, int(time.time() * 1000), *texts, about, before, "")   # type: ignore[arg-type]
+    row = row._replace(hash=seal(row))
+    db.execute(*insert("audit", row._asdict()))
+    return row
+
+
+class Act:
+    """One caller's change while it is made.  Owned by one thread at a time."""
+
+    def __init__(self, entry: AuditEntry) -> None:
+        self.entry = entry
+        self.written = False       # it stands in the log
+
+    def take(self, session: Optional[str], told: Json) -> AuditEntry:
+        """Give what is to be recorded with a commit that tells of a session, or names what it is about."""
+        target = next((told[name] for name in ("pipelineId", "verifyId", "promptId", "permissionId") if name in told),
+                      None)
+        return self.entry._replace(session=self.entry.session or session, target=self.entry.target or target)
+
+
+_acting = threading.local()
+
+
+@contextlib.contextmanager
+def acting(act: Optional[Act]) -> Iterator[None]:
+    """Have this thread's changes recorded as somebody's act."""
+    before, _acting.act = getattr(_acting, "act", None), act
+    try:
+        yield
+    finally:
+        _acting.act = before
+
+
+def current_act() -> Optional[Act]:
+    """Give the act that this thread is at."""
+    return getattr(_acting, "act", None)
+
+
+def wire_audit(row: AuditRow) -> Json:
+    """Give a row its shape on the wire."""
+    return {"seq": row.seq, "timestamp": iso(row.at / 1000), "action": row.action, "who": row.who, "name": row.name,
+            "address": row.address, "sessionId": row.session, "target": row.target, "status": row.status,
+            "requestId": row.request, "details": json.loads(row.about), "prev": row.prev, "hash": row.hash}
+
+
+def head_text(seq: int, digest: str) -> str:
+    """Write the log's head as it is kept and logged."""
+    return f"{seq}:{digest}"
+
+
+def read_head(text_: str) -> Tuple[int, str]:
+    """Read a head.  Raises ValueError."""
+    found = re.fullmatch(r"(\d{1,15}):([0-9a-f]{64})", text_.strip())
+    if not found:
+        raise ValueError("a head is written NUMBER:HASH")
+    return int(found[1]), found[2]
+
+
+def verify_audit(db: sqlite3.Connection, heads: Sequence[Tuple[int, str]]) -> Tuple[int, str, Optional[str]]:
+    """Check the whole log, and against heads that were noted elsewhere.
+
+    Gives the number of rows that are whole, the last one's hash, and what is wrong with the next one, or None.
+    """
+    seq, before = 0, GENESIS
+    wanted = dict(heads)
+    for values in db.execute(f"SELECT {', '.join(AuditRow._fields)} FROM audit ORDER BY seq"):
+        row = AuditRow._make(values)
+        if row.seq != seq + 1:
+            return seq, before, f"row {seq + 1} is missing: row {row.seq} follows row {seq}"
+        if row.prev != before:
+            return seq, before, f"row {row.seq} does not follow on the row before: that one was changed or put in"
+        if row.hash != seal(row):
+            return seq, before, f"row {row.seq} was changed: its hash is not that of its content"
+        if wanted.get(row.seq, row.hash) != row.hash:
+            return seq, before, f"row {row.seq} is not the one that was noted: the log was made anew"
+        seq, before = row.seq, row.hash
+    counted = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'audit'").fetchone()
+    most = max([number_ for number_, _ in heads] + [counted[0] if counted else 0])
+    if most > seq:
+        return seq, before, f"row {seq + 1} is missing: the end was cut off, there were {most} rows"
+    return seq, before, None
+
+
+# ============================================================================
 # EVENTS. Who wants to know, and what they missed.
 # ============================================================================
 # An event is stored in the transaction of the change it tells of, then handed
@@ -1458,6 +1667,7 @@ class Listener:
     def __init__(self, types: Sequence[str] = (), session: Optional[str] = None,
                  member: Optional[Callable[[str], bool]] = None) -> None:
         self.types, self.session, self.member = tuple(types), session, member
+        self.sees: Optional[Callable[[Event], bool]] = None   # what its owner may know of; None: all
         self.queue: "queue.SimpleQueue[Optional[Event]]" = queue.SimpleQueue()
         self.cut = False
 
@@ -1467,8 +1677,10 @@ class Listener:
             return False
         if self.member and not (event.session and self.member(event.session)):
             return False
-        return not self.types or any(
-            event.type == kind or (kind.endswith("*") and event.type.startswith(kind[:-1])) for kind in self.types)
+        if self.types and not any(event.type == kind or (kind.endswith("*") and event.type.startswith(kind[:-1]))
+                                  for kind in self.types):
+            return False
+        return self.sees is None or self.sees(event)
 
     def offer(self, event: Event) -> None:
         """Queue an event, or cut a listener off that lags too far behind."""
@@ -1492,15 +1704,26 @@ class Bus:
         self.store, self.keep = store, keep
         self.listeners: List[Listener] = []  # guarded by store.lock
         self.last = store.value("SELECT max(id) FROM events") or 0
+        seal_known = store.pairs("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1")
+        self.head: Tuple[int, str] = seal_known[0] if seal_known else (0, GENESIS)   # of the audit log
 
-    def commit(self, statements: Sequence[Statement], drafts: Sequence[Draft] = ()) -> List[Event]:
-        """Make a change and its events durable together, then tell.  All or nothing."""
+    def commit(self, statements: Sequence[Statement], drafts: Sequence[Draft] = (), audits: Sequence[AuditEntry] = (),
+               own: bool = True) -> List[Event]:
+        """Make a change, its events and its audit rows durable together, then tell.  All or nothing.
+
+        own: it is what the thread's caller wants, and not something that was noticed on the way.
+        """
         now = time.time()
+        act = current_act() if own else None
+        if act and not act.written:
+            first = drafts[0] if drafts else Draft("", None, {})
+            audits = [*audits, act.take(first.session, first.data)]
         with self.store.lock:
             events = []
             with self.store.transaction() as db:
                 for sql, args in statements:
                     db.execute(sql, args)
+                sealed = [append_audit(db, entry) for entry in audits]
                 for draft in drafts:
                     sql, args = insert("events", {"session": draft.session, "type": draft.type, "at": now,
                                                   "data": draft.data})
@@ -1509,6 +1732,10 @@ class Bus:
                     )
                 if events and events[-1].id % 1000 < len(events):
                     db.execute(PRUNE, (events[-1].id - self.keep,))
+            if sealed:
+                self.head = (sealed[-1].seq, sealed[-1].hash)
+            if act:
+                act.written = True
             for event in events:
                 self.last = event.id
                 for listener in self.listeners:
@@ -1550,6 +1777,340 @@ class Bus:
         with self.store.lock:
             for listener in self.listeners:
                 listener.queue.put(None)
+
+
+# ============================================================================
+# KEYS. API keys, scopes, and who is asking.
+# ============================================================================
+# A key is an id, some scopes and a secret that is shown once.  Only SHA-256 of
+# the secret is stored: it is 256 random bits, so no guessing is ever cheaper
+# than the secret itself, and a slow hash would only slow each request.  Keys
+# are few: all stand in memory, found by their hash, and each change is made in
+# the database first.  Keys.version tells caches that something has changed.
+# Lock: Keys.lock, a leaf, guards who is listening for the end of a key.
+# To add a scope: a row in SCOPES.
+
+MAX_KEYS = 1_000               # keys that are not revoked
+SECRET_PREFIX = "aegis_"       # known to whoever searches logs and repositories for secrets
+SHOWN_PREFIX = 12              # characters of a secret that stay known: 36 bits of it
+MAX_GRACE = 86_400             # seconds that a rotated key's old secret may live on
+USED_SECONDS = 5.0             # pause between two writings of when keys were last used
+ADMIN_FILE = "admin.key"
+
+SCOPES: Dict[str, str] = {
+    "sessions:read": "see sessions, what they say and do, their events, templates, verifications and pipelines",
+    "sessions:write": "create, prompt, change and end them: to run code as the server's user",
+    "sessions:all": "see, and with the other scopes change, what other keys made, too",
+    "permissions:decide": "approve, reject, answer, and set policies",
+    "memory:read": "read the memory",
+    "memory:write": "change the memory",
+    "webhooks:admin": "webhooks and their dead letters",
+    "admin": "everything, keys and the audit log among it",
+}
+FAMILIES = tuple(dict.fromkeys(scope.partition(":")[0] + ":*" for scope in SCOPES if ":" in scope))
+
+
+def spelled_out(scopes: Sequence[str]) -> "frozenset[str]":
+    """Give every scope that some words mean: a family's wildcard stands for all of it, admin for all there are."""
+    if "admin" in scopes:
+        return frozenset(SCOPES)
+    return frozenset(scope for scope in SCOPES for word in scopes
+                     if word == scope or (word.endswith(":*") and scope.startswith(word[:-1])))
+
+
+def check_scopes(scopes: Sequence[str]) -> List[str]:
+    """Give scopes in order, each once.  Raises ApiError 400 naming those that do not exist."""
+    unknown = [clip(word, 40) for word in scopes if word not in SCOPES and word not in FAMILIES]
+    if unknown:
+        says = f"holds unknown scopes ({', '.join(unknown)}); those are {', '.join((*SCOPES, *FAMILIES))}"
+        raise ApiError(400, "INVALID_REQUEST", f"scopes {says}", fields={"scopes": says})
+    return list(dict.fromkeys(scopes))
+
+
+class Who(NamedTuple):
+    """Who is asking."""
+
+    kind: str                                    # open, master, key, stream; nobody has shown anything yet
+    key: Optional[str] = None                    # the key's id
+    name: Optional[str] = None                   # and name
+    scopes: "frozenset[str]" = frozenset()       # spelled out
+    expires_at: Optional[float] = None
+    rate: Optional[int] = None                   # requests a minute of its own
+    digest: str = ""                             # of the secret that was shown: a rotation makes it another
+
+    def may(self, scope: Optional[str]) -> bool:
+        """Tell whether a scope is among theirs."""
+        return scope is None or scope in self.scopes or (scope == "any" and self.kind != "nobody")
+
+    def need(self, scope: Optional[str]) -> None:
+        """Refuse without a scope.  Raises ApiError 403 naming it."""
+        if not self.may(scope):
+            raise ApiError(
+                403, "MISSING_SCOPE", f"this needs the scope {scope}, which this key does not have",
+                missingScope=scope, headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'})
+
+    @property
+    def only(self) -> Optional[str]:
+        """The key whose things alone they see; None: everybody's."""
+        return None if "sessions:all" in self.scopes else self.key or ""
+
+    @property
+    def by(self) -> str:
+        """How decisions name them."""
+        return f"api:{self.name}" if self.name else "api"
+
+    @property
+    def label(self) -> str:
+        """How the audit log names them."""
+        return self.key or self.kind
+
+
+ANYBODY = Who("open", scopes=frozenset(SCOPES))      # where no key is needed
+MASTER = Who("master", scopes=frozenset(SCOPES))     # has the server's own token
+NOBODY = Who("nobody")
+
+
+def digest_of(secret: str) -> str:
+    """Hash a secret."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def same_secret(given: str, wanted: str) -> bool:
+    """Compare secrets in constant time, whatever their lengths."""
+    return bool(wanted) and hmac.compare_digest(digest_of(given), digest_of(wanted))
+
+
+def who_of(row: KeyRow, secret: str) -> Who:
+    """Give whoever shows a key's secret."""
+    return Who("key", row.id, row.name, spelled_out(row.scopes), row.expires_at, row.rate, digest_of(secret))
+
+
+def new_secret() -> str:
+    """Make a secret of 256 random bits."""
+    return SECRET_PREFIX + secrets.token_urlsafe(32)
+
+
+class Keys:
+    """All keys that are not revoked.  Changes are made under Store.lock."""
+
+    def __init__(self, bus: Bus, folder: Path) -> None:
+        self.bus, self.admin_file = bus, folder / ADMIN_FILE
+        self.version = 0               # grows with each change: what was allowed before is asked anew
+        self.rows: Dict[str, KeyRow] = {}
+        self.by_hash: Dict[str, str] = {}
+        self.used: Dict[str, float] = {}    # id -> last use, until it is written; single dict operations only
+        self.lock = threading.Lock()
+        self.listening: Dict[str, List[Callable[[], Any]]] = {}   # key -> whom to tell that it is dead
+        self._read()
+
+    def _read(self) -> None:
+        rows = self.bus.store.rows(KeyRow, "keys", "revoked_at IS NULL ORDER BY created_at, id")
+        self.by_hash = {digest: row.id for row in rows for digest in (row.old_hash, row.hash) if digest}
+        self.rows = {row.id: row for row in rows}
+        self.version += 1
+
+    def find(self, key_id: str) -> KeyRow:
+        """Find a key by its id.  Raises ApiError 404."""
+        row = self.rows.get(key_id)
+        if row is None:
+            raise ApiError(404, "KEY_NOT_FOUND", f"there is no key {clip(key_id, 60)}")
+        return row
+
+    def row_of(self, secret: str, now: float) -> Optional[KeyRow]:
+        """Find the key of a secret, expired or not; one of before a rotation expires with its grace."""
+        digest = digest_of(secret)
+        row = self.rows.get(self.by_hash.get(digest, ""))
+        if row is None:
+            return None
+        if hmac.compare_digest(digest, row.hash):
+            return row
+        fits = hmac.compare_digest(digest, row.old_hash or "") and now < (row.old_until or 0)
+        return row._replace(expires_at=min(row.expires_at or math.inf, row.old_until or 0)) if fits else None
+
+    def change(self, statement: Statement, entry: AuditEntry) -> None:
+        """Store a change of a key with its audit row, and read all anew."""
+        with self.bus.store.lock:
+            self.bus.commit([statement], (), [entry])
+            self._read()
+
+    def mint(self, row: KeyRow, entry: AuditEntry) -> None:
+        """Store a new key.  Raises ApiError 409 when there are too many."""
+        with self.bus.store.lock:
+            if len(self.rows) >= MAX_KEYS:
+                raise ApiError(409, "TOO_MANY_KEYS", f"there are {MAX_KEYS:,} keys already: delete some")
+            self.change(insert("keys", row._asdict()), entry)
+
+    def revoke(self, key_id: str, entry: AuditEntry, last_may_go: bool) -> KeyRow:
+        """End a key at once, its open streams and waits too.  Raises ApiError 404, or 409 for the last admin."""
+        with self.bus.store.lock:
+            row = self.find(key_id)
+            if not last_may_go and "admin" in row.scopes and not self.admins_besides(key_id):
+                raise ApiError(409, "LAST_ADMIN", "this is the last admin key, and nobody could mint another one: mint "
+                               "one first, or say force=true")
+            self.change(update("keys", key_id, {"revoked_at": time.time(), "old_hash": None, "old_until": None}), entry)
+        self.end_uses(key_id)
+        return row
+
+    def admins_besides(self, key_id: str) -> int:
+        """Count the other admin keys that have not expired."""
+        now = time.time()
+        return sum("admin" in one.scopes and one.id != key_id and (one.expires_at or math.inf) > now
+                   for one in self.rows.values())
+
+    def rotate(self, key_id: str, secret: str, grace: float, entry: AuditEntry) -> KeyRow:
+        """Give a key another secret; the old one is dead at once, or after a grace.  Raises ApiError 404, 409."""
+        with self.bus.store.lock:
+            row, now = self.find(key_id), time.time()
+            if row.expires_at is not None and row.expires_at <= now:
+                raise ApiError(409, "KEY_EXPIRED", f"key {key_id} expired at {iso(row.expires_at)}: make another one")
+            ours = self.admin_row()
+            if ours and ours.id == key_id:
+                write_private(self.admin_file, secret + "\n")
+            changes = {"hash": digest_of(secret), "prefix": secret[:SHOWN_PREFIX], "rotated_at": now,
+                       "old_hash": row.hash if grace else None, "old_until": now + grace if grace else None}
+            self.change(update("keys", key_id, changes), entry)
+        if not grace:
+            self.end_uses(key_id)
+        return self.find(key_id)
+
+    def admin_row(self) -> Optional[KeyRow]:
+        """Find the key whose secret stands in the admin file."""
+        try:
+            return self.row_of(self.admin_file.read_text("utf-8").strip(), time.time())
+        except (OSError, ValueError):
+            return None
+
+    def mint_admin(self) -> bool:
+        """See to it that the admin file holds a key that works; False when it did already."""
+        known = self.admin_row()
+        if known and "admin" in known.scopes and (known.expires_at or math.inf) > time.time():
+            return False
+        secret = new_secret()
+        write_private(self.admin_file, secret + "\n")   # first: a file without its key is made anew at the next start
+        row = new_key(secret, "admin", ["admin"], None, None, "aegis")
+        self.mint(row, AuditEntry("key.created", "aegis", target=row.id, about={"name": "admin", "scopes": ["admin"]}))
+        return True
+
+    # -- who is at it
+
+    def listen(self, key_id: str, tell: Callable[[], Any]) -> bool:
+        """Have something called when a key is revoked or rotated; False when it is gone already."""
+        with self.lock:
+            self.listening.setdefault(key_id, []).append(tell)
+        return key_id in self.rows
+
+    def leave(self, key_id: str, tell: Callable[[], Any]) -> None:
+        """Take that back."""
+        with self.lock, contextlib.suppress(KeyError, ValueError):
+            self.listening[key_id].remove(tell)
+            if not self.listening[key_id]:
+                del self.listening[key_id]
+
+    def end_uses(self, key_id: str) -> None:
+        """Tell whoever is at it with a key that it is dead."""
+        with self.lock:
+            told = list(self.listening.get(key_id, ()))
+        for tell in told:
+            tell()
+
+    def write_used(self) -> None:
+        """Write when keys were last used: a change of its own for each request would cost more than the request."""
+        used, self.used = self.used, {}
+        if used:
+            self.bus.commit([("UPDATE keys SET used_at = ? WHERE id = ?", (at, key)) for key, at in list(used.items())])
+            with self.bus.store.lock:
+                self.rows.update({key: self.rows[key]._replace(used_at=at) for key, at in list(used.items())
+                                  if key in self.rows})
+
+
+def new_key(secret: str, name: str, scopes: Sequence[str], expires_at: Optional[float], rate: Optional[int],
+            by: str) -> KeyRow:
+    """Make the row of a key."""
+    return KeyRow(new_id("key-"), name, secret[:SHOWN_PREFIX], digest_of(secret), list(scopes), rate, by, time.time(),
+                  expires_at, None)
+
+
+def wire_key(keys: Keys, row: KeyRow) -> Json:
+    """Give a key its shape on the wire: never its secret, nor that one's hash."""
+    used = keys.used.get(row.id, row.used_at)
+    return {"id": row.id, "name": row.name, "prefix": row.prefix, "scopes": row.scopes, "rateLimit": row.rate,
+            "createdBy": row.created_by, "createdAt": iso(row.created_at), "expiresAt": iso(row.expires_at),
+            "expired": row.expires_at is not None and row.expires_at <= time.time(), "lastUsedAt": iso(used),
+            "rotatedAt": iso(row.rotated_at), "oldSecretUntil": iso(row.old_until)}
+
+
+# ============================================================================
+# LIMITS. Token buckets.
+# ============================================================================
+# Each caller has a bucket that holds a minute's worth of requests and fills
+# steadily.  Buckets are made when they are needed and forgotten when there are
+# too many: whoever was forgotten has a full one, which costs less than memory
+# without bound.  Times are monotonic and handed in.  Used by the accepting
+# thread alone, but for what takes Later: single dict operations only, no lock.
+
+MAX_BUCKETS = 10_000
+
+
+class Level(NamedTuple):
+    """How full a bucket is after a request."""
+
+    allowed: bool
+    limit: int                 # requests a minute
+    left: int
+    reset: int                 # seconds until it is full
+    retry: int                 # seconds until there is one more
+
+
+class Buckets:
+    """Token buckets by name."""
+
+    def __init__(self) -> None:
+        self.levels: Dict[Any, Tuple[float, float]] = {}   # name -> requests left, and when that was so
+
+    def take(self, name: Any, rate: int, now: float, cost: float = 1.0) -> Level:
+        """Take from a bucket of `rate` requests a minute, if enough is in it; cost 0 only looks."""
+        left, at = self.levels.get(name, (rate, now))
+        left = min(rate, left + (now - at) * rate / 60)
+        allowed = left >= max(cost, 1.0)
+        if allowed:
+            left -= cost
+        if len(self.levels) >= MAX_BUCKETS and name not in self.levels:
+            self._forget()
+        self.levels[name] = (left, now)
+        return Level(allowed, rate, int(left), math.ceil((rate - left) * 60 / rate),
+                     0 if allowed else max(1, math.ceil((1 - left) * 60 / rate)))
+
+    def _forget(self) -> None:
+        """Forget the half that was not used for longest."""
+        oldest = sorted(self.levels.items(), key=lambda one: one[1][1])
+        for name, _ in oldest[: len(oldest) // 2]:
+            self.levels.pop(name, None)
+
+
+def limit_headers(level: Level) -> Dict[str, str]:
+    """Write the headers that tell a caller how much is left."""
+    told = {"RateLimit-Limit": str(level.limit), "RateLimit-Remaining": str(level.left),
+            "RateLimit-Reset": str(level.reset)}
+    return told if level.allowed else {**told, "Retry-After": str(level.retry)}
+
+
+def too_many(level: Level, what: str) -> ApiError:
+    """Refuse a request beyond a rate."""
+    return ApiError(429, "RATE_LIMITED", f"{what}: {level.limit} a minute are allowed; try again in {level.retry} s",
+                    headers=limit_headers(level))
+
+
+def bucket_address(address: str) -> str:
+    """Name an address' bucket: IPv6 networks give each client a whole /64."""
+    if address.startswith("::ffff:"):
+        return address[7:]
+    if ":" not in address:
+        return address
+    import ipaddress   # seldom needed
+    try:
+        return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False))
+    except ValueError:
+        return address
 
 
 # ============================================================================
@@ -2954,10 +3515,53 @@ def parse_rule(action: str, text: str) -> Rule:
     return Rule(action, tool, pattern, text.strip())
 
 
+RULE_SYNONYMS = {"toolName": "tool", "ruleContent": "pattern", "ruleBehavior": "action"}   # as Claude Code keeps them
+
+
+def plain_rule(given: Json) -> Json:
+    """Write a rule as Claude Code's own settings hold it, {ruleBehavior, ruleValue, source}, as ours are written."""
+    inner = given.get("ruleValue")
+    flat = {**given, **inner} if isinstance(inner, dict) else given
+    left = ("source", "ruleValue") if flat is not given else ("source",)   # where it came from changes nothing
+    return {RULE_SYNONYMS.get(name, name): value for name, value in flat.items() if name not in left}
+
+
+def plain_policy(given: Any) -> Any:
+    """Bring an array of rules, or an object of a default and rules, into the shape of a policy."""
+    if isinstance(given, list):
+        return {"rules": given}
+    if not isinstance(given, dict):
+        return given
+    if isinstance(given.get("profile"), dict):
+        rest = {name: value for name, value in given.items() if name != "profile"}
+        return plain_policy({**given["profile"], **rest})
+    if "defaultBehavior" not in given:
+        return given
+    default, rest = given["defaultBehavior"], {name: one for name, one in given.items() if name != "defaultBehavior"}
+    if default not in ACTIONS:
+        return given   # and is told to be no field of a policy
+    return {**default_flags(default, rest.get("rules")), **rest}
+
+
+def default_flags(default: str, rules: Any) -> Json:
+    """Say by flags what holds where no rule speaks; where rules allow something, the rest of its kind is asked about.
+
+    A flag that denies would beat those rules.
+    """
+    told = [plain_rule(one) for one in rules if isinstance(one, dict)] if isinstance(rules, list) else []
+    named = [str(one.get("tool") or str(one.get("rule")).partition("(")[0]) for one in told
+             if next((one[key] for key in ("action", "decision", "behavior") if key in one), None) != "deny"]
+    kinds = {category(name) for name in named}
+    flags = {"allow": True, "ask": "ask", "deny": False}
+    return {flag: "ask" if default == "deny" and kind in kinds else flags[default]
+            for kind, (flag, _) in TOOL_KINDS.items()}
+
+
 def rule_from_json(given: Any) -> Rule:
     """Read one entry of "rules".  Raises ValueError, saying what is wrong."""
     if not isinstance(given, dict):
         raise ValueError('must be an object such as {"rule": "Bash(git *)", "action": "allow"}')
+    given = plain_rule(given)
     unknown = set(given) - {"rule", "tool", "pattern", "action", "decision", "behavior"}
     action = next((given[key] for key in ("action", "decision", "behavior") if key in given), None)
     rule, pattern = given.get("rule"), given.get("pattern")
@@ -3016,6 +3620,7 @@ def base_policy(given: Json, profiles: Mapping[str, Json], faults: Dict[str, str
 
 def policy_from_json(given: Json, profiles: Mapping[str, Json]) -> Policy:
     """Read a policy.  Raises ApiError 400 that names each fault at once."""
+    given = plain_policy(given)
     known = {*FIELD_OF, "rules", *ACTIONS, "profile"}
     if not isinstance(given, dict):
         raise ApiError(400, "INVALID_REQUEST", "a policy must be an object", fields={})
@@ -4321,6 +4926,9 @@ class Context:
         self.webhooks: Any = None                      # see COURIERS
         self.telegram: Any = None                      # see TELEGRAM
         self.panel: Any = None                         # see CONSENSUS
+        self.keys: Keys
+        self.access: Any = None                        # see ACCESS
+        self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
@@ -4461,6 +5069,9 @@ class Session:
         return self.row.ended_at is None
 
 
+OWN_ACTS = ("api", "process")   # sources of what a caller wants done; all else is noticed on the way
+
+
 class Change:
     """New facts, rows and events of one session, committed together."""
 
@@ -4471,6 +5082,7 @@ class Change:
         self.closed: List[str] = []       # the agent's ids of turns that this change ends
         self.statements: List[Statement] = []
         self.drafts: List[Draft] = []
+        self.audits: List[AuditEntry] = []
 
     def set(self, **facts: Any) -> None:
         """Replace some facts."""
@@ -4537,7 +5149,7 @@ class Change:
             if self.columns:
                 self.columns["updated_at"] = now
                 self.statements.insert(0, update("sessions", row.id, self.columns))
-            session.context.bus.commit(self.statements, self.drafts)
+            session.context.bus.commit(self.statements, self.drafts, self.audits, self.why.source.startswith(OWN_ACTS))
         session.row, session.facts = row._replace(**self.columns), self.facts
         if "ledger" in self.columns:
             books_are_stored(session)
@@ -5396,8 +6008,15 @@ def record_by_policy(session: Session, request: PermissionRow, said: Decision) -
     with session.changing("hook", f"{state} by policy: {said.rule}", request.summary) as change:
         refuse_ended(session)
         change.statements.append(insert("permissions", decided._asdict()))
+        change.audits.append(decision_entry(decided))
         begin_turn(change, request.asked_at)
         change.tell("permission.resolved", **resolved_event(decided))
+
+
+def decision_entry(closed: PermissionRow) -> AuditEntry:
+    """Write the audit row of a decision: the tool and who decided, never what the tool was to do."""
+    return AuditEntry(f"permission.{closed.state}", closed.decided_by or "aegis", session=closed.session,
+                      target=closed.id, about={"tool": closed.tool, "rule": closed.rule})
 
 
 def refuse_ended(session: Session) -> None:
@@ -5628,6 +6247,7 @@ def record_closed(change: Change, closed: PermissionRow) -> None:
     kept = {"state": closed.state, "claim": None, "decided_by": closed.decided_by, "rule": closed.rule,
             "message": closed.message, "decided_at": closed.decided_at}
     change.statements.append(update("permissions", closed.id, kept))
+    change.audits.append(decision_entry(closed))
     if closed.tool in QUESTION_TOOLS:
         change.tell("question.answered", questionId=closed.id, state=closed.state, decidedBy=closed.decided_by,
                     message=closed.message)
@@ -7145,6 +7765,7 @@ class Wanted(NamedTuple):
     parent: Optional[Session] = None          # the child opens in its window
     origin: Optional[SessionRow] = None       # whose conversation it carries on
     checks: Sequence[Json] = ()               # what verifies its work, as a caller gave them
+    owner: Optional[str] = None               # the key that wants it
 
 
 def check_work_dir(settings: Settings, path: str) -> str:
@@ -7220,7 +7841,7 @@ def create_session(context: Context, wanted: Wanted) -> Session:
 
 def fingerprint(wanted: Wanted) -> str:
     """Reduce a create to what tells it from another one with the same idempotency key."""
-    told = wanted._replace(parent=None, origin=None, idempotency=None)
+    told = wanted._replace(parent=None, origin=None, idempotency=None, owner=None)[:-1]
     family = [one.id if one else None for one in (wanted.parent and wanted.parent.row, wanted.origin)]
     return hashlib.sha256(dump([*told, *family]).encode()).hexdigest()[:32]
 
@@ -7278,7 +7899,8 @@ def new_row(context: Context, wanted: Wanted, agent: Agent, work_dir: str) -> Se
         idempotency=wanted.idempotency, conversation=str(uuid.uuid4()) if agent.reports else None, parts=[],
         ledger=new_ledger(), output=None, turns=0, window=None, pane=None, pid=None, screen=None,
         parent=wanted.parent.row.id if wanted.parent else None, forked_from=origin.id if origin else None,
-        policy=policy, labels=wanted.labels, limits=wanted.limits, worktree=None, resets_at=None, known={})
+        policy=policy, labels=wanted.labels, limits=wanted.limits, worktree=None, resets_at=None, known={},
+        owner=wanted.parent.row.owner if wanted.parent else origin.owner if origin else wanted.owner)
 
 
 def has_conversation(row: SessionRow) -> bool:
@@ -7517,20 +8139,20 @@ def process_parents() -> Iterator[Tuple[int, int]]:
 # -- what callers do to a live session
 
 
-def interrupt(context: Context, session: Session) -> Tuple[bool, str]:
+def interrupt(context: Context, session: Session, by: str = "api") -> Tuple[bool, str]:
     """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened."""
     with session.key_lock:
-        return interrupt_alone(context, session)
+        return interrupt_alone(context, session, by)
 
 
-def interrupt_alone(context: Context, session: Session) -> Tuple[bool, str]:
+def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tuple[bool, str]:
     """End the turn; called with the session's key lock held."""
     with session.lock:
         pending = list(session.facts.pending)
         current, busy = session.facts.current, session.facts.busy
     if pending:
         for request in pending:
-            interrupt_request(context, session, request)
+            interrupt_request(context, session, request, by)
     elif current or busy:
         press_interrupt(context, session, current.id if current else None)
     else:
@@ -7539,11 +8161,11 @@ def interrupt_alone(context: Context, session: Session) -> Tuple[bool, str]:
     return ended, "the turn ended" if ended else "the turn has not ended yet"
 
 
-def interrupt_request(context: Context, session: Session, request: PermissionRow) -> None:
+def interrupt_request(context: Context, session: Session, request: PermissionRow, by: str) -> None:
     """Reject a pending request so that its turn ends, through its held hook or else with Escape."""
     bound = None if request.id in session.holds else session.dialogs.get(request.id)
     decision = {"behavior": "deny", "message": "Interrupted.", "interrupt": True}
-    if not claim(session, request.id, "interrupted", "api", decision, "interrupted"):
+    if not claim(session, request.id, "interrupted", by, decision, "interrupted"):
         return
     if bound and same_dialog(bound, look(context, session)):
         press_once(context, session, "Escape")
@@ -8088,18 +8710,19 @@ BUILT_INS: Dict[str, TemplateRow] = {one.name: one for one in (
 )}
 
 
-def find_template(context: Context, wanted: str) -> TemplateRow:
-    """Find a template by its id or name.  Raises ApiError 404."""
+def find_template(context: Context, wanted: str, who: Who) -> TemplateRow:
+    """Find a template that somebody may see, by its id or name.  Raises ApiError 404."""
     found = BUILT_INS.get(wanted) or context.store.row(
-        TemplateRow, "templates", "id = ? OR name = ? ORDER BY id = ? DESC", wanted, wanted, wanted)
+        TemplateRow, "templates", "(id = ? OR name = ?) AND (? IS NULL OR owner = ?) ORDER BY id = ? DESC",
+        wanted, wanted, who.only, who.only, wanted)
     if found is None:
         raise ApiError(404, "TEMPLATE_NOT_FOUND", f"there is no template {clip(wanted, 100)}")
     return found
 
 
-def find_own_template(context: Context, wanted: str) -> TemplateRow:
+def find_own_template(context: Context, wanted: str, who: Who) -> TemplateRow:
     """Find a template that may be changed.  Raises ApiError 404, or 409 for one that comes with the program."""
-    found = find_template(context, wanted)
+    found = find_template(context, wanted, who)
     if found.name in BUILT_INS:
         raise ApiError(409, "TEMPLATE_BUILT_IN", f"template {found.name} comes with the program: make one of your own")
     return found
@@ -12478,7 +13101,7 @@ def expire_requests(context: Context, session: Session) -> None:
     for request in context.store.rows(PermissionRow, "permissions", where, session.row.id):
         change = Change(session, Evidence("restart", "the agent that asked is gone", time.time(), request.summary))
         record_closed(change, request._replace(state="expired", decided_by="restart", decided_at=time.time()))
-        context.bus.commit(change.statements, change.drafts)
+        context.bus.commit(change.statements, change.drafts, change.audits)
 
 
 def pane_tag(pane: Pane) -> str:
@@ -12637,6 +13260,9 @@ class App:
         self.lock_file = take_lock(context.state_dir)
         context.store = Store(context.state_dir / "aegis.db")
         context.bus = Bus(context.store, settings.keep_events)
+        context.keys = Keys(context.bus, context.state_dir)
+        if settings.auth == "on" and context.keys.mint_admin():
+            log.note("info", "a new admin key was minted", file=context.keys.admin_file)
         context.tmux = Tmux(settings.tmux, settings.tmux_socket, log)
         context.serial = itertools.count((context.store.value("SELECT max(seq) FROM prompts") or 0) + 1)
         self.monitor, self.watch, context.verifier = Monitor(context), Watch(context), Verifier(context)
@@ -12660,6 +13286,7 @@ class App:
         self.monitor.start()
         self.watch.start()
         spawn("aegis-sweep", sweep_memory, self.context)
+        spawn("aegis-books", keep_books, self.context)
         self.context.verifier.start()
         self.context.runner.start()
         self.context.panel.start()
@@ -12684,8 +13311,38 @@ class App:
         context.webhooks.close()
         context.exits.close()
         context.tmux.close()
+        with contextlib.suppress(ApiError, OSError):
+            write_books(context)
+        note_head(context)
         context.store.close()
         os.close(self.lock_file)
+
+
+def keep_books(context: Context) -> None:
+    """Write now and then what is not worth a write of its own: the body of its thread."""
+    noted = 0
+    note_head(context)
+    while not context.stopping.wait(HEAD_SECONDS):
+        try:
+            write_books(context)
+        except (ApiError, OSError) as error:
+            context.log.note("warning", "the audit log's head could not be kept", error=error)
+        if context.bus.head[0] >= noted + HEAD_NOTED:
+            noted = context.bus.head[0]
+            note_head(context)
+
+
+def write_books(context: Context) -> None:
+    """Write when keys were last used, and the head of the audit log beside it."""
+    file, head = context.state_dir / HEAD_FILE, head_text(*context.bus.head) + "\n"
+    if read_tail(file) != head:
+        write_private(file, head)
+    context.keys.write_used()
+
+
+def note_head(context: Context) -> None:
+    """Write the head of the audit log into the server's own log, which may be kept elsewhere."""
+    context.log.note("info", "audit log", head=head_text(*context.bus.head))
 
 
 def prepare_directories(context: Context) -> None:
@@ -12716,20 +13373,24 @@ def take_lock(state_dir: Path) -> int:
 
 
 # ============================================================================
-# ACCESS. Bearer token, Host and Origin.
+# ACCESS. Who may enter: Host, Origin, tokens, rates, and whose things they see.
 # ============================================================================
 # Whoever may call this API may run code as its user.  So every request is
 # checked, on every method: the Host header against DNS rebinding, Origin and
-# Sec-Fetch-Site against web pages, then the token.  Secrets are compared in
-# constant time, as digests, so that their length does not show either.
+# Sec-Fetch-Site against web pages, then who asks and how often.  A key sees
+# what it made, and what came of that, unless it has sessions:all: check_owner()
+# looks at the id in a row's path before its handler does, and proofread()
+# refuses a row whose ids have no line in OWNED.  A browser's EventSource can
+# send no header: it gets a ticket, a token for one stream of events.
+# Lock: Tickets.lock, a leaf.
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
-
-
-def same_secret(given: str, wanted: str) -> bool:
-    """Compare secrets in constant time, whatever their lengths."""
-    digest_of = lambda value: hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()  # noqa: E731
-    return bool(wanted) and hmac.compare_digest(digest_of(given), digest_of(wanted))
+TICKET_PREFIX = SECRET_PREFIX + "sse_"
+TICKET_OPEN_SECONDS = 60.0     # from issue to its first stream, and from one stream's end to the next
+TICKET_LIFE_SECONDS = 43_200.0
+MAX_TICKETS = 2_000            # of all together
+TICKETS_EACH = 20              # of one key
+REFUSALS_RECORDED = 30         # refusals a minute that get an audit row each: nobody fills the disk with guesses
 
 
 def is_loopback(host: str) -> bool:
@@ -12737,14 +13398,84 @@ def is_loopback(host: str) -> bool:
     return host in LOOPBACK_NAMES or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
+def auth_required(settings: Settings) -> bool:
+    """Tell whether a key or the token is needed."""
+    return settings.auth == "on" or bool(settings.auth_token)
+
+
+class Ticket:
+    """A token for event streams, one at a time; guarded by Tickets.lock."""
+
+    def __init__(self, who: Who, maker: str, now: float) -> None:
+        self.who, self.maker, self.address = who, maker, ""
+        self.dead_at = now + TICKET_OPEN_SECONDS       # unless a stream is open
+        self.ends_at = now + TICKET_LIFE_SECONDS
+        self.end: Optional[Callable[[], Any]] = None   # ends the stream that is open
+
+
+class Tickets:
+    """All tickets by their hash.  They die with the server: whoever comes back then asks for a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.known: Dict[str, Ticket] = {}
+
+    def issue(self, who: Who, now: float) -> str:
+        """Make a ticket that sees what its maker sees, and changes nothing.  Raises ApiError 429."""
+        scopes = who.scopes & {"sessions:read", "sessions:all", "memory:read"}
+        ticket = Ticket(who._replace(kind="stream", scopes=scopes), who.label, now)
+        with self.lock:
+            self.known = {digest: one for digest, one in self.known.items() if self._lives(one, now)}
+            own = [one for one in self.known.values() if one.maker == who.label]
+            if len(self.known) >= MAX_TICKETS or len(own) >= (TICKETS_EACH if who.key else 10 * TICKETS_EACH):
+                retry = max(1, math.ceil(min((one.dead_at for one in own if not one.end), default=now + 60) - now))
+                raise ApiError(429, "TOO_MANY_TOKENS", f"{len(own)} tokens are waiting or in use already: use those, "
+                               f"or try again in {retry} s", headers={"Retry-After": str(retry)})
+            secret = TICKET_PREFIX + secrets.token_urlsafe(32)
+            self.known[digest_of(secret)] = ticket
+        return secret
+
+    @staticmethod
+    def _lives(ticket: Ticket, now: float) -> bool:
+        return now < ticket.ends_at and (ticket.end is not None or now < ticket.dead_at)
+
+    def open(self, secret: str, address: str, again: bool, end: Callable[[], Any], now: float) -> Optional[Ticket]:
+        """Take a ticket for a stream; None when it is not known, used up, or another stream has it.
+
+        A browser that lost its stream before we did comes back (`again`) from the same address with the last id: then
+        the stream that it lost is ended.
+        """
+        with self.lock:
+            ticket = self.known.get(digest_of(secret))
+            if ticket is None or not self._lives(ticket, now):
+                return None
+            lost = ticket.end
+            if lost is not None and not (again and address == ticket.address):
+                return None
+            ticket.end, ticket.address = end, address
+        if lost:
+            lost()
+        return ticket
+
+    def close(self, ticket: Ticket, end: Callable[[], Any], now: float) -> None:
+        """Note that a stream ended; the ticket may open another one for a while."""
+        with self.lock:
+            if ticket.end == end:
+                ticket.end, ticket.dead_at = None, now + TICKET_OPEN_SECONDS
+
+
 class Access:
     """The checks every request passes before anything else is looked at."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.token = settings.auth_token
+    def __init__(self, context: Context) -> None:
+        self.context, self.settings, self.keys = context, context.settings, context.keys
+        settings, self.token = context.settings, context.settings.auth_token
         bound = () if settings.host in ("0.0.0.0", "::", "") else (settings.host,)
         self.hosts = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *bound, *settings.allowed_hosts))
         self.origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
+        self.nobody = NOBODY if auth_required(settings) else ANYBODY
+        self.tickets, self.buckets, self.unrecorded = Tickets(), Buckets(), 0
+        context.access = self
 
     def check_place(self, headers: Mapping[str, str]) -> None:
         """Refuse a foreign Host, and any web page that is not ours.  Raises ApiError 403."""
@@ -12765,18 +13496,163 @@ class Access:
         """Take the port off a Host header."""
         return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
 
-    def check_scope(self, scope: Optional[str], headers: Mapping[str, str]) -> None:
-        """Refuse a caller without the token.  Raises ApiError 401."""
-        if scope is None or scope == "hook" or not self.token:
-            return
+    def identify(self, headers: Mapping[str, str], address: str) -> Who:
+        """Tell who asks; what is presented is checked, needed or not.  Raises ApiError 401, or 429."""
         kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not same_secret(given.strip(), self.token):
-            raise ApiError(
-                401,
-                "UNAUTHORIZED",
-                "this needs the header `Authorization: Bearer TOKEN` with the server's token",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if kind.lower() != "bearer":
+            return self.nobody
+        who, why = self.holder(given.strip())
+        if who is None:
+            raise self.failed(address, why)
+        return who
+
+    def holder(self, secret: str) -> Tuple[Optional[Who], str]:
+        """Find whose a secret is; else None, and why it is nobody's."""
+        if same_secret(secret, self.token):
+            return MASTER, ""
+        now = time.time()
+        row = self.keys.row_of(secret, now)
+        if row is None:
+            return None, "this token is unknown or was revoked"
+        if row.expires_at is not None and row.expires_at <= now:
+            return None, f"this key expired at {iso(row.expires_at)}"
+        return who_of(row, secret), ""
+
+    def lives(self, who: Who) -> bool:
+        """Tell whether somebody who entered might enter still."""
+        if who.expires_at is not None and who.expires_at <= time.time():
+            return False
+        row = self.keys.rows.get(who.key or "")
+        return who.key is None or (row is not None and who.digest in (row.hash, row.old_hash))
+
+    def refusal(self, why: str, wrong: bool) -> ApiError:
+        """Refuse whoever has shown nothing, or something wrong."""
+        headers = {"WWW-Authenticate": 'Bearer error="invalid_token"' if wrong else "Bearer"}
+        return ApiError(401, "UNAUTHORIZED", f"{why}: send the header `Authorization: Bearer TOKEN` with a key or the "
+                        "server's token", headers=headers)
+
+    def failed(self, address: str, why: str) -> ApiError:
+        """Refuse a wrong token: 401, and 429 from an address that goes on trying; others there are not slowed."""
+        now, rate = time.monotonic(), self.settings.failed_auth_rate
+        level = self.buckets.take(("failed", bucket_address(address)), rate, now) if rate else None
+        self.record(AuditEntry("auth.failed", "nobody", address=address, status=401, about={"why": why}))
+        if level and not level.allowed:
+            return too_many(level, "too many wrong tokens come from this address")
+        return self.refusal(why, wrong=True)
+
+    def check_scope(self, who: Who, scope: str, address: str, route: str) -> None:
+        """Refuse without a row's scope, and record it.  Raises ApiError 403."""
+        if not who.may(scope):
+            self.record(AuditEntry("auth.refused", who.label, who.name, address, target=route, status=403,
+                                   about={"missing": scope}))
+        who.need(scope)
+
+    def record(self, entry: AuditEntry) -> None:
+        """Record a refusal, as long as there are not too many: then the next row says how many have none."""
+        if not self.buckets.take("recorded refusals", REFUSALS_RECORDED, time.monotonic()).allowed:
+            self.unrecorded += 1
+            return
+        about, self.unrecorded = {**entry.about, **({"unrecorded": self.unrecorded} if self.unrecorded else {})}, 0
+        with contextlib.suppress(ApiError):
+            self.context.bus.commit((), (), [entry._replace(about=about)])
+
+    def count(self, who: Who, address: str) -> Optional[Level]:
+        """Count a request against its key's rate, or its address'.  Raises ApiError 429."""
+        if who.key:
+            self.keys.used[who.key] = time.time()
+            rate, name = who.rate or self.settings.key_rate, who.key
+        else:
+            rate, name = self.settings.address_rate, bucket_address(address)
+        if not rate:
+            return None
+        level = self.buckets.take(name, rate, time.monotonic())
+        if not level.allowed:
+            raise too_many(level, "this key asks too often" if who.key else "this address asks too often")
+        return level if who.key else None
+
+    def open_ticket(self, secret: str, address: str, again: bool, end: Callable[[], Any]) -> Ticket:
+        """Let a stream in that shows a ticket.  Raises ApiError 401, or 429."""
+        ticket = self.tickets.open(secret, address, again, end, time.time())
+        if ticket is None or not self.lives(ticket.who):
+            why = "this stream token is unknown, used or expired (POST /v1/auth/sse-token makes another)"
+            raise self.failed(address, why)
+        return ticket
+
+
+# whose an id in a path is: the path -> the query for its owner, and how its absence is told
+SESSION_OWNER = "SELECT owner FROM sessions WHERE id = ?"
+OWNED: Dict[str, Tuple[str, str, str]] = {
+    "/v1/sessions/:id": (SESSION_OWNER, "SESSION_NOT_FOUND", "session"),
+    "/v1/worktrees/:id": (SESSION_OWNER, "SESSION_NOT_FOUND", "session"),
+    "/v1/verify/:id": ("SELECT owner FROM sessions WHERE id = (SELECT session FROM verifies WHERE id = ?)",
+                       "VERIFY_NOT_FOUND", "verification"),
+    "/v1/pipelines/:id": ("SELECT owner FROM pipelines WHERE id = ?", "PIPELINE_NOT_FOUND", "pipeline"),
+    "/v1/consensus/:id": ("SELECT owner FROM sessions WHERE id = (SELECT session FROM consensus WHERE id = ?)",
+                          "CONSENSUS_NOT_FOUND", "consensus review"),
+    "/v1/templates/:id": ("", "TEMPLATE_NOT_FOUND", "template"),   # also by name: find_template() looks
+}
+ADMINS_ONLY = ("admin", "webhooks:admin", "hook")   # scopes of rows whose ids are nobody's in particular
+
+
+def owned_path(path: str) -> str:
+    """Give the part of a row's path that names what somebody owns; empty when there is none."""
+    found = re.match(r"/v1/[a-z-]+/:id\b", path)
+    return found.group() if found else ""
+
+
+def owner_of(context: Context, path: str, id: str) -> Tuple[bool, Optional[str]]:
+    """Tell whether something exists, and whose it is."""
+    live = context.sessions.get(id) if path == "/v1/sessions/:id" else None
+    if live:
+        return True, live.row.owner
+    known = context.owners.get((path, id), "")   # no key's id is empty
+    if known == "":
+        found = context.store.pairs(OWNED[path][0], id)
+        if not found:
+            return False, None
+        if len(context.owners) > 20_000:
+            context.owners.clear()
+        known = context.owners[path, id] = found[0][0]
+    return True, known
+
+
+def check_owner(context: Context, who: Who, path: str, id: str) -> None:
+    """Refuse what is another's as if it were not there.  Raises ApiError 404."""
+    if who.only is None or path not in OWNED or not OWNED[path][0]:
+        return
+    known, owner = owner_of(context, path, id)
+    if not known or owner != who.only:
+        _, code, noun = OWNED[path]
+        raise ApiError(404, code, f"there is no {noun} {clip(id, 60)}")
+
+
+def check_session(context: Context, who: Who, session_id: str) -> None:
+    """Refuse a session that is another's.  Raises ApiError 404."""
+    check_owner(context, who, "/v1/sessions/:id", session_id)
+
+
+def owned(who: Who) -> Tuple[str, Tuple[Optional[str], ...]]:
+    """Write the condition of rows that somebody may see, and its values."""
+    return "(? IS NULL OR owner = ?)", (who.only, who.only)
+
+
+def sight(context: Context, who: Who) -> Optional[Callable[[Event], bool]]:
+    """Make the test whether somebody may know of an event; None when it is all the same."""
+    memory = who.may("memory:read")
+    if who.only is None and memory:
+        return None
+
+    def sees(event: Event) -> bool:
+        if event.type.startswith("memory.") and not memory:
+            return False
+        if who.only is None or event.type == "reset":
+            return True
+        if event.session:
+            return owner_of(context, "/v1/sessions/:id", event.session)[1] == who.only
+        if event.data.get("pipelineId"):
+            return owner_of(context, "/v1/pipelines/:id", event.data["pipelineId"])[1] == who.only
+        return event.type.startswith("memory.")   # what is nobody's is for those who see everything
+    return sees
 
 
 # ============================================================================
@@ -13223,11 +14099,13 @@ LIMITS: Dict[str, Field] = dict(
     resumeOnReset=flag("Continue by itself when the account's usage limit has been reset.", default=None),
 )
 POLICY: Dict[str, Field] = dict(
-    permissions=anything("Permission policy, as PUT …/permissions takes it.", default=None),
-    permissionProfile=text(
-        "Permission profile: restricted, standard, trusted, autonomous, plan, or one of your own.", 100, default=None
-    ),
+    permissions={"type": ["object", "array"], "maxItems": MAX_RULES, "default": None,
+                 "description": "Permission policy, as PUT …/permissions takes it."},
+    permissionProfile={"type": ["string", "object"], "maxLength": 100, "default": None, "description":
+                       "Permission profile: restricted, standard, trusted, autonomous, plan, one of your own, or a "
+                       "policy."},
 )
+DEFAULT_BEHAVIOR = choice("What holds where no rule speaks.", *ACTIONS, default=None)
 NEW_SESSION: Dict[str, Field] = dict(
     name=text(
         "Name, unique among live sessions; made up when missing.",
@@ -13280,6 +14158,15 @@ ENTRY: Dict[str, Field] = dict(
     ttlMs=whole("Milliseconds that it lives; for good when missing.", 1, 10 ** 12, default=None),
     ttlSeconds=number("The same in seconds.", 0.001, 1e9, default=None),
     ifVersion=IF_VERSION,
+)
+KEY_ID = text("The key's id.", 64)
+NEW_KEY: Dict[str, Field] = dict(
+    name=text("What it is for; decisions and the audit log name it.", 100, minLength=1, pattern=r"^[^\x00-\x1f\x7f]+$"),
+    scopes=many("What it may do: " + ", ".join((*SCOPES, *FAMILIES)) + ".", text("A scope.", 40), 20, minItems=1),
+    expiresAt=text("When it expires, such as 2027-01-31T12:00:00Z; never when missing.", 40, default=None),
+    ttlSeconds=number("The same as seconds from now.", 0.001, 1e10, default=None),
+    ttlMs=whole("The same in milliseconds.", 1, 10 ** 13, default=None),
+    rateLimit=whole("Requests a minute of its own, in place of AEGIS_KEY_RATE.", 1, 10 ** 9, default=None),
 )
 VARIABLES = anything("Values of the template's variables, by name: text, numbers, true or false.", default=None)
 
@@ -13386,8 +14273,11 @@ class Ask(NamedTuple):
     last_event_id: Optional[str] = None
     secret: Optional[str] = None              # of an agent's report
     caller: Caller = Caller()                 # tells when they hang up; this one never does
+    who: Who = ANYBODY
+    address: str = ""                         # where they call from
+    request_id: str = ""
+    given: str = ""                           # the token they showed, for whoever is to check it
     headers: Mapping[str, str] = {}           # for protocols inside ours, which have some of their own
-    may: Callable[[Optional[str]], None] = lambda scope: None   # refuses whoever lacks a scope.  Raises ApiError
     form: str = "json"                        # of the answer, where a row has several: json, text, openmetrics
 
 
@@ -13450,23 +14340,23 @@ def total_sessions(context: Context) -> int:
 
 def create_session_handler(ask: Ask, **fields: Any) -> Any:
     """Create a session: an agent in a tmux window of its own, from a template if one is named."""
-    filled = filled_fields(ask.context, NEW_SESSION, fields)
+    filled = filled_fields(ask, NEW_SESSION, fields)
     return Later(lambda: created(ask, filled, wait=True))
 
 
-def filled_fields(context: Context, table: Mapping[str, Field], fields: Json) -> Json:
+def filled_fields(ask: Ask, table: Mapping[str, Field], fields: Json) -> Json:
     """Give the fields of a create, from its template where the body leaves them open.  Raises ApiError 400, 404.
 
     A body's own fields stand as they are given: only a template's strings are filled, and the prompt if told.
     """
     given = {name: fields[snake(name)] for name in table if fields[snake(name)] is not None}
     if fields["expand"] and "prompt" in given:
-        given["prompt"] = fill_from_memory(context, "prompt", given["prompt"])
+        given["prompt"] = fill_from_memory(ask, "prompt", given["prompt"])
     template, variables = fields["template"], fields["variables"]
     if template is not None:
-        found = find_template(context, template)
+        found = find_template(ask.context, template, ask.who)
         body = {name: value for name, value in found.body.items() if name in table and name not in given}
-        values = lookup(values_for(found.variables, variables or {}), memory_text(context))
+        values = lookup(values_for(found.variables, variables or {}), memory_for(ask))
         given = {**fill_body(body, values), **given}
     elif variables is not None:
         raise ApiError(400, "INVALID_REQUEST", "variables are for a template: name one",
@@ -13480,10 +14370,21 @@ def created(ask: Ask, fields: Json, wait: bool) -> Json:
     return new_view(ask.context, session, fields["prompt"], wait)
 
 
-def fill_from_memory(context: Context, field: str, text_: str, session_id: str = "") -> str:
+def memory_for(ask: Ask, session_id: str = "") -> Callable[[str], Optional[str]]:
+    """Make the source of {{memory.KEY}} for a caller: who may not read the memory has no prompt read it."""
+    source = memory_text(ask.context, session_id)
+
+    def text_of(name: str) -> Optional[str]:
+        if name.startswith("memory."):
+            ask.who.need("memory:read")
+        return source(name)
+    return text_of
+
+
+def fill_from_memory(ask: Ask, field: str, text_: str, session_id: str = "") -> str:
     """Put entries of the memory in place of a text's blanks.  Raises ApiError 400 that names the missing one."""
     try:
-        return fill(text_, lookup({}, memory_text(context, session_id)), MAX_PROMPT)
+        return fill(text_, lookup({}, memory_for(ask, session_id)), MAX_PROMPT)
     except Unfilled as wrong:
         raise faulty({field: str(wrong)}) from None
 
@@ -13507,17 +14408,18 @@ def wanted_from(ask: Ask, fields: Json, keyed: bool = True) -> Wanted:
         policy=policy,
         labels=labels,
         idempotency=ask.idempotency_key if keyed else None,
+        owner=ask.who.key,
         limits={name: value for name, value in limits.items() if value is not None},
         **given,
     )
 
 
-def wanted_policy(context: Context, given: Optional[Json], profile: Optional[str]) -> Json:
+def wanted_policy(context: Context, given: Any, profile: Any) -> Json:
     """Read the policy of a create: a profile, a policy, or a policy on top of a profile.  Raises ApiError 400."""
     if profile is None and given is None:
         return {}
-    named = {"profile": profile} if profile is not None else {}
-    return policy_json(policy_from_json({**named, **(given or {})}, context.profiles))
+    named = plain_policy({"profile": profile} if profile is not None else {})
+    return policy_json(policy_from_json({**named, **plain_policy(given or {})}, context.profiles))
 
 
 def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
@@ -13558,15 +14460,16 @@ def list_sessions(
 ) -> Any:
     """List sessions, newest first, page by page."""
     context, store = ask.context, ask.context.store
-    query = (page, limit, status, work_dir, label)
+    query = (page, limit, status, work_dir, label, ask.who.only)
     version, answer = context.lists.get(query, (-1, Encoded("")))
     if version == store.version:
         return answer
     version = store.version
     real = os.path.realpath(work_dir) if work_dir else None
     labelled, names = label_condition(label)
-    where = f"(? IS NULL OR status = ?) AND (? IS NULL OR work_dir = ?) AND {labelled}"
-    args = (status, status, real, real, *names)
+    mine, key = owned(ask.who)
+    where = f"(? IS NULL OR status = ?) AND (? IS NULL OR work_dir = ?) AND {labelled} AND {mine}"
+    args = (status, status, real, real, *names, *key)
     total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     rows = store.rows(SessionRow, "sessions", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit,
                       (page - 1) * limit)
@@ -13611,21 +14514,22 @@ def listed(context: Context, row: SessionRow) -> str:
 def get_session_stats(ask: Ask) -> Json:
     """Count sessions by state, with turns, tokens and cost in all."""
     context = ask.context
-    rows = context.store.pairs("SELECT status, turns, ledger, id FROM sessions")
+    mine, key = owned(ask.who)
+    rows = context.store.pairs(f"SELECT status, turns, ledger, id FROM sessions WHERE {mine}", *key)
     counts = collections.Counter(row[0] for row in rows)
-    live = context.sessions
+    live = {id: one for id, one in list(context.sessions.items()) if ask.who.only in (None, one.row.owner)}
     ledgers = [live[row[3]].row.ledger if row[3] in live else json.loads(row[2]) for row in rows]
     usage = [token_usage(ledger) for ledger in ledgers]
     costs = [cost_usd(ledger, context.prices) for ledger in ledgers]
     return {
         "total": len(rows),
-        "active": len(context.sessions),
+        "active": len(live),
         "idle": counts["idle"],
         "working": counts["working"],
         "stalled": counts["stalled"],
         "byStatus": {state: counts[state] for state in STATES},
         "turns": sum(row[1] for row in rows),
-        "queued": sum(len(session.facts.waiting) for session in list(context.sessions.values())),
+        "queued": sum(len(session.facts.waiting) for session in live.values()),
         "tokenUsage": {key: sum(one[key] for one in usage) for key in ("input", "output", "cacheRead", "cacheWrite")},
         "costUsd": None if None in costs else round(sum(cost or 0 for cost in costs), 6),
     }
@@ -13722,7 +14626,7 @@ def messages_now(session: Session, row: SessionRow, limit: int, mark: Optional[T
 
 def send_text(ask: Ask, id: str, text: str, expand: bool) -> Any:
     """Send a prompt; while the agent works it waits in the session's queue."""
-    return typed_later(ask, id, "prompt", fill_from_memory(ask.context, "text", text, id) if expand else text)
+    return typed_later(ask, id, "prompt", fill_from_memory(ask, "text", text, id) if expand else text)
 
 
 def run_command(ask: Ask, id: str, command: str) -> Any:
@@ -13797,7 +14701,7 @@ def interrupt_session(ask: Ask, id: str) -> Any:
     session = find_live(ask.context, id)
 
     def work() -> Json:
-        ended, what = interrupt(ask.context, session)
+        ended, what = interrupt(ask.context, session, ask.who.by)
         return {"id": id, "interrupted": ended, "status": session.row.status, "reason": what}
     return Later(work)
 
@@ -13826,7 +14730,8 @@ def approve_permission(
     session = find_live(ask.context, id)
     request = find_request(session, permission_id, False)
     decision = approval(request, updated_input, always)
-    return Later(lambda: decided(session, decide(ask.context, session, request, "approved", decision, message, always)))
+    return Later(lambda: decided(session, decide(ask.context, session, request, "approved", decision, message, always,
+                                                 ask.who.by)))
 
 
 def reject_permission(ask: Ask, id: str, permission_id: Optional[str], message: Optional[str]) -> Any:
@@ -13834,7 +14739,8 @@ def reject_permission(ask: Ask, id: str, permission_id: Optional[str], message: 
     session = find_live(ask.context, id)
     request = find_request(session, permission_id, False)
     decision = {"behavior": "deny", "message": message or "Rejected by the user."}
-    return Later(lambda: decided(session, decide(ask.context, session, request, "rejected", decision, message)))
+    return Later(lambda: decided(session, decide(ask.context, session, request, "rejected", decision, message,
+                                                 by=ask.who.by)))
 
 
 def decided(session: Session, request: PermissionRow) -> Json:
@@ -13862,7 +14768,7 @@ def answer_session(
     free = text is not None or isinstance(answer, dict)
 
     def work() -> Json:
-        settled = answer_question(ask.context, session, request, given, free)
+        settled = answer_question(ask.context, session, request, given, free, ask.who.by)
         return {"id": id, "questionId": settled.id, "state": settled.state, "answers": given,
                 "status": session.row.status}
     return Later(work)
@@ -13901,17 +14807,21 @@ def get_permissions(ask: Ask, id: str, page: int, limit: int) -> Json:
             "pagination": pagination(page, limit, total)}
 
 
-def put_permissions(ask: Ask, id: str, policy: Json) -> Any:
+def put_permissions(ask: Ask, id: str, policy: Any) -> Any:
     """Replace a session's policy; it holds at once, for what is pending too."""
     return set_policy(ask.context, id, policy)
 
 
-def put_profile(ask: Ask, id: str, profile: str) -> Any:
+def put_profile(ask: Ask, id: str, profile: Any, default_behavior: Optional[str], rules: Optional[List[Json]]) -> Any:
     """Give a session a permission profile; it holds at once, for what is pending too."""
-    return set_policy(ask.context, id, {"profile": profile})
+    own = {"defaultBehavior": default_behavior, "rules": rules}
+    own = {name: value for name, value in own.items() if value is not None}
+    if profile is None and not own:
+        raise faulty({"profile": "is required: a name, or an object"})
+    return set_policy(ask.context, id, {**({"profile": profile} if profile is not None else {}), **own})
 
 
-def set_policy(context: Context, session_id: str, given: Json) -> Later:
+def set_policy(context: Context, session_id: str, given: Any) -> Later:
     """Store a policy, write it into the agent's own settings, and let it decide what is pending."""
     policy = policy_from_json(given, context.profiles)
     session = find_live(context, session_id)
@@ -13933,14 +14843,14 @@ def set_policy(context: Context, session_id: str, given: Json) -> Later:
 def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
     """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
     parent = find_live(ask.context, id)
-    wanted = wanted_from(ask, filled_fields(ask.context, OFFSPRING, fields))
+    wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
     return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
 
 
 def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
     """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
     origin = find_session(ask.context, id)
-    wanted = wanted_from(ask, filled_fields(ask.context, OFFSPRING, fields))
+    wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
     return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
 
 
@@ -13984,7 +14894,9 @@ def worktree_view(row: SessionRow) -> Json:
 def list_worktrees(ask: Ask) -> Any:
     """List the worktrees that sessions have, or left behind."""
     def work() -> Json:
-        rows = ask.context.store.rows(SessionRow, "sessions", "worktree <> 'null' ORDER BY created_at DESC")
+        mine, key = owned(ask.who)
+        rows = ask.context.store.rows(SessionRow, "sessions", f"worktree <> 'null' AND {mine} ORDER BY created_at DESC",
+                                      *key)
         return {"worktrees": [worktree_view(row) for row in rows if os.path.isdir((row.worktree or {})["path"])]}
     return Later(work)
 
@@ -14053,7 +14965,7 @@ def create_batch(ask: Ask, sessions: List[Json]) -> Any:
     """Create up to 50 sessions; one bad item never spoils the rest, and nobody waits for deliveries."""
     def one(item: Json) -> Json:
         given = {snake(name): value for name, value in validate(templated(NEW_SESSION), item).items()}
-        return created(ask, filled_fields(ask.context, NEW_SESSION, given), wait=False)
+        return created(ask, filled_fields(ask, NEW_SESSION, given), wait=False)
     return Later(lambda: in_batch(sessions, one, "created", "sessions", lambda item: {"name": item.get("name")}))
 
 
@@ -14062,11 +14974,16 @@ def kill_batch(ask: Ask, ids: List[str], label: Optional[str]) -> Any:
     if bool(ids) == bool(label):
         raise ApiError(400, "INVALID_REQUEST", "give either ids or label", fields={"ids": "or label, one of them"})
     condition, names = label_condition(label)
+    mine, key = owned(ask.who)
     if label:
         ids = [row[0] for row in ask.context.store.pairs(
-            f"SELECT id FROM sessions WHERE ended_at IS NULL AND {condition}", *names)]
+            f"SELECT id FROM sessions WHERE ended_at IS NULL AND {condition} AND {mine}", *names, *key)]
 
     def one(session_id: str) -> str:
+        check_session(ask.context, ask.who, session_id)
+        act = current_act()
+        if act:
+            act.entry = act.entry._replace(session=session_id)
         return kill_session(ask.context, session_id)[0].id
     return Later(lambda: in_batch(ids, one, "killed", "ids", lambda item: {"id": item}))
 
@@ -14075,9 +14992,13 @@ def in_batch(
     items: Sequence[Any], work: Callable[[Any], Any], verb: str, noun: str, label: Callable[[Any], Json]
 ) -> Json:
     """Do something for each item, a few at a time, and tell each item's result."""
+    act = current_act()
+
     def attempt(item: Any) -> Tuple[bool, Any]:
+        own = Act(act.entry) if act else None   # each item's change has an audit row of its own
         try:
-            return True, work(item)
+            with acting(own):
+                return True, work(item)
         except ApiError as error:
             return False, error.body()
     from concurrent.futures import ThreadPoolExecutor  # imports logging: a tenth of the start, and seldom needed
@@ -14099,11 +15020,13 @@ def stream_events(
         raise ApiError(400, "INVALID_REQUEST", f"types holds unknown events: {', '.join(unknown)}",
                        fields={"types": "must name events, or a family such as session.*"})
     if session is not None:
+        check_session(ask.context, ask.who, session)
         find_session(ask.context, session)
     last = ask.last_event_id
     if last is not None and re.fullmatch(r"\d{1,15}", last):
         after = int(last)   # a reconnecting client knows better than its first address
     listener = Listener(kinds, session, labelled(ask.context, label) if label else None)
+    listener.sees = sight(ask.context, ask.who)
     if after is not None:
         return Stream(listener, ask.context.bus.replay(listener, after))
     ask.context.bus.listen(listener)
@@ -14131,9 +15054,10 @@ def list_templates(ask: Ask, page: int, limit: int) -> Json:
     """List templates: those that come with the program, then your own by name."""
     store, ready = ask.context.store, list(BUILT_INS.values())
     begin = (page - 1) * limit
-    total = len(ready) + store.value("SELECT count(*) FROM templates")
+    mine, key = owned(ask.who)
+    total = len(ready) + store.value(f"SELECT count(*) FROM templates WHERE {mine}", *key)
     shown = ready[begin:begin + limit]
-    shown += store.rows(TemplateRow, "templates", "1 ORDER BY name LIMIT ? OFFSET ?", limit - len(shown),
+    shown += store.rows(TemplateRow, "templates", f"{mine} ORDER BY name LIMIT ? OFFSET ?", *key, limit - len(shown),
                         max(0, begin - len(ready)))
     return {"templates": [wire_template(one) for one in shown], "pagination": pagination(page, limit, total)}
 
@@ -14141,7 +15065,8 @@ def list_templates(ask: Ask, page: int, limit: int) -> Json:
 def create_template(ask: Ask, name: str, description: str, variables: Json, session: Json) -> Json:
     """Create a template: a named body of create with {{variables}} in its strings."""
     now = time.time()
-    row = TemplateRow(new_id("tpl-"), name, description, read_variables(variables), check_body(session), now, now)
+    row = TemplateRow(new_id("tpl-"), name, description, read_variables(variables), check_body(session), now, now,
+                      ask.who.key)
     return wire_template(store_template(ask.context, row, known=False))
 
 
@@ -14162,12 +15087,12 @@ def check_body(session: Json) -> Json:
 
 def get_template(ask: Ask, id: str) -> Json:
     """Get a template by its id or name."""
-    return wire_template(find_template(ask.context, id))
+    return wire_template(find_template(ask.context, id, ask.who))
 
 
 def replace_template(ask: Ask, id: str, name: str, description: str, variables: Json, session: Json) -> Json:
     """Replace a template; sessions made from it stay as they are."""
-    known = find_own_template(ask.context, id)
+    known = find_own_template(ask.context, id, ask.who)
     row = known._replace(name=name, description=description, variables=read_variables(variables),
                          body=check_body(session), updated_at=time.time())
     return wire_template(store_template(ask.context, row, known=True))
@@ -14175,7 +15100,7 @@ def replace_template(ask: Ask, id: str, name: str, description: str, variables: 
 
 def delete_template(ask: Ask, id: str) -> Json:
     """Delete a template; sessions made from it stay."""
-    known = find_own_template(ask.context, id)
+    known = find_own_template(ask.context, id, ask.who)
     ask.context.bus.commit([("DELETE FROM templates WHERE id = ?", (known.id,))],
                            [Draft("template.deleted", None, {"templateId": known.id, "name": known.name})])
     return {"id": known.id, "name": known.name, "deleted": True}
@@ -14192,6 +15117,24 @@ def time_to_live(milliseconds: Optional[int], seconds: Optional[float]) -> Optio
     if milliseconds is not None and seconds is not None:
         raise faulty({"ttlSeconds": "and ttlMs say the same: give one of them"})
     return milliseconds / 1000 if milliseconds is not None else seconds
+
+
+def store_memory(ask: Ask, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+                 if_version: Optional[int]) -> Json:
+    """Set an entry of the memory, as POST does."""
+    return set_memory(ask, key, value, ttl_ms, ttl_seconds, if_version)
+
+
+def put_memory(ask: Ask, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+               if_version: Optional[int]) -> Json:
+    """Set the entry of the memory at a path."""
+    return set_memory(ask, key, value, ttl_ms, ttl_seconds, if_version)
+
+
+def put_session_memory(ask: Ask, id: str, key: str, value: Any, ttl_ms: Optional[int], ttl_seconds: Optional[float],
+                       if_version: Optional[int]) -> Json:
+    """Set the entry of a session's own memory at a path."""
+    return set_session_memory(ask, id, key, value, ttl_ms, ttl_seconds, if_version)
 
 
 def list_memory(ask: Ask, prefix: str, page: int, limit: int) -> Any:
@@ -14270,17 +15213,20 @@ def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
 def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
     """List a session's verifications, newest first."""
     find_session(ask.context, id)
-    return Later(lambda: verifies_page(ask.context, id, None, page, limit))
+    return Later(lambda: verifies_page(ask, id, None, page, limit))
 
 
 def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
     """List verifications, newest first."""
-    return Later(lambda: verifies_page(ask.context, None, state, page, limit))
+    return Later(lambda: verifies_page(ask, None, state, page, limit))
 
 
-def verifies_page(context: Context, session_id: Optional[str], state: Optional[str], page: int, limit: int) -> Json:
+def verifies_page(ask: Ask, session_id: Optional[str], state: Optional[str], page: int, limit: int) -> Json:
     """Give a page of verifications."""
-    where, args = "(? IS NULL OR session = ?) AND (? IS NULL OR state = ?)", (session_id, session_id, state, state)
+    context, (mine, key) = ask.context, owned(ask.who)
+    where = ("(? IS NULL OR session = ?) AND (? IS NULL OR state = ?) AND "
+             f"session IN (SELECT id FROM sessions WHERE {mine})")
+    args = (session_id, session_id, state, state, *key)
     total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
     rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                               limit, (page - 1) * limit)
@@ -14308,7 +15254,7 @@ def create_pipeline(ask: Ask, name: Optional[str], stages: List[Json], work_dir:
     context = ask.context
     body = dump([name, stages, work_dir, parallel, keep, defaults])
     row = PipelineRow(new_id("pl-"), name or "", "running", None, parallel, int(keep), ask.idempotency_key,
-                      hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()[:32], time.time(), None)
+                      hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()[:32], time.time(), None, ask.who.key)
     row = row._replace(name=name or f"pipeline-{row.id[3:9]}")
 
     def work() -> Json:
@@ -14350,7 +15296,7 @@ def read_stage(ask: Ask, pipeline: PipelineRow, place: int, fields: Json, shared
     own = {name: fields[name] for name in STAGE_SESSION if fields[name] is not None}
     same, prompt, template, values = fields["session"] == "same", fields["prompt"], {}, {}
     if fields["template"] is not None:
-        found = find_template(ask.context, fields["template"])
+        found = find_template(ask.context, fields["template"], ask.who)
         template = dict(found.body)
         given = fields["variables"] or {}   # a default is no text of this pipeline: nothing in it is filled
         values = {name: value if name in given else escaped(value)
@@ -14371,12 +15317,23 @@ def read_stage(ask: Ask, pipeline: PipelineRow, place: int, fields: Json, shared
     spec = {"prompt": prompt, "variables": {} if own_prompt is not None else values, "wanted": wanted, "same": same,
             "retries": fields["retries"], "timeout": fields["timeout"], "verify": read_gate(fields["verify"]),
             "stops": fields["onFailure"] == "stop"}
+    if not ask.who.may("memory:read") and quotes_memory(spec):
+        ask.who.need("memory:read")
     depends_on = fields["dependsOn"] if fields["dependsOn"] is not None else [one.name for one in before[-1:]]
     return StageRow(
         id=new_id("st-"), pipeline=pipeline.id, place=place, name=fields["name"] or f"stage-{place + 1}",
         depends_on=list(dict.fromkeys(depends_on)), spec=spec, state="waiting", reason=None, attempt=0, starts=0,
         text=None, session=None, prompt=None, verify=None, base=None, output=None, began_at=None, started_at=None,
         ended_at=None)
+
+
+def quotes_memory(spec: Json) -> bool:
+    """Tell whether a stage's prompt, or a variable of it, quotes the memory."""
+    try:
+        return any(name.startswith("memory.") for text_ in (spec["prompt"], *spec["variables"].values())
+                   for name in named_in(text_))
+    except Unfilled:
+        return False   # check_stages() says what is wrong with it
 
 
 def settled_values(values: Mapping[str, str]) -> Callable[[str], str]:
@@ -14435,10 +15392,11 @@ def check_stages(rows: Sequence[StageRow]) -> None:
 def list_pipelines(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
     """List pipelines, newest first."""
     def work() -> Json:
-        store, where = ask.context.store, "(? IS NULL OR state = ?)"
-        total = store.value(f"SELECT count(*) FROM pipelines WHERE {where}", state, state)
-        rows = store.rows(PipelineRow, "pipelines", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", state,
-                          state, limit, (page - 1) * limit)
+        store, (mine, key) = ask.context.store, owned(ask.who)
+        where, args = f"(? IS NULL OR state = ?) AND {mine}", (state, state, *key)
+        total = store.value(f"SELECT count(*) FROM pipelines WHERE {where}", *args)
+        rows = store.rows(PipelineRow, "pipelines", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
+                          limit, (page - 1) * limit)
         return {"pipelines": [wire_pipeline(ask.context, row, brief=True) for row in rows],
                 "pagination": pagination(page, limit, total)}
     return Later(work)
@@ -14725,6 +15683,132 @@ def get_channel_health(ask: Ask) -> Json:
     return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
 
 
+# -- keys, tokens for streams, the audit log
+
+
+def create_key(ask: Ask, name: str, scopes: List[str], expires_at: Optional[str], ttl_seconds: Optional[float],
+               ttl_ms: Optional[int], rate_limit: Optional[int]) -> Json:
+    """Mint an API key; its secret is shown this once."""
+    context, given, secret = ask.context, check_scopes(scopes), new_secret()
+    for scope in sorted(spelled_out(given) - ask.who.scopes):
+        ask.who.need(scope)   # nobody gives away what they do not have
+    row = new_key(secret, name, given, read_expiry(ask.who, expires_at, time_to_live(ttl_ms, ttl_seconds)), rate_limit,
+                  ask.who.label)
+    context.keys.mint(row, key_entry(ask, "key.created", row))
+    return {**wire_key(context.keys, row), "key": secret, **auth_told(context.settings)}
+
+
+def read_expiry(who: Who, moment: Optional[str], seconds: Optional[float]) -> Optional[float]:
+    """Read when a key expires; one that expires makes none that lives longer.  Raises ApiError 400, 403."""
+    if moment is not None and seconds is not None:
+        raise faulty({"expiresAt": "and the time to live say the same: give one of them"})
+    at = read_moment(moment, "expiresAt") if moment is not None else None if seconds is None else time.time() + seconds
+    if at is not None and at <= time.time():
+        raise faulty({"expiresAt": "is in the past"})
+    if who.expires_at is not None and (at is None or at > who.expires_at):
+        raise ApiError(403, "OUTLIVES_KEY", f"your own key expires at {iso(who.expires_at)}: it can make none that "
+                       "lives longer", fields={"expiresAt": f"must be at most {iso(who.expires_at)}"})
+    return at
+
+
+def read_moment(text_: str, field: str) -> float:
+    """Read a moment as ISO 8601 writes it; without a zone it is UTC.  Raises ApiError 400."""
+    try:
+        moment = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text_))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+    except (ValueError, OverflowError):
+        raise faulty({field: "must be a moment such as 2027-01-31T12:00:00Z"}) from None
+
+
+def key_entry(ask: Ask, action: str, row: KeyRow, **about: Any) -> AuditEntry:
+    """Write the audit row of what became of a key."""
+    told = {"name": row.name, "scopes": row.scopes, "expiresAt": iso(row.expires_at), "rateLimit": row.rate, **about}
+    return entry_of(ask, action, target=row.id, about=told)
+
+
+def entry_of(ask: Ask, action: str, **more: Any) -> AuditEntry:
+    """Begin the audit row of a caller's act."""
+    return AuditEntry(action, ask.who.label, name=ask.who.name, address=ask.address or None,
+                      request=ask.request_id or None, **more)
+
+
+def auth_told(settings: Settings) -> Json:
+    """Say whether keys are needed here, and how to make them so."""
+    if auth_required(settings):
+        return {"authRequired": True}
+    return {"authRequired": False, "warning": "auth is off: whoever reaches this server needs no key; start it with "
+            "AEGIS_AUTH=on or AEGIS_AUTH_TOKEN set. A key that is presented is checked all the same."}
+
+
+def list_keys(ask: Ask) -> Json:
+    """List the keys that are not revoked, oldest first; their secrets are nowhere."""
+    keys = ask.context.keys
+    return {"keys": [wire_key(keys, row) for row in list(keys.rows.values())], **auth_told(ask.context.settings)}
+
+
+def delete_key(ask: Ask, id: str, force: bool) -> Json:
+    """Revoke a key: it is dead at once, for open streams and held answers too."""
+    context, settings = ask.context, ask.context.settings
+    row = context.keys.find(id)
+    may_go = force or bool(settings.auth_token) or not auth_required(settings)
+    context.keys.revoke(id, key_entry(ask, "key.revoked", row), may_go)
+    return {"id": id, "name": row.name, "revoked": True}
+
+
+def rotate_key(ask: Ask, id: str, grace_seconds: float) -> Json:
+    """Give a key a new secret under the same id; the old one is dead at once, or after a grace."""
+    keys, secret = ask.context.keys, new_secret()
+    known = keys.find(id)
+    for scope in sorted(spelled_out(known.scopes) - ask.who.scopes):
+        ask.who.need(scope)
+    row = keys.rotate(id, secret, grace_seconds, key_entry(ask, "key.rotated", known, graceSeconds=grace_seconds))
+    return {**wire_key(keys, row), "key": secret, **auth_told(ask.context.settings)}
+
+
+def verify_key(ask: Ask, token: Optional[str]) -> Json:
+    """Tell whether a token is valid, and what it may do: that of the body, or the one the request carries."""
+    access, given = ask.context.access, token if token is not None else ask.given
+    who, why = access.holder(given) if given else (None, "no token was shown")
+    if given and who is None:
+        refusal = access.failed(ask.address, why)
+        if refusal.status == 429:
+            raise refusal
+    row = ask.context.keys.rows.get(who.key or "") if who else None
+    return {"valid": who is not None, "reason": why or None, "kind": who.kind if who else None,
+            "id": who.key if who else None, "name": who.name if who else None,
+            "scopes": row.scopes if row else ["admin"] if who else [],
+            "expiresAt": iso(who.expires_at) if who else None, "rateLimit": who.rate if who else None,
+            "authRequired": auth_required(ask.context.settings)}
+
+
+def create_stream_token(ask: Ask) -> Json:
+    """Make a short-lived token for one stream of events, for `?token=` where no header can be sent."""
+    now = time.time()
+    return {"token": ask.context.access.tickets.issue(ask.who, now), "expiresAt": iso(now + TICKET_OPEN_SECONDS),
+            "expiresIn": int(TICKET_OPEN_SECONDS), "streamUntil": iso(now + TICKET_LIFE_SECONDS)}
+
+
+def list_audit(ask: Ask, page: int, limit: int, who: Optional[str], action: Optional[str], session: Optional[str],
+               since: Optional[str], until: Optional[str]) -> Any:
+    """Read the audit log, newest first: who changed what, when, from where."""
+    moments = [read_moment(one, field) * 1000 if one else None for one, field in ((since, "since"), (until, "until"))]
+    family = action[:-1] if action and action.endswith("*") else None
+    where = ("(? IS NULL OR who = ? OR name = ?) AND (? IS NULL OR action = ?) AND (? IS NULL OR substr(action, 1, ?) "
+             "= ?) AND (? IS NULL OR session = ?) AND (? IS NULL OR at >= ?) AND (? IS NULL OR at <= ?)")
+    exact = None if family is not None else action
+    args = (who, who, who, exact, exact, family, len(family or ""), family, session, session, moments[0], moments[0],
+            moments[1], moments[1])
+
+    def work() -> Json:
+        store, head = ask.context.store, ask.context.bus.head
+        total = store.value(f"SELECT count(*) FROM audit WHERE {where}", *args)
+        rows = store.rows(AuditRow, "audit", f"{where} ORDER BY seq DESC LIMIT ? OFFSET ?", *args, limit,
+                          (page - 1) * limit)
+        return {"entries": [wire_audit(row) for row in rows], "head": {"seq": head[0], "hash": head[1]},
+                "pagination": pagination(page, limit, total)}
+    return Later(work)
+
+
 def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     """Take an agent's own report; only its session's secret opens this."""
     session = ask.context.sessions.get(id)
@@ -14978,10 +16062,13 @@ class Route(NamedTuple):
     keyed: bool = False                 # heeds the header Idempotency-Key
     raw: bool = False                   # whole_body is given as the text it came as
     texts: bool = False                 # also answers as text, to whoever asks for that or for the path without /v1
+    limited: bool = True                # counts against its caller's rate
+    recorded: bool = True               # stands in the audit log, unless it is a GET
+    streams: bool = False               # a stream of events, which a ticket opens too
 
 
 ROUTES = (
-    Route("GET /v1/health", get_health, None, tool="get_health", gives=HEALTH),
+    Route("GET /v1/health", get_health, None, tool="get_health", gives=HEALTH, limited=False),
     Route("POST /v1/sessions", create_session_handler, "sessions:write", templated(NEW_SESSION), 201,
           "create_session", True, gives=NEW, keyed=True),
     Route(
@@ -15248,7 +16335,8 @@ ROUTES = (
         "PUT /v1/sessions/:id/permissions",
         put_permissions,
         "permissions:decide",
-        dict(id=ID, policy=anything("Flags and rules, or a profile.")),
+        dict(id=ID, policy={"type": ["object", "array"], "maxItems": MAX_RULES,
+                            "description": "Flags and rules, a profile, or an array of rules."}),
         whole_body="policy",
         tool="set_permissions",
         alias=True,
@@ -15258,7 +16346,14 @@ ROUTES = (
         "PUT /v1/sessions/:id/permission-profile",
         put_profile,
         "permissions:decide",
-        dict(id=ID, profile=text("restricted, standard, trusted, autonomous, plan, or one of your own.", 100)),
+        dict(
+            id=ID,
+            profile={"type": ["string", "object"], "maxLength": 100, "default": None, "description":
+                     "restricted, standard, trusted, autonomous, plan, one of your own, or a policy."},
+            defaultBehavior=DEFAULT_BEHAVIOR,
+            rules=many("Rules of a profile that has no name.", anything("tool, pattern and behavior."), MAX_RULES,
+                       default=None),
+        ),
         tool="set_permission_profile",
         alias=True,
         gives=POLICY_SET,
@@ -15286,13 +16381,14 @@ ROUTES = (
         gives=EXPLANATION,
     ),
     Route("GET /v1/sessions/:id/events", stream_session_events, "sessions:read", dict(id=ID, **STREAM), alias=True,
-          gives=EVENTS_TEXT),
+          gives=EVENTS_TEXT, streams=True),
     Route(
         "GET /v1/events",
         stream_events,
         "sessions:read",
         dict(session=text("Only this session's events.", 64, default=None), **STREAM, **LABELLED),
         gives=EVENTS_TEXT,
+        streams=True,
     ),
     Route(
         "GET /v1/templates",
@@ -15543,6 +16639,46 @@ ROUTES = (
     ),
     Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook"),
     Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health"),
+    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY),
+    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY),
+    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY)),
+    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False),
+    Route("GET /v1/auth/keys", list_keys, "admin"),
+    Route(
+        "DELETE /v1/auth/keys/:id",
+        delete_key,
+        "admin",
+        dict(id=KEY_ID, force=flag("Even if it is the last admin key of a server that needs one.", default=False)),
+        recorded=False,
+    ),
+    Route(
+        "POST /v1/auth/keys/:id/rotate",
+        rotate_key,
+        "admin",
+        dict(id=KEY_ID, graceSeconds=number("Seconds that the old secret lives on.", 0, MAX_GRACE, default=0)),
+        recorded=False,
+    ),
+    Route(
+        "POST /v1/auth/verify",
+        verify_key,
+        None,
+        dict(token=text("The token; that of the Authorization header when missing.", 1_000, default=None)),
+        recorded=False,
+    ),
+    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read"),
+    Route(
+        "GET /v1/audit",
+        list_audit,
+        "admin",
+        dict(
+            **paged("Entries on a page.", 50),
+            who=text("Only what this key did, by id or name; or open, master, policy, terminal...", 100, default=None),
+            action=text("Only this action; permission.* takes a family.", 200, default=None),
+            session=text("Only what was done to this session.", 64, default=None),
+            since=text("Only from this moment on.", 40, default=None),
+            until=text("Only up to this moment.", 40, default=None),
+        ),
+    ),
     Route(
         "POST /hooks/:id",
         receive_hook_handler,
@@ -15551,9 +16687,6 @@ ROUTES = (
         whole_body="report",
     ),
 )
-# "any": whoever has a key; what it may do is decided by what it does
-SCOPES = frozenset(("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write",
-                    "webhooks:admin", "admin", "hook", "any"))
 
 
 PATH_FIELD = re.compile(r"[:*](\w+)")   # :id takes one segment of the path, *key all that is left of it
@@ -15569,7 +16702,9 @@ def proofread(routes: Sequence[Route]) -> None:
         wrong = ("its handler has no docstring" if not route.handler.__doc__
                  else "its fields are not its handler's parameters" if not open_ended
                  and {snake(name) for name in route.takes} != set(names)
-                 else "its scope is unknown" if route.scope is not None and route.scope not in SCOPES
+                 else "its scope is unknown" if route.scope is not None and route.scope not in (*SCOPES, "any", "hook")
+                 else "OWNED does not say whose its ids are" if owned_path(route.route.partition(" ")[2]) not in OWNED
+                 and owned_path(route.route.partition(" ")[2]) and route.scope not in ADMINS_ONLY
                  else "a path field is not described" if not set(PATH_FIELD.findall(route.route)) <= set(route.takes)
                  else "its route is taken" if PATH_FIELD.sub(":", route.route) in seen else None)
         if wrong:
@@ -15645,14 +16780,74 @@ def allowed_methods(node: Node) -> List[str]:
 
 
 def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
-    """Validate what was given and call the handler: the one door for every face of the API."""
-    given: Json = dict(body or {}) if not route.whole_body else {}
-    if route.whole_body:
-        given = {route.whole_body: body or ("" if route.raw else {})}
+    """Check scope and owner, validate what was given, call the handler, record it: the one door for every face."""
+    ask.who.need(route.scope if route.scope != "hook" else None)
+    empty: Any = "" if route.raw else {}
+    given: Json = {route.whole_body: empty if body is None else body} if route.whole_body else dict(body or {})
+    if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
+        path = owned_path(route.route.partition(" ")[2])
+        check_owner(ask.context, ask.who, path, str(words.get("id") or given.get("id")))
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
-    return route.handler(ask, **{snake(name): value for name, value in values.items()})
+    work = functools.partial(route.handler, ask, **{snake(name): value for name, value in values.items()})
+    if route.route.startswith("GET ") or not route.recorded or route.scope == "hook":
+        return work()
+    return recorded(route, ask, values, work)
+
+
+SHOWN = frozenset(("workDir", "agent", "permissionMode", "permissionProfile", "profile", "always", "children",
+                   "worktree", "force", "label", "fix", "parallel", "wait", "keep", "template"))
+
+
+def particulars(values: Json, names: Sequence[str]) -> Json:
+    """Reduce fields to what the audit log may hold: of texts and objects only how long they are."""
+    def told(name: str, value: Any) -> Any:
+        if isinstance(value, (bool, int, float)) or (name in SHOWN and isinstance(value, str)):
+            return value
+        return {"length": len(value)} if isinstance(value, (str, list, dict)) else None
+    return {name: told(name, value) for name, value in values.items() if value is not None and name not in names}
+
+
+def recorded(route: Route, ask: Ask, values: Json, work: Callable[[], Any]) -> Any:
+    """Do what changes something, and record it: with its first commit, or else when it is done."""
+    names = PATH_FIELD.findall(route.route)
+    path = owned_path(route.route.partition(" ")[2])
+    session = values["id"] if path in ("/v1/sessions/:id", "/v1/worktrees/:id") else None
+    target = "/".join(str(values[name]) for name in names if name != "id" or not session)
+    target = target or values.get("permissionId") or values.get("key")
+    plain = {name: value for name, value in values.items() if value != route.takes[name].get("default")}
+    act = Act(entry_of(ask, route.route, session=session, target=target or None, status=route.status,
+                       about=particulars(plain, names)))
+    answer = settled_act(ask.context, act, work)
+    if isinstance(answer, Later):
+        return answer._replace(work=functools.partial(settled_act, ask.context, act, answer.work))
+    return answer
+
+
+def settled_act(context: Context, act: Act, work: Callable[[], Any]) -> Any:
+    """Do a part of an act; what no commit has recorded, or what ended otherwise than recorded, is recorded now."""
+    try:
+        with acting(act):
+            answer = work()
+    except Exception as error:
+        status = error.status if isinstance(error, ApiError) else 500
+        if act.written or status >= 500:
+            note_act(context, act, status)
+        raise
+    if not act.written and not isinstance(answer, Later):
+        note_act(context, act, act.entry.status)
+    return answer
+
+
+def note_act(context: Context, act: Act, status: Optional[int]) -> None:
+    """Record an act on its own; what it did is done, so a store that refuses goes to the log."""
+    try:
+        context.bus.commit((), (), [act.entry._replace(status=status)], own=False)
+        act.written = True
+    except ApiError as error:
+        context.log.note("error", "not recorded in the audit log", action=act.entry.action, who=act.entry.who,
+                         status=status, error=error)
 
 
 def endpoints_table() -> str:
@@ -15883,7 +17078,6 @@ TOUCHING = ("run_bash", "answer_question", "approve_permission", "press_escape",
 def call_tool(ask: Ask, name: str, arguments: Json) -> Any:
     """Call a tool for whoever asks, if they may: its row's value, or Later.  Raises ApiError."""
     route = TOOLS[name]
-    ask.may(route.scope)
     given = dict(arguments)
     words = {field: given.pop(field) for field in PATH_FIELD.findall(route.route) if field in given}
     if not route.whole_body:
@@ -16684,10 +17878,11 @@ def all_faces() -> Dict[str, Callable[..., Any]]:
 # requests itself: a thousand idle clients cost no thread, and no thread
 # fights for the interpreter.  What may wait (Later) and what streams goes to
 # a thread of its own and comes back to the selector afterwards.  Order at the
-# door: place (403) -> find (404, 405) -> who (401) -> length -> body ->
-# validate (400) -> handler.  Nobody's body is read before they may enter.
+# door: place (403) -> who (401) -> find (404, 405) -> scope (403) -> rate (429)
+# -> length -> body -> validate (400) -> handler.  Nobody's body is read before
+# they may enter, and who is nobody does not learn what there is.
 
-SERVER_HEADERS = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+SERVER_HEADERS = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
 HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 REQUEST_ID = re.compile(r"^[\w.:-]{1,64}\Z")
 REASONS = {status.value: status.phrase for status in HTTPStatus}
@@ -16817,8 +18012,8 @@ def parse_text(headers: Mapping[str, str], raw: bytes) -> str:
         raise ApiError(400, "BAD_ENCODING", f"the body is not UTF-8 (at byte {error.start})") from None
 
 
-def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
-    """Read a JSON body.  Raises ApiError 400 or 415."""
+def parse_body(headers: Mapping[str, str], raw: bytes, arrays: bool = False) -> Any:
+    """Read a JSON body: an object, or an array where one may be.  Raises ApiError 400 or 415."""
     if not raw:
         return None
     words = parse_text(headers, raw)
@@ -16828,8 +18023,8 @@ def parse_body(headers: Mapping[str, str], raw: bytes) -> Optional[Json]:
         raise ApiError(400, "BAD_JSON", "the body is nested too deeply") from None
     except ValueError as error:
         raise ApiError(400, "BAD_JSON", f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "BAD_JSON", "the body must be a JSON object")
+    if not isinstance(value, (dict, list) if arrays else dict):
+        raise ApiError(400, "BAD_JSON", "the body must be a JSON object" + " or array" * arrays)
     return value
 
 
@@ -16862,8 +18057,11 @@ def wished_form(path: str, accept: str) -> str:
 class Connection:
     """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        self.sock, self.address = sock, address
+        self.who = NOBODY                 # of the current request
+        self.level: Optional[Level] = None     # how much of its key's rate is left
+        self.ticket: Optional[Ticket] = None   # that the current request showed
         self.buffer = bytearray()
         self.out = bytearray()            # answers that were not sent yet, in order
         self.ending = ""                  # what follows when they are: "", "close", or "linger"
@@ -16878,6 +18076,16 @@ class Connection:
         self.request_id = ""
 
 
+class Known(NamedTuple):
+    """What a request head that passed every check came to."""
+
+    head: Head
+    route: Route
+    words: Dict[str, str]
+    who: Who
+    version: int          # of the keys it was checked against
+
+
 class Server(ThreadingHTTPServer):
     """The API's server.  Its loop runs in one thread; slow requests run in threads of their own."""
 
@@ -16887,7 +18095,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, app: App) -> None:
         settings = app.settings
-        self.app, self.log, self.access = app, app.log, Access(settings)
+        self.app, self.log, self.access = app, app.log, Access(app.context)
         app.context.faces = all_faces()
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host.strip("[]"), settings.port), None)  # type: ignore[arg-type]
@@ -16900,7 +18108,7 @@ class Server(ThreadingHTTPServer):
         self.busy = 0                     # requests in threads; guarded by busy_lock
         self.busy_lock = threading.Lock()
         self.ending = False
-        self.known: Dict[bytes, Tuple[Head, Route, Dict[str, str]]] = {}   # request heads that passed every check
+        self.known: Dict[bytes, Known] = {}   # request heads that passed every check
         self.outbox: Dict[Connection, None] = {}  # who is answered in this round: sent together
         self.boot, self.serial = secrets.token_hex(4), itertools.count(1)
         app.context.probes = Probes()
@@ -16947,7 +18155,7 @@ class Server(ThreadingHTTPServer):
     def _accept(self) -> None:
         for _ in range(64):
             try:
-                sock, _ = self.socket.accept()
+                sock, address = self.socket.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     self._sweep(time.monotonic(), idle=0.0)
@@ -16957,7 +18165,7 @@ class Server(ThreadingHTTPServer):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if len(self.parked) >= MAX_CONNECTIONS:
                 self._drop(min(self.parked.values(), key=lambda one: one.since))
-            self._park(Connection(sock))
+            self._park(Connection(sock, str(address[0])))
 
     def _park(self, connection: Connection) -> None:
         connection.since, connection.lent = time.monotonic(), False
@@ -16991,6 +18199,7 @@ class Server(ThreadingHTTPServer):
 
     def _drop(self, connection: Connection) -> None:
         self._unpark(connection)
+        self._free_ticket(connection)
         with contextlib.suppress(OSError):
             connection.sock.close()
 
@@ -17082,10 +18291,12 @@ class Server(ThreadingHTTPServer):
             raw = bytes(buffer[:end])
             del buffer[:end + 4]
             known = self.known.get(raw)
-            if known:
-                connection.head, connection.route, connection.words = known
+            if known and known.version == self.access.keys.version and (
+                    known.who.expires_at is None or known.who.expires_at > time.time()):
+                connection.head, connection.route, connection.words, connection.who, _ = known
+                self._count(connection)
                 return b""
-            connection.route = connection.chunks = None
+            connection.route = connection.chunks = connection.level = None
             connection.head = parse_head(raw)
             self._enter(connection, connection.head)
             self._remember(raw, connection)
@@ -17112,10 +18323,11 @@ class Server(ThreadingHTTPServer):
             and not head.length
             and "x-request-id" not in head.headers
             and len(raw) < 1_000
+            and not route.streams
         ):
             if len(self.known) >= 512:
                 self.known.clear()
-            self.known[raw] = (head, route, connection.words)
+            self.known[raw] = Known(head, route, connection.words, connection.who, self.access.keys.version)
 
     def _enter(self, connection: Connection, head: Head) -> None:
         """Check place, route and caller before any byte of the body is waited for."""
@@ -17125,17 +18337,60 @@ class Server(ThreadingHTTPServer):
         self.access.check_place(head.headers)
         if head.method == "OPTIONS":
             raise self._options(head)
-        route, connection.words = find_route(head.method, head.path)
-        self.access.check_scope(route.scope, head.headers)
+        route, connection.words = self._admit(connection, head)
         if route.scope == "hook":
             session = self.app.context.sessions.get(connection.words["id"])
             if session is None or not same_secret(head.headers.get("x-aegis-secret", ""), session.row.secret or ""):
                 raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
         connection.route = route
+        self._count(connection)
         if head.headers.get("expect", "").lower() == "100-continue" and not connection.buffer:
             if head.length > MAX_BODY and route.scope != "hook":
                 raise too_large(MAX_BODY)
             self._post(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _admit(self, connection: Connection, head: Head) -> Tuple[Route, Dict[str, str]]:
+        """Find the row, and who asks.  Raises ApiError 401 before 404 and 405, 403 without the row's scope."""
+        connection.who, access = NOBODY, self.access
+        try:
+            route, words = find_route(head.method, head.path)
+        except ApiError:
+            if access.identify(head.headers, connection.address) is NOBODY:
+                raise access.refusal("this needs a token", wrong=False) from None
+            raise
+        if route.scope is None or route.scope == "hook":
+            connection.who = access.nobody   # what is open to all asks nobody, and a report has its session's secret
+            return route, words
+        if route.streams and "token=" in head.query and "authorization" not in head.headers:
+            connection.who = self._take_ticket(connection, head)
+        else:
+            connection.who = access.identify(head.headers, connection.address)
+        if connection.who is NOBODY:
+            raise access.refusal("this needs a token", wrong=False)
+        access.check_scope(connection.who, route.scope, connection.address, route.route)
+        return route, words
+
+    def _take_ticket(self, connection: Connection, head: Head) -> Who:
+        """Take the token out of a stream's address: nothing behind this sees it.  Raises ApiError 401."""
+        words = parse_query(head.query)
+        token = words.pop("token", "")
+        connection.head = head._replace(query=urllib.parse.urlencode(words))
+        ticket = self.access.open_ticket(token, connection.address, "last-event-id" in head.headers,
+                                         connection.caller.leave)
+        connection.ticket = ticket
+        return ticket.who
+
+    def _free_ticket(self, connection: Connection) -> None:
+        """Give a ticket back when its stream is over, or never began."""
+        ticket, connection.ticket = connection.ticket, None
+        if ticket:
+            self.access.tickets.close(ticket, connection.caller.leave, time.time())
+
+    def _count(self, connection: Connection) -> None:
+        """Count a request against its caller's rate.  Raises ApiError 429."""
+        route, connection.level = connection.route, None
+        if route and route.limited and route.scope != "hook":
+            connection.level = self.access.count(connection.who, connection.address)
 
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
@@ -17166,12 +18421,18 @@ class Server(ThreadingHTTPServer):
         key = head.headers.get("idempotency-key")
         if key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
             raise ApiError(400, "INVALID_REQUEST", "Idempotency-Key must have 1 to 255 visible ASCII characters")
+        who = connection.who
+        if key and who.key:   # one caller's key means nothing to another
+            key = f"{who.key} {key}"
+        kind, _, given = head.headers.get("authorization", "").partition(" ")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
-                  connection.caller, head.headers, lambda scope: self.access.check_scope(scope, head.headers),
+                  connection.caller, who, connection.address, connection.request_id,
+                  given.strip() if kind.lower() == "bearer" else "", head.headers,
                   wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
-            body = parse_text(head.headers, raw) if route.raw else parse_body(head.headers, raw)
+            arrays = "array" in route.takes.get(route.whole_body or "", {}).get("type", "")
+            body = parse_text(head.headers, raw) if route.raw else parse_body(head.headers, raw, arrays)
             if route.scope == "hook":   # an agent's report is taken as it comes; a caller is told what is wrong
                 body = whole_text(body, raw)
             return call(route, ask, connection.words, parse_query(head.query) if head.query else {}, body)
@@ -17207,6 +18468,8 @@ class Server(ThreadingHTTPServer):
             kind = value.kind if isinstance(value, Encoded) else "application/json; charset=utf-8"
             lines.append(f"Content-Type: {kind}\r\nContent-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
+        if connection.level and status != 429:
+            lines += [f"{name}: {worth}\r\n" for name, worth in limit_headers(connection.level).items()]
         if head and self.access.origins:
             lines.append(self._cors(head))
         lines.append("Connection: close\r\n\r\n" if close else "\r\n")
@@ -17233,6 +18496,7 @@ class Server(ThreadingHTTPServer):
 
     def _refuse(self, connection: Connection, error: ApiError, began: float) -> bool:
         """Answer with an error from the loop; the connection stays when its request was read to the end."""
+        self._free_ticket(connection)
         head = connection.head
         whole_request = (
             head is not None and (connection.route is not None or head.length == 0) and error.status not in (413, 431)
@@ -17331,7 +18595,7 @@ class Server(ThreadingHTTPServer):
         spawn("aegis-request", run)
 
     def _to_thread(self, connection: Connection, answer: Any, began: float) -> None:
-        patient = isinstance(answer, Stream) or answer.patient
+        patient, who = isinstance(answer, Stream) or answer.patient, connection.who
         if self.busy >= (MAX_THREADS - THREADS_KEPT if patient else MAX_THREADS):
             if isinstance(answer, Stream):
                 self.app.context.bus.leave(answer.listener)
@@ -17343,6 +18607,8 @@ class Server(ThreadingHTTPServer):
         if connection.out and not self._flush_one(connection):
             return
         self._lend(connection)
+        if who.key and patient:
+            self.access.keys.listen(who.key, connection.caller.leave)
         if isinstance(answer, Stream):
             self._spawn(self._stream, connection, answer, began)
         elif isinstance(answer, Spoken):
@@ -17357,9 +18623,12 @@ class Server(ThreadingHTTPServer):
         extra: Mapping[str, str] = {}
         try:
             status, value = route.status, self._guarded(connection, later.work)
+            if later.patient and not self.access.lives(connection.who):
+                raise self.access.refusal("this key was revoked, or expired, while its request waited", wrong=True)
         except ApiError as error:
             status, value, extra = error.status, error.body(), error.headers
-        close = not head.keep_alive or self.ending
+        self._stop_listening(connection)
+        close = not head.keep_alive or self.ending or connection.caller.left
         data = self._response(connection, status, value, close, extra)
         self._note(connection, status, len(data), began, threaded=True)
         connection.head = None
@@ -17383,11 +18652,13 @@ class Server(ThreadingHTTPServer):
             for page in stream.missed:
                 sock.sendall(b"".join(map(stream.shape, page)))
             connection.caller.when_left(lambda: stream.listener.queue.put(None))
-            self._follow(sock, stream)
+            self._follow(connection, stream)
         except OSError:
             pass
         finally:
             self.app.context.bus.leave(stream.listener)
+            self._stop_listening(connection)
+            self._free_ticket(connection)
             self._give_back(connection, True)
 
     def _open_stream(self, connection: Connection, began: float) -> None:
@@ -17411,15 +18682,25 @@ class Server(ThreadingHTTPServer):
         finally:
             self._give_back(connection, True)
 
-    def _follow(self, sock: socket.socket, stream: Stream) -> None:
+    def _stop_listening(self, connection: Connection) -> None:
+        if connection.who.key:
+            self.access.keys.leave(connection.who.key, connection.caller.leave)
+
+    def _follow(self, connection: Connection, stream: Stream) -> None:
         """Write what comes; a comment has no blank line behind it, for some clients take any block for an event."""
-        pause, listener = self.app.settings.heartbeat_seconds, stream.listener
-        while True:
+        sock, listener = connection.sock, stream.listener
+        until = min(connection.who.expires_at or math.inf, connection.ticket.ends_at if connection.ticket else math.inf)
+        while self.access.lives(connection.who) and not connection.caller.left:
+            pause = min(self.app.settings.heartbeat_seconds, max(0.0, until - time.time()) + 0.001)
             try:
                 batch = [listener.queue.get(timeout=pause)]
             except queue.Empty:
+                if time.time() >= until:
+                    return
                 sock.sendall(b": ping\n")
                 continue
+            if connection.caller.left or not self.access.lives(connection.who):
+                return   # a dead key hears no more, not even what is queued
             with contextlib.suppress(queue.Empty):
                 while len(batch) < 200:
                     batch.append(listener.queue.get_nowait())
@@ -21876,9 +23157,9 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     settings.sources = {**sources, **dict.fromkeys(flags, "flag")}
     read_given(settings.webhooks)
     check_telegram(settings)
-    if not is_loopback(settings.host) and not settings.auth_token:
-        raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, "
-                         "for whoever reaches this API can run code as you")
+    if not is_loopback(settings.host) and not auth_required(settings):
+        raise ValueError(f"AEGIS_HOST (--host) is {settings.host!r}, which others can reach: set AEGIS_AUTH_TOKEN, or "
+                         "AEGIS_AUTH=on, for whoever reaches this API can run code as you")
     return settings
 
 
@@ -22063,6 +23344,34 @@ def print_docs(argv: Sequence[str]) -> int:
     return 0
 
 
+def audit_main(argv: Sequence[str]) -> int:
+    """Check the audit log of a state directory, with or without a server at it."""
+    parser = argparse.ArgumentParser(
+        prog="aegis.py audit", description="`audit verify` checks the audit log from its first row to its last.  Exit "
+        "status: 0 unbroken, 1 broken, 2 cannot be read.")
+    parser.add_argument("what", choices=["verify"])
+    parser.add_argument("--state-dir", default=os.environ.get("AEGIS_STATE_DIR") or "~/.aegis", metavar="DIR")
+    parser.add_argument("--head", action="append", default=[], metavar="NUMBER:HASH",
+                        help="a head that was noted before, such as from the server's log: the log must still hold it")
+    options = parser.parse_args(argv)
+    folder = Path(os.path.expanduser(options.state_dir))
+    try:
+        heads = [read_head(one) for one in options.head]
+        kept = read_tail(folder / HEAD_FILE)
+        where = (folder / "aegis.db").absolute().as_uri() + "?mode=ro"
+        with contextlib.closing(sqlite3.connect(where, uri=True)) as db:
+            rows, head, wrong = verify_audit(db, [*heads, *([read_head(kept)] if kept else [])])
+            guards = db.execute("SELECT count(*) FROM sqlite_master WHERE name LIKE 'audit_no_%'").fetchone()[0]
+    except (OSError, ValueError, sqlite3.Error) as error:
+        print(f"aegis: the audit log of {folder} cannot be read: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    for told in filter(None, (wrong, "a trigger that guards the log is missing" if guards < 3 else "",
+                              "" if kept else f"there is no {HEAD_FILE}: a cut end would not show")):
+        print(f"audit: {told}")
+    print(f"audit: {rows} rows are whole, up to {head_text(rows, head)}")
+    return 1 if wrong or guards < 3 else 0
+
+
 SCREEN_WORDS = {   # words that captures are named by -> kind of reading
     "permission": "permission_prompt", "busy": "working", "question": "asking", "plan": "asking", "dialog": "asking",
     "modal": "asking", "blank": "unknown", "starting": "unknown", "exited": "dead", "api_key": "apikey",
@@ -22115,7 +23424,7 @@ def print_matrix(matrix: Mapping[Tuple[str, str], int]) -> None:
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {   # beside the verbs, each with a command line of its own
     "serve": serve, "doctor": doctor, "bench": bench, "docs": print_docs, "selftest": selftest, "mcp": bridge,
-    "demo-agent": demo_agent_main,
+    "audit": audit_main, "demo-agent": demo_agent_main,
     "completion": lambda argv: completion(argv, COMMANDS), "help": lambda argv: print_help(argv, COMMANDS),
 }
 

@@ -1087,6 +1087,98 @@ def test_a_full_disk_is_a_503_and_is_recovered_from_without_a_restart(house):
 
 
 # ============================================================================
+# AUDIT. Who changed what: append-only, each row sealed by the one before.
+# ============================================================================
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Iterator[Any]:
+    """A bus on a database of its own."""
+    store = aegis.Store(tmp_path / "aegis.db")
+    yield aegis.Bus(store, 1000)
+    store.close()
+
+
+def entry(action: str = "thing.done", **more: Any) -> Any:
+    """Make an entry of the audit log."""
+    return aegis.AuditEntry(action, "key-1", **more)
+
+
+def test_audit_rows_are_sealed_one_by_the_other(sealed):
+    for number in range(5):
+        sealed.commit((), (), [entry(target=f"t{number}", about={"n": number})])
+    rows = sealed.store.rows(aegis.AuditRow, "audit", "1 ORDER BY seq")
+    assert [row.seq for row in rows] == [1, 2, 3, 4, 5] and rows[0].prev == aegis.GENESIS
+    assert [row.prev for row in rows[1:]] == [row.hash for row in rows[:-1]]
+    assert all(row.hash == aegis.seal(row) for row in rows) and sealed.head == (5, rows[-1].hash)
+    assert aegis.verify_audit(sealed.store.db, [sealed.head]) == (5, rows[-1].hash, None)
+    assert aegis.Bus(sealed.store, 10).head == sealed.head
+
+
+def test_an_audit_row_is_of_the_change_or_is_not(sealed):
+    with pytest.raises(aegis.ApiError):
+        sealed.commit([("INSERT INTO nowhere VALUES (1)", ())], (), [entry()])
+    assert sealed.store.value("SELECT count(*) FROM audit") == 0 and sealed.head == (0, aegis.GENESIS)
+
+
+@pytest.mark.parametrize("sql", ["UPDATE audit SET who = 'me' WHERE seq = 2", "DELETE FROM audit WHERE seq = 3",
+                                 "DELETE FROM audit", "INSERT OR REPLACE INTO audit SELECT * FROM audit WHERE seq = 1",
+                                 "INSERT INTO audit SELECT 0, at, action, who, name, address, session, target, status, "
+                                 "request, about, prev, hash FROM audit WHERE seq = 1"])
+def test_the_audit_log_takes_no_change_and_no_deletion(sealed, sql):
+    for _ in range(3):
+        sealed.commit((), (), [entry()])
+    with pytest.raises(sqlite3.Error, match="append-only"):
+        sealed.store.db.execute(sql)
+    assert aegis.verify_audit(sealed.store.db, [sealed.head])[2] is None
+
+
+TAMPERED = [
+    ("UPDATE audit SET who = 'me' WHERE seq = 2", 1, "row 2 was changed"),
+    ("UPDATE audit SET at = at + 1 WHERE seq = 4", 3, "row 4 was changed"),
+    ("DELETE FROM audit WHERE seq = 3", 2, "row 3 is missing"),
+    ("DELETE FROM audit WHERE seq = 1", 0, "row 1 is missing"),
+    ("DELETE FROM audit WHERE seq > 3", 3, "the end was cut off, there were 5 rows"),
+    ("UPDATE audit SET prev = 'x' || prev WHERE seq = 5", 4, "row 5 does not follow"),
+]
+
+
+@pytest.mark.parametrize("sql, whole, wrong", TAMPERED, ids=[sql for sql, _, _ in TAMPERED])
+def test_tampering_with_the_audit_log_is_found(sealed, sql, whole, wrong):
+    for number in range(5):
+        sealed.commit((), (), [entry(target=f"t{number}")])
+    for trigger in ("audit_no_update", "audit_no_delete"):
+        sealed.store.db.execute(f"DROP TRIGGER {trigger}")
+    sealed.store.db.execute(sql)
+    found = aegis.verify_audit(sealed.store.db, [])
+    assert found[0] == whole and wrong in found[2]
+
+
+def test_an_audit_log_that_was_made_anew_shows_against_a_noted_head(sealed, tmp_path):
+    for number in range(3):
+        sealed.commit((), (), [entry(target=f"t{number}")])
+    other = aegis.Store(tmp_path / "other.db")
+    forged = aegis.Bus(other, 10)
+    for number in range(3):
+        forged.commit((), (), [entry(target=f"t{2 - number}")])
+    assert aegis.verify_audit(other.db, [])[2] is None
+    assert "made anew" in aegis.verify_audit(other.db, [sealed.head])[2]
+    other.close()
+
+
+def test_an_act_is_recorded_with_its_first_own_commit(sealed):
+    act = aegis.Act(entry("POST /v1/things", status=201))
+    with aegis.acting(act):
+        sealed.commit([], [aegis.Draft("session.idle", "s0", {})], own=False)
+        assert not act.written
+        sealed.commit([], [aegis.Draft("session.created", "s1", {"promptId": "p1"})])
+        sealed.commit([], [aegis.Draft("prompt.queued", "s1", {})])
+    sealed.commit([], [aegis.Draft("session.idle", "s1", {})])
+    rows = sealed.store.rows(aegis.AuditRow, "audit")
+    assert [(row.session, row.target, row.status) for row in rows] == [("s1", "p1", 201)]
+
+
+# ============================================================================
 # EVENTS. Who wants to know, and what they missed.
 # ============================================================================
 
@@ -1244,6 +1336,259 @@ def test_stream_events_to_clients_that_never_read_harm_nobody(server, talk):
     assert time.monotonic() - began < 5
     for line in stuck:
         line.close()
+
+
+# ============================================================================
+# KEYS. API keys, scopes, and who is asking.
+# ============================================================================
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[Server]:
+    """A server that needs keys, and has none but the admin key it minted."""
+    shared = Server("--auth", "on", "--failed-auth-rate", "0", "--log-level", "debug", "--heartbeat-seconds", "0.2",
+                    script=True).start()
+    shared.auth = {"Authorization": f"Bearer {(shared.state / 'admin.key').read_text().strip()}"}
+    yield shared
+    shared.close()
+
+
+def bearer(minted: Json) -> Json:
+    """Give the header that shows a key."""
+    return {"Authorization": f"Bearer {minted['key']}"}
+
+
+def mint(server: Server, *scopes: str, **more: Any) -> Json:
+    """Mint a key."""
+    return server.ask("POST /v1/auth/keys", {"name": f"k-{uuid.uuid4().hex[:8]}", "scopes": list(scopes), **more})
+
+
+SPELLED = [
+    (["admin"], set(aegis.SCOPES)),
+    (["sessions:*"], {"sessions:read", "sessions:write", "sessions:all"}),
+    (["memory:*", "sessions:read"], {"memory:read", "memory:write", "sessions:read"}),
+    (["permissions:*"], {"permissions:decide"}),
+    (["sessions:read"], {"sessions:read"}),
+    ([], set()),
+]
+
+
+@pytest.mark.parametrize("words, wanted", SPELLED, ids=str)
+def test_scopes_are_spelled_out(words, wanted):
+    assert aegis.spelled_out(words) == wanted
+
+
+def test_create_key_shows_the_secret_once_and_stores_a_hash(guarded):
+    made = guarded.ask("POST /v1/auth/keys", {"name": "ci-bot", "scopes": ["sessions:read", "sessions:write"]})
+    assert re.fullmatch(r"key-[0-9a-f]{12}", made["id"]) and re.fullmatch(r"aegis_[\w-]{43}", made["key"])
+    assert made["key"].startswith(made["prefix"]) and len(made["prefix"]) == 12 and made["authRequired"] is True
+    assert (made["expiresAt"], made["lastUsedAt"], made["rateLimit"]) == (None, None, None)
+    listed = guarded.call("GET /v1/auth/keys")
+    assert made["key"].encode() not in listed.raw and made["id"].encode() in listed.raw
+    secret = made["key"].encode()
+    for file in guarded.state.rglob("*"):
+        if file.is_file():
+            assert secret not in file.read_bytes(), file
+    assert secret not in guarded.log.read_bytes() and made["key"] not in command_lines()
+
+
+WRONG_KEYS = [
+    ({"scopes": ["admin"]}, "name"),
+    ({"name": "x"}, "scopes"),
+    ({"name": "x", "scopes": []}, "scopes"),
+    ({"name": "x", "scopes": ["moon:read"]}, "scopes"),
+    ({"name": "x", "scopes": ["*"]}, "scopes"),
+    ({"name": "x", "scopes": ["admin:*"]}, "scopes"),
+    ({"name": "x\n", "scopes": ["admin"]}, "name"),
+    ({"name": "x", "scopes": ["admin"], "expiresAt": "tomorrow"}, "expiresAt"),
+    ({"name": "x", "scopes": ["admin"], "expiresAt": "2020-01-01T00:00:00Z"}, "expiresAt"),
+    ({"name": "x", "scopes": ["admin"], "expiresAt": "2099-01-01T00:00:00Z", "ttlSeconds": 5}, "expiresAt"),
+    ({"name": "x", "scopes": ["admin"], "ttlMs": 5, "ttlSeconds": 5}, "ttlSeconds"),
+    ({"name": "x", "scopes": ["admin"], "rateLimit": 0}, "rateLimit"),
+]
+
+
+@pytest.mark.parametrize("body, field", WRONG_KEYS, ids=lambda value: json.dumps(value))
+def test_create_key_names_what_is_wrong(guarded, body, field):
+    answer = guarded.call("POST /v1/auth/keys", body)
+    assert answer.status == 400 and field in answer.json["fields"], answer.raw
+
+
+def test_create_key_on_an_open_server_says_that_auth_is_off(server):
+    made = server.ask("POST /v1/auth/keys", {"name": "open", "scopes": ["sessions:read"]})
+    assert made["authRequired"] is False and "auth is off" in made["warning"]
+    assert server.call("GET /v1/sessions", headers=bearer(made)).status == 200
+    assert server.refusal("POST /v1/sessions", {}, bearer(made)) == (403, "MISSING_SCOPE")
+    assert server.refusal("GET /v1/sessions", headers={"Authorization": "Bearer nonsense"}) == (401, "UNAUTHORIZED")
+    server.ask(f"DELETE /v1/auth/keys/{made['id']}")
+    assert server.refusal("GET /v1/sessions", headers=bearer(made)) == (401, "UNAUTHORIZED")
+    assert server.call("GET /v1/sessions").status == 200
+
+
+def test_create_key_gives_no_scope_away_that_its_maker_lacks(guarded):
+    low = mint(guarded, "sessions:*")
+    assert guarded.refusal("POST /v1/auth/keys", {"name": "up", "scopes": ["admin"]}, bearer(low)) == (
+        403, "MISSING_SCOPE")
+    short = mint(guarded, "admin", ttlSeconds=600)
+    assert guarded.refusal("POST /v1/auth/keys", {"name": "up", "scopes": ["admin"]}, bearer(short)) == (
+        403, "OUTLIVES_KEY")
+    child = guarded.ask("POST /v1/auth/keys", {"name": "ok", "scopes": ["admin"], "ttlSeconds": 60}, bearer(short))
+    assert child["createdBy"] == short["id"]
+
+
+def test_list_keys_tells_when_each_was_used_last(guarded):
+    made = mint(guarded, "sessions:read")
+    guarded.call("GET /v1/sessions", headers=bearer(made))
+    found = next(one for one in guarded.ask("GET /v1/auth/keys")["keys"] if one["id"] == made["id"])
+    assert found["lastUsedAt"] >= found["createdAt"] and "key" not in found and "hash" not in found
+    stored = "SELECT used_at FROM keys WHERE id = ?"
+    with contextlib.closing(sqlite3.connect(str(guarded.state / "aegis.db"))) as db:
+        assert eventually(lambda: db.execute(stored, (made["id"],)).fetchone()[0])
+
+
+def test_delete_key_is_dead_at_once_also_where_it_waits_and_streams(guarded):
+    made = mint(guarded, "sessions:*")
+    line = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=WITHIN)   # one that the server remembers
+    for _ in range(3):
+        line.request("GET", "/v1/sessions", headers=bearer(made))
+        answer = line.getresponse()
+        assert answer.read() and answer.status == 200
+    session = guarded.ask("POST /v1/sessions", {"workDir": str(guarded.work), "prompt": "[[hang]]"}, bearer(made))
+    stream = Events(guarded, "/v1/events", **bearer(made))
+    eventually(lambda: stream.connections)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        wait = pool.submit(guarded.call, f"GET /v1/sessions/{session['id']}/read?wait=idle&timeout=60", None,
+                           bearer(made))
+        guarded.ask("GET /v1/health")
+        assert guarded.ask(f"DELETE /v1/auth/keys/{made['id']}")["revoked"] is True
+        assert wait.result(WITHIN).status == 401
+    line.request("GET", "/v1/sessions", headers=bearer(made))
+    answer = line.getresponse()
+    assert answer.read() and answer.status == 401
+    line.close()
+    guarded.ask(f"DELETE /v1/sessions/{session['id']}")
+    eventually(lambda: stream.line.sock is None or stream.connections == 1 and not stream.line.sock.recv(1))
+    assert [one for one in stream.heard if one["type"] == "session.killed"] == []
+    stream.close()
+    assert guarded.refusal(f"DELETE /v1/auth/keys/{made['id']}") == (404, "KEY_NOT_FOUND")
+
+
+def test_rotate_key_keeps_the_id_and_ends_the_old_secret(guarded):
+    made = mint(guarded, "sessions:read")
+    turned = guarded.ask(f"POST /v1/auth/keys/{made['id']}/rotate")
+    assert turned["id"] == made["id"] and turned["key"] != made["key"]
+    assert guarded.refusal("GET /v1/sessions", headers=bearer(made)) == (401, "UNAUTHORIZED")
+    assert guarded.call("GET /v1/sessions", headers=bearer(turned)).status == 200
+    again = guarded.ask(f"POST /v1/auth/keys/{made['id']}/rotate", {"graceSeconds": 0.5})
+    assert guarded.call("GET /v1/sessions", headers=bearer(again)).status == 200
+    grace = [guarded.call("GET /v1/sessions", headers=bearer(turned)).status]
+    eventually(lambda: guarded.call("GET /v1/sessions", headers=bearer(turned)).status == 401)
+    assert grace == [200]
+    assert guarded.call("GET /v1/sessions", headers=bearer(again)).status == 200
+    guarded.ask(f"DELETE /v1/auth/keys/{made['id']}")
+    assert guarded.refusal("GET /v1/sessions", headers=bearer(again)) == (401, "UNAUTHORIZED")
+    assert guarded.refusal(f"POST /v1/auth/keys/{made['id']}/rotate") == (404, "KEY_NOT_FOUND")
+
+
+def test_rotate_key_of_one_that_expired_is_refused(guarded):
+    made = mint(guarded, "sessions:read", ttlMs=1)
+    eventually(lambda: guarded.call("GET /v1/sessions", headers=bearer(made)).status == 401)
+    assert guarded.refusal(f"POST /v1/auth/keys/{made['id']}/rotate") == (409, "KEY_EXPIRED")
+
+
+def test_verify_key_tells_what_a_token_may_do(guarded, server):
+    made = mint(guarded, "sessions:*", rateLimit=500)
+    for headers, body in ((bearer(made), {}), ({}, {"token": made["key"]})):
+        told = guarded.call("POST /v1/auth/verify", body, headers, auth=False).json
+        assert (told["valid"], told["id"], told["scopes"], told["rateLimit"], told["authRequired"]) == (
+            True, made["id"], ["sessions:*"], 500, True)
+    for headers, body in (({}, {}), ({}, {"token": "aegis_wrong"}), ({"Authorization": "Bearer no"}, {})):
+        answer = guarded.call("POST /v1/auth/verify", body, headers, auth=False)
+        assert (answer.status, answer.json["valid"], answer.json["scopes"]) == (200, False, [])
+    assert server.ask("POST /v1/auth/verify")["authRequired"] is False
+
+
+@alone
+def test_the_first_admin_key_is_minted_into_a_private_file(house):
+    own = house("--auth", "on")
+    file = own.state / "admin.key"
+    assert file.stat().st_mode & 0o777 == 0o600
+    secret = file.read_text().strip()
+    own.auth = {"Authorization": f"Bearer {secret}"}
+    assert own.refusal("GET /v1/sessions", auth=False) == (401, "UNAUTHORIZED")
+    assert own.call("GET /v1/health", auth=False).status == 200 and own.call("GET /v1/audit").status == 200
+    admin = own.ask("GET /v1/auth/keys")["keys"][0]
+    assert own.refusal(f"DELETE /v1/auth/keys/{admin['id']}") == (409, "LAST_ADMIN")
+    own.crash().start()
+    assert file.read_text().strip() == secret and len(own.ask("GET /v1/auth/keys")["keys"]) == 1
+    turned = own.ask(f"POST /v1/auth/keys/{admin['id']}/rotate")
+    assert file.read_text().strip() == turned["key"] and file.stat().st_mode & 0o777 == 0o600
+    own.auth = bearer(turned)
+    second = mint(own, "admin")
+    assert own.ask(f"DELETE /v1/auth/keys/{admin['id']}")["revoked"] is True
+    own.auth = bearer(second)
+    assert own.ask(f"DELETE /v1/auth/keys/{second['id']}?force=true")["revoked"] is True
+    own.crash().start()
+    own.auth = {"Authorization": f"Bearer {file.read_text().strip()}"}
+    assert own.call("GET /v1/auth/keys").status == 200
+    for secret in (secret, turned["key"], second["key"], own.auth["Authorization"][7:]):
+        assert secret.encode() not in own.log.read_bytes()
+
+
+# ============================================================================
+# LIMITS. Token buckets.
+# ============================================================================
+
+
+def test_a_bucket_holds_a_minutes_worth_and_fills_steadily():
+    buckets = aegis.Buckets()
+    levels = [buckets.take("a", 60, 100.0) for _ in range(61)]
+    assert [level.allowed for level in levels] == [True] * 60 + [False]
+    assert [level.left for level in levels[:2]] == [59, 58] and levels[-1].retry == 1 and levels[-1].reset == 60
+    assert buckets.take("b", 60, 100.0).allowed
+    assert not buckets.take("a", 60, 100.5).allowed and buckets.take("a", 60, 101.0).allowed
+    assert sum(buckets.take("a", 60, 1000.0).allowed for _ in range(100)) == 60
+    assert aegis.Buckets().take("slow", 1, 0.0).allowed
+
+
+def test_buckets_are_bounded_and_the_busy_ones_are_kept():
+    buckets = aegis.Buckets()
+    for number in range(3 * aegis.MAX_BUCKETS):
+        buckets.take(number, 60, float(number))
+        buckets.take("busy", 10 ** 6, float(number))
+    assert len(buckets.levels) <= aegis.MAX_BUCKETS and "busy" in buckets.levels
+
+
+@pytest.mark.parametrize("address, wanted", [
+    ("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.9", "10.0.0.9"), ("2001:db8::1:2:3:4", "2001:db8::/64"),
+    ("fe80::1%eth0", "fe80::/64"), ("::1", "::/64")])
+def test_addresses_of_one_network_share_a_bucket(address, wanted):
+    assert aegis.bucket_address(address) == wanted
+
+
+@alone
+def test_a_key_that_asks_too_often_is_told_when_to_come_back(house):
+    own = house("--auth", "on", "--failed-auth-rate", "5", "--address-rate", "40")
+    own.auth = {"Authorization": f"Bearer {(own.state / 'admin.key').read_text().strip()}"}
+    busy, calm = mint(own, "sessions:read", rateLimit=5), mint(own, "sessions:read")
+    answers = [own.call("GET /v1/sessions", headers=bearer(busy)) for _ in range(8)]
+    assert [one.status for one in answers] == [200] * 5 + [429] * 3
+    assert [one.headers["RateLimit-Remaining"] for one in answers[:5]] == list("43210")
+    refused = answers[-1]
+    check_envelope(refused)
+    assert refused.json["code"] == "RATE_LIMITED" and 1 <= int(refused.headers["Retry-After"]) <= 12
+    assert (refused.headers["RateLimit-Limit"], refused.headers["RateLimit-Remaining"]) == ("5", "0")
+    assert 1 <= int(refused.headers["RateLimit-Reset"]) <= 60
+    assert own.call("GET /v1/sessions", headers=bearer(calm)).status == 200
+    wrong = [own.call("GET /v1/sessions", headers={"Authorization": f"Bearer x{n}"}, auth=False) for n in range(9)]
+    assert [one.status for one in wrong] == [401] * 5 + [429] * 4 and wrong[-1].headers["Retry-After"]
+    assert own.refusal("POST /v1/auth/verify", {"token": "x"}, auth=False) == (429, "RATE_LIMITED")
+    asked = [own.call("POST /v1/auth/verify", {}, auth=False).status for _ in range(60)]
+    assert set(asked) == {200, 429} and asked.count(200) <= 41
+    assert [own.call("GET /v1/health", headers=bearer(busy)).status for _ in range(100)] == [200] * 100
+    assert own.call("GET /v1/sessions", headers=bearer(calm)).status == 200
+    failures = own.ask("GET /v1/audit?action=auth.failed&limit=200")["entries"]
+    assert 5 <= len(failures) <= aegis.REFUSALS_RECORDED and failures[0]["address"] == "127.0.0.1"
 
 
 # ============================================================================
@@ -2444,7 +2789,7 @@ def test_all_faults_are_named_at_once_and_profiles_by_name():
     with pytest.raises(aegis.ApiError, match="profile mine: "):
         aegis.read_profiles({"mine": {"allowRead": 3}})
     with pytest.raises(aegis.ApiError):
-        aegis.policy_from_json([], {})
+        aegis.policy_from_json("x", {})
 
 
 CLIENT = [
@@ -8500,6 +8845,450 @@ def test_a_server_for_others_checks_the_token(house):
     assert own.call("GET /v1/sessions").status == 200
 
 
+# -- whose things a key sees
+
+
+@pytest.fixture(scope="session")
+def two(guarded: Server) -> Iterator[Tuple[Json, Json, "Talk", "Talk"]]:
+    """Two keys with all scopes but sessions:all and admin, and a session that each of them made."""
+    scopes = ("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write")
+    keys = [bearer(mint(guarded, *scopes)) for _ in range(2)]
+    body = {"workDir": str(guarded.work), "labels": {"of": "two"}}
+    made = [Talk(guarded, guarded.ask("POST /v1/sessions", body, key)) for key in keys]
+    for one in made:
+        one.wait("session.idle")
+    yield keys[0], keys[1], made[0], made[1]
+    for one in made:
+        one.kill()
+
+
+BELOW = [route for route in aegis.ROUTES if re.match(r"\w+ /v1/(sessions|worktrees)/:id", route.route)]
+
+
+@pytest.mark.parametrize("route", BELOW, ids=[route.route for route in BELOW])
+def test_a_session_of_another_key_is_not_there(guarded, two, route):
+    mine, _, _, theirs = two
+    method, path = route.route.split(" ")
+    other = re.sub(r"[:*]\w+", "x", path.replace(":id", theirs.id))
+    nobody = other.replace(theirs.id, "0" * 12)
+    bodies = [None] if method == "GET" else [None, {"text": "x", "command": "/x", "key": "k", "value": 1}]
+    for body in bodies:
+        answers = [guarded.call(f"{method} {one}", body, mine) for one in (other, nobody)]
+        assert [one.status for one in answers] == [404, 404], answers[0].raw
+        assert answers[0].raw.replace(theirs.id.encode(), b"0" * 12) == answers[1].raw
+    assert theirs.get()["status"] == "idle"
+
+
+def test_list_sessions_shows_a_key_its_own_alone(guarded, two):
+    mine, other, ours, theirs = two
+    for query in ("", "?label=of=two", "?status=idle"):
+        for key, own in ((mine, ours), (other, theirs), (mine, ours)):
+            listed = guarded.ask(f"GET /v1/sessions{query}", headers=key)
+            assert [one["id"] for one in listed["sessions"]] == [own.id] and listed["pagination"]["total"] == 1
+        everything = {one["id"] for one in guarded.ask(f"GET /v1/sessions{query}")["sessions"]}
+        assert {ours.id, theirs.id} <= everything
+    assert guarded.ask("GET /v1/sessions/stats", headers=mine)["total"] == 1
+    assert guarded.ask("GET /v1/sessions/stats", headers=mine)["active"] == 1
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    assert guarded.ask("GET /v1/sessions/stats", headers=reader)["total"] >= 2
+    assert guarded.call(f"GET /v1/sessions/{theirs.id}", headers=reader).status == 200
+
+
+def test_kill_batch_ends_only_what_the_key_made(guarded, two):
+    mine, _, ours, theirs = two
+    told = guarded.ask("DELETE /v1/sessions/batch", {"ids": [theirs.id, "nobody"]}, mine)
+    assert told["killed"] == 0 and {one["code"] for one in told["errors"]} == {"SESSION_NOT_FOUND"}
+    body = {"workDir": str(guarded.work), "labels": {"by": "label"}}
+    spare, others = Talk(guarded, guarded.ask("POST /v1/sessions", body, mine)), guarded.open(ready=False, **body)
+    assert guarded.ask("DELETE /v1/sessions/batch", {"label": "by"}, mine)["ids"] == [spare.id]
+    assert others.get()["status"] != "killed" and ours.get()["status"] == theirs.get()["status"] == "idle"
+    others.kill()
+
+
+def test_what_comes_of_a_session_belongs_to_its_key(guarded, two):
+    mine, other, ours, _ = two
+    child = guarded.ask(f"POST /v1/sessions/{ours.id}/spawn", {})             # by the admin
+    fork = guarded.ask(f"POST /v1/sessions/{ours.id}/fork", {}, mine)
+    for one in (child, fork):
+        assert guarded.call(f"GET /v1/sessions/{one['id']}", headers=mine).status == 200
+        assert guarded.refusal(f"GET /v1/sessions/{one['id']}", headers=other) == (404, "SESSION_NOT_FOUND")
+        guarded.ask(f"DELETE /v1/sessions/{one['id']}", headers=mine)
+    assert guarded.call(f"POST /v1/sessions/{fork['id']}/resume", {}, mine).status in (200, 409)
+    assert guarded.refusal(f"GET /v1/sessions/{fork['id']}", headers=other) == (404, "SESSION_NOT_FOUND")
+    guarded.call(f"DELETE /v1/sessions/{fork['id']}")
+
+
+def test_pipelines_verifications_and_templates_are_their_keys_own(guarded, two):
+    mine, other, ours, _ = two
+    body = {"workDir": str(guarded.work), "stages": [{"prompt": "[[say done]]"}]}
+    pipeline = guarded.ask("POST /v1/pipelines", body, mine)["id"]
+    done = guarded.ask(f"GET /v1/pipelines/{pipeline}?wait=done&timeout=30", headers=mine)
+    stage = done["stages"][0]["sessionId"]
+    verify = guarded.ask(f"POST /v1/sessions/{ours.id}/verify", {"checks": [{"command": "true"}]}, mine)["id"]
+    template = {"name": f"t{uuid.uuid4().hex[:6]}", "session": {"workDir": str(guarded.work)}}
+    made = guarded.ask("POST /v1/templates", template, mine)
+    for path, code in ((f"pipelines/{pipeline}", "PIPELINE_NOT_FOUND"), (f"verify/{verify}", "VERIFY_NOT_FOUND"),
+                       (f"sessions/{stage}", "SESSION_NOT_FOUND"), (f"templates/{made['id']}", "TEMPLATE_NOT_FOUND"),
+                       (f"templates/{made['name']}", "TEMPLATE_NOT_FOUND")):
+        assert guarded.call(f"GET /v1/{path}", headers=mine).status == 200, path
+        assert guarded.call(f"GET /v1/{path}").status == 200, path
+        for method in ("GET", "DELETE"):
+            assert guarded.refusal(f"{method} /v1/{path}", headers=other) == (404, code), path
+    for kind in ("pipelines", "verify", "templates"):
+        name = "verifies" if kind == "verify" else kind
+        ids = [[one["id"] for one in guarded.ask(f"GET /v1/{kind}", headers=key)[name]] for key in (mine, other)]
+        assert {pipeline, verify, made["id"]} & set(ids[0]) and not {pipeline, verify, made["id"]} & set(ids[1])
+    assert guarded.refusal("POST /v1/sessions", {"template": made["name"]}, other) == (404, "TEMPLATE_NOT_FOUND")
+    assert guarded.call("GET /v1/templates/reviewer", headers=other).status == 200
+    assert guarded.refusal("PUT /v1/templates/" + made["id"], template, other) == (404, "TEMPLATE_NOT_FOUND")
+
+
+def test_streams_tell_a_key_of_its_own_things_alone_also_in_replay(guarded, two):
+    mine, other, ours, theirs = two
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    live = [Events(guarded, "/v1/events", **key) for key in (mine, other, reader)]
+    eventually(lambda: all(one.connections for one in live))
+    for talk in (ours, theirs):
+        talk.say("[[say hi]]")
+    guarded.ask("POST /v1/memory", {"key": "seen", "value": 1})
+    last = guarded.events.wait_for("memory.set", key="seen")["id"]
+    guarded.ask(f"PATCH /v1/sessions/{ours.id}", {"labels": {"of": "two", "n": "1"}})
+    guarded.ask(f"PATCH /v1/sessions/{theirs.id}", {"labels": {"of": "two", "n": "1"}})
+    old = [Events(guarded, "/v1/events?after=0", **key) for key in (mine, other, reader)]
+    for own, key in ((ours, 0), (theirs, 1)):
+        for stream in (live[key], old[key]):
+            stream.wait_for("session.updated", own.id, last)
+            stream.wait_for("memory.set", key="seen")
+            heard = {one["sessionId"] for one in stream.heard} - {None}
+            assert own.id in heard and {ours.id, theirs.id} - {own.id} - heard
+            reader_of = (mine, other)[key]
+            assert {guarded.call(f"GET /v1/sessions/{id}", headers=reader_of).status for id in heard} == {200}
+            for one in [one for one in stream.heard if not one["sessionId"]]:
+                path = f"pipelines/{one['pipelineId']}" if "pipelineId" in one else "memory"
+                assert guarded.call(f"GET /v1/{path}", headers=reader_of).status == 200, one
+    for stream in (live[2], old[2]):   # sees all sessions, and may not read the memory
+        stream.wait_for("session.updated", theirs.id, last)
+        assert {ours.id, theirs.id} <= {one["sessionId"] for one in stream.heard}
+        assert not [one for one in stream.heard if one["type"].startswith("memory.")]
+    assert guarded.refusal(f"GET /v1/events?session={theirs.id}", headers=mine) == (404, "SESSION_NOT_FOUND")
+    for stream in (*live, *old):
+        stream.close()
+
+
+def test_no_prompt_reads_the_memory_for_a_key_that_may_not(guarded):
+    key = bearer(mint(guarded, "sessions:read", "sessions:write"))
+    guarded.ask("POST /v1/memory", {"key": "hidden", "value": "treasure"})
+    template = guarded.ask("POST /v1/templates", {"name": "peek", "session": {
+        "workDir": str(guarded.work), "prompt": "{{memory.hidden}}"}}, key)
+    where = {"workDir": str(guarded.work)}
+    tries = [("POST /v1/sessions", {**where, "prompt": "{{memory.hidden}}", "expand": True}),
+             ("POST /v1/sessions", {"template": template["id"]}),
+             ("POST /v1/pipelines", {**where, "stages": [{"prompt": "x {{memory.hidden}}"}]}),
+             ("POST /v1/pipelines", {**where, "stages": [{"template": template["id"]}]})]
+    for route, body in tries:
+        answer = guarded.call(route, body, key)
+        assert (answer.status, answer.json["code"]) == (403, "MISSING_SCOPE"), answer.raw
+        assert "treasure" not in answer.raw.decode()
+    assert guarded.refusal("GET /v1/memory/hidden", headers=key) == (403, "MISSING_SCOPE")
+
+
+def test_an_idempotency_key_is_its_callers_own(guarded, two):
+    mine, other, _, _ = two
+    body = {"workDir": str(guarded.work)}
+    made = [guarded.ask("POST /v1/sessions", body, {**key, "Idempotency-Key": "same"})["id"]
+            for key in (mine, other, mine)]
+    assert made[0] == made[2] != made[1]
+    guarded.ask("DELETE /v1/sessions/batch", {"ids": made[:2]})
+
+
+def test_decisions_name_the_key_that_made_them(guarded):
+    made = mint(guarded, "sessions:*", "permissions:decide")
+    talk = Talk(guarded, guarded.ask("POST /v1/sessions", {"workDir": str(guarded.work), "prompt": "[[bash touch x]]"},
+                                     bearer(made)))
+    asked = talk.wait("permission.requested")["permission"]["id"]
+    told = guarded.ask(f"POST /v1/sessions/{talk.id}/approve", {"permissionId": asked}, bearer(made))
+    assert told["decidedBy"] == f"api:{made['name']}"
+    entries = guarded.ask(f"GET /v1/audit?session={talk.id}")["entries"]
+    found = {one["action"]: one for one in entries}
+    assert (found["permission.approved"]["who"], found["permission.approved"]["target"]) == (
+        f"api:{made['name']}", asked)
+    call = found["POST /v1/sessions/:id/approve"]
+    assert (call["who"], call["name"], call["target"], call["status"]) == (made["id"], made["name"], asked, 200)
+    talk.kill()
+
+
+# -- tokens for streams
+
+
+def stream_token(server: Server, headers: Optional[Json] = None) -> str:
+    """Make a token for one stream."""
+    return server.ask("POST /v1/auth/sse-token", headers=headers)["token"]
+
+
+class Page:
+    """A browser's EventSource on a raw socket: it sends no header of its own but the last id."""
+
+    def __init__(self, server: Server, token: str, last: str = "") -> None:
+        self.sock = socket.create_connection(("127.0.0.1", server.port), timeout=WITHIN)
+        again = f"Last-Event-ID: {last}\r\n" if last else ""
+        self.sock.sendall(f"GET /v1/events?token={token} HTTP/1.1\r\nHost: localhost\r\n{again}\r\n".encode())
+        self.lines, self.parser, self.heard = self.sock.makefile("rb"), Stream(), []  # type: Any, Stream, List[Json]
+        self.status = int(self.lines.readline().split()[1])
+
+    def wait_for(self, kind: str, session: str) -> str:
+        """Read on to an event; gives its id."""
+        for raw in self.lines:
+            event = self.parser.feed(raw)
+            if event and event.data.startswith("{"):
+                self.heard.append(json.loads(event.data))
+                if (event.type, self.heard[-1]["sessionId"]) == (kind, session):
+                    return event.id
+        raise AssertionError(f"the stream ended before {kind}")
+
+    def ended(self) -> bool:
+        """Read to the stream's end."""
+        return all(raw for raw in self.lines)
+
+    def close(self) -> None:
+        """Leave, as when the network fails."""
+        self.lines.close()
+        self.sock.close()
+
+
+def test_create_stream_token_opens_one_stream_that_sees_what_its_maker_sees(guarded, two):
+    mine, _, ours, theirs = two
+    made = guarded.ask("POST /v1/auth/sse-token", headers=mine)
+    assert made["token"].startswith("aegis_sse_") and 0 < made["expiresIn"] <= 60
+    page = Page(guarded, made["token"])
+    assert page.status == 200
+    assert guarded.refusal(f"GET /v1/events?token={made['token']}", auth=False) == (401, "UNAUTHORIZED")
+    theirs.say("[[say hi]]")
+    ours.say("[[say hi]]")
+    last = page.wait_for("session.idle", ours.id)
+    assert {one["sessionId"] for one in page.heard} == {ours.id}
+    back = Page(guarded, made["token"], last)      # before the server knows that the first is gone
+    assert back.status == 200 and page.ended()
+    back.close()                                   # and after
+    ours.say("[[say again]]")
+    page = eventually(lambda: [one for one in [Page(guarded, made["token"], last)] if one.status == 200])[0]
+    assert int(page.wait_for("session.idle", ours.id)) > int(last)
+    page.close()
+
+
+def test_create_stream_token_is_for_streams_alone_and_changes_nothing(guarded):
+    token = stream_token(guarded)
+    for route in ("GET /v1/sessions", "POST /v1/sessions", "GET /v1/audit", "GET /v1/memory"):
+        assert guarded.refusal(f"{route}?token={token}", auth=False) == (401, "UNAUTHORIZED")
+        body = {} if route.startswith("POST") else None
+        assert guarded.refusal(route, body, {"Authorization": f"Bearer {token}"}) == (401, "UNAUTHORIZED")
+    assert guarded.refusal(f"GET /v1/events?token={token}x", auth=False) == (401, "UNAUTHORIZED")
+    key = mint(guarded, "sessions:read")
+    assert guarded.refusal(f"GET /v1/events?token={key['key']}", auth=False) == (401, "UNAUTHORIZED")
+    assert guarded.refusal("GET /v1/events?token=", auth=False) == (401, "UNAUTHORIZED")
+    assert guarded.refusal("POST /v1/auth/sse-token", headers=bearer(mint(guarded, "memory:read"))) == (
+        403, "MISSING_SCOPE")
+
+
+def test_create_stream_token_dies_with_its_key(guarded):
+    made = mint(guarded, "sessions:read")
+    tokens = [stream_token(guarded, bearer(made)) for _ in range(2)]
+    page = Page(guarded, tokens[0])
+    assert page.status == 200
+    guarded.ask(f"DELETE /v1/auth/keys/{made['id']}")
+    for token in tokens:
+        assert guarded.refusal(f"GET /v1/events?token={token}", auth=False) == (401, "UNAUTHORIZED")
+    assert page.ended()
+    page.close()
+
+
+def test_create_stream_token_is_limited_for_each_key(guarded):
+    key = bearer(mint(guarded, "sessions:read"))
+    answers = [guarded.call("POST /v1/auth/sse-token", headers=key) for _ in range(aegis.TICKETS_EACH + 1)]
+    assert [one.status for one in answers] == [200] * aegis.TICKETS_EACH + [429] and answers[-1].headers["Retry-After"]
+    assert guarded.call("POST /v1/auth/sse-token", headers=bearer(mint(guarded, "sessions:read"))).status == 200
+
+
+def test_a_ticket_is_for_one_stream_at_a_time_and_lives_shortly():
+    tickets, who = aegis.Tickets(), aegis.ANYBODY
+    ends: List[str] = []
+    first, second = (lambda: ends.append("first")), (lambda: ends.append("second"))
+    token = tickets.issue(who, 0.0)
+    assert tickets.open(token, "a", False, first, aegis.TICKET_OPEN_SECONDS + 1) is None      # too late
+    token = tickets.issue(who, 0.0)
+    assert token not in tickets.known and aegis.digest_of(token) in tickets.known
+    ticket = tickets.open(token, "a", False, first, 1.0)
+    assert ticket.who.scopes == {"sessions:read", "sessions:all", "memory:read"}
+    assert tickets.open(token, "a", False, second, 2.0) is None                               # the first has it
+    assert tickets.open(token, "b", True, second, 2.0) is None and not ends                   # somebody else
+    assert tickets.open(token, "a", True, second, 500.0) is ticket and ends == ["first"]      # comes back
+    tickets.close(ticket, first, 501.0)                                                       # the lost one notices
+    assert tickets.open(token, "a", False, first, 502.0) is None
+    tickets.close(ticket, second, 503.0)
+    assert tickets.open(token, "b", False, first, 504.0) is ticket
+    tickets.close(ticket, first, 505.0)
+    assert tickets.open(token, "a", True, first, 506.0 + aegis.TICKET_OPEN_SECONDS) is None   # rested too long
+    token = tickets.issue(who, 0.0)
+    ticket = tickets.open(token, "a", False, first, 1.0)
+    assert tickets.open(token, "a", True, second, aegis.TICKET_LIFE_SECONDS + 1) is None
+
+
+def test_no_token_reaches_a_log_or_an_error(guarded):
+    token, key = stream_token(guarded), mint(guarded, "sessions:read")["key"]
+    answers = [guarded.call(f"GET /v1/events?token={token}&zebra=1"), guarded.call(f"GET /v1/events&token={token}"),
+               guarded.call(f"GET /v1/nowhere/{key}"), guarded.call(f"GET /v1/sessions/{key}"),
+               guarded.call(f"GET /v1/sessions?status={key}"), guarded.call(f"TRACE /v1/sessions/{token}")]
+    for answer in answers:
+        assert answer.status in (400, 404, 405)
+        assert token.encode() not in answer.raw and key.encode() not in answer.raw
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+    marker = guarded.call("GET /v1/sessions/marker-of-this-test").headers["X-Request-Id"]
+    log = eventually(lambda: marker in guarded.log.read_text() and guarded.log.read_text())
+    assert token not in log and key not in log and "/v1/events" in log
+
+
+# -- the audit log, as the API writes it
+
+
+def test_list_audit_tells_who_changed_what(guarded, two):
+    mine, _, ours, _ = two
+    sent = ours.call("POST send", {"text": "[[say secret-of-the-prompt]]"}, **mine)
+    guarded.ask("POST /v1/memory", {"key": "a/b", "value": "secret-of-the-memory"}, mine)
+    guarded.ask("GET /v1/memory/a/b", headers=mine)
+    assert guarded.refusal("GET /v1/audit", headers=mine) == (403, "MISSING_SCOPE")
+    raw = guarded.call("GET /v1/audit?limit=200").raw.decode()
+    assert "secret-of-the" not in raw
+    entries = guarded.ask(f"GET /v1/audit?session={ours.id}&action=POST*")["entries"]
+    send = next(one for one in entries if one["requestId"] == sent.headers["X-Request-Id"])
+    assert (send["action"], send["target"], send["address"], send["status"]) == (
+        "POST /v1/sessions/:id/send", sent.json["promptId"], "127.0.0.1", 200)
+    assert send["details"] == {"text": {"length": 28}} and send["who"].startswith("key-")
+    by_key = guarded.ask(f"GET /v1/audit?who={send['who']}")["entries"]
+    assert {one["who"] for one in by_key} == {send["who"]}
+    assert [one["target"] for one in by_key[:2]] == ["GET /v1/audit", "a/b"]
+    assert by_key == guarded.ask(f"GET /v1/audit?who={send['name']}")["entries"]
+    assert not [one for one in guarded.ask("GET /v1/audit?limit=200")["entries"] if one["action"].startswith("GET")]
+    moment = send["timestamp"]
+    since = guarded.ask(f"GET /v1/audit?since={moment}&limit=200")["entries"]
+    assert since and all(one["timestamp"] >= moment for one in since)
+    assert guarded.refusal("GET /v1/audit?since=noon") == (400, "INVALID_REQUEST")
+
+
+def test_list_audit_tells_of_keys_refusals_and_what_failed(guarded, make):
+    key = mint(guarded, "sessions:write")
+    actions = [one["action"] for one in guarded.ask("GET /v1/audit?action=key.*")["entries"]]
+    assert actions[0] == "key.created"
+    guarded.call("GET /v1/sessions", headers={"Authorization": "Bearer guess"})
+    assert guarded.ask("GET /v1/audit?action=auth.failed")["entries"][0]["who"] == "nobody"
+    guarded.call("GET /v1/sessions", headers=bearer(key))
+    refused = guarded.ask("GET /v1/audit?action=auth.refused")["entries"][0]
+    assert (refused["who"], refused["status"], refused["details"]["missing"]) == (key["id"], 403, "sessions:read")
+    body = {"workDir": str(guarded.work), "agent": "shell", "command": ["/bin/sh", "-c", "exit 3"]}
+    made = guarded.ask("POST /v1/sessions", body)
+    created = guarded.ask(f"GET /v1/audit?session={made['id']}")["entries"][-1]
+    assert (created["action"], created["status"]) == ("POST /v1/sessions", 201)
+    assert created["details"]["workDir"] == str(guarded.work) and created["details"]["command"] == {"length": 3}
+    guarded.call(f"DELETE /v1/sessions/{made['id']}")
+
+
+@alone
+def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
+    own = house()
+    own.ask("POST /v1/memory", {"key": "a", "value": 1})
+    own.ask("POST /v1/memory", {"key": "b", "value": 1})
+    head = eventually(lambda: (own.state / "audit.head").read_text().startswith("2:")
+                      and (own.state / "audit.head").read_text().strip())
+    running = run_aegis("audit", "verify", "--state-dir", str(own.state))
+    assert (running.returncode, running.stderr) == (0, "") and head in running.stdout
+    own.signal(signal.SIGTERM)
+    assert f"head={head}" in own.log.read_text()
+    assert run_aegis("audit", "verify", "--state-dir", str(own.state), "--head", head).returncode == 0
+    wrong = run_aegis("audit", "verify", "--state-dir", str(own.state), "--head", "1:" + "0" * 64)
+    assert wrong.returncode == 1 and "row 1" in wrong.stdout
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        db.executescript("DROP TRIGGER audit_no_delete; DELETE FROM audit WHERE seq = 2;"
+                         "UPDATE sqlite_sequence SET seq = 1 WHERE name = 'audit';")
+    cut = run_aegis("audit", "verify", "--state-dir", str(own.state))
+    assert cut.returncode == 1 and "end was cut off" in cut.stdout and "trigger" in cut.stdout
+    assert run_aegis("audit", "verify", "--state-dir", "/nowhere").returncode == 2
+    assert run_aegis("audit", "polish").returncode == 2
+
+
+# -- what other servers of this API take
+
+ALIKE = [
+    ([{"rule": "Bash(git *)", "action": "allow"}], {"rules": [{"rule": "Bash(git *)", "action": "allow"}]}),
+    ([{"tool": "Bash", "pattern": "git *", "behavior": "allow"}], {"allow": ["Bash(git *)"]}),
+    ([{"source": "userSettings", "ruleBehavior": "deny", "ruleValue": {"toolName": "Read", "ruleContent": "./x"}}],
+     {"deny": ["Read(./x)"]}),
+    ([{"source": "session", "ruleBehavior": "ask", "ruleValue": {"toolName": "Bash"}}], {"ask": ["Bash"]}),
+    ([], {}),
+    ({"profile": {"allowRead": True, "deny": ["Bash"]}}, {"allowRead": True, "deny": ["Bash"]}),
+    ({"profile": "restricted"}, {"profile": "restricted"}),
+    ({"rules": [{"tool": "Edit", "behavior": "deny"}]}, {"deny": ["Edit"]}),
+    ({"defaultBehavior": "allow", "rules": []}, {flag: True for flag in aegis.FIELD_OF}),
+    ({"defaultBehavior": "deny", "rules": [{"tool": "Read", "behavior": "allow"}]},
+     {**{flag: False for flag in aegis.FIELD_OF}, "allowRead": "ask", "allow": ["Read"]}),
+]
+
+
+@pytest.mark.parametrize("given, same", ALIKE, ids=lambda value: json.dumps(value))
+def test_policies_of_other_shapes_mean_the_same(given, same):
+    assert aegis.policy_from_json(given, {}) == aegis.policy_from_json(same, {})
+
+
+@pytest.mark.parametrize("given", [["Bash"], [{"tool": "Bash"}], [{"ruleValue": {"toolName": "Bash"}}],
+                                   {"defaultBehavior": "maybe"}, {"profile": {"zebra": 1}}, {"profile": 7},
+                                   [{"tool": "Read", "behavior": "allow", "constraints": {"readOnly": True}}]], ids=str)
+def test_policies_of_other_shapes_are_enforced_or_refused(given):
+    with pytest.raises(aegis.ApiError) as refused:
+        aegis.policy_from_json(given, {})
+    assert refused.value.status == 400
+
+
+def test_put_permissions_takes_an_array_of_rules(talk):
+    told = talk.ask("PUT permissions", [{"tool": "Bash", "pattern": "git *", "behavior": "allow"}])
+    assert told["policy"]["rules"] == [{"rule": "Bash(git *)", "action": "allow"}]
+    assert talk.ask("PUT permissions", {"profile": "standard"})["profile"] == "standard"
+    assert talk.refusal("PUT permissions", ["zebra"]) == (400, "INVALID_REQUEST")
+    assert talk.refusal("POST send", ["zebra"]) == (400, "BAD_JSON")
+    assert talk.ask("PUT permissions", [])["policy"] == {}
+
+
+def test_put_profile_takes_an_object(talk):
+    told = talk.ask("PUT permission-profile", {"profile": {"defaultBehavior": "ask", "rules": [
+        {"tool": "Bash", "behavior": "deny", "pattern": "rm *"}]}})["policy"]
+    assert told["rules"] == [{"rule": "Bash(rm *)", "action": "deny"}] and told["allowRead"] == "ask"
+    assert talk.ask("PUT permission-profile", {"defaultBehavior": "allow"})["policy"]["allowBash"] is True
+    assert talk.refusal("PUT permission-profile", {}) == (400, "INVALID_REQUEST")
+    assert talk.ask("PUT permissions", {})["policy"] == {}
+
+
+def test_create_session_takes_rules_and_a_profile_object(make):
+    rules = [{"tool": "Bash", "behavior": "deny"}]
+    made = make(ready=False, permissions=rules, permissionProfile={"allowRead": True})
+    policy = made.ask("GET permissions")["policy"]
+    assert policy == {"allowRead": True, "rules": [{"rule": "Bash", "action": "deny"}]}
+
+
+def test_put_memory_sets_what_a_path_names(server):
+    put = server.ask("PUT /v1/memory/team/notes/today", {"value": {"a": 1}, "ttlSeconds": 600})
+    assert put["key"] == "team/notes/today" and put["expiresAt"]
+    assert server.ask("GET /v1/memory/team/notes/today")["value"] == {"a": 1}
+    assert server.refusal("PUT /v1/memory/team/notes/today", {"value": 1, "ifVersion": 0}) == (409, "VERSION_CONFLICT")
+    server.ask("DELETE /v1/memory/team/notes/today")
+
+
+def test_store_memory_does_what_post_does(server):
+    assert server.ask("PUT /v1/memory", {"key": "put/key", "value": 7})["value"] == 7
+    assert server.ask("DELETE /v1/memory/put/key")["deleted"] is True
+
+
+def test_put_session_memory_sets_what_a_path_names(talk):
+    assert talk.ask("PUT memories/put/key", {"value": 8})["sessionId"] == talk.id
+    assert talk.ask("GET memories/put/key")["value"] == 8
+    talk.ask("DELETE memories/put/key")
+
+
 # ============================================================================
 # DIAGNOSTICS. What state this box and this process are in.
 # ============================================================================
@@ -8633,6 +9422,39 @@ def test_every_route_has_a_test(route):
 def test_every_route_wants_the_token(strict, route):
     answer = strict.call(filled(route), {} if not route.route.startswith("GET") else None, auth=False)
     assert answer.status == (200 if route.scope is None else 401)
+
+
+@pytest.fixture(scope="session")
+def ring(guarded: Server) -> Json:
+    """A ring of keys: one for each scope, one for each that has all others, an expired and a revoked one."""
+    names = [scope for scope in aegis.SCOPES if scope != "admin"]
+    keys = {scope: bearer(mint(guarded, scope)) for scope in aegis.SCOPES}
+    keys.update({f"not {scope}": bearer(mint(guarded, *(one for one in names if one != scope))) for scope in names})
+    keys["not admin"] = bearer(mint(guarded, *names))
+    gone = mint(guarded, "admin")
+    guarded.ask(f"DELETE /v1/auth/keys/{gone['id']}")
+    keys.update(revoked=bearer(gone), expired=bearer(mint(guarded, "admin", ttlMs=1)))
+    keys["wrong"] = {"Authorization": "Bearer x"}
+    eventually(lambda: guarded.call("GET /v1/sessions", headers=keys["expired"]).status == 401)
+    return keys
+
+
+@every_route
+def test_every_route_wants_a_key_of_its_scope(guarded, ring, route):
+    method, path = filled(route).split(" ")
+    given = (f"{method} {path}?zebra=1", None) if method == "GET" else (f"{method} {path}", {"zebra": 1})
+    if route.scope is None or route.scope == "hook":
+        return
+    for bad in ({}, ring["wrong"], ring["expired"], ring["revoked"]):
+        answer = guarded.call(*given, headers=bad, auth=False)
+        assert (answer.status, answer.json["code"]) == (401, "UNAUTHORIZED") and answer.headers["WWW-Authenticate"]
+        check_envelope(answer)
+    answer = guarded.call(*given, headers=ring[f"not {route.scope}"])
+    assert (answer.status, answer.json["code"], answer.json["missingScope"]) == (403, "MISSING_SCOPE", route.scope)
+    assert route.scope in answer.json["error"] and route.scope in answer.headers["WWW-Authenticate"]
+    check_envelope(answer)
+    for good in (ring[route.scope], ring["admin"]):
+        assert guarded.call(*given, headers=good).status in (400, 404)
 
 
 @every_route
