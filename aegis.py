@@ -10334,7 +10334,7 @@ def json_blocks(said: str) -> List[str]:
     return found
 
 
-def strict_json(raw: str) -> Any:
+def unambiguous_json(raw: str) -> Any:
     """Read JSON, refusing what is no JSON or says two things at once.  Raises ValueError."""
     def unique(pairs: List[Tuple[str, Any]]) -> Json:
         if len({name for name, _ in pairs}) < len(pairs):
@@ -10372,7 +10372,7 @@ def read_assessment(said: str, criteria: Sequence[str]) -> Json:
     blocks = json_blocks(said)
     if len(blocks) != 1:
         raise ValueError(f"it holds {len(blocks)} blocks of ```json, and must hold exactly one")
-    told = checked(ASSESSMENT, strict_json(blocks[0]), "the assessment")
+    told = checked(ASSESSMENT, unambiguous_json(blocks[0]), "the assessment")
     names = {name.casefold(): name for name in criteria}
     found: Dict[str, Json] = {}
     for number_, one in enumerate(told["criteria"], 1):
@@ -11031,7 +11031,7 @@ def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page
 # transactions of what they count, so a restart neither loses nor repeats any.
 # They are summed by UTC day and model, never over sessions or events.  API
 # counts are this process's own and begin anew with it.  To add a figure for
-# Prometheus: a Family in families().
+# Prometheus: a Family in metric_families().
 
 HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
@@ -11314,7 +11314,8 @@ class Family(NamedTuple):
 def exposition(context: Context, open_metrics: bool) -> str:
     """Write all figures in Prometheus's text format 0.0.4, or as OpenMetrics 1.0."""
     store_all_books(context)
-    told = [line for family in families(context) if family.samples for line in family_lines(family, open_metrics)]
+    told = [line for family in metric_families(context) if family.samples
+            for line in family_lines(family, open_metrics)]
     return "\n".join([*told, *(["# EOF"] if open_metrics else []), ""])
 
 
@@ -11346,7 +11347,7 @@ def number_text(value: Any) -> str:
     return "+Inf" if value == math.inf else repr(value)
 
 
-def families(context: Context) -> List[Family]:
+def metric_families(context: Context) -> List[Family]:
     """Gather what Prometheus is told."""
     return [*usage_families(context), *session_families(context), *time_families(context), *traffic_families(context),
             *process_families(context)]
@@ -11514,7 +11515,7 @@ class Site(NamedTuple):
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
-class Reply(NamedTuple):
+class SiteReply(NamedTuple):
     """What another server answered."""
 
     status: int
@@ -11526,7 +11527,7 @@ class OutboundError(Exception):
     """Another server was not reached, or gave no answer in time; the sentence says which."""
 
 
-def read_url(url: str) -> Site:
+def read_site(url: str) -> Site:
     """Take an address apart.  Raises ValueError with what it must be."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -11670,7 +11671,7 @@ class TimedReader(io.RawIOBase):
 
 
 def exchange(site: Site, guard: Guard, method: str, headers: Mapping[str, str], body: bytes, seconds: float,
-             most: int = 0) -> Reply:
+             most: int = 0) -> SiteReply:
     """Make one request; `most` bytes of the answer's body are needed, none if 0.  Raises OutboundError."""
     until = time.monotonic() + seconds
     try:
@@ -11682,11 +11683,11 @@ def exchange(site: Site, guard: Guard, method: str, headers: Mapping[str, str], 
             answer.begin()
             told = {name.lower(): value for name, value in answer.getheaders()}
             if most:
-                return Reply(answer.status, told, answer.read(most))
+                return SiteReply(answer.status, told, answer.read(most))
             reader.until = min(until, time.monotonic() + GOODBYE_SECONDS)
             with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
                 answer.read(16_384)   # what is cut off in the middle of its answer may take it for a failure
-            return Reply(answer.status, told, b"")
+            return SiteReply(answer.status, told, b"")
     except (OSError, ValueError, http.client.HTTPException, OutboundError) as error:
         raise OutboundError(outbound_sentence(error, seconds)) from None
 
@@ -11767,7 +11768,7 @@ class Outcome(NamedTuple):
         return self.said is None
 
 
-def new_secret() -> str:
+def new_signing_secret() -> str:
     """Make a secret to sign with."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
@@ -11813,7 +11814,7 @@ def send_message(context: Context, row: WebhookRow, message_id: str, body: bytes
     now = time.time()
     headers = message_headers(signing(row, now), message_id, int(now), body)
     try:
-        site = read_url(row.url)
+        site = read_site(row.url)
         reply = exchange(site, context.guard, "POST", headers, body, context.settings.webhook_seconds)
     except (OutboundError, ValueError) as error:
         return Outcome(None, str(error))
@@ -12150,14 +12151,14 @@ def webhook_fields(events: Sequence[str], url: str, session: Optional[str], labe
     unknown = unknown_types(events)
     if unknown:
         raise faulty({"events": f"holds unknown events: {clip(', '.join(unknown), 200)}"})
-    for field, check, given in (("url", read_url, url), ("secret", check_secret, secret)):
+    for field, check, given in (("url", read_site, url), ("secret", check_secret, secret)):
         try:
             if given is not None:
                 check(given)
         except ValueError as error:
             raise faulty({field: str(error)}) from None
     return {"url": url, "types": list(events), "session": session, "labels": dict(labels or {}),
-            "secret": secret or new_secret()}
+            "secret": secret or new_signing_secret()}
 
 
 def find_webhook(context: Context, webhook_id: str) -> WebhookRow:
@@ -12174,7 +12175,7 @@ def check_reachable(context: Context, url: str) -> None:
     Raises ApiError 400.
     """
     try:
-        resolve(read_url(url), context.guard)
+        resolve(read_site(url), context.guard)
     except OutboundError as error:
         if "AEGIS_WEBHOOK_ALLOW" in str(error):
             raise faulty({"url": f"is refused: {error}"}) from None
@@ -12279,7 +12280,7 @@ def wire_letter(row: LetterRow) -> Json:
 def webhook_health(context: Context, row: WebhookRow) -> Json:
     """Tell how an endpoint fares; of its address only what cannot be a secret."""
     failing = row.state == "active" and row.tries > 0
-    return {"channel": "webhook", "id": row.id, "name": row.name, "target": read_url(row.url).origin,
+    return {"channel": "webhook", "id": row.id, "name": row.name, "target": read_site(row.url).origin,
             "state": "failing" if failing else row.state, "lastSuccessAt": iso(row.last_success_at),
             "lastError": row.last_error, "lastErrorAt": iso(row.last_error_at), "nextTryAt": iso(row.next_at),
             "queueLength": queue_length(context, row)}
@@ -12331,7 +12332,7 @@ def check_telegram(settings: Settings) -> None:
         if wrong is not None:
             raise ValueError(f"AEGIS_{name.upper()} holds {clip(wrong, 40)!r}: it must list numeric ids")
     try:
-        read_url(settings.telegram_api)
+        read_site(settings.telegram_api)
     except ValueError as error:
         raise ValueError(f"AEGIS_TELEGRAM_API {error}") from None
     unknown = unknown_types(settings.telegram_events)
@@ -12465,7 +12466,7 @@ class Telegram(Listener):
         """Call a method of the Bot API; gives its result.  Raises TelegramError, which never holds the token."""
         token = self.context.settings.telegram_token
         try:
-            site = read_url(f"{self.context.settings.telegram_api.rstrip('/')}/bot{token}/{method}")
+            site = read_site(f"{self.context.settings.telegram_api.rstrip('/')}/bot{token}/{method}")
             body = dump({name: value for name, value in fields.items() if value is not None})
             reply = exchange(site, TRUSTED, "POST", {"Content-Type": "application/json"},
                              body.encode("utf-8", "replace"), seconds, MAX_ANSWER)
@@ -12711,7 +12712,7 @@ class Telegram(Listener):
         state = "failing" if self.failing else "active" if self.last_success_at else "starting"
         state = state if self.on else "off"
         return {"channel": "telegram", "state": state, "name": f"@{self.name}" if self.name else None,
-                "target": read_url(self.context.settings.telegram_api).origin if self.on else None,
+                "target": read_site(self.context.settings.telegram_api).origin if self.on else None,
                 "lastSuccessAt": iso(self.last_success_at), "lastError": self.last_error,
                 "lastErrorAt": iso(self.last_error_at), "queueLength": waiting,
                 "ignored": telegram_fact(self.context, "ignored")}
@@ -12848,7 +12849,7 @@ def on_message(heard: Heard) -> List[Statement]:
     request = sent.request if sent else None
     if request and is_question(heard, request):
         return answer_in_words(heard, session_id, request, text_)
-    return send_prompt(heard, session_id, text_)
+    return pass_on_prompt(heard, session_id, text_)
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
@@ -12864,7 +12865,7 @@ def topic_session(heard: Heard) -> Optional[str]:
                                          heard.chat, heard.thread)
 
 
-def send_prompt(heard: Heard, session_id: str, text_: str) -> List[Statement]:
+def pass_on_prompt(heard: Heard, session_id: str, text_: str) -> List[Statement]:
     """Queue a prompt under the update's number, so that it is never sent twice."""
     session = find_live(heard.bot.context, session_id)
     busy = session.row.status not in ("idle", "error")
@@ -13687,7 +13688,7 @@ class Finding(NamedTuple):
     message: str    # what was found, and what to do if it is not ok: one line
 
 
-def masked(text_: str, secrets_: Iterable[str] = ()) -> str:
+def without_secrets(text_: str, secrets_: Iterable[str] = ()) -> str:
     """Take secrets out of a text: those that are known, and what looks like one."""
     for secret in secrets_:
         text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
@@ -13715,7 +13716,7 @@ def settings_view(context: Context) -> List[Json]:
 def masked_value(value: Any, hidden: Sequence[str]) -> Any:
     """Take secrets out of a setting's value, whatever its shape."""
     if isinstance(value, str):
-        return masked(value, hidden)
+        return without_secrets(value, hidden)
     if isinstance(value, (tuple, list)):
         return [masked_value(one, hidden) for one in value]
     if isinstance(value, dict):
@@ -13881,8 +13882,8 @@ def workers_view(context: Context) -> List[Json]:
 def troubles_view(context: Context) -> List[Json]:
     """List the last warnings and errors of the log, newest first, without secrets."""
     hidden = known_secrets(context)
-    return [{"at": iso(at), "level": level, "message": masked(message, hidden),
-             "fields": {name: clip(masked(str(value), hidden), 2_000) for name, value in fields.items()}}
+    return [{"at": iso(at), "level": level, "message": without_secrets(message, hidden),
+             "fields": {name: clip(without_secrets(str(value), hidden), 2_000) for name, value in fields.items()}}
             for at, level, message, fields in reversed(list(context.log.troubles))]
 
 
@@ -15432,8 +15433,8 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
                    model: Optional[str], timeout: float) -> Any:
     """Have a session's work reviewed by several agents that may only read, and decide by their votes."""
     context, session = ask.context, find_session(ask.context, id).row
-    names = read_criteria(one_of("criteria", criteria, "focusAreas", focus_areas))
-    count = one_of("reviewers", reviewers, "reviewerCount", reviewer_count) or 3
+    names = read_criteria(either_of("criteria", criteria, "focusAreas", focus_areas))
+    count = either_of("reviewers", reviewers, "reviewerCount", reviewer_count) or 3
     spec = {"rule": rule, "weights": read_weights(rule, weights, names, count), "timeout": timeout,
             "quorum": read_quorum(quorum, count)}
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
@@ -15453,7 +15454,7 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     return Later(work)
 
 
-def one_of(name: str, value: Any, synonym: str, other: Any) -> Any:
+def either_of(name: str, value: Any, synonym: str, other: Any) -> Any:
     """Take a field that has two names.  Raises ApiError 400 when both are given."""
     if value is not None and other is not None:
         raise faulty({synonym: f"and {name} say the same: give one of them"})
@@ -15915,7 +15916,7 @@ ERROR = shape(
      "code": {**WORD, "pattern": "^[A-Z][A-Z0-9_]+$", "description": "A word for programs."},
      "statusCode": {"type": "integer", "minimum": 400, "maximum": 599}},
     {"fields": {"type": "object", "additionalProperties": TEXT, "description": "What is wrong, by field."}})
-USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
+TOKEN_USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
 PERMISSION = shape(
     "Permission", "An agent's request to use a tool.",
     {**each("id sessionId tool", WORD), **each("summary", TEXT), **each("detail subagentId rule message", maybe(TEXT)),
@@ -15937,7 +15938,7 @@ SESSION_FIELDS: Dict[str, Field] = {
            "window attach", maybe(TEXT)),
     **each("endedAt resetsAt", maybe(TIME)), "exitCode": maybe({"type": "integer"}), "pid": maybe(COUNT),
     "labels": {"type": "object", "additionalProperties": TEXT}, "limits": OBJECT,
-    "worktree": maybe(record(WORKTREE_FIELDS)), **each("queueLength turns", COUNT), "tokenUsage": USAGE,
+    "worktree": maybe(record(WORKTREE_FIELDS)), **each("queueLength turns", COUNT), "tokenUsage": TOKEN_USAGE,
     "costUsd": {**maybe(AMOUNT), "description": "null when a model's price is not known."},
     "pendingPermission": maybe(PERMISSION), "pendingPermissions": listing(PERMISSION),
     "pendingQuestion": maybe(QUESTION)}
@@ -15952,7 +15953,7 @@ MESSAGE = shape(
     {"tool": TEXT, "input": ANY, "toolUseId": TEXT})
 READ = shape(
     "Read", "What a session says.",
-    {**each("id name", WORD), "status": STATUS, **each("statusReason output", maybe(TEXT)), "tokenUsage": USAGE,
+    {**each("id name", WORD), "status": STATUS, **each("statusReason output", maybe(TEXT)), "tokenUsage": TOKEN_USAGE,
      "costUsd": maybe(AMOUNT), **each("turns queueLength", COUNT), "messages": listing(MESSAGE),
      "pendingPermission": maybe(PERMISSION), "pendingQuestion": maybe(QUESTION)},
     {"timedOut": {**YES, "description": "With `wait`: the time was over before the session needed its caller."}})
@@ -16000,13 +16001,13 @@ STAGE_SHAPE = shape(
     "Stage", "One stage of a pipeline; a list shows no more than its state.", STAGE_FIELDS,
     {**each("promptId verifyId output", maybe(TEXT)), "sessionStatus": maybe(STATUS), "retries": COUNT,
      "waitsFor": {"anyOf": [PERMISSION, QUESTION, {"type": "null"}]}, "timeout": maybe(AMOUNT),
-     "onFailure": one_of("stop", "continue"), "tokenUsage": USAGE, "costUsd": maybe(AMOUNT)})
+     "onFailure": one_of("stop", "continue"), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT)})
 PIPELINE = shape(
     "Pipeline", "A pipeline; a list leaves tokens and cost out.",
     {**each("id name", WORD), "state": one_of(*PIPELINE_STATES), "reason": maybe(TEXT), "parallel": COUNT, "keep": YES,
      "stages": listing(STAGE_SHAPE), "progress": record(each(f"total {' '.join(STAGE_STATES)}", COUNT)),
      "createdAt": TIME, "endedAt": maybe(TIME), "seconds": AMOUNT},
-    {"tokenUsage": USAGE, "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+    {"tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
 EVENT = shape(
     "Event", "One event; what else it carries depends on its type.",
     {"id": COUNT, "type": one_of(*EVENT_TYPES), "sessionId": maybe(TEXT), "timestamp": TIME})
@@ -16017,7 +16018,7 @@ HEALTH = record({
     "timestamp": TIME})
 STATS = record({
     **each("total active idle working stalled turns queued", COUNT), "byStatus": record(each(" ".join(STATES), COUNT)),
-    "tokenUsage": USAGE, "costUsd": maybe(AMOUNT)})
+    "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT)})
 EXPLANATION = record({
     "id": WORD, "status": STATUS, "reason": maybe(TEXT), "since": maybe(TIME), "rule": maybe(TEXT),
     "evidence": listing(record({**each("source rule", TEXT), "at": TIME, "detail": TEXT})),
@@ -21331,7 +21332,7 @@ LINE_MOST = MAX_BODY               # characters of one message
 UNDER_WAY = 64                     # requests at once; more wait for their turn
 REQUEST_SECONDS = 90_000.0         # the longest wait that a tool may be told, and an hour
 FAREWELL_SECONDS = 1.5             # after the end of stdin, for answers that are on their way
-GONE = -32000                      # JSON-RPC code: the server cannot be reached, or refused the request
+UNREACHABLE = -32000               # JSON-RPC code: the server cannot be reached, or refused the request
 
 
 class Bridge:
@@ -21407,7 +21408,7 @@ class Bridge:
         except Exception as error:   # whatever breaks, its client is told
             if not self.cancelled.get(of) and isinstance(message, dict) and "id" in message:
                 says = error.message if isinstance(error, ApiError) else f"the server hung up ({error})"
-                self.write(McpError(GONE, says, of=of).body())
+                self.write(McpError(UNREACHABLE, says, of=of).body())
         finally:
             self.client._drop(line)
             with self.lock:
@@ -21440,8 +21441,8 @@ class Bridge:
         if answer.status != 202 and raw:
             told = json.loads(raw)
             envelope = isinstance(told, dict) and "jsonrpc" not in told
-            self.hear(McpError(GONE, str(told.get("error")), data=told, of=of).body() if envelope else told, message,
-                      of)
+            says = McpError(UNREACHABLE, str(told.get("error")), data=told, of=of).body() if envelope else told
+            self.hear(says, message, of)
         if isinstance(message, dict) and message.get("method") == "initialize" and answer.status == 200:
             self.session = answer.headers.get("Mcp-Session-Id") or ""
 
@@ -22016,11 +22017,11 @@ def waiting_time(values: Mapping[str, Any]) -> float:
     return CALL_SECONDS + max(told or [3600.0])
 
 
-def call_tool(job: Job) -> Optional[int]:
+def call_any_tool(job: Job) -> Optional[int]:
     """Make the request of any row that names a tool; without a name, list them."""
     name = (job.options.tool or "").replace("-", "_")
     if not name:
-        rows = [(route.tool, route.route, summary_of(route)) for route in ROUTES if route.tool]
+        rows = [(route.tool, route.route, verb_summary(route)) for route in ROUTES if route.tool]
         told = [dict(zip(("tool", "route", "summary"), one)) for one in rows]
         show(job.terminal, {"tools": told}, ("tool", "route", "summary"))
         return None
@@ -22035,7 +22036,7 @@ def call_tool(job: Job) -> Optional[int]:
     return None
 
 
-def summary_of(route: Route) -> str:
+def verb_summary(route: Route) -> str:
     """Give the first line of what a row's handler says of itself."""
     return (route.handler.__doc__ or "").strip().split("\n")[0]
 
@@ -22073,7 +22074,7 @@ RUN_OPTIONS = (
 ASK_HELP = "y yes · a yes, and always in this session · n no · n WHY no, and tell the agent why · d all of it"
 
 
-class Outcome(NamedTuple):
+class Ending(NamedTuple):
     """How following a prompt ended."""
 
     code: int
@@ -22112,7 +22113,7 @@ class Dialogue:
         """Send a prompt; gives its id."""
         return self.client.call("POST", f"{self.path}/send", body, key=new_id("cli-"))["promptId"]
 
-    def follow(self, prompt_id: str, seconds: Optional[float]) -> Outcome:
+    def follow(self, prompt_id: str, seconds: Optional[float]) -> Ending:
         """Follow until a prompt is over, or nobody here can help it on."""
         until = None if seconds is None else time.monotonic() + seconds
         self.news.listen(f"{self.path}/events")
@@ -22125,7 +22126,7 @@ class Dialogue:
             left = GLANCE_SECONDS if until is None else min(GLANCE_SECONDS, until - time.monotonic())
             if left <= 0:
                 self.interrupt(prompt)
-                return Outcome(TIMED_OUT, "timeout", f"it took more than {seconds:g} s; its turn was interrupted")
+                return Ending(TIMED_OUT, "timeout", f"it took more than {seconds:g} s; its turn was interrupted")
             for kind, what in self.news.wait(left, keyboard=self.asking is not None):
                 over = over or self.hear(kind, what, prompt)
             if over:
@@ -22151,22 +22152,22 @@ class Dialogue:
         if told:
             self.terminal.note(fit(told, (self.terminal.room() or 120) - 1), "dim")
 
-    def verdict(self, prompt: Json) -> Optional[Outcome]:
+    def verdict(self, prompt: Json) -> Optional[Ending]:
         """Tell whether it is over, and how."""
         status, reason = self.known["status"], prompt["reason"] or self.known["statusReason"]
         if prompt["state"] == "done":
-            return Outcome(0, "done")
+            return Ending(0, "done")
         if status in ENDED:
-            return Outcome(GONE, status, self.known["statusReason"] or reason)
+            return Ending(GONE, status, self.known["statusReason"] or reason)
         if status == "rate_limited" and not self.patient:
-            return Outcome(LIMITED, "rate_limited", reason)
+            return Ending(LIMITED, "rate_limited", reason)
         if prompt["state"] == "failed":
             stopped = re.search("interrupted|cancelled", reason or "") is not None
-            return Outcome(STOPPED, "interrupted", reason) if stopped else Outcome(FAILED, "failed", reason)
+            return Ending(STOPPED, "interrupted", reason) if stopped else Ending(FAILED, "failed", reason)
         if status == "error" and prompt["state"] == "queued":
-            return Outcome(FAILED, "failed", reason)
+            return Ending(FAILED, "failed", reason)
         if status == "asking" and not self.known["pendingQuestion"]:
-            return Outcome(WAITING, "waiting", reason)
+            return Ending(WAITING, "waiting", reason)
         return None
 
     def interrupt(self, prompt: Json) -> None:
@@ -22176,7 +22177,7 @@ class Dialogue:
                 self.client.call(method, path)
                 return
 
-    def hear(self, kind: str, what: Any, prompt: Json) -> Optional[Outcome]:
+    def hear(self, kind: str, what: Any, prompt: Json) -> Optional[Ending]:
         """Take one piece of news."""
         if kind == "event" and self.stream:
             self.terminal.say(safe_json(what))
@@ -22191,7 +22192,7 @@ class Dialogue:
 
     # -- what the agent asks
 
-    def attend(self) -> Optional[Outcome]:
+    def attend(self) -> Optional[Ending]:
         """See to what waits for a decision."""
         permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
         if self.known["status"] in ("stalled", "rate_limited"):
@@ -22213,7 +22214,7 @@ class Dialogue:
             self.tell_once(f"waiting for a decision: {clip(summary_, 200)} (aegis.py "
                            f"{'approve' if permission else 'answer'} {self.id})")
             return None
-        return Outcome(WAITING, "waiting", f"{'a permission' if permission else 'an answer'} is asked for: "
+        return Ending(WAITING, "waiting", f"{'a permission' if permission else 'an answer'} is asked for: "
                        f"{clip(summary_, 200)}")
 
     def tell_once(self, words: str) -> None:
@@ -22245,7 +22246,7 @@ class Dialogue:
         for line in lines:
             self.terminal.note(f"│ {line}")
 
-    def typed(self, line: Optional[str]) -> Optional[Outcome]:
+    def typed(self, line: Optional[str]) -> Optional[Ending]:
         """Take what the person typed at a request."""
         permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
         if line is None:
@@ -22416,7 +22417,7 @@ def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, ke
     return outcome.code
 
 
-def tell_outcome(dialogue: Dialogue, outcome: Outcome, prompt_id: str, seconds: float, kept: bool) -> None:
+def tell_outcome(dialogue: Dialogue, outcome: Ending, prompt_id: str, seconds: float, kept: bool) -> None:
     """Print the answer, and say how it ended."""
     known, terminal = dialogue.known, dialogue.terminal
     output = known["output"] if outcome.code == 0 else None
@@ -22871,7 +22872,7 @@ EVERY_VERB = (
     Verb("stats", do_row, "GET /v1/sessions/stats"),
     Verb("metrics", do_row, "GET /v1/metrics"),
     Verb("health", do_row, "GET /v1/health"),
-    Verb("call", call_tool, more=(
+    Verb("call", call_any_tool, more=(
         (("tool",), {"nargs": "?", "metavar": "TOOL", "help": "the tool; without one they are listed"}),
         (("fields",), {"nargs": "*", "metavar": "FIELD=VALUE", "help": "fields, also FIELD:=JSON, a JSON object or "
                        "@FILE"})),
@@ -22916,7 +22917,7 @@ def usage_line(verb: Verb) -> str:
 
 def verb_about(verb: Verb) -> str:
     """Say what a verb does."""
-    return verb.about or summary_of(ROUTES_BY_PATH[verb.route])
+    return verb.about or verb_summary(ROUTES_BY_PATH[verb.route])
 
 
 def find_verb(words: Sequence[str]) -> Tuple[Optional[Verb], Sequence[str]]:
@@ -22947,17 +22948,17 @@ def run_verb(verb: Verb, words: Sequence[str]) -> int:
         client = reach(options.url, options.token)
         return finished(verb.work(Job(verb, options, client, terminal)) or 0)
     except Wrong as wrong:
-        return refused(terminal, verb, str(wrong), USAGE)
+        return refuse_verb(terminal, verb, str(wrong), USAGE)
     except ApiError as error:
         wrong = error.status == 400 or error.code.startswith("BAD_")
         code = USAGE if wrong else UNSERVED if error.code in UNREACHED else FAILED
-        return refused(terminal, verb, error.message + advice(error), code)
+        return refuse_verb(terminal, verb, error.message + advice(error), code)
     except KeyboardInterrupt:
         return STOPPED
     except OSError as error:   # of the output: all others are told as ApiErrors
         forget_output()
         gone = isinstance(error, BrokenPipeError)
-        return UNREAD if gone else refused(terminal, verb, f"the output cannot be written: {error}", FAILED)
+        return UNREAD if gone else refuse_verb(terminal, verb, f"the output cannot be written: {error}", FAILED)
     finally:
         if client:
             client.close()
@@ -22973,7 +22974,7 @@ def advice(error: ApiError) -> str:
     return ""
 
 
-def refused(terminal: Terminal, verb: Verb, message: str, code: int) -> int:
+def refuse_verb(terminal: Terminal, verb: Verb, message: str, code: int) -> int:
     """Say in one line what is wrong."""
     terminal.note(f"aegis: {verb.name}: " + message.replace("\n", " "))
     return code
