@@ -8905,6 +8905,29 @@ def test_list_sessions_shows_a_key_its_own_alone(guarded, two):
     assert guarded.call(f"GET /v1/sessions/{theirs.id}", headers=reader).status == 200
 
 
+def test_get_metrics_tells_a_key_of_its_own_sessions_alone(guarded, two):
+    mine, _, ours, theirs = two
+    for talk in (ours, theirs):
+        sent = guarded.ask(f"POST /v1/sessions/{talk.id}/send", {"text": "[[say hi]]"})
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        settled_usage(talk, talk.get()["transcriptPath"])
+    made = [guarded.ask(f"GET /v1/metrics?limit=200{query}", headers=mine) for query in ("", "&from=2020-01-01")]
+    own = {one["id"] for one in guarded.ask("GET /v1/sessions?limit=200", headers=mine)["sessions"]}
+    for told in made:
+        assert ours.id in own and {one["id"] for one in told["bySession"]} <= own and told["api"] is None
+        assert told["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in told["bySession"])
+                                      for name in told["tokenUsage"]}
+        assert told["tokenUsage"]["output"] > 0 and told["turns"]["total"] == sum(
+            one["turns"] for one in told["byDay"]) == sum(one["turns"] for one in told["bySession"])
+    everything = guarded.ask("GET /v1/metrics?limit=200")
+    assert everything["tokenUsage"]["output"] > made[0]["tokenUsage"]["output"] and everything["api"]["requests"]
+    assert guarded.refusal(f"GET /v1/metrics?session={theirs.id}", headers=mine) == (404, "SESSION_NOT_FOUND")
+    assert guarded.refusal("GET /metrics", headers=mine) == (403, "MISSING_SCOPE")
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    assert guarded.call("GET /v1/metrics", headers=reader).status == 200
+    assert guarded.refusal("GET /v1/diagnostics", headers=reader) == (403, "MISSING_SCOPE")
+
+
 def test_kill_batch_ends_only_what_the_key_made(guarded, two):
     mine, _, ours, theirs = two
     told = guarded.ask("DELETE /v1/sessions/batch", {"ids": [theirs.id, "nobody"]}, mine)
