@@ -23281,12 +23281,17 @@ def doctor(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    named = chosen.url or os.environ.get("AEGIS_URL") or ""
-    token = chosen.token or os.environ.get("AEGIS_TOKEN") or settings.auth_token
-    if not named and not is_served(settings.state_dir):
-        token = ""   # who listens there is not known: nobody gets it
-    url = named or agents_url(settings, settings.port)
-    answer, server = ask_server(url, token, bool(named))
+    named = bool(chosen.url or os.environ.get("AEGIS_URL"))
+    about = {"AEGIS_STATE_DIR": settings.state_dir, "AEGIS_AUTH_TOKEN": settings.auth_token}
+    try:
+        client = reach(chosen.url or "", chosen.token or "", {**os.environ, **about})
+        if not named and not own_address(settings.state_dir):   # who listens there is not known: nobody gets the token
+            client = Client(agents_url(settings, settings.port))
+    except ApiError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    answer, server = ask_server(client, named)
+    url = client.url
     findings = ([server, *told_findings(answer)] if answer else [server] if named else find_locally(settings, server))
     bad = [one for one in findings if one.state == "problem"]
     if chosen.json:
@@ -23297,54 +23302,28 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def is_served(state_dir: str) -> bool:
-    """Tell whether a server runs on a state directory, without touching its lock."""
-    said = read_tail(Path(state_dir) / "lock", 20).strip()
-    return said.isdigit() and alive(int(said))
-
-
 def told_findings(answer: Json) -> List[Finding]:
     """Read the findings in a server's diagnostics; it may be of another version."""
     return [Finding(str(one.get("name")), str(one.get("state")), str(one.get("message"))) for one in answer["checks"]
             if isinstance(one, dict)]
 
 
-def ask_server(url: str, token: str, named: bool) -> Tuple[Optional[Json], Finding]:
+def ask_server(client: Client, named: bool) -> Tuple[Optional[Json], Finding]:
     """Ask a server for its diagnostics; gives what it said, and what to say of the server itself."""
-    import http.client
-
-    def problem(what: str) -> Tuple[None, Finding]:
-        return None, Finding("server", "problem", what)
-    place = urllib.parse.urlsplit(url)
     try:
-        usual = {"http": 80, "https": 443}[place.scheme]
-        line = http.client.HTTPConnection(place.hostname or "", place.port or usual, timeout=30.0)
-    except (ValueError, KeyError):
-        return problem(f"{url} is no URL of a server: give one like http://127.0.0.1:9100")
-    try:
-        if place.scheme == "https":
-            import ssl
-            line.connect()
-            line.sock = ssl.create_default_context().wrap_socket(line.sock, server_hostname=place.hostname)
-        line.request("GET", f"{place.path.rstrip('/')}/v1/diagnostics?full=true",
-                     headers={"Authorization": f"Bearer {token}"} if token else {})
-        got = line.getresponse()
-        told = json.loads(got.read(16_000_000))
-    except ConnectionRefusedError:
-        if named:
-            return problem(f"nothing listens at {url}: start Aegis there")
-        return None, Finding("server", "ok", f"none runs, and {url} is free for one")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return problem(f"what is at {url} does not answer as Aegis does ({error or type(error).__name__}): "
-                       "choose another --port")
+        told = client.call("GET", "/v1/diagnostics?full=true", seconds=60.0)
+    except ApiError as error:
+        if error.code == "NO_SERVER" and not named:
+            return None, Finding("server", "ok", f"none runs, and {client.url} is free for one")
+        advice = (": give its token, or a key of the scope admin, as AEGIS_TOKEN" if error.status in (401, 403)
+                  else "" if named or error.code == "NO_SERVER" else "; or choose another --port for yours")
+        return None, Finding("server", "problem", f"{error}{advice}")
     finally:
-        line.close()
-    if got.status == 200 and isinstance(told, dict) and isinstance(told.get("checks"), list):
-        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {url}")
-    if got.status in (401, 403):
-        return problem(f"the server at {url} refuses ({got.status}): give its token, or a key of the scope admin, as "
-                       "AEGIS_TOKEN")
-    return problem(f"what is at {url} answers {got.status}: it is no Aegis of this version; choose another --port")
+        client.close()
+    if isinstance(told, dict) and isinstance(told.get("checks"), list):
+        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {client.url}")
+    return None, Finding("server", "problem", f"what answers at {client.url} is no Aegis of this version"
+                         + ("" if named else ": choose another --port"))
 
 
 def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:

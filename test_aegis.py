@@ -11920,13 +11920,15 @@ def test_doctor_says_what_to_do_about_each_problem(tmp_path):
     assert [name for name, advice in wanted.items() if advice not in found[name]["message"]] == []
 
 
-def test_doctor_asks_the_server_that_runs(server, strict):
+def test_doctor_asks_the_server_that_runs(server, strict, guarded):
     code, found = doctored("--port", str(server.port), root=server.root)
     assert code == 0 and "answers" in found["server"]["message"] and found["workers"]["state"] == "ok"
     code, found = doctored("--port", str(strict.port), root=strict.root)
     assert code == 1 and "AEGIS_TOKEN" in found["server"]["message"]
     token = strict.auth["Authorization"].split()[1]
     assert doctored("--url", f"http://127.0.0.1:{strict.port}/", root=server.root, AEGIS_TOKEN=token)[0] == 0
+    code, found = doctored(root=guarded.root)
+    assert code == 0 and str(guarded.port) in found["server"]["message"], "its own user's key is at hand"
     done = run_aegis("doctor", "--port", str(server.port), root=server.root, TERM="xterm")
     assert done.returncode == 0 and "all is well" in done.stdout and "\033" not in done.stdout, "no terminal"
 
@@ -11948,7 +11950,7 @@ def test_doctor_gives_no_token_to_a_stranger_at_its_port(tmp_path):
     assert "python" in found, "the box is looked at all the same"
 
 
-@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 1), (("--port", "x"), 2), (("--nonsense",), 2)])
+@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 2), (("--port", "x"), 2), (("--nonsense",), 2)])
 def test_doctor_refuses_what_it_does_not_know_in_one_line(tmp_path, words, status):
     done = run_aegis("doctor", *words, root=tmp_path)
     assert done.returncode == status and "Traceback" not in done.stdout + done.stderr
