@@ -4921,7 +4921,6 @@ class Context:
         self.traffic: Any = None                       # see METRICS
         self.probes: Any = None                        # see DIAGNOSTICS
         self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
-        self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
         self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
         self.guard: Any = None                         # see OUTBOUND
         self.webhooks: Any = None                      # see COURIERS
@@ -9816,6 +9815,7 @@ def sweep_runs(context: Context) -> None:
     """Prune, now and then: the body of its thread."""
     pause = 0.0
     while not context.stopping.wait(pause):
+        context.rounds["aegis-prune"] = time.monotonic()
         pause = PRUNE_SECONDS
         with contextlib.suppress(ApiError, OSError):
             pause = 0.05 if prune_runs(context, time.time()) >= PRUNED_AT_ONCE else PRUNE_SECONDS
@@ -13349,6 +13349,7 @@ def keep_books(context: Context) -> None:
     noted = 0
     note_head(context)
     while not context.stopping.wait(HEAD_SECONDS):
+        context.rounds["aegis-books"] = time.monotonic()
         try:
             write_books(context)
         except (ApiError, OSError) as error:
@@ -13697,7 +13698,7 @@ DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the f
 TMUX_AT_LEAST = (3, 0)
 NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
-           "aegis-consensus")
+           "aegis-consensus", "aegis-prune", "aegis-books")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
                "CLAUDE_CODE_USE_VERTEX")
 SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
@@ -13718,14 +13719,21 @@ def without_secrets(text_: str, secrets_: Iterable[str] = ()) -> str:
     """Take secrets out of a text: those that are known, and what looks like one."""
     for secret in secrets_:
         text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
-    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", text_)
+    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", masked(text_))
 
 
 def known_secrets(context: Context) -> List[str]:
     """List the secrets that no answer may hold."""
-    chosen = [getattr(context.settings, one.name) for one in SETTINGS if one.secret]
-    given = [value for one in chosen for value in (one if isinstance(one, tuple) else (one,)) if isinstance(value, str)]
-    return [one for one in (*given, *(s.row.secret for s in list(context.sessions.values()))) if one]
+    given = [one for setting in SETTINGS if setting.secret for one in texts_in(getattr(context.settings, setting.name))]
+    return [one for one in (*given, *(session.row.secret for session in list(context.sessions.values()))) if one]
+
+
+def texts_in(value: Any) -> List[str]:
+    """List the texts in a setting's value, whatever its shape; names of an object are none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text_ for one in value for text_ in texts_in(one)] if isinstance(value, (list, tuple)) else (
+        [value] if isinstance(value, str) else [])
 
 
 def settings_view(context: Context) -> List[Json]:
@@ -13884,16 +13892,18 @@ def file_size(path: Path) -> Optional[int]:
 
 
 def queues_view(context: Context) -> Json:
-    """Tell what waits: prompts, held requests, events, log lines, and what other rooms have queued."""
+    """Tell what waits: prompts, held requests, events, log lines, and what channels have still to send."""
     live, listeners = list(context.sessions.values()), list(context.bus.listeners)
     lags = [one.queue.qsize() for one in listeners]
+    hooks = context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    channels = [context.telegram.health(), *(webhook_health(context, row) for row in hooks)]
     return {
         "prompts": sum(len(one.facts.waiting) for one in live), "holds": sum(len(one.holds) for one in live),
         "pending": sum(len(one.facts.pending) for one in live),
         "events": {"listeners": len(listeners), "maxLag": max(lags, default=0), "limit": BUS_QUEUE,
                    "last": context.bus.last},
         "log": {"lines": len(context.log.lines), "dropped": context.log.dropped},
-        **{name: count() for name, count in context.queues.items()},
+        "channels": [{name: one[name] for name in ("channel", "name", "state", "queueLength")} for one in channels],
     }
 
 

@@ -9340,6 +9340,8 @@ def test_get_diagnostics_tells_versions_resources_queues_and_workers(server, tal
     assert {one["name"] for one in told["workers"]} == set(aegis.WORKERS) and all(o["alive"] for o in told["workers"])
     assert set(aegis.WORKERS) <= set(re.findall(r"aegis-[a-z]+", aegis.__doc__)), "the thread map knows them all"
     assert told["queues"]["events"]["listeners"] >= 1 and told["queues"]["prompts"] >= 0
+    assert [(one["channel"], one["queueLength"]) for one in told["queues"]["channels"]][0] == ("telegram", 0)
+    assert len([one for one in told["workers"] if one["lastRoundSeconds"] is not None]) >= 4
     assert {one["name"]: one["state"] for one in told["checks"]}["database"] == "ok"
     sources = {one["name"]: one["source"] for one in told["settings"]}
     assert (sources["port"], sources["state_dir"], sources["host"]) == ("flag", "env", "default")
@@ -9389,9 +9391,10 @@ def house_once() -> Iterator[Server]:
     ("GET /v1/events?token=abc.def&x=1", "GET /v1/events?token=(hidden)&x=1"),
     ('{"password": "hunter22"}', '{"password": "(hidden)"}'), ("key sk-ant-api03-abcdefgh", "key (hidden)"),
     ("bot 12345678:AAF-abcdefghijklmnopqrstuvwxyz012345", "bot (hidden)"), ("the own-secret here", "the (hidden) here"),
+    ("key aegis_0123456789abcdefghij here", "key aegis_012345… here"),
     ("tokens: input 5", "tokens: input 5"), ("no such file", "no such file")])
 def test_what_looks_like_a_secret_is_masked(said_, kept):
-    assert aegis.without_secrets(said_, ["own-secret"]) == kept
+    assert aegis.without_secrets(said_, aegis.texts_in(({"a": ["own-secret", 5]}, None))) == kept
 
 
 def program(path: Path, body: str) -> str:
