@@ -3182,7 +3182,8 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
         elif block.get("type") == "tool_use":
             entries.append(
                 Entry(
-                    "tool", at, tool=block.get("name"), input=shallow(block.get("input")), tool_use_id=block.get("id"), **shared
+                    "tool", at, tool=block.get("name"), input=shallow(block.get("input")),
+                    tool_use_id=block.get("id"), **shared,
                 )
             )
     return entries
@@ -16278,8 +16279,8 @@ ROUTES = (
         "POST /v1/sessions/batch",
         create_batch,
         "sessions:write",
-        dict(sessions=many("Bodies of create.", anything("A body of create.", fields=templated(NEW_SESSION)), BATCH_MAX,
-                           minItems=1)),
+        dict(sessions=many("Bodies of create.", any_json("A body of create.", fields=templated(NEW_SESSION)),
+                           BATCH_MAX, minItems=1)),
         tool="create_sessions",
         alias=True,
         gives=record({**each("created failed", COUNT), "sessions": listing(NEW), "errors": FAULTS}),
