@@ -11143,12 +11143,12 @@ def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], e
             "ageSeconds": round(max(0.0, time.time() - group.created_at), 3)}
 
 
-def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Tuple[List[Json],
-                                                                                                       int]:
-    """Give a page of groups, newest first, and how many there are."""
-    live = live_rows(context)
+def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int,
+               sees: Callable[[str], bool]) -> Tuple[List[Json], int]:
+    """Give a page of groups, newest first, and how many there are; only of sessions that the caller sees."""
+    live = {id: row for id, row in live_rows(context).items() if sees(id)}
     groups = [group for name, grouper in GROUPERS.items() if kind in (None, name) for group in grouper(context, live)
-              if state is None or group_state(group, live) == state]
+              if (state is None or group_state(group, live) == state) and all(map(sees, group.members or [""]))]
     groups.sort(key=lambda one: -one.created_at)
     shown = groups[(page - 1) * limit:page * limit]
     gone = sorted({one for group in shown for one in group.members if one not in live})
@@ -11254,6 +11254,19 @@ class Span(NamedTuple):
     last: str = LAST_DAY
     session: Optional[str] = None
     model: Optional[str] = None
+    owner: Optional[str] = None     # the key whose sessions alone count
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether it is about all sessions, whose sums are kept."""
+        return self.session is None and self.owner is None
+
+    @property
+    def whose(self) -> Tuple[str, Tuple[str, ...]]:
+        """Write the condition of the sessions that it is about, and its values; '' holds the sum of all."""
+        if self.session is not None or self.owner is None:
+            return "session = ?", (self.session or "",)
+        return "session IN (SELECT id FROM sessions WHERE owner = ?)", (self.owner,)
 
     @property
     def narrow(self) -> bool:
@@ -11266,8 +11279,7 @@ Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
 
 def usage_by(store: Store, span: Span, group: str, where: str = "1", *args: Any) -> List[Tuple[str, List[Usage]]]:
     """Sum usage by day, session or nothing, and by model below that."""
-    whose = "session <> ''" if group == "session" else "session = ?"
-    mine = () if group == "session" else (span.session or "",)
+    whose, mine = ("session <> ''", ()) if group == "session" else span.whose
     rows = store.pairs(
         f"SELECT {group}, model, {USAGE_SUMS} FROM usage WHERE {whose} AND day BETWEEN ? AND ? "
         f"AND (? IS NULL OR model = ?) AND {where} GROUP BY 1, 2 ORDER BY 1, 2",
@@ -11303,14 +11315,14 @@ def tokens_of(counts: Mapping[str, int]) -> int:
 def times_by_label(store: Store, span: Span) -> Dict[Tuple[str, str], Times]:
     """Give durable times by name and label: of all from the tallies, of one session from its own rows."""
     bounds = [row[0] for row in store.pairs("SELECT upto FROM bounds ORDER BY bucket")][:-1]
-    if span.session is None:
+    if span.whole:
         rows = store.pairs("SELECT name, label, bucket, sum(count), sum(total) FROM tallies WHERE day BETWEEN ? AND ? "
                            "GROUP BY 1, 2, 3", span.first, span.last)
     else:
         rows = [row for view in ("prompt_times", "permission_times") for row in store.pairs(
             "SELECT name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place, count(*), "
-            f"sum(seconds) FROM {view} WHERE session = ? AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
-            span.session, span.first, span.last)]
+            f"sum(seconds) FROM {view} WHERE {span.whose[0]} AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
+            *span.whose[1], span.first, span.last)]
     found: Dict[Tuple[str, str], Times] = {}
     for name, label, place, count, total in rows:
         known = found.setdefault((name, label), Times(bounds, [0] * (len(bounds) + 1), 0.0))
@@ -11330,6 +11342,7 @@ def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> J
     """Give all figures as JSON."""
     store_all_books(context)
     store, prices = context.store, context.prices
+    live = [one for one in list(context.sessions.values()) if span.owner in (None, one.row.owner)]
     models = [one for _, used in usage_by(store, span, "''") for one in used]
     sessions, total = metered_sessions(context, span, page, limit)
     return {
@@ -11337,9 +11350,10 @@ def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> J
         "byModel": [{"model": one[0], **bill([one], prices), "price": price_view(one[0], prices)} for one in models],
         "byDay": metered_days(context, span, days), "bySession": sessions,
         "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)},
-        "sessions": {"active": len(context.sessions), "total": store.value("SELECT count(*) FROM sessions"),
-                     "byStatus": dict(live_states(context))},
-        **times_view(context, times_by_label(store, span)),
+        "sessions": {"active": len(live), "byStatus": dict(collections.Counter(one.row.status for one in live)),
+                     "total": store.value("SELECT count(*) FROM sessions WHERE ? IS NULL OR owner = ?", span.owner,
+                                          span.owner)},
+        **times_view(live, times_by_label(store, span)),
         "api": traffic_view(context),
         "prices": {"date": PRICES_DATE, "unit": "USD per million tokens", "own": len(prices) - len(PRICES)},
     }
@@ -11364,14 +11378,14 @@ def live_states(context: Context) -> "collections.Counter[str]":
 
 def metered_days(context: Context, span: Span, days: int) -> List[Json]:
     """Give usage and turns by day: the last days of the span on which there was any, oldest first."""
-    store, whose = context.store, span.session or ""
+    store, (whose, mine) = context.store, span.whose
     turned: Dict[str, int] = dict(store.pairs(
         "SELECT day, sum(count) FROM tallies WHERE name = 'turn' AND day BETWEEN ? AND ? GROUP BY day"
-        if span.session is None else
-        "SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND session = ? "
-        "GROUP BY day", *(span.first, span.last, *([whose] if span.session else []))))
-    used = {row[0] for row in store.pairs("SELECT DISTINCT day FROM usage WHERE session = ? AND day BETWEEN ? AND ?",
-                                          whose, span.first, span.last)}
+        if span.whole else
+        f"SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND {whose} "
+        "GROUP BY day", *(span.first, span.last, *(() if span.whole else mine))))
+    used = {row[0] for row in store.pairs(f"SELECT DISTINCT day FROM usage WHERE {whose} AND day BETWEEN ? AND ?",
+                                          *mine, span.first, span.last)}
     shown = sorted({*used, *turned})[-days:]
     if not shown:
         return []
@@ -11386,10 +11400,10 @@ def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tup
     args: Tuple[Any, ...] = (
         (span.session,) if span.session else (span.first, span.last, span.model, span.model) if span.narrow else ())
     where = "id = ?" if span.session else f"id IN (SELECT session {used})" if span.narrow else "1"
+    where, args = f"{where} AND (? IS NULL OR owner = ?)", (*args, span.owner, span.owner)
     rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
                        "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit, (page - 1) * limit)
-    counted = "1" if span.session else f"count(DISTINCT session) {used}" if span.narrow else "count(*) FROM sessions"
-    total = store.value(f"SELECT {counted}", *(() if span.session else args))
+    total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     marks, ids = ", ".join("?" * len(rows)), [row[0] for row in rows]
     found = dict(usage_by(store, span, "session", f"session IN ({marks})", *ids))
     turned = dict(store.pairs(
@@ -11400,13 +11414,13 @@ def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tup
              **bill(found.get(row[0], []), context.prices)} for row in rows], total
 
 
-def times_view(context: Context, found: Mapping[Tuple[str, str], Times]) -> Json:
+def times_view(live: Sequence[Session], found: Mapping[Tuple[str, str], Times]) -> Json:
     """Give turns, latencies and permission times their shape on the wire."""
     bounds = next(iter(found.values())).bounds if found else ()
     named = {name: together((one for (kind, _), one in found.items() if kind == name), bounds)
              for name in ("turn", "send", "type", "decision")}
     turns = {label: one for (name, label), one in found.items() if name == "turn"}
-    asked = [one.asked_at for session in list(context.sessions.values()) for one in session.facts.pending]
+    asked = [one.asked_at for session in live for one in session.facts.pending]
     return {
         "turns": {"total": named["turn"].count,
                   "byOutcome": {name: turns[name].count if name in turns else 0
@@ -15677,8 +15691,10 @@ def read_quorum(given: Optional[int], reviewers: int) -> int:
 def list_consensus(ask: Ask, state: Optional[str], session: Optional[str], page: int, limit: int) -> Any:
     """List consensus reviews, newest first, of all sessions or of one."""
     def work() -> Json:
-        store, where = ask.context.store, "(? IS NULL OR state = ?) AND (? IS NULL OR session = ?)"
-        args = (state, state, session, session)
+        store, (mine, key) = ask.context.store, owned(ask.who)
+        where = ("(? IS NULL OR state = ?) AND (? IS NULL OR session = ?) AND "
+                 f"session IN (SELECT id FROM sessions WHERE {mine})")
+        args = (state, state, session, session, *key)
         total = store.value(f"SELECT count(*) FROM consensus WHERE {where}", *args)
         rows = store.rows(ConsensusRow, "consensus", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                           limit, (page - 1) * limit)
@@ -15714,7 +15730,9 @@ def cancel_consensus(ask: Ask, id: str) -> Any:
 def get_swarm(ask: Ask, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Any:
     """List the groups of sessions that work together: members, who waits for whom, progress, tokens, cost, age."""
     def work() -> Json:
-        groups, total = swarm_page(ask.context, kind, state, page, limit)
+        context, only = ask.context, ask.who.only
+        groups, total = swarm_page(context, kind, state, page, limit, lambda id: only is None or owner_of(
+            context, "/v1/sessions/:id", id)[1] == only)
         return {"groups": groups, "pagination": pagination(page, limit, total)}
     return Later(work)
 
@@ -15756,10 +15774,12 @@ def get_metrics(ask: Ask, **given: Any) -> Any:
     if first and last and first > last:
         raise ApiError(400, "INVALID_REQUEST", f"from ({first}) is after to ({last})", fields={"from": "is after to"})
     if session is not None:
+        check_session(context, ask.who, session)
         find_session(context, session)
     if ask.form != "json":
+        ask.who.need("sessions:all")   # it has no way to tell of some sessions alone
         return Later(lambda: Encoded(exposition(context, ask.form == "openmetrics"), TEXT_KINDS[ask.form]))
-    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"])
+    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"], ask.who.only)
     return Later(lambda: metrics(context, span, given["days"], given["page"], given["limit"]))
 
 
