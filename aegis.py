@@ -16244,6 +16244,86 @@ PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT)
 POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),
                      "status": STATUS})
 FORGOTTEN = record({"key": WORD, "deleted": YES, "version": COUNT})
+VOTE = maybe(one_of(*VOTES))
+FOUND = record({"file": maybe(TEXT), "line": maybe(COUNT), "severity": one_of(*SEVERITIES), "message": TEXT})
+REVIEWER = shape(
+    "Reviewer", "One reviewer and its assessment; a list shows no more than its vote.",
+    {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId", maybe(TEXT)), "askedAgain": YES,
+     "verdict": VOTE, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
+    {"summary": maybe(TEXT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
+     "criteria": listing(record({"name": WORD, "verdict": VOTE, "score": AMOUNT, "findings": listing(FOUND)}))})
+CONSENSUS_SHAPE = shape(
+    "Consensus", "A consensus review; a list leaves out what the reviewers found.",
+    {**each("id sessionId workDir", WORD), "state": one_of(*CONSENSUS_STATES), **each("verdict reason", maybe(TEXT)),
+     "criteria": listing(WORD), "rule": one_of(*REVIEW_RULES), "weights": ANY, "quorum": COUNT, "keep": YES,
+     "reviewers": listing(REVIEWER), "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)),
+     "createdAt": TIME, "endedAt": maybe(TIME), "seconds": AMOUNT},
+    {"agreement": listing(record({"name": WORD, **each("approve reject", COUNT),
+                                  **each("agreement score lowest highest", maybe(AMOUNT))})),
+     "findings": listing(record({
+         "criterion": WORD, "file": maybe(TEXT), "line": maybe(COUNT), "severity": one_of(*SEVERITIES),
+         "messages": listing(TEXT), "reviewers": listing(COUNT), "seenBy": COUNT})),
+     "change": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+WAIT = record({"kind": WORD}, {**each("who for", maybe(TEXT)), "about": TEXT})
+MEMBER = shape(
+    "Member", "A session in a group.",
+    {**each("sessionId name role", WORD), "status": STATUS, "waitsFor": listing(WAIT), "subagents": listing(record({
+        "id": WORD, "type": maybe(TEXT), "state": one_of("working", "ended"), "tokenUsage": TOKEN_USAGE,
+        "costUsd": maybe(AMOUNT), "startedAt": TIME, "endedAt": maybe(TIME)})),
+     "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
+GROUP = shape(
+    "Group", "Sessions that work together.",
+    {**each("id name", WORD), "kind": one_of(*SWARM_KINDS), "state": WORD, "runState": maybe(TEXT),
+     "members": listing(MEMBER), "waits": listing(WAIT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE,
+     "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
+BILL_FIELDS: Dict[str, Field] = {
+    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "pricedCostUsd": AMOUNT,
+    "costUsd": maybe(AMOUNT), "unpricedModels": listing(TEXT)}
+METRICS_SHAPE = record({
+    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL_FIELDS,
+    "byModel": listing(record({"model": TEXT, "price": maybe(record(each("input output", AMOUNT))), **BILL_FIELDS})),
+    "byDay": listing(record({"day": WORD, "turns": COUNT, **BILL_FIELDS})),
+    "bySession": listing(record({**each("id name agent", WORD), "status": STATUS, "createdAt": TIME, "turns": COUNT,
+                                 **BILL_FIELDS})),
+    "pagination": PAGINATION, "sessions": record({**each("active total", COUNT), "byStatus": OBJECT}),
+    **each("turns latencies permissions api prices", OBJECT)})
+DIAGNOSTICS_SHAPE = record({
+    "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
+    **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
+    **each("workers settings recentErrors", listing(OBJECT)),
+    "checks": listing(record({"name": WORD, "state": one_of("ok", "warning", "problem"), "message": WORD}))})
+WEBHOOK = shape(
+    "Webhook", "An endpoint that is told of events.",
+    {**each("id name url", WORD), "events": listing(WORD), **each("session reason lastError", maybe(TEXT)),
+     "labels": OBJECT, "source": one_of("api", "settings"), "state": one_of("active", "paused", "disabled"),
+     **each("failedTries queueLength deadLetters delivered", COUNT), **each("createdAt updatedAt", TIME),
+     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME))},
+    {"secret": {**WORD, "description": "Shown once, when it was just made."}})
+LETTER = shape(
+    "DeadLetter", "An event that did not arrive.",
+    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": TEXT, "createdAt": TIME,
+     "event": EVENT})
+TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
+CHANNELS = record({
+    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
+        {"channel": one_of("telegram", "webhook"), "state": WORD, **each("name target lastError", maybe(TEXT)),
+         **each("lastSuccessAt lastErrorAt", maybe(TIME)), "queueLength": COUNT},
+        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": COUNT}))})
+KEY_FIELDS: Dict[str, Field] = {
+    **each("id name prefix createdBy", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdAt": TIME,
+    "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))}
+AUTH_FIELDS: Dict[str, Field] = {"authRequired": YES}
+KEY = shape("Key", "An API key; its secret is nowhere.", KEY_FIELDS)
+NEW_KEY_SHAPE = shape("NewKey", "A key whose secret was just made, and is shown this once.",
+                      {**KEY_FIELDS, "key": WORD, **AUTH_FIELDS}, {"warning": TEXT})
+VERIFIED_KEY = record({
+    "valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD), "expiresAt": maybe(TIME),
+    "rateLimit": maybe(COUNT), **AUTH_FIELDS})
+STREAM_TOKEN = record({"token": WORD, **each("expiresAt streamUntil", TIME), "expiresIn": COUNT})
+AUDIT_ENTRY = shape(
+    "AuditEntry", "A row of the audit log; hash is over prev and the row.",
+    {"seq": COUNT, "timestamp": TIME, **each("action who prev hash", WORD),
+     **each("name address sessionId target requestId", maybe(TEXT)), "status": maybe(COUNT), "details": OBJECT})
 
 
 # ============================================================================
@@ -16699,6 +16779,7 @@ ROUTES = (
         201,
         "review_session",
         True,
+        gives=CONSENSUS_SHAPE,
     ),
     Route(
         "GET /v1/consensus",
@@ -16707,10 +16788,12 @@ ROUTES = (
         dict(state=choice("Only those in this state.", *CONSENSUS_STATES, default=None),
              session=text("Only reviews of this session.", 64, default=None), **paged("Reviews on a page.", 20)),
         tool="list_reviews",
+        gives=page_of("consensus", CONSENSUS_SHAPE),
     ),
     Route("GET /v1/consensus/:id", get_consensus, "sessions:read", dict(id=CONSENSUS_ID, **WAIT_DONE),
-          tool="get_review"),
-    Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review"),
+          tool="get_review", gives=CONSENSUS_SHAPE),
+    Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review",
+          gives=CONSENSUS_SHAPE),
     Route(
         "GET /v1/swarm",
         get_swarm,
@@ -16719,6 +16802,7 @@ ROUTES = (
              state=choice("Only groups in this state; waiting: for somebody's decision.", *SWARM_STATES, default=None),
              **paged("Groups on a page.", 20)),
         tool="get_swarm",
+        gives=page_of("groups", GROUP),
     ),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory", gives=MEMORY_SHAPE),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory",
@@ -16790,6 +16874,7 @@ ROUTES = (
         tool="get_metrics",
         alias=True,
         texts=True,
+        gives=METRICS_SHAPE,
     ),
     Route(
         "GET /v1/diagnostics",
@@ -16797,8 +16882,10 @@ ROUTES = (
         "admin",
         dict(full=flag("Check the database's integrity, too, which takes a while.", default=False)),
         tool="get_diagnostics",
+        gives=DIAGNOSTICS_SHAPE,
     ),
-    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks"),
+    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks",
+          gives=record({"webhooks": listing(WEBHOOK)})),
     Route(
         "POST /v1/webhooks",
         create_webhook,
@@ -16810,6 +16897,7 @@ ROUTES = (
         ),
         201,
         "create_webhook",
+        gives=WEBHOOK,
     ),
     Route(
         "GET /v1/webhooks/dead-letter",
@@ -16817,12 +16905,14 @@ ROUTES = (
         "webhooks:admin",
         dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
         tool="list_dead_letters",
+        gives=page_of("deadLetters", LETTER),
     ),
     Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="retry_dead_letter"),
+          tool="retry_dead_letter", gives=OBJECT),
     Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="delete_dead_letter"),
-    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook"),
+          tool="delete_dead_letter", gives=record({"id": WORD, "deleted": YES})),
+    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook",
+          gives=WEBHOOK),
     Route(
         "PATCH /v1/webhooks/:id",
         update_webhook,
@@ -16833,8 +16923,10 @@ ROUTES = (
             paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
         ),
         tool="update_webhook",
+        gives=WEBHOOK,
     ),
-    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook"),
+    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook",
+          gives=record({"id": WORD, "deleted": YES, "deadLetters": COUNT})),
     Route(
         "POST /v1/webhooks/:id/rotate",
         rotate_webhook,
@@ -16845,20 +16937,25 @@ ROUTES = (
             keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
         ),
         tool="rotate_webhook",
+        gives=WEBHOOK,
     ),
-    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook"),
-    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health"),
-    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY),
-    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY),
-    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY)),
-    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False),
-    Route("GET /v1/auth/keys", list_keys, "admin"),
+    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook",
+          gives=TRIED),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS),
+    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
+    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
+    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY),
+          gives=MEMORY_SHAPE),
+    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=NEW_KEY_SHAPE),
+    Route("GET /v1/auth/keys", list_keys, "admin",
+          gives=record({"keys": listing(KEY), **AUTH_FIELDS}, {"warning": TEXT})),
     Route(
         "DELETE /v1/auth/keys/:id",
         delete_key,
         "admin",
         dict(id=KEY_ID, force=flag("Even if it is the last admin key of a server that needs one.", default=False)),
         recorded=False,
+        gives=record({**each("id name", WORD), "revoked": YES}),
     ),
     Route(
         "POST /v1/auth/keys/:id/rotate",
@@ -16866,6 +16963,7 @@ ROUTES = (
         "admin",
         dict(id=KEY_ID, graceSeconds=number("Seconds that the old secret lives on.", 0, MAX_GRACE, default=0)),
         recorded=False,
+        gives=NEW_KEY_SHAPE,
     ),
     Route(
         "POST /v1/auth/verify",
@@ -16873,8 +16971,9 @@ ROUTES = (
         None,
         dict(token=text("The token; that of the Authorization header when missing.", 1_000, default=None)),
         recorded=False,
+        gives=VERIFIED_KEY,
     ),
-    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read"),
+    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=STREAM_TOKEN),
     Route(
         "GET /v1/audit",
         list_audit,
@@ -16887,6 +16986,8 @@ ROUTES = (
             since=text("Only from this moment on.", 40, default=None),
             until=text("Only up to this moment.", 40, default=None),
         ),
+        gives=record({"entries": listing(AUDIT_ENTRY), "pagination": PAGINATION,
+                      "head": record({"seq": COUNT, "hash": TEXT})}),
     ),
     Route(
         "POST /hooks/:id",
