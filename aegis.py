@@ -45,7 +45,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     VERDICTS      what reviewers say, and what follows from it
     CONSENSUS     reviewers that know nothing of one another
     SWARM         who works together, and who waits for whom
-    METRICS       what was used, how long it took, and the same for Prometheus
+    METRICS       what was used, and how long it took
+    PROMETHEUS    the same figures in its text format, and as OpenMetrics
     OUTBOUND      requests to other servers, guarded
     WEBHOOKS      events for other servers, signed and in order
     COURIERS      who brings the webhooks their events
@@ -3248,7 +3249,7 @@ def usage_amounts(usage: Json) -> Dict[str, int]:
     """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
     amounts = {key: usage[key] for key in USAGE_KEYS if _is_amount(usage.get(key))}
     written = usage.get("cache_creation")
-    hour = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
+    hour: Any = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
     return {**amounts, "hour": hour} if _is_amount(hour) else amounts
 
 
@@ -11130,7 +11131,7 @@ def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], e
     """Give a group its shape on the wire; what a reviewed session used is not the review's."""
     rows = {one: live.get(one) or ended.get(one) for one in group.members}
     members = [wire_member(context, row, group.members[one], live) for one, row in rows.items() if row]
-    counted = [each for one in members if one["role"] != "reviewed" for each in (one, *one["subagents"])]
+    counted = [one for one in members if one["role"] != "reviewed"]   # a session's usage holds its subagents'
     costs = [one["costUsd"] for one in counted]
     waits = group.waits + [{"who": one["sessionId"], **each} for one in members for each in one["waitsFor"]]
     over = sum(one["status"] in ("idle", *ENDED) for one in members)
@@ -11161,16 +11162,14 @@ def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page
 
 
 # ============================================================================
-# METRICS. What was used, how long it took, and the same for Prometheus.
+# METRICS. What was used, and how long it took.
 # ============================================================================
 # Usage and times are durable: they stand in tables that are kept in the
 # transactions of what they count, so a restart neither loses nor repeats any.
 # They are summed by UTC day and model, never over sessions or events.  API
-# counts are this process's own and begin anew with it.  To add a figure for
-# Prometheus: a Family in metric_families().
+# counts are this process's own and begin anew with it.
 
 HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
 TOKEN_KINDS = (("input", "input"), ("output", "output"), ("cache_read", "cacheRead"), ("cache_write", "cacheWrite"))
 USAGE_SUMS = ", ".join(f"sum({name})" for name in USAGE_COLUMNS)
 FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
@@ -11216,13 +11215,13 @@ class Times(NamedTuple):
     total: float
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many there were."""
         return sum(self.counts)
 
     def quantile(self, share: float) -> Optional[float]:
         """Estimate the time within which a share of them was done, evenly spread within a bucket."""
-        below, wanted = 0, share * self.count
+        below, wanted = 0, share * self.number
         for place, count in enumerate(self.counts):
             if count and below + count >= wanted:
                 low = self.bounds[place - 1] if place else 0.0
@@ -11234,8 +11233,8 @@ class Times(NamedTuple):
     def wire(self) -> Json:
         """Give them their shape on the wire; quantiles are estimates from buckets."""
         quantiles = {f"p{percent}Seconds": self.quantile(percent / 100) for percent in (50, 90, 99)}
-        told = {"avgSeconds": self.total / self.count if self.count else None, **quantiles}
-        return {"count": self.count, "totalSeconds": round(self.total, 6),
+        told = {"avgSeconds": self.total / self.number if self.number else None, **quantiles}
+        return {"count": self.number, "totalSeconds": round(self.total, 6),
                 **{name: None if value is None else round(value, 6) for name, value in told.items()}}
 
 
@@ -11254,24 +11253,22 @@ class Span(NamedTuple):
     last: str = LAST_DAY
     session: Optional[str] = None
     model: Optional[str] = None
-    owner: Optional[str] = None     # the key whose sessions alone count
-
-    @property
-    def whole(self) -> bool:
-        """Tell whether it is about all sessions, whose sums are kept."""
-        return self.session is None and self.owner is None
-
-    @property
-    def whose(self) -> Tuple[str, Tuple[str, ...]]:
-        """Write the condition of the sessions that it is about, and its values; '' holds the sum of all."""
-        if self.session is not None or self.owner is None:
-            return "session = ?", (self.session or "",)
-        return "session IN (SELECT id FROM sessions WHERE owner = ?)", (self.owner,)
+    owner: Optional[str] = None    # only this key's sessions
 
     @property
     def narrow(self) -> bool:
         """Tell whether it leaves out days or models."""
         return (self.first, self.last, self.model) != (FIRST_DAY, LAST_DAY, None)
+
+    def whose(self) -> Tuple[str, Tuple[str, ...]]:
+        """Write the condition of rows about its sessions, and its values; '' are the sums of all."""
+        if self.session is None and self.owner is not None:
+            return "session IN (SELECT id FROM sessions WHERE owner = ?)", (self.owner,)
+        return "session = ?", (self.session or "",)
+
+    def sees(self, row: SessionRow) -> bool:
+        """Tell whether a session is within it."""
+        return self.session in (None, row.id) and self.owner in (None, row.owner)
 
 
 Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
@@ -11279,7 +11276,7 @@ Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
 
 def usage_by(store: Store, span: Span, group: str, where: str = "1", *args: Any) -> List[Tuple[str, List[Usage]]]:
     """Sum usage by day, session or nothing, and by model below that."""
-    whose, mine = ("session <> ''", ()) if group == "session" else span.whose
+    whose, mine = ("session <> ''", ()) if group == "session" else span.whose()
     rows = store.pairs(
         f"SELECT {group}, model, {USAGE_SUMS} FROM usage WHERE {whose} AND day BETWEEN ? AND ? "
         f"AND (? IS NULL OR model = ?) AND {where} GROUP BY 1, 2 ORDER BY 1, 2",
@@ -11315,14 +11312,15 @@ def tokens_of(counts: Mapping[str, int]) -> int:
 def times_by_label(store: Store, span: Span) -> Dict[Tuple[str, str], Times]:
     """Give durable times by name and label: of all from the tallies, of one session from its own rows."""
     bounds = [row[0] for row in store.pairs("SELECT upto FROM bounds ORDER BY bucket")][:-1]
-    if span.whole:
+    whose, mine = span.whose()
+    if mine == ("",):
         rows = store.pairs("SELECT name, label, bucket, sum(count), sum(total) FROM tallies WHERE day BETWEEN ? AND ? "
                            "GROUP BY 1, 2, 3", span.first, span.last)
     else:
         rows = [row for view in ("prompt_times", "permission_times") for row in store.pairs(
             "SELECT name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place, count(*), "
-            f"sum(seconds) FROM {view} WHERE {span.whose[0]} AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
-            *span.whose[1], span.first, span.last)]
+            f"sum(seconds) FROM {view} WHERE {whose} AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
+            *mine, span.first, span.last)]
     found: Dict[Tuple[str, str], Times] = {}
     for name, label, place, count, total in rows:
         known = found.setdefault((name, label), Times(bounds, [0] * (len(bounds) + 1), 0.0))
@@ -11342,19 +11340,18 @@ def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> J
     """Give all figures as JSON."""
     store_all_books(context)
     store, prices = context.store, context.prices
-    live = [one for one in list(context.sessions.values()) if span.owner in (None, one.row.owner)]
     models = [one for _, used in usage_by(store, span, "''") for one in used]
     sessions, total = metered_sessions(context, span, page, limit)
+    states = live_states(context, span.owner)
     return {
         "generatedAt": iso(time.time()), "timezone": "UTC", **span_view(span), **bill(models, prices),
         "byModel": [{"model": one[0], **bill([one], prices), "price": price_view(one[0], prices)} for one in models],
         "byDay": metered_days(context, span, days), "bySession": sessions,
         "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)},
-        "sessions": {"active": len(live), "byStatus": dict(collections.Counter(one.row.status for one in live)),
-                     "total": store.value("SELECT count(*) FROM sessions WHERE ? IS NULL OR owner = ?", span.owner,
-                                          span.owner)},
-        **times_view(live, times_by_label(store, span)),
-        "api": traffic_view(context),
+        "sessions": {"active": sum(states.values()), "byStatus": dict(states), "total": store.value(
+            "SELECT count(*) FROM sessions WHERE (? IS NULL OR owner = ?)", span.owner, span.owner)},
+        **times_view(context, times_by_label(store, span), span),
+        "api": traffic_view(context) if span.owner is None else None,
         "prices": {"date": PRICES_DATE, "unit": "USD per million tokens", "own": len(prices) - len(PRICES)},
     }
 
@@ -11371,19 +11368,20 @@ def price_view(model: str, prices: Sequence[Price]) -> Optional[Json]:
     return None if price is None else {"input": price[1], "output": price[2]}
 
 
-def live_states(context: Context) -> "collections.Counter[str]":
-    """Count live sessions by state."""
-    return collections.Counter(session.row.status for session in list(context.sessions.values()))
+def live_states(context: Context, owner: Optional[str] = None) -> "collections.Counter[str]":
+    """Count live sessions by state: all, or those of one key."""
+    return collections.Counter(session.row.status for session in list(context.sessions.values())
+                               if owner in (None, session.row.owner))
 
 
 def metered_days(context: Context, span: Span, days: int) -> List[Json]:
     """Give usage and turns by day: the last days of the span on which there was any, oldest first."""
-    store, (whose, mine) = context.store, span.whose
+    store, (whose, mine) = context.store, span.whose()
     turned: Dict[str, int] = dict(store.pairs(
         "SELECT day, sum(count) FROM tallies WHERE name = 'turn' AND day BETWEEN ? AND ? GROUP BY day"
-        if span.whole else
-        f"SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND {whose} "
-        "GROUP BY day", *(span.first, span.last, *(() if span.whole else mine))))
+        if mine == ("",) else
+        f"SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND {whose} GROUP BY day",
+        span.first, span.last, *(mine if mine != ("",) else ())))
     used = {row[0] for row in store.pairs(f"SELECT DISTINCT day FROM usage WHERE {whose} AND day BETWEEN ? AND ?",
                                           *mine, span.first, span.last)}
     shown = sorted({*used, *turned})[-days:]
@@ -11396,11 +11394,12 @@ def metered_days(context: Context, span: Span, days: int) -> List[Json]:
 def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tuple[List[Json], int]:
     """Give one page of usage by session, newest first, and how many there are: with usage in the span, or all."""
     store = context.store
-    used = "FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?)"
-    args: Tuple[Any, ...] = (
-        (span.session,) if span.session else (span.first, span.last, span.model, span.model) if span.narrow else ())
-    where = "id = ?" if span.session else f"id IN (SELECT session {used})" if span.narrow else "1"
-    where, args = f"{where} AND (? IS NULL OR owner = ?)", (*args, span.owner, span.owner)
+    conditions: List[Tuple[str, Tuple[Any, ...]]] = [
+        ("id = ?", (span.session,)) if span.session else ("1", ()),
+        ("owner = ?", (span.owner,)) if span.owner is not None else ("1", ()),
+        ("id IN (SELECT session FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?))",
+         (span.first, span.last, span.model, span.model)) if span.narrow and not span.session else ("1", ())]
+    where, args = " AND ".join(sql for sql, _ in conditions), [one for _, values in conditions for one in values]
     rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
                        "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit, (page - 1) * limit)
     total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
@@ -11414,21 +11413,22 @@ def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tup
              **bill(found.get(row[0], []), context.prices)} for row in rows], total
 
 
-def times_view(live: Sequence[Session], found: Mapping[Tuple[str, str], Times]) -> Json:
+def times_view(context: Context, found: Mapping[Tuple[str, str], Times], span: Span) -> Json:
     """Give turns, latencies and permission times their shape on the wire."""
     bounds = next(iter(found.values())).bounds if found else ()
     named = {name: together((one for (kind, _), one in found.items() if kind == name), bounds)
              for name in ("turn", "send", "type", "decision")}
     turns = {label: one for (name, label), one in found.items() if name == "turn"}
-    asked = [one.asked_at for session in live for one in session.facts.pending]
+    asked = [one.asked_at for session in list(context.sessions.values()) if span.sees(session.row)
+             for one in session.facts.pending]
     return {
-        "turns": {"total": named["turn"].count,
-                  "byOutcome": {name: turns[name].count if name in turns else 0
+        "turns": {"total": named["turn"].number,
+                  "byOutcome": {name: turns[name].number if name in turns else 0
                                 for name in ("done", "interrupted", "error")}},
         "latencies": {"turn": named["turn"].wire(), "sendToSubmitted": named["send"].wire(),
                       "typedToSubmitted": named["type"].wire(), "hookToDecision": named["decision"].wire()},
         "permissions": {"pending": len(asked), "oldestPendingSeconds": max(map(age, asked), default=None),
-                        "decided": named["decision"].count, "waiting": named["decision"].wire(),
+                        "decided": named["decision"].number, "waiting": named["decision"].wire(),
                         "decisions": [{**decision_labels(label), **one.wire()}
                                       for (name, label), one in sorted(found.items()) if name == "decision"]},
     }
@@ -11445,11 +11445,22 @@ def traffic_view(context: Context) -> Json:
     routes: Dict[str, Dict[int, Times]] = {}
     for (route, status), times in context.traffic.counts().items():
         routes.setdefault(route, {})[status] = times
-    shown = [{"route": route or None, "byStatus": {str(status): one.count for status, one in sorted(statuses.items())},
+    shown = [{"route": route or None, "byStatus": {str(status): one.number for status, one in sorted(statuses.items())},
               **together(statuses.values(), HTTP_BOUNDS).wire()} for route, statuses in sorted(routes.items())]
-    failed = sum(one.count for statuses in routes.values() for status, one in statuses.items() if status >= 500)
+    failed = sum(one.number for statuses in routes.values() for status, one in statuses.items() if status >= 500)
     return {"since": iso(context.started_at), "requests": sum(one["count"] for one in shown), "serverErrors": failed,
             "byRoute": shown}
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+# A Family is one metric with its samples.  Every value of a label is a series
+# that a Prometheus keeps for months, so their number is bounded: only live
+# sessions have series of their own.  To add a metric: a Family in one of the
+# functions below metric_families().
+
+SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # series of their own; further models are one, further sessions have none
 
 
 class Family(NamedTuple):
@@ -11482,7 +11493,7 @@ def family_lines(family: Family, open_metrics: bool) -> Iterator[str]:
         for bound, count in zip((*value.bounds, math.inf), itertools.accumulate(value.counts)):
             yield f"{name}_bucket{label_text({**labels, 'le': number_text(float(bound))})} {count}"
         yield f"{name}_sum{label_text(labels)} {number_text(value.total)}"
-        yield f"{name}_count{label_text(labels)} {value.count}"
+        yield f"{name}_count{label_text(labels)} {value.number}"
 
 
 def label_text(labels: Mapping[str, str]) -> str:
@@ -11563,14 +11574,14 @@ def time_families(context: Context) -> List[Family]:
         del labels["decidedBy"]
     return [
         Family("aegis_turns_total", "counter", "Turns that ended, by outcome.",
-               [(labels, times.count) for labels, times in of("turn", "outcome")]),
+               [(labels, times.number) for labels, times in of("turn", "outcome")]),
         Family("aegis_turn_duration_seconds", "histogram", "How long turns took, by outcome.", of("turn", "outcome")),
         Family("aegis_prompt_submit_seconds", "histogram", "From a prompt's acceptance to the agent's report of it.",
                of("send", "kind")),
         Family("aegis_prompt_delivery_seconds", "histogram", "From typing a prompt to the agent's report of it.",
                of("type", "kind")),
         Family("aegis_permission_decisions_total", "counter", "Decided requests, by kind, state and who decided.",
-               [(labels, times.count) for labels, times in decided]),
+               [(labels, times.number) for labels, times in decided]),
         Family("aegis_permission_wait_seconds", "histogram", "How long requests waited for their decision.", decided),
     ]
 
@@ -11583,7 +11594,7 @@ def traffic_families(context: Context) -> List[Family]:
         routes.setdefault(route, []).append(times)
     return [
         Family("aegis_http_requests_total", "counter", "API requests answered, by route and status.",
-               [({"route": route, "status": str(status)}, times.count) for (route, status), times in counts]),
+               [({"route": route, "status": str(status)}, times.number) for (route, status), times in counts]),
         Family("aegis_http_request_duration_seconds", "histogram", "How long answers took, waits included.",
                [({"route": route}, together(times, HTTP_BOUNDS)) for route, times in routes.items()]),
     ]
@@ -13847,6 +13858,7 @@ PROBE_AGAIN = 600.0        # seconds after which one that told none is asked aga
 PATIENCE_FOR_PROBE = 2.0   # what one answer waits for versions that are being asked for
 DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the first, act below the second
 TMUX_AT_LEAST = (3, 0)
+NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
            "aegis-consensus")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
@@ -14079,7 +14091,7 @@ def find_in_server(context: Context, agents: Json, full: bool) -> List[Finding]:
         *find_login(context.settings), find_state_dir(str(context.state_dir)), find_disk(str(context.state_dir)),
         find_locale(), find_files_limit(),
         *([find_database(context.store.path)] if full else []),
-        find_clock(context.store.value("SELECT max(at) FROM events")),
+        find_clock(context.store.value(NEWEST_EVENT)),
         Finding("workers", "problem", f"{', '.join(dead)} ended: restart Aegis, the agents go on")
         if dead else Finding("workers", "ok", f"{len(WORKERS)} alive"),
     ]
@@ -14098,7 +14110,7 @@ def find_locally(settings: Settings, port_says: Finding) -> List[Finding]:
         found.append(find_agent(settings, told["version"], told["error"]))
     else:
         found.append(find_other_agent(settings))
-    newest = read_only(path, "SELECT max(at) FROM events") if path.exists() else None
+    newest = read_only(path, NEWEST_EVENT) if path.exists() else None
     return [*found, *find_login(settings), port_says, find_state_dir(settings.state_dir),
             find_disk(settings.state_dir), find_locale(), find_files_limit(),
             *([find_database(path)] if path.exists() else []),
@@ -15777,7 +15789,8 @@ def get_metrics(ask: Ask, **given: Any) -> Any:
         check_session(context, ask.who, session)
         find_session(context, session)
     if ask.form != "json":
-        ask.who.need("sessions:all")   # it has no way to tell of some sessions alone
+        if ask.who.only is not None:
+            ask.who.need("sessions:all")   # it tells of everybody's
         return Later(lambda: Encoded(exposition(context, ask.form == "openmetrics"), TEXT_KINDS[ask.form]))
     span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"], ask.who.only)
     return Later(lambda: metrics(context, span, given["days"], given["page"], given["limit"]))
@@ -16286,7 +16299,7 @@ METRICS_SHAPE = record({
     "bySession": listing(record({**each("id name agent", WORD), "status": STATUS, "createdAt": TIME, "turns": COUNT,
                                  **BILL_FIELDS})),
     "pagination": PAGINATION, "sessions": record({**each("active total", COUNT), "byStatus": OBJECT}),
-    **each("turns latencies permissions api prices", OBJECT)})
+    **each("turns latencies permissions prices", OBJECT), "api": maybe(OBJECT)})
 DIAGNOSTICS_SHAPE = record({
     "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
     **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
@@ -23563,12 +23576,17 @@ def doctor(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    named = chosen.url or os.environ.get("AEGIS_URL") or ""
-    token = chosen.token or os.environ.get("AEGIS_TOKEN") or settings.auth_token
-    if not named and not is_served(settings.state_dir):
-        token = ""   # who listens there is not known: nobody gets it
-    url = named or agents_url(settings, settings.port)
-    answer, server = ask_server(url, token, bool(named))
+    named = bool(chosen.url or os.environ.get("AEGIS_URL"))
+    about = {"AEGIS_STATE_DIR": settings.state_dir, "AEGIS_AUTH_TOKEN": settings.auth_token}
+    try:
+        client = reach(chosen.url or "", chosen.token or "", {**os.environ, **about})
+        if not named and not own_address(settings.state_dir):   # who listens there is not known: nobody gets the token
+            client = Client(agents_url(settings, settings.port))
+    except ApiError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    answer, server = ask_server(client, named)
+    url = client.url
     findings = ([server, *told_findings(answer)] if answer else [server] if named else find_locally(settings, server))
     bad = [one for one in findings if one.state == "problem"]
     if chosen.json:
@@ -23579,54 +23597,28 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def is_served(state_dir: str) -> bool:
-    """Tell whether a server runs on a state directory, without touching its lock."""
-    said = read_tail(Path(state_dir) / "lock", 20).strip()
-    return said.isdigit() and alive(int(said))
-
-
 def told_findings(answer: Json) -> List[Finding]:
     """Read the findings in a server's diagnostics; it may be of another version."""
     return [Finding(str(one.get("name")), str(one.get("state")), str(one.get("message"))) for one in answer["checks"]
             if isinstance(one, dict)]
 
 
-def ask_server(url: str, token: str, named: bool) -> Tuple[Optional[Json], Finding]:
+def ask_server(client: Client, named: bool) -> Tuple[Optional[Json], Finding]:
     """Ask a server for its diagnostics; gives what it said, and what to say of the server itself."""
-    import http.client
-
-    def problem(what: str) -> Tuple[None, Finding]:
-        return None, Finding("server", "problem", what)
-    place = urllib.parse.urlsplit(url)
     try:
-        usual = {"http": 80, "https": 443}[place.scheme]
-        line = http.client.HTTPConnection(place.hostname or "", place.port or usual, timeout=30.0)
-    except (ValueError, KeyError):
-        return problem(f"{url} is no URL of a server: give one like http://127.0.0.1:9100")
-    try:
-        if place.scheme == "https":
-            import ssl
-            line.connect()
-            line.sock = ssl.create_default_context().wrap_socket(line.sock, server_hostname=place.hostname)
-        line.request("GET", f"{place.path.rstrip('/')}/v1/diagnostics?full=true",
-                     headers={"Authorization": f"Bearer {token}"} if token else {})
-        got = line.getresponse()
-        told = json.loads(got.read(16_000_000))
-    except ConnectionRefusedError:
-        if named:
-            return problem(f"nothing listens at {url}: start Aegis there")
-        return None, Finding("server", "ok", f"none runs, and {url} is free for one")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return problem(f"what is at {url} does not answer as Aegis does ({error or type(error).__name__}): "
-                       "choose another --port")
+        told = client.call("GET", "/v1/diagnostics?full=true", seconds=60.0)
+    except ApiError as error:
+        if error.code == "NO_SERVER" and not named:
+            return None, Finding("server", "ok", f"none runs, and {client.url} is free for one")
+        advice = (": give its token, or a key of the scope admin, as AEGIS_TOKEN" if error.status in (401, 403)
+                  else "" if named or error.code == "NO_SERVER" else "; or choose another --port for yours")
+        return None, Finding("server", "problem", f"{error}{advice}")
     finally:
-        line.close()
-    if got.status == 200 and isinstance(told, dict) and isinstance(told.get("checks"), list):
-        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {url}")
-    if got.status in (401, 403):
-        return problem(f"the server at {url} refuses ({got.status}): give its token, or a key of the scope admin, as "
-                       "AEGIS_TOKEN")
-    return problem(f"what is at {url} answers {got.status}: it is no Aegis of this version; choose another --port")
+        client.close()
+    if isinstance(told, dict) and isinstance(told.get("checks"), list):
+        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {client.url}")
+    return None, Finding("server", "problem", f"what answers at {client.url} is no Aegis of this version"
+                         + ("" if named else ": choose another --port"))
 
 
 def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:

@@ -7263,7 +7263,9 @@ def test_get_swarm_tells_of_an_agents_own_subagents_also_after_a_restart(house):
     group = eventually(lambda: swarm(own, "&state=idle").get(talk.id))
     shown = group["members"][0]["subagents"]
     assert [one["state"] for one in shown] == ["ended", "ended"] and all(one["tokenUsage"]["output"] for one in shown)
-    assert group["tokenUsage"]["output"] == sum(one["tokenUsage"]["output"] for one in (*shown, group["members"][0]))
+    helped = sum(one["tokenUsage"]["output"] for one in shown)
+    assert group["tokenUsage"] == group["members"][0]["tokenUsage"], "a subagent's usage is its session's already"
+    eventually(lambda: swarm(own)[talk.id]["tokenUsage"]["output"] > helped)
     assert not [one for one in group["waits"] if one["kind"] == "subagent"]
 
 
@@ -7298,78 +7300,8 @@ def test_get_swarm_tells_of_runs_and_labels_page_by_page(server, make):
 
 
 # ============================================================================
-# METRICS. What was used, how long it took, and the same for Prometheus.
+# METRICS. What was used, and how long it took.
 # ============================================================================
-
-SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
-LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
-Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
-
-
-def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
-    """Read the inside of the braces, whole."""
-    found, place = [], 0
-    while place < len(raw):
-        pair = LABEL_PAIR.match(raw, place)
-        assert pair, raw[place:]
-        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
-        found.append((pair.group(1), worth))
-        place = pair.end()
-    assert len(dict(found)) == len(found), raw
-    return tuple(sorted(found))
-
-
-def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
-    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
-    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
-    kinds: Dict[str, str] = {}
-    series: Series = {}
-    helped = current = ""
-    for one in text.split("\n")[:-1]:
-        if one.startswith("# HELP "):
-            helped = one.split(" ")[2]
-            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
-        elif one.startswith("# TYPE "):
-            _, _, current, kind = one.split(" ")
-            assert current == helped and kind in ("counter", "gauge", "histogram"), one
-            kinds[current] = kind
-        else:
-            found = SAMPLE.match(one)
-            assert found, one
-            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
-            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
-            assert name in [current + ending for ending in endings] and key not in series, one
-            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
-            series[key] = float(found["value"])
-    for name, kind in kinds.items():
-        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
-    return kinds, series
-
-
-def check_family(name: str, kind: str, series: Series) -> None:
-    """Hold one metric against what its type promises."""
-    assert series and all(value == value for value in series.values()), name
-    if kind == "counter":
-        assert name.endswith("_total") and min(series.values()) >= 0
-    if kind != "histogram":
-        return
-    assert not name.endswith("_total")
-    plain = {labels for which, labels in series if which == name + "_count"}
-    for labels in plain:
-        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
-                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
-        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
-        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
-        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
-
-
-def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
-    """Read metrics as text; gives the content type, too."""
-    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
-    answer = line.getresponse()
-    assert answer.status == 200
-    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
 
 
 def used_in(*paths: str) -> Json:
@@ -7586,6 +7518,93 @@ def test_get_metrics_pages_through_sessions(server, make):
     assert server.ask("GET /v1/metrics?to=1999-12-31")["pagination"]["total"] == 0
 
 
+def test_requests_are_counted_by_route_from_every_thread():
+    traffic = aegis.Traffic()
+    for number in range(100):
+        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
+    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
+               for _ in range(4)]
+    [one.start() for one in workers], [one.join() for one in workers]
+    found = traffic.counts()["GET /a", 200]
+    assert found.number == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
+    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+
+SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
+LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
+Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
+    """Read the inside of the braces, whole."""
+    found, place = [], 0
+    while place < len(raw):
+        pair = LABEL_PAIR.match(raw, place)
+        assert pair, raw[place:]
+        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
+        found.append((pair.group(1), worth))
+        place = pair.end()
+    assert len(dict(found)) == len(found), raw
+    return tuple(sorted(found))
+
+
+def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
+    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
+    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
+    kinds: Dict[str, str] = {}
+    series: Series = {}
+    helped = current = ""
+    for one in text.split("\n")[:-1]:
+        if one.startswith("# HELP "):
+            helped = one.split(" ")[2]
+            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
+        elif one.startswith("# TYPE "):
+            _, _, current, kind = one.split(" ")
+            assert current == helped and kind in ("counter", "gauge", "histogram"), one
+            kinds[current] = kind
+        else:
+            found = SAMPLE.match(one)
+            assert found, one
+            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
+            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
+            assert name in [current + ending for ending in endings] and key not in series, one
+            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
+            series[key] = float(found["value"])
+    for name, kind in kinds.items():
+        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
+    return kinds, series
+
+
+def check_family(name: str, kind: str, series: Series) -> None:
+    """Hold one metric against what its type promises."""
+    assert series and all(value == value for value in series.values()), name
+    if kind == "counter":
+        assert name.endswith("_total") and min(series.values()) >= 0
+    if kind != "histogram":
+        return
+    assert not name.endswith("_total")
+    plain = {labels for which, labels in series if which == name + "_count"}
+    for labels in plain:
+        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
+                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
+        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
+        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
+
+
+def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
+    """Read metrics as text; gives the content type, too."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
+    answer = line.getresponse()
+    assert answer.status == 200
+    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
+
+
 def test_get_metrics_for_prometheus_is_strictly_well_formed(server, make):
     awkward = 'a "quoted" \\ name{x="y"} 語'
     talk = make(name=awkward)
@@ -7623,18 +7642,6 @@ def test_get_metrics_answers_in_the_form_that_is_asked_for(server, path, accept,
         assert said_.endswith("\n# EOF\n") and "# TYPE aegis_sessions_created counter" in said_
     else:
         parse_exposition(said_)
-
-
-def test_requests_are_counted_by_route_from_every_thread():
-    traffic = aegis.Traffic()
-    for number in range(100):
-        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
-    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
-               for _ in range(4)]
-    [one.start() for one in workers], [one.join() for one in workers]
-    found = traffic.counts()["GET /a", 200]
-    assert found.count == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
-    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
 
 
 # ============================================================================
@@ -8896,6 +8903,29 @@ def test_list_sessions_shows_a_key_its_own_alone(guarded, two):
     reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
     assert guarded.ask("GET /v1/sessions/stats", headers=reader)["total"] >= 2
     assert guarded.call(f"GET /v1/sessions/{theirs.id}", headers=reader).status == 200
+
+
+def test_get_metrics_tells_a_key_of_its_own_sessions_alone(guarded, two):
+    mine, _, ours, theirs = two
+    for talk in (ours, theirs):
+        sent = guarded.ask(f"POST /v1/sessions/{talk.id}/send", {"text": "[[say hi]]"})
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        settled_usage(talk, talk.get()["transcriptPath"])
+    made = [guarded.ask(f"GET /v1/metrics?limit=200{query}", headers=mine) for query in ("", "&from=2020-01-01")]
+    own = {one["id"] for one in guarded.ask("GET /v1/sessions?limit=200", headers=mine)["sessions"]}
+    for told in made:
+        assert ours.id in own and {one["id"] for one in told["bySession"]} <= own and told["api"] is None
+        assert told["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in told["bySession"])
+                                      for name in told["tokenUsage"]}
+        assert told["tokenUsage"]["output"] > 0 and told["turns"]["total"] == sum(
+            one["turns"] for one in told["byDay"]) == sum(one["turns"] for one in told["bySession"])
+    everything = guarded.ask("GET /v1/metrics?limit=200")
+    assert everything["tokenUsage"]["output"] > made[0]["tokenUsage"]["output"] and everything["api"]["requests"]
+    assert guarded.refusal(f"GET /v1/metrics?session={theirs.id}", headers=mine) == (404, "SESSION_NOT_FOUND")
+    assert guarded.refusal("GET /metrics", headers=mine) == (403, "MISSING_SCOPE")
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    assert guarded.call("GET /v1/metrics", headers=reader).status == 200
+    assert guarded.refusal("GET /v1/diagnostics", headers=reader) == (403, "MISSING_SCOPE")
 
 
 def test_kill_batch_ends_only_what_the_key_made(guarded, two):
@@ -11890,13 +11920,15 @@ def test_doctor_says_what_to_do_about_each_problem(tmp_path):
     assert [name for name, advice in wanted.items() if advice not in found[name]["message"]] == []
 
 
-def test_doctor_asks_the_server_that_runs(server, strict):
+def test_doctor_asks_the_server_that_runs(server, strict, guarded):
     code, found = doctored("--port", str(server.port), root=server.root)
     assert code == 0 and "answers" in found["server"]["message"] and found["workers"]["state"] == "ok"
     code, found = doctored("--port", str(strict.port), root=strict.root)
     assert code == 1 and "AEGIS_TOKEN" in found["server"]["message"]
     token = strict.auth["Authorization"].split()[1]
     assert doctored("--url", f"http://127.0.0.1:{strict.port}/", root=server.root, AEGIS_TOKEN=token)[0] == 0
+    code, found = doctored(root=guarded.root)
+    assert code == 0 and str(guarded.port) in found["server"]["message"], "its own user's key is at hand"
     done = run_aegis("doctor", "--port", str(server.port), root=server.root, TERM="xterm")
     assert done.returncode == 0 and "all is well" in done.stdout and "\033" not in done.stdout, "no terminal"
 
@@ -11918,7 +11950,7 @@ def test_doctor_gives_no_token_to_a_stranger_at_its_port(tmp_path):
     assert "python" in found, "the box is looked at all the same"
 
 
-@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 1), (("--port", "x"), 2), (("--nonsense",), 2)])
+@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 2), (("--port", "x"), 2), (("--nonsense",), 2)])
 def test_doctor_refuses_what_it_does_not_know_in_one_line(tmp_path, words, status):
     done = run_aegis("doctor", *words, root=tmp_path)
     assert done.returncode == status and "Traceback" not in done.stdout + done.stderr
