@@ -10562,8 +10562,9 @@ WORKTREE = shape(
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
      **each("changes commits", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
-FAULTS = listing(record({"index": COUNT, **SHAPES["Error"]["properties"]},
-                        {"name": maybe(ANY), "id": TEXT, "sessionId": TEXT}))
+SAID = SHAPES["Error"]["properties"]
+FAULTS = listing(record({"index": COUNT, **{name: SAID[name] for name in SHAPES["Error"]["required"]}},
+                        {"name": ANY, **each("id sessionId", TEXT), "fields": SAID["fields"]}))
 PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
                       **each("pending history", listing(PERMISSION)), "pagination": PAGINATION})
 POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),

@@ -6657,7 +6657,8 @@ class Mcp:
 
 
 def messages_of_stream(server: Server, method: str, headers: Json, body: Optional[str] = None) -> Iterator[Json]:
-    """Read the messages of an event stream at /mcp."""
+    """Read the messages of an event stream at /mcp; one that does not end in time is a failure."""
+    until = time.monotonic() + WITHIN
     line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         line.request(method, "/mcp", body, {**server.auth, **headers})
@@ -6666,6 +6667,7 @@ def messages_of_stream(server: Server, method: str, headers: Json, body: Optiona
         parser = Stream()
         for raw in iter(answer.readline, b""):
             event = parser.feed(raw)
+            assert time.monotonic() < until, "this stream does not end"
             if event:
                 assert event.type == "message"
                 yield json.loads(event.data)
