@@ -9328,7 +9328,7 @@ def filled_fields(context: Context, table: Mapping[str, Field], fields: Json) ->
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
     """Create a session, and wait for its first prompt's delivery if told."""
     session = create_session(ask.context, wanted_from(ask, fields, wait))
-    return new_view(ask.context, session, fields["prompt"], wait)
+    return new_view(ask.context, session, fields["prompt"], wait, ask.caller)
 
 
 def fill_from_memory(context: Context, field: str, text_: str, session_id: str = "") -> str:
@@ -9371,7 +9371,8 @@ def wanted_policy(context: Context, given: Optional[Json], profile: Optional[str
     return policy_json(policy_from_json({**named, **(given or {})}, context.profiles))
 
 
-def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
+def new_view(context: Context, session: Session, text_: Optional[str], wait: bool,
+             caller: Optional[Caller] = None) -> Json:
     """Give a session that was just started, and how its first prompt fared."""
     prompt = context.store.row(
         PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq DESC", session.row.id
@@ -9379,7 +9380,7 @@ def new_view(context: Context, session: Session, text_: Optional[str], wait: boo
     if text_ is None or prompt is None:
         return {**live_view(context, session), "promptDelivery": None}
     if wait:
-        prompt = await_delivery(session, prompt.id, context.settings.create_seconds)
+        prompt = await_delivery(session, prompt.id, context.settings.create_seconds, caller)
         if not session.live and session.row.status == "exited" and prompt.submitted_at is None:
             raise ApiError(502, "AGENT_EXITED", f"the agent ended before it took the prompt: {session.row.reason}",
                            sessionId=session.row.id)
@@ -9785,20 +9786,22 @@ def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
     """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
     parent = find_live(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask.context, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
     """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
     origin = find_session(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask.context, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def resume_session_handler(ask: Ask, id: str, prompt: Optional[str]) -> Any:
     """Resume an ended session: the same one, with its conversation."""
     find_session(ask.context, id)
-    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True))
+    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True, ask.caller))
 
 
 def list_children(ask: Ask, id: str) -> Json:
@@ -10449,6 +10452,10 @@ ERROR = shape(
      "code": {**WORD, "pattern": "^[A-Z][A-Z0-9_]+$", "description": "A word for programs."},
      "statusCode": {"type": "integer", "minimum": 400, "maximum": 599}},
     {"fields": {"type": "object", "additionalProperties": TEXT, "description": "What is wrong, by field."}})
+RPC_ERROR = shape(
+    "McpError", "A refusal of the Model Context Protocol.",
+    {"jsonrpc": one_of("2.0"), "id": {"type": ["string", "integer", "null"]},
+     "error": record({"code": {"type": "integer"}, "message": TEXT}, {"data": ANY})})
 USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
 PERMISSION = shape(
     "Permission", "An agent's request to use a tool.",
@@ -11292,8 +11299,8 @@ def parameters_of(route: Route) -> List[Json]:
 
 
 def is_stream(route: Route) -> bool:
-    """Tell whether a row answers with events."""
-    return (route.gives or {}).get("contentMediaType") == "text/event-stream"
+    """Tell whether a row answers with the bus's events."""
+    return "x-event" in (route.gives or {})
 
 
 def operation_of(route: Route) -> Json:
@@ -11329,15 +11336,19 @@ def responses_of(route: Route) -> Json:
     event = gives.pop("x-event", None)
     content = {media: {"schema": gives, **({"x-event": event} if event else {})}}
     well = {"description": "Done.", "headers": {"X-Request-Id": {"$ref": "#/components/headers/RequestId"}}}
+    if route.raw:   # a message may be answered piece by piece, or not at all
+        content["text/event-stream"] = {"schema": TEXT}
     told: Json = {str(route.status): {**well, "content": content} if route.status not in (202, 204) else well}
-    told.update({str(status): {"$ref": f"#/components/responses/{status}"}
+    told.update({"202": {**well, "description": "Taken; there is nothing to answer."}} if route.raw else {})
+    other = "#/components/responses/mcp" if route.route.endswith("/mcp") else ""
+    told.update({str(status): {"$ref": other or f"#/components/responses/{status}"}
                  for status, (_, _, can) in REFUSALS.items() if can(route)})
-    return {**told, "default": {"$ref": "#/components/responses/default"}}
+    return {**told, "default": {"$ref": other or "#/components/responses/default"}}
 
 
-def refusal_shape(about: str) -> Json:
+def refusal_shape(about: str, schema: Field = ERROR) -> Json:
     """Describe a refusal."""
-    return {"description": about, "content": {"application/json": {"schema": ERROR}}}
+    return {"description": about, "content": {"application/json": {"schema": schema}}}
 
 
 def openapi_document(routes: Sequence[Route]) -> Json:
@@ -11358,7 +11369,8 @@ def openapi_document(routes: Sequence[Route]) -> Json:
         "paths": paths,
         "components": {
             "schemas": dict(SHAPES),
-            "responses": {**refusals, "default": refusal_shape("Another refusal.")},
+            "responses": {**refusals, "default": refusal_shape("Another refusal."), "mcp": refusal_shape(
+                "The message is refused, or the request that brought it.", {"anyOf": [RPC_ERROR, ERROR]})},
             "headers": {"RequestId": {"description": "The request's id in the server's log.", "schema": TEXT}},
             "parameters": {
                 "IdempotencyKey": {
@@ -12700,8 +12712,10 @@ class Server(ThreadingHTTPServer):
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\n"
             f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
         ]
+        if status not in (202, 204):
+            lines.append("Content-Type: application/json; charset=utf-8\r\n")
         if status != 204:
-            lines.append(f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(payload)}\r\n")
+            lines.append(f"Content-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if head and self.access.origins:
             lines.append(self._cors(head))
@@ -12711,7 +12725,8 @@ class Server(ThreadingHTTPServer):
 
     def _cors(self, head: Head) -> str:
         origin = head.headers.get("origin", "")
-        named = f"Access-Control-Allow-Origin: {origin}\r\n" if origin.lower() in self.access.origins else ""
+        named = (f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: Mcp-Session-Id, X-Request-Id"
+                 "\r\n" if origin.lower() in self.access.origins else "")
         return f"{named}Vary: Origin\r\n"
 
     def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
