@@ -16045,6 +16045,75 @@ POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
                      "status": STATUS})
 FORGOTTEN = record({"key": WORD, "deleted": YES, "version": COUNT})
 
+# -- access, channels, consensus, figures
+
+KEY_SHAPE = shape(
+    "Key", "An API key; its secret is nowhere.",
+    {**each("id name prefix", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdBy": maybe(TEXT),
+     "createdAt": TIME, "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))})
+AUTH_TOLD = ({"authRequired": YES}, {"warning": TEXT})
+MINTED = record({**SHAPES["Key"]["properties"], "key": {**WORD, "description": "The secret, shown this once."},
+                 **AUTH_TOLD[0]}, AUTH_TOLD[1])
+KEYS_SHAPE = record({"keys": listing(KEY_SHAPE), **AUTH_TOLD[0]}, AUTH_TOLD[1])
+VERIFIED = record({"valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD),
+                   "expiresAt": maybe(TIME), "rateLimit": maybe(COUNT), "authRequired": YES})
+TICKET_SHAPE = record({"token": WORD, "expiresAt": TIME, "expiresIn": COUNT, "streamUntil": TIME})
+AUDIT_SHAPE = shape(
+    "AuditEntry", "Who changed what; each entry carries the hash of the one before.",
+    {"seq": COUNT, "timestamp": TIME, **each("action hash", WORD), "prev": TEXT, "status": maybe(COUNT),
+     **each("who name address sessionId target requestId", maybe(TEXT)), "details": ANY})
+AUDIT_PAGE = record({"entries": listing(AUDIT_SHAPE), "head": record({"seq": COUNT, "hash": TEXT}),
+                     "pagination": PAGINATION})
+WEBHOOK_SHAPE = shape(
+    "Webhook", "An address that events are sent to.",
+    {**each("id name url source state", WORD), "events": listing(WORD), "session": maybe(TEXT), "labels": maybe(OBJECT),
+     **each("reason lastError", maybe(TEXT)), **each("failedTries queueLength deadLetters delivered", COUNT),
+     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME)), **each("createdAt updatedAt", TIME)},
+    {"secret": {**WORD, "description": "Shown only when it was just made."}})
+LETTER_SHAPE = shape(
+    "DeadLetter", "An event that did not arrive.",
+    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": maybe(TEXT), "createdAt": TIME,
+     "event": OBJECT})
+CHANNELS_SHAPE = record({
+    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
+        {**each("channel state", WORD), **each("name target lastError", maybe(TEXT)), "queueLength": COUNT,
+         **each("lastSuccessAt lastErrorAt", maybe(TIME))},
+        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": ANY}))})
+RETRIED = record({"id": WORD, "delivered": YES, "state": WORD, "error": maybe(TEXT)})
+TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
+CONSENSUS_SHAPE = shape(
+    "Consensus", "Reviews of the same work by reviewers that know nothing of one another; a list is brief.",
+    {**each("id sessionId workDir", WORD), "state": one_of(*CONSENSUS_STATES), **each("verdict reason", maybe(TEXT)),
+     "criteria": listing(WORD), "rule": WORD, "weights": ANY, "quorum": ANY, "keep": YES,
+     "reviewers": listing(record(
+         {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId verdict", maybe(TEXT)),
+          "askedAgain": YES, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
+         {"summary": maybe(TEXT), "criteria": listing(OBJECT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT)})),
+     "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)), "createdAt": TIME, "endedAt": maybe(TIME),
+     "seconds": AMOUNT},
+    {"agreement": listing(OBJECT), "findings": listing(OBJECT), "change": ANY, "tokenUsage": TOKEN_USAGE,
+     "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+SWARM_MEMBER = record(
+    {**each("sessionId name role", WORD), "status": STATUS, **each("waitsFor subagents", listing(OBJECT)),
+     "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
+SWARM_SHAPE = page_of("groups", record(
+    {**each("id kind name state", WORD), "runState": maybe(TEXT), "members": listing(SWARM_MEMBER),
+     "waits": listing(OBJECT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
+     "createdAt": TIME, "ageSeconds": AMOUNT}))
+BILL: Dict[str, Field] = {
+    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "costUsd": maybe(AMOUNT),
+    "pricedCostUsd": AMOUNT, "unpricedModels": listing(TEXT)}
+METRICS_SHAPE = record({
+    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL,
+    "byModel": listing(record({"model": TEXT, **BILL, "price": maybe(record(each("input output", AMOUNT)))})),
+    "byDay": listing(record({"day": WORD, **BILL, "turns": COUNT})),
+    "bySession": listing(record({**each("id name agent status", WORD), "createdAt": TIME, "turns": COUNT, **BILL})),
+    "pagination": PAGINATION, **each("sessions turns latencies permissions api prices", OBJECT)})
+DIAGNOSTICS_SHAPE = record({
+    "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
+    **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
+    **each("workers settings recentErrors", ANY), "checks": listing(OBJECT)})
+
 
 # ============================================================================
 # ROUTES. The one table, and what follows from it.
@@ -16499,6 +16568,8 @@ ROUTES = (
         201,
         "review_session",
         True,
+        gives=CONSENSUS_SHAPE,
+        keyed=True,
     ),
     Route(
         "GET /v1/consensus",
@@ -16507,10 +16578,12 @@ ROUTES = (
         dict(state=choice("Only those in this state.", *CONSENSUS_STATES, default=None),
              session=text("Only reviews of this session.", 64, default=None), **paged("Reviews on a page.", 20)),
         tool="list_reviews",
+        gives=page_of("consensus", CONSENSUS_SHAPE),
     ),
     Route("GET /v1/consensus/:id", get_consensus, "sessions:read", dict(id=CONSENSUS_ID, **WAIT_DONE),
-          tool="get_review"),
-    Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review"),
+          tool="get_review", gives=CONSENSUS_SHAPE),
+    Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review",
+          gives=CONSENSUS_SHAPE),
     Route(
         "GET /v1/swarm",
         get_swarm,
@@ -16519,6 +16592,7 @@ ROUTES = (
              state=choice("Only groups in this state; waiting: for somebody's decision.", *SWARM_STATES, default=None),
              **paged("Groups on a page.", 20)),
         tool="get_swarm",
+        gives=SWARM_SHAPE,
     ),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory", gives=MEMORY_SHAPE),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory",
@@ -16590,6 +16664,7 @@ ROUTES = (
         tool="get_metrics",
         alias=True,
         texts=True,
+        gives=METRICS_SHAPE,
     ),
     Route(
         "GET /v1/diagnostics",
@@ -16597,8 +16672,10 @@ ROUTES = (
         "admin",
         dict(full=flag("Check the database's integrity, too, which takes a while.", default=False)),
         tool="get_diagnostics",
+        gives=DIAGNOSTICS_SHAPE,
     ),
-    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks"),
+    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks",
+          gives=record({"webhooks": listing(WEBHOOK_SHAPE)})),
     Route(
         "POST /v1/webhooks",
         create_webhook,
@@ -16610,6 +16687,7 @@ ROUTES = (
         ),
         201,
         "create_webhook",
+        gives=WEBHOOK_SHAPE,
     ),
     Route(
         "GET /v1/webhooks/dead-letter",
@@ -16617,12 +16695,14 @@ ROUTES = (
         "webhooks:admin",
         dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
         tool="list_dead_letters",
+        gives=page_of("deadLetters", LETTER_SHAPE),
     ),
     Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="retry_dead_letter"),
+          tool="retry_dead_letter", gives=RETRIED),
     Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="delete_dead_letter"),
-    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook"),
+          tool="delete_dead_letter", gives=record({"id": WORD, "deleted": YES})),
+    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook",
+          gives=WEBHOOK_SHAPE),
     Route(
         "PATCH /v1/webhooks/:id",
         update_webhook,
@@ -16633,8 +16713,10 @@ ROUTES = (
             paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
         ),
         tool="update_webhook",
+        gives=WEBHOOK_SHAPE,
     ),
-    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook"),
+    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook",
+          gives=record({"id": WORD, "deleted": YES, "deadLetters": COUNT})),
     Route(
         "POST /v1/webhooks/:id/rotate",
         rotate_webhook,
@@ -16645,20 +16727,24 @@ ROUTES = (
             keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
         ),
         tool="rotate_webhook",
+        gives=WEBHOOK_SHAPE,
     ),
-    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook"),
-    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health"),
-    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY),
-    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY),
-    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY)),
-    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False),
-    Route("GET /v1/auth/keys", list_keys, "admin"),
+    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook",
+          gives=TRIED),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS_SHAPE),
+    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
+    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
+    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY),
+          gives=MEMORY_SHAPE),
+    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=MINTED),
+    Route("GET /v1/auth/keys", list_keys, "admin", gives=KEYS_SHAPE),
     Route(
         "DELETE /v1/auth/keys/:id",
         delete_key,
         "admin",
         dict(id=KEY_ID, force=flag("Even if it is the last admin key of a server that needs one.", default=False)),
         recorded=False,
+        gives=record({**each("id name", WORD), "revoked": YES}),
     ),
     Route(
         "POST /v1/auth/keys/:id/rotate",
@@ -16666,6 +16752,7 @@ ROUTES = (
         "admin",
         dict(id=KEY_ID, graceSeconds=number("Seconds that the old secret lives on.", 0, MAX_GRACE, default=0)),
         recorded=False,
+        gives=MINTED,
     ),
     Route(
         "POST /v1/auth/verify",
@@ -16673,8 +16760,9 @@ ROUTES = (
         None,
         dict(token=text("The token; that of the Authorization header when missing.", 1_000, default=None)),
         recorded=False,
+        gives=VERIFIED,
     ),
-    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read"),
+    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=TICKET_SHAPE),
     Route(
         "GET /v1/audit",
         list_audit,
@@ -16687,6 +16775,7 @@ ROUTES = (
             since=text("Only from this moment on.", 40, default=None),
             until=text("Only up to this moment.", 40, default=None),
         ),
+        gives=AUDIT_PAGE,
     ),
     Route(
         "POST /hooks/:id",
@@ -16898,10 +16987,11 @@ REFUSALS: Dict[int, Tuple[str, str, Callable[[Route], bool]]] = {
     400: ("The request is wrong; `fields` names each fault.", "INVALID_REQUEST, BAD_REQUEST, BAD_JSON, BAD_ENCODING",
           lambda route: True),
     401: ("The token is missing or wrong.", "UNAUTHORIZED", lambda route: route.scope is not None),
-    403: ("The key lacks the scope, or the Host or Origin is foreign.", "HOST_REFUSED, ORIGIN_REFUSED",
-          lambda route: True),
+    403: ("The key lacks the scope, or the Host or Origin is foreign.",
+          "MISSING_SCOPE, OUTLIVES_KEY, HOST_REFUSED, ORIGIN_REFUSED", lambda route: True),
     404: ("There is no such thing.", "SESSION_NOT_FOUND, PROMPT_NOT_FOUND, PERMISSION_NOT_FOUND, TEMPLATE_NOT_FOUND, "
-          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, WORKTREE_NOT_FOUND, NOT_FOUND",
+          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, CONSENSUS_NOT_FOUND, WORKTREE_NOT_FOUND, "
+          "WEBHOOK_NOT_FOUND, DEAD_LETTER_NOT_FOUND, KEY_NOT_FOUND, NOT_FOUND",
           lambda route: bool(PATH_FIELD.search(route.route)) or "template" in route.takes or "session" in route.takes),
     409: ("It does not go with the present state.", "NAME_IN_USE, SESSION_ENDED, SESSION_LIVE, PROMPT_NOT_QUEUED, "
           "PERMISSION_DECIDED, NO_PENDING_QUESTION, IDEMPOTENCY_CONFLICT, VERSION_CONFLICT",
@@ -17016,6 +17106,8 @@ def responses_of(route: Route) -> Json:
     media = gives.pop("contentMediaType", "application/json")
     event = gives.pop("x-event", None)
     content = {media: {"schema": gives, **({"x-event": event} if event else {})}}
+    if route.texts:
+        content["text/plain"] = {"schema": TEXT}
     well = {"description": "Done.", "headers": {"X-Request-Id": {"$ref": "#/components/headers/RequestId"}}}
     if route.raw:   # a message may be answered piece by piece, or not at all
         content["text/event-stream"] = {"schema": TEXT}
