@@ -310,6 +310,7 @@ MAX_CONNECTIONS = 2_000        # open sockets; beyond it the longest idle one is
 THREADS_KEPT = 100             # of them for what does not only wait: kill, create, an agent's permission request
 MAX_THREADS = 400              # requests that wait at once, streams included
 IDLE_SECONDS = 75.0            # a connection without a request is closed after this
+LINGER_SECONDS = 2.0           # how long what a refused client still sends is thrown away, so that it reads why
 SLOW_SECONDS = 20.0            # a request must arrive, and an answer be taken, within this
 REPLAY_PAGE = 500              # stored events read at once for a listener that comes back
 BUS_QUEUE = 1_000              # events a slow listener may lag behind before it is cut off
@@ -488,12 +489,40 @@ def _short_int(digits: str) -> int:
     return int(digits)
 
 
+REPORT_NAME = re.compile(rb'"hook_event_name"\s*:\s*"(\w{1,40})"')   # it stands before what a model could write
+UNREAD = "unread"    # in a report that cannot be read: why
+
+
+def parse_report(raw: bytes) -> Json:
+    """Read an agent's report as it comes; one that cannot be read says at least which it is, and why."""
+    try:
+        body = json.loads(raw.decode("utf-8", "replace"), parse_constant=lambda word: None)
+        if isinstance(body, dict):
+            return whole_text(body, raw)
+        why = "it is no JSON object"
+    except (ValueError, RecursionError) as error:
+        why = f"it is no JSON that can be read: {error}"
+    named = REPORT_NAME.search(raw)
+    return {"hook_event_name": named.group(1).decode() if named else "", UNREAD: why}
+
+
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
 
 
 def whole_text(value: Any, raw: bytes) -> Any:
     """Replace halves of surrogate pairs, which JSON can spell but no database or socket takes."""
     return json.loads(dump(value).encode("utf-8", "replace")) if SURROGATE.search(raw) else value
+
+
+def shallow(value: Any, depth: int = 40) -> Any:
+    """Cut a JSON value that is nested too deeply to be written again as a part of something else."""
+    if not isinstance(value, (dict, list)) or not value:
+        return value
+    if not depth:
+        return "…"
+    if isinstance(value, list):
+        return [shallow(one, depth - 1) for one in value]
+    return {name: shallow(one, depth - 1) for name, one in value.items()}
 
 
 def clip(text: str, length: int) -> str:
@@ -2237,7 +2266,10 @@ class Tmux:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
         self._connect()
         spawn("aegis-tmux", self._read_forever)
-        self.server_pid, self.version = self.run(("display-message", "-p", "#{pid} #{version}"))[-1].split()
+        told = (self.run(("display-message", "-p", "#{pid} #{version}")) or [""])[-1].split()
+        if len(told) != 2:
+            raise TmuxError("display-message", f"{self.program} does not answer as tmux does: set AEGIS_TMUX (--tmux)")
+        self.server_pid, self.version = told
         self.resizes_hidden = tuple(map(int, re.findall(r"\d+", self.version)[:2])) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
@@ -3042,6 +3074,7 @@ Booked = Dict[Tuple[str, str], Dict[str, int]]    # UTC day, model -> what is no
 READ_BLOCK = 1_000_000   # bytes read forwards at once: more would only cost memory
 TAIL_BLOCK = 65_536      # bytes read at once from a transcript's end
 TAIL_KEPT = 100_000      # characters of a session's last messages that are remembered for the next reader
+QUICK_MESSAGES, QUICK_LINE = 100, 500_000   # what is read at once, in messages and bytes of a line; more takes a thread
 TAIL_MOST = 32_000_000   # bytes of transcript that one read may go through
 
 
@@ -3066,11 +3099,19 @@ class Entry(NamedTuple):
 
 
 def parse_line(raw: bytes, subagent: bool = False) -> List[Entry]:
-    """Read one line; what it does not know it leaves out, and a subagent's where it is not asked for."""
+    """Read one line; what it does not know it leaves out, and a subagent's where it is not asked for.
+
+    A model has its words in every part of a transcript, so a line that is odd in any way is no line.
+    """
     try:
-        line = whole_text(json.loads(raw), raw)
-    except ValueError:
+        return read_line(raw, subagent)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         return []
+
+
+def read_line(raw: bytes, subagent: bool) -> List[Entry]:
+    """Read one line that is as it should be; else anything may be raised."""
+    line = whole_text(json.loads(raw), raw)
     if not isinstance(line, dict) or (line.get("isSidechain") and not subagent):
         return []
     kind = line.get("type")
@@ -3141,7 +3182,8 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
         elif block.get("type") == "tool_use":
             entries.append(
                 Entry(
-                    "tool", at, tool=block.get("name"), input=block.get("input"), tool_use_id=block.get("id"), **shared
+                    "tool", at, tool=block.get("name"), input=shallow(block.get("input")),
+                    tool_use_id=block.get("id"), **shared,
                 )
             )
     return entries
@@ -3279,9 +3321,10 @@ def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
             if size == offset:
                 return offset, []
             file.seek(offset)
-            data = file.read(READ_BLOCK)
-            while b"\n" not in data and offset + len(data) < size:   # a line that is longer than a block
-                data += file.read(8 * READ_BLOCK)
+            pieces = [file.read(READ_BLOCK)]
+            while b"\n" not in pieces[-1] and file.tell() < size:   # a line that is longer than a block
+                pieces.append(file.read(8 * READ_BLOCK))
+            data = b"".join(pieces)
     except OSError:
         return offset, []
     end = data.rfind(b"\n") + 1
@@ -3290,20 +3333,24 @@ def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
 
 def lines_backwards(path: str, end: int) -> Iterator[Tuple[int, bytes]]:
     """Give the lines that end at or before an offset, last first, each with the offset of its end."""
+    def whole(piece: bytes) -> bytes:
+        return piece + b"".join(reversed(later))
     with open(path, "rb") as file:
-        position, rest = end, b""
+        position, finish, later = end, end + 1, []   # later: the rest of a line whose beginning is yet to be read
         while position > max(0, end - TAIL_MOST):
             step = min(TAIL_BLOCK, position)
             position -= step
             file.seek(position)
-            pieces = (file.read(step) + rest).split(b"\n")
-            rest, at = pieces[0], position + len(pieces[0]) + 1
-            ends = list(itertools.accumulate((len(piece) + 1 for piece in pieces[1:]), initial=at))[1:]
-            for piece, finish in zip(reversed(pieces[1:]), reversed(ends)):
-                if piece:
-                    yield finish, piece
-        if rest and position == 0:
-            yield len(rest) + 1, rest
+            first, *pieces = file.read(step).split(b"\n")
+            at = position + step
+            for piece in reversed(pieces):
+                if whole(piece):
+                    yield finish, whole(piece)
+                later, at = [], at - len(piece) - 1
+                finish = at + 1
+            later.append(first)
+        if position == 0 and whole(b""):
+            yield finish, whole(b"")
 
 
 ROLES = {
@@ -4734,10 +4781,12 @@ def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[
 
 def canonical(sent: str) -> str:
     """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
-    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent)
-    bare = re.sub(r"</?pasted_content[^>]*>", "", bare)
-    return "".join(char for char in unicodedata.normalize("NFC", bare)
-                   if not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp"))
+    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent) if "\x1b" in sent else sent
+    bare = re.sub(r"</?pasted_content[^>]*>", "", bare) if "pasted_content" in bare else bare
+    bare = unicodedata.normalize("NFC", bare)
+    return bare.translate(dict.fromkeys(   # by the few characters that differ, not by the million that there may be
+        ord(char) for char in set(bare)
+        if char.isspace() or unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")))
 
 
 # ============================================================================
@@ -5016,6 +5065,8 @@ class Session:
         )  # agent's id of the last prompt in the transcript
         self.transcript_final = ""                     # what its turn said last, as far as it was read
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
+        self.widest = 0                      # bytes of the transcript's longest line, as far as it was read
+        self.stashed = False                 # a person's draft was put aside, and comes back when ours is taken
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
         self.policy = stored_policy(row.policy)
         self.budget_told: Optional[str] = None          # what was last said about the budget
@@ -5407,6 +5458,9 @@ BOX_SECONDS = 5.0        # how long an agent that should be idle may take to sho
 REPORT_SECONDS = 0.2     # a report comes 30-60 ms after Enter; then the screen is looked at
 GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
 AT_BOX = frozenset(("idle", "working", "unknown", "dead"))   # readings that show no dialog to look into
+ENTER_AGAIN = 2.5        # a draft that stands so long after Enter was not entered; before, Enter may be unread yet
+DELIVERY_TRIES = 30      # of a prompt that was never typed, the pauses growing to 10 s
+ENTER_WANTED = re.compile(r"press Enter to send")   # the client took characters out, and wants to be told again
 LOOK_SECONDS = 0.015     # pause between looks at a screen that is about to change
 
 
@@ -5479,6 +5533,7 @@ def await_delivery(session: Session, prompt_id: str, seconds: float, caller: Opt
 
 def deliver_all(context: Context, session: Session) -> None:
     """Deliver prompts while the agent can take them; the body of a session's delivery thread."""
+    tries = 0
     while True:
         with session.lock:
             if not can_deliver(session.facts) or session.ending or context.stopping.is_set():
@@ -5488,12 +5543,32 @@ def deliver_all(context: Context, session: Session) -> None:
             prompt = next(one for one in session.facts.waiting if one.typed_at is None)
         try:
             deliver(context, session, prompt)
+            tries = 0
         except (TmuxError, OSError, ApiError) as error:
             context.log.note("warning", "delivery failed", session=session.row.id, error=error)
-            fail_delivery(context, session, prompt.id, f"could not be typed: {error}")
+            tries += 1
+            recover_delivery(context, session, prompt.id, error, tries)
         except Exception:
             context.log.note("error", "delivery failed", session=session.row.id, trace=traceback.format_exc())
             fail_delivery(context, session, prompt.id, "could not be typed: internal error")
+
+
+def recover_delivery(context: Context, session: Session, prompt_id: str, error: Exception, tries: int) -> None:
+    """Go on when tmux or the store failed: what was not typed waits its turn again; of the rest the agent tells."""
+    prompt = next((one for one in session.facts.waiting if one.id == prompt_id), None)
+    if prompt is None:
+        return
+    if prompt.typed_at is None and tries < DELIVERY_TRIES:
+        session.wait(lambda: session.ending or not session.live, min(0.1 * 2 ** tries, 10.0))
+        return
+    until = time.monotonic() + GIVE_UP_SECONDS
+    while prompt.typed_at and prompt.kind == "prompt" and session.live and time.monotonic() < until:
+        if context.stopping.wait(LOOK_SECONDS):
+            return
+        with contextlib.suppress(TmuxError, ApiError):
+            confirm(context, session, prompt)
+            return
+    fail_delivery(context, session, prompt_id, f"could not be typed: {error}")
 
 
 def start_delivery(context: Context, session: Session) -> None:
@@ -5516,7 +5591,7 @@ def fail_delivery(context: Context, session: Session, prompt_id: str, reason: st
 
 def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
     """Type one prompt and wait until the agent reports it."""
-    pane = pane_of(session)
+    pane, session.stashed = pane_of(session), False
     if not await_box(context, session):
         return
     mark = None if session.agent.reports else screen_mark(context, pane)
@@ -5537,7 +5612,7 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
 
 
 # What the client would not take as text.  A first word like a command's runs it; some words end the agent.
-COMMAND_LIKE = re.compile(r"^\s*/(?:[A-Za-z0-9_][A-Za-z0-9_:-]*)?(?:\s|$)")
+COMMAND_LIKE = re.compile(r"^\s*/[^\s/]*(?:\s|$)")
 EXIT_WORDS = frozenset(("exit", "quit", ":q", ":q!", ":wq", ":wq!"))
 CHUNK_UNITS, CHUNK_LINES = 700, 3   # a paste above 800 UTF-16 units or 3 lines collapses, and arrives wrapped in tags
 CHUNKS_MOST = 150                   # a longer text is pasted whole: the client takes 7 ms for each chunk
@@ -5659,6 +5734,7 @@ def clear_box(context: Context, session: Session, reading: Reading, tries: int) 
     )
     put_back = any(is_draft_of(prompt, reading.draft) for prompt in ours)  # the client does so after an early interrupt
     if tries == 1 and session.agent.stash and not put_back:
+        session.stashed = True
         press(context, session, session.agent.stash)
     else:
         # More presses at once would look like a paste.
@@ -5698,6 +5774,7 @@ def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
 def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
     """Wait for the agent's report; press Enter again only while the draft is still in the box."""
     began, presses = time.monotonic(), 1
+    pressed_at = began
     patience = REPORT_SECONDS + len(prompt.text) / 20_000
     while not taken(session, prompt.id, patience):
         if session.ending or not session.live or context.stopping.is_set():
@@ -5707,8 +5784,8 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         catch_up(session)
         if taken(session, prompt.id, 0.0):
             return
-        if reading.kind == "idle" and is_draft_of(prompt, reading.draft) and presses < 5:
-            presses += 1
+        if is_draft_of(prompt, reading.draft) and presses < 5 and may_enter(session, reading, pressed_at):
+            presses, pressed_at = presses + 1, time.monotonic()
             press(context, session, "Enter")
             with session.changing("delivery", "Enter again", reading.draft) as change:
                 change.prompt(find_prompt(session, prompt.id), attempts=presses)
@@ -5726,6 +5803,14 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
             )
             return
         patience = min(0.2 * presses, 1.0)
+
+
+def may_enter(session: Session, reading: Reading, pressed_at: float) -> bool:
+    """Tell whether Enter may be pressed again: one that is only late would send what a person had written before."""
+    if reading.kind != "idle":
+        return False
+    late = time.monotonic() - pressed_at >= ENTER_AGAIN and not session.stashed
+    return late or ENTER_WANTED.search(reading.excerpt) is not None
 
 
 def taken(session: Session, prompt_id: str, seconds: float) -> bool:
@@ -5782,6 +5867,7 @@ def catch_up(session: Session) -> None:
             if offset == start:
                 break
             entries = [entry for line in lines for entry in parse_line(line)]
+            session.widest = max([session.widest, *map(len, lines)])
             with session.lock:
                 booked = {day: dict(counts) for day, counts in session.booked.items()}
                 ledger = {**count_usage(session.row.ledger, entries, booked), "offset": offset}
@@ -5917,8 +6003,8 @@ OURS, LIKELY, TERMINAL = "ours", "likely", "terminal"   # whose answer the agent
 def request_of(session: Session, body: Json) -> PermissionRow:
     """Make the row of a request from the agent's report."""
     tool, given, offered = str(body.get("tool_name") or "?"), body.get("tool_input"), body.get("permission_suggestions")
-    given = given if isinstance(given, dict) else {}
-    suggestions = [one for one in offered if isinstance(one, dict)][:20] if isinstance(offered, list) else []
+    given = shallow(given) if isinstance(given, dict) else {}
+    suggestions = [shallow(one) for one in offered if isinstance(one, dict)][:20] if isinstance(offered, list) else []
     return PermissionRow(
         new_id("perm-"), session.row.id, tool, given, summarise(tool, given), None, suggestions,
         str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None,
@@ -5992,6 +6078,37 @@ def decide_by_policy(session: Session, body: Json) -> Optional[Json]:
         return None
     record_by_policy(session, request, said)
     return permission_answer(policy_decision(said))
+
+
+def closed_answer(session: Session, report: Json) -> Optional[Json]:
+    """Answer a report that could not be taken or recorded, where the policy does not leave it to others.
+
+    Under a policy, what cannot be read is denied; what is denied is recorded as soon as the store takes it.
+    """
+    name = report.get("hook_event_name")
+    if name not in ("PreToolUse", "PermissionRequest") or session.policy == Policy(profile=session.policy.profile):
+        return None
+    said = Decision("deny", "its report cannot be read")
+    if UNREAD not in report:
+        with contextlib.suppress(RecursionError, ValueError, TypeError, AttributeError):
+            request = request_of(session, report)
+            said = ask_policy(session, request)
+            if said.behavior == "deny":
+                spawn("aegis-record", record_late, session, request, said)
+    if name == "PreToolUse" and said.behavior == "ask":
+        return tool_answer("ask", f"this session's permission policy asks about it ({said.rule})")
+    if said.behavior != "deny":
+        return None
+    told = policy_decision(said)
+    return tool_answer("deny", told["message"]) if name == "PreToolUse" else permission_answer(told)
+
+
+def record_late(session: Session, request: PermissionRow, said: Decision) -> None:
+    """Record a decision of the policy that the store did not take, again and again until it does."""
+    while session.live and not session.ending and not session.context.stopping.wait(1.0):
+        with contextlib.suppress(ApiError):
+            record_by_policy(session, request, said)
+            return
 
 
 def policy_decision(said: Decision) -> Json:
@@ -6715,7 +6832,9 @@ def on_prompt(session: Session, body: Json) -> Answer:
             heard = canonical(said)
             ours = next((one for one in change.facts.waiting if one.typed_at and canonical(one.text) in heard), None)
             if ours:
-                change.prompt(ours, state="submitted", submitted_at=now, agent_id=prompt_id)
+                more = "" if canonical(ours.text) == heard else f"taken with what else stood in the box: {said}"
+                change.prompt(ours, state="submitted", submitted_at=now, agent_id=prompt_id,
+                              reason=clip(more, 300) or None)
             else:
                 typed_in_terminal(change, said, None if running else prompt_id)
             change.set(failure=None, dialog=None, busy=None, ready=True)
@@ -7149,12 +7268,15 @@ def inspect_quiet(context: Context, session: Session) -> None:
 def new_text(context: Context, session: Session, prompt: PromptRow) -> str:
     """Read what a pane shows since a prompt was typed, without the prompt's echo and the next prompt line."""
     pane = pane_of(session)
-    history = int(context.tmux.ask(pane, "#{history_size}"))
-    lines = context.tmux.run(("capture-pane", "-p", "-J", "-t", pane, "-S", str((prompt.mark or 0) - history)))
-    texts = [line.rstrip() for line in lines]
+    history, echoed = int(context.tmux.ask(pane, "#{history_size}")), prompt.text.split("\n")
+    trimmed = history >= HISTORY_LINES * 9 // 10   # a full history loses its oldest tenth, and the mark its meaning
+    begin = "-" if trimmed else str((prompt.mark or 0) - history)
+    texts = [line.rstrip() for line in context.tmux.run(("capture-pane", "-p", "-J", "-t", pane, "-S", begin))]
     while texts and not texts[-1]:
         texts.pop()
-    echoed = prompt.text.split("\n")
+    if trimmed:
+        typed = [at for at, line in enumerate(texts) if line.endswith(echoed[0].rstrip())]
+        return "\n".join(texts[typed[-1] + len(echoed) if typed else 0:-1]).strip("\n")
     return "\n".join(texts[min(len(echoed), len(texts)):-1]).strip("\n")
 
 
@@ -7206,6 +7328,13 @@ def exit_status(context: Context, pane_id: str) -> Optional[int]:
     return None
 
 
+def forget_files(context: Context, session_id: str) -> None:
+    """Remove what an agent was launched with; its secret stands there."""
+    for kind in ("launch", "hooks", "stderr"):
+        with contextlib.suppress(OSError):
+            context.file(session_id, kind).unlink()
+
+
 def finish(context: Context, session: Session, status: str, reason: str, exit_code: Optional[int] = None) -> None:
     """End a session for good: row and transcript stay readable, everything else goes."""
     screen = None
@@ -7213,16 +7342,16 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         with contextlib.suppress(TmuxError):
             screen = context.tmux.capture(session.row.pane, lines=200).strip("\n")[-LAST_SCREEN:]
     if session.agent.reports:
-        with contextlib.suppress(ApiError):
+        try:
             catch_up(session)
             count_subagents(session)
+        except Exception:   # what cannot be read must not keep a session from ending
+            context.log.note("warning", "last lines not read", session=session.row.id, trace=traceback.format_exc())
     with session.lock:
         if not session.live:
             return
         pane, window = session.row.pane, session.row.window
-        for kind in ("launch", "hooks", "stderr"):   # before anybody can resume it, and write them anew
-            with contextlib.suppress(OSError):
-                context.file(session.row.id, kind).unlink()
+        forget_files(context, session.row.id)   # before anybody can resume it, and write them anew
         with session.changing("process", status, reason) as change:
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
@@ -7796,7 +7925,7 @@ def check_work_dir(settings: Settings, path: str) -> str:
 
 def check_arguments(args: Sequence[str]) -> None:
     """Refuse arguments that Aegis itself must set.  Raises ApiError 400."""
-    taken_ = next((word for word in args if word.split("=")[0] in OWN_FLAGS), None)
+    taken_ = next((word for word in args if word.split("=")[0] in OWN_FLAGS or re.match("-[crp]", word)), None)
     if taken_:
         raise ApiError(
             400,
@@ -7826,15 +7955,16 @@ def create_session(context: Context, wanted: Wanted) -> Session:
     row.launch["base"] = note_base(context, row.id, row.work_dir)
     session = Session(context, row, Facts())
     known: Any = row
+    context.sessions[row.id] = session   # first: who hears of it may end it at once
     try:
         known = store_new(context, session, wanted)
     finally:
         if known:   # it was not made after all
+            context.sessions.pop(row.id, None)
             remove_worktree(row.worktree, force=True)
             forget_base(context, row.id)
     if known:
         return same_session(context, known, wanted)
-    context.sessions[row.id] = session
     launch_agent(context, session, words, environment)
     return session
 
@@ -7859,6 +7989,8 @@ def launch_agent(context: Context, session: Session, words: List[str], environme
     try:
         start_agent(context, session, words, environment, resume)
     except (TmuxError, OSError, ApiError) as error:
+        if isinstance(error, ApiError) and error.code == "SESSION_ENDED":   # somebody else is at it
+            raise
         session.ending = True
         finish_surely(context, session, "exited", f"could not be started: {error}")
         code = error.code if isinstance(error, ApiError) else "TMUX_UNAVAILABLE"
@@ -7972,12 +8104,14 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
     context.panes[pane.pane] = session
     try:
         with session.changing("tmux", "window opened", pane.window) as change:
+            refuse_ended(session)
             change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid,
                                   launch={**row.launch, "birth": birth_of(pane.pid)})
-    except ApiError:   # an agent that is not in the books must not run
+    except ApiError:   # an agent that is not in the books, or whose session was ended meanwhile, must not run
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
         context.tmux.close_pane(pane.pane, row.id)
+        forget_files(context, row.id)
         raise
     watch(context, session)
     context.look_later(session, 0.05)
@@ -8020,7 +8154,9 @@ def record_surely(context: Context, session: Session, record: Callable[[], None]
             return
         except ApiError as error:
             context.log.note("error", "end not recorded yet", session=session.row.id, error=error)
-            context.stopping.wait(1.0)
+        except Exception:
+            context.log.note("error", "end not recorded yet", session=session.row.id, trace=traceback.format_exc())
+        context.stopping.wait(1.0)
 
 
 def finish_surely(context: Context, session: Session, status: str, reason: str) -> None:
@@ -13063,7 +13199,10 @@ def adopt_all(context: Context) -> None:
         if pane is None and context.settings.resume_all:
             lost.append(session)
         else:
-            adopt(context, session, pane)
+            try:
+                adopt(context, session, pane)
+            except Exception:   # one session must not keep Aegis from starting
+                context.log.note("error", "not adopted whole", session=row.id, trace=traceback.format_exc())
     if lost:
         spawn("aegis-resume", resume_all, context, lost)
     for tag, pane in panes.items():
@@ -13193,12 +13332,36 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
             press(context, session, "Enter")
         elif reading and reading.kind not in ("idle", "unknown"):
             continue
+    again = prompt.kind == "prompt" and reads_keys(context, session)   # a command leaves no trace that it ran
+    for _ in range(10 * again):
+        locate_transcript(session)
+        catch_up(session)
+        if taken(session, prompt.id, 0.1):
+            return
     with session.changing("restart", "no trace of the prompt", prompt.id) as change:
         known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
-        if known and known.kind == "prompt":
+        if known and again:
             change.prompt(known, typed_at=None)
-        elif known:   # a command leaves no trace that proves it did not run
+        elif known:
             fail_typed(change, known)
+
+
+def reads_keys(context: Context, session: Session) -> bool:
+    """Tell whether an agent has read every key that was ever pressed: a dot shows in its empty box, and goes again.
+
+    Keys are read in order, so a prompt that was typed before the dot is in the box, in the transcript, or nowhere.
+    """
+    def shows(draft: str) -> bool:
+        return any(look(context, session).draft == draft or context.stopping.wait(0.05) for _ in range(40))
+    with session.key_lock, contextlib.suppress(TmuxError):
+        reading = steady_look(context, session)
+        if reading.kind != "idle" or reading.draft:
+            return False
+        press(context, session, ".")
+        seen = shows(".")
+        press(context, session, "BSpace")
+        return seen and shows("")
+    return False
 
 
 def fail_typed(change: Change, prompt: PromptRow) -> None:
@@ -14362,7 +14525,10 @@ def filled_fields(ask: Ask, table: Mapping[str, Field], fields: Json) -> Json:
     elif variables is not None:
         raise ApiError(400, "INVALID_REQUEST", "variables are for a template: name one",
                        fields={"variables": "need a template"})
-    return {snake(name): value for name, value in validate(table, given).items()}
+    values = {snake(name): value for name, value in validate(table, given).items()}
+    if values.get("prompt") is not None:
+        check_words("prompt", values["prompt"])
+    return values
 
 
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
@@ -14569,7 +14735,8 @@ def read_session(ask: Ask, id: str, limit: int, after: Optional[str], wait: Opti
     """Read the last answer, messages, tokens and cost; `wait=idle` holds until the session needs its caller."""
     session = find_session(ask.context, id)
     mark = parse_mark(after)
-    if wait is None and not unsettled(session) and new_bytes(session) < READ_BLOCK:
+    light = limit <= QUICK_MESSAGES and mark is None and session.widest < QUICK_LINE
+    if wait is None and light and not unsettled(session) and new_bytes(session) < READ_BLOCK:
         return read_now(ask.context, session, limit, mark)
     return Later(lambda: read_later(ask, session, limit, mark, timeout if wait else None), wait is not None)
 
@@ -14646,11 +14813,16 @@ def run_bash(ask: Ask, id: str, command: str) -> Any:
     return typed_later(ask, id, "bash", command)
 
 
+def check_words(field: str, text_: str) -> None:
+    """Refuse a prompt of which the agent would see nothing.  Raises ApiError 400."""
+    if not canonical(text_[:100]) and not canonical(text_):
+        raise faulty({field: "must hold more than blanks and invisible characters"})
+
+
 def typed_later(ask: Ask, session_id: str, kind: str, text_: str) -> Any:
     """Queue what is to be typed; wait for the agent's report when it can take it at once."""
     session = find_live(ask.context, session_id)
-    if not text_.strip():
-        raise ApiError(400, "INVALID_REQUEST", "the text must hold more than blanks", fields={"text": "is blank"})
+    check_words("text", text_)
     with session.lock:
         free = (
             session.facts.ready
@@ -14968,9 +15140,14 @@ def explain_session(ask: Ask, id: str) -> Any:
 def create_batch(ask: Ask, sessions: List[Json]) -> Any:
     """Create up to 50 sessions; one bad item never spoils the rest, and nobody waits for deliveries."""
     def one(item: Json) -> Json:
+        if not isinstance(item, dict):
+            raise faulty({"sessions": "must hold bodies of create, which are objects"})
         given = {snake(name): value for name, value in validate(templated(NEW_SESSION), item).items()}
         return created(ask, filled_fields(ask, NEW_SESSION, given), wait=False)
-    return Later(lambda: in_batch(sessions, one, "created", "sessions", lambda item: {"name": item.get("name")}))
+
+    def named(item: Any) -> Json:
+        return {"name": item.get("name") if isinstance(item, dict) else None}
+    return Later(lambda: in_batch(sessions, one, "created", "sessions", named))
 
 
 def kill_batch(ask: Ask, ids: List[str], label: Optional[str]) -> Any:
@@ -15005,6 +15182,8 @@ def in_batch(
                 return True, work(item)
         except ApiError as error:
             return False, error.body()
+        except Exception as error:
+            return False, ApiError(500, "INTERNAL", f"internal error: {type(error).__name__}").body()
     from concurrent.futures import ThreadPoolExecutor  # imports logging: a tenth of the start, and seldom needed
     with ThreadPoolExecutor(BATCH_STARTS) as pool:
         results = list(pool.map(attempt, items))
@@ -15818,10 +15997,19 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     session = ask.context.sessions.get(id)
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
-    if report.get("hook_event_name") != "PermissionRequest":
-        return receive_hook(session, report)
-    answer = decide_by_policy(session, report)
-    return answer if answer is not None else Later(lambda: held(ask, session, report))
+    try:
+        if UNREAD in report:
+            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREAD]}")
+        if report.get("hook_event_name") != "PermissionRequest":
+            return receive_hook(session, report)
+        answer = decide_by_policy(session, report)
+        return answer if answer is not None else Later(lambda: held(ask, session, report))
+    except Exception as error:   # to the agent a report that fails is no opinion; a denial must not become one
+        closed = closed_answer(session, report)
+        if closed is None:
+            raise
+        ask.context.log.note("error", "a report failed: the policy holds all the same", session=id, error=error)
+        return closed
 
 
 def held(ask: Ask, session: Session, report: Json) -> Json:
@@ -16156,7 +16344,7 @@ ROUTES = (
         dict(
             **paged("Sessions on a page.", 20),
             status=choice("Only sessions in this state.", *STATES, default=None),
-            workDir=text("Only sessions that work in this directory.", 4096, default=None),
+            workDir=text("Only sessions that work in this directory.", 4096, default=None, pattern=r"^[^\x00]*$"),
             label=LABEL,
         ),
         tool="list_sessions",
@@ -16168,8 +16356,8 @@ ROUTES = (
         "POST /v1/sessions/batch",
         create_batch,
         "sessions:write",
-        dict(sessions=many("Bodies of create.", anything("A body of create.", fields=templated(NEW_SESSION)), BATCH_MAX,
-                           minItems=1)),
+        dict(sessions=many("Bodies of create.", any_json("A body of create.", fields=templated(NEW_SESSION)),
+                           BATCH_MAX, minItems=1)),
         tool="create_sessions",
         alias=True,
         gives=record({**each("created failed", COUNT), "sessions": listing(NEW), "errors": FAULTS}),
@@ -18177,6 +18365,8 @@ class Connection:
         self.chunks: Optional[Chunks] = None
         self.caller = Caller()
         self.watched = False              # the selector has it
+        self.writing = False              # it waits for room for the rest of an answer, and is not read meanwhile
+        self.deaf_until = 0.0             # it has its last answer: what still comes until then is thrown away
         self.lent = False                 # a thread answers it; the loop only watches whether its client leaves
         self.since = self.begun = time.monotonic()  # last activity; the current request's first byte
         self.request_id = ""
@@ -18242,7 +18432,7 @@ class Server(ThreadingHTTPServer):
                 elif key.data == "wake":
                     self._take_back()
                 else:
-                    self._readable_safely(key.data)
+                    self._attend(key.data)
             self._flush()
             if time.monotonic() - swept > poll_interval:
                 swept = time.monotonic()
@@ -18284,7 +18474,7 @@ class Server(ThreadingHTTPServer):
         self.parked.pop(connection.sock.fileno(), None)
         if connection.watched:
             self.selector.unregister(connection.sock)
-            connection.watched = False
+            connection.watched = connection.writing = False
 
     def _lend(self, connection: Connection) -> None:
         """Give a connection to a thread; the loop goes on to watch whether its client leaves."""
@@ -18325,6 +18515,10 @@ class Server(ThreadingHTTPServer):
     def _sweep(self, now: float, idle: float = IDLE_SECONDS) -> None:
         """Close what has been idle for too long, and requests that do not arrive."""
         for connection in list(self.parked.values()):
+            if connection.deaf_until or connection.writing:
+                if now > (connection.deaf_until or connection.since + SLOW_SECONDS):
+                    self._drop(connection)
+                continue
             partial = bool(connection.buffer) or connection.head is not None
             if partial and now - connection.begun > SLOW_SECONDS:
                 error = ApiError(408, "TOO_SLOW", f"the request did not arrive within {SLOW_SECONDS:g} s")
@@ -18332,10 +18526,14 @@ class Server(ThreadingHTTPServer):
             elif not partial and now - connection.since > idle:
                 self._drop(connection)
 
-    def _readable_safely(self, connection: Connection) -> None:
-        """Read from one client; a bug costs that client its connection, and nobody else anything."""
+    def _attend(self, connection: Connection) -> None:
+        """Read from one client, or send on; a bug costs that client its connection, and nobody else anything."""
         try:
-            self._readable(connection)
+            if connection.writing:
+                connection.since = time.monotonic()
+                self.outbox[connection] = None
+            else:
+                self._readable(connection)
         except Exception:
             self.log.note("error", "bug", request=connection.request_id, trace=traceback.format_exc())
             self._drop(connection)
@@ -18352,6 +18550,8 @@ class Server(ThreadingHTTPServer):
             data = b""
         if not data:
             self._drop(connection)
+            return
+        if connection.deaf_until:
             return
         connection.since = time.monotonic()
         if not connection.buffer and connection.head is None:
@@ -18538,9 +18738,8 @@ class Server(ThreadingHTTPServer):
 
         def work() -> Any:
             arrays = "array" in route.takes.get(route.whole_body or "", {}).get("type", "")
-            body = parse_text(head.headers, raw) if route.raw else parse_body(head.headers, raw, arrays)
-            if route.scope == "hook":   # an agent's report is taken as it comes; a caller is told what is wrong
-                body = whole_text(body, raw)
+            body = (parse_report(raw) if route.scope == "hook" else parse_text(head.headers, raw) if route.raw
+                    else parse_body(head.headers, raw, arrays))
             return call(route, ask, connection.words, parse_query(head.query) if head.query else {}, body)
         return self._guarded(connection, work)
 
@@ -18624,16 +18823,30 @@ class Server(ThreadingHTTPServer):
         self.outbox[connection] = None
 
     def _flush(self) -> None:
-        """Send the answers of a round; who does not take them all at once gets a thread."""
-        outbox, self.outbox = self.outbox, {}
-        for connection in outbox:
-            if self.parked.get(connection.sock.fileno()) is not connection or not self._flush_one(connection):
-                continue
-            if connection.out or connection.ending == "linger":
-                self._unpark(connection)
-                self._spawn(self._finish_sending, connection)
-            elif connection.ending:
-                self._drop(connection)
+        """Send the answers of a round; who does not take them all at once is written to when there is room."""
+        while self.outbox:
+            outbox, self.outbox = self.outbox, {}
+            for connection in outbox:
+                if self.parked.get(connection.sock.fileno()) is connection and self._flush_one(connection):
+                    self._go_on(connection)
+
+    def _go_on(self, connection: Connection) -> None:
+        """Wait for room for the rest of an answer; behind the whole of it comes the end, or the next request."""
+        if bool(connection.out) != connection.writing:
+            connection.writing = bool(connection.out)
+            interest = selectors.EVENT_WRITE if connection.writing else selectors.EVENT_READ
+            self.selector.modify(connection.sock, interest, connection)
+            if not connection.writing and not connection.ending and connection.buffer:
+                self._serve(connection)
+        if connection.out or not connection.ending:
+            return
+        if connection.ending == "close":
+            self._drop(connection)
+            return
+        with contextlib.suppress(OSError):   # so that it can read the answer: it may be in the middle of sending
+            connection.sock.shutdown(socket.SHUT_WR)
+        connection.deaf_until = time.monotonic() + LINGER_SECONDS
+        connection.buffer.clear()
 
     def _flush_one(self, connection: Connection) -> bool:
         """Send what a client takes without waiting; False when it is gone."""
@@ -18645,29 +18858,6 @@ class Server(ThreadingHTTPServer):
             self._drop(connection)
             return False
         return True
-
-    def _linger(self, connection: Connection) -> None:
-        """Close so that the client can still read the answer: it may be in the middle of sending."""
-        with contextlib.suppress(OSError):
-            connection.sock.settimeout(1.0)
-            connection.sock.shutdown(socket.SHUT_WR)
-            until = time.monotonic() + 2.0
-            while time.monotonic() < until and connection.sock.recv(262_144):
-                pass
-        connection.sock.close()
-
-    def _finish_sending(self, connection: Connection) -> None:
-        """Send the rest of an answer, however slowly it is taken."""
-        try:
-            connection.sock.settimeout(SLOW_SECONDS)
-            connection.sock.sendall(connection.out)
-            connection.out.clear()
-        except OSError:
-            connection.ending = "close"
-        if connection.ending == "linger":
-            self._linger(connection)
-        else:
-            self._give_back(connection, bool(connection.ending))
 
     def _give_back(self, connection: Connection, close: bool) -> None:
         if self.ending:   # nobody takes it back
@@ -20736,7 +20926,7 @@ class BareWindow:
 
     def start(self) -> float:
         """Start an agent and end it; gives the seconds until its box stood."""
-        words = [*demo_program(self.settings, {}), "--session-id", str(uuid.uuid4()), "--permission-mode", "default",
+        words = [*demo_program(self.settings), "--session-id", str(uuid.uuid4()), "--permission-mode", "default",
                  "--settings", str(self.hooks)]
         began = time.perf_counter()
         pane = self.tmux.open_window("bare", "bare", words)
