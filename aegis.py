@@ -491,7 +491,7 @@ def _short_int(digits: str) -> int:
 
 
 REPORT_NAME = re.compile(rb'"hook_event_name"\s*:\s*"(\w{1,40})"')   # it stands before what a model could write
-UNREAD = "unread"    # in a report that cannot be read: why
+UNREADABLE = "unread"    # in a report that cannot be read: why
 
 
 def parse_report(raw: bytes) -> Json:
@@ -504,7 +504,7 @@ def parse_report(raw: bytes) -> Json:
     except (ValueError, RecursionError) as error:
         why = f"it is no JSON that can be read: {error}"
     named = REPORT_NAME.search(raw)
-    return {"hook_event_name": named.group(1).decode() if named else "", UNREAD: why}
+    return {"hook_event_name": named.group(1).decode() if named else "", UNREADABLE: why}
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
@@ -6090,7 +6090,7 @@ def closed_answer(session: Session, report: Json) -> Optional[Json]:
     if name not in ("PreToolUse", "PermissionRequest") or session.policy == Policy(profile=session.policy.profile):
         return None
     said = Decision("deny", "its report cannot be read")
-    if UNREAD not in report:
+    if UNREADABLE not in report:
         with contextlib.suppress(RecursionError, ValueError, TypeError, AttributeError):
             request = request_of(session, report)
             said = ask_policy(session, request)
@@ -7329,7 +7329,7 @@ def exit_status(context: Context, pane_id: str) -> Optional[int]:
     return None
 
 
-def forget_files(context: Context, session_id: str) -> None:
+def forget_launch(context: Context, session_id: str) -> None:
     """Remove what an agent was launched with; its secret stands there."""
     for kind in ("launch", "hooks", "stderr"):
         with contextlib.suppress(OSError):
@@ -7352,7 +7352,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         if not session.live:
             return
         pane, window = session.row.pane, session.row.window
-        forget_files(context, session.row.id)   # before anybody can resume it, and write them anew
+        forget_launch(context, session.row.id)   # before anybody can resume it, and write them anew
         with session.changing("process", status, reason) as change:
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
@@ -8112,7 +8112,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
         context.tmux.close_pane(pane.pane, row.id)
-        forget_files(context, row.id)
+        forget_launch(context, row.id)
         raise
     watch(context, session)
     context.look_later(session, 0.05)
@@ -14560,7 +14560,7 @@ def filled_fields(ask: Ask, table: Mapping[str, Field], fields: Json) -> Json:
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
     """Create a session, and wait for its first prompt's delivery if told."""
     session = create_session(ask.context, wanted_from(ask, fields, wait))
-    return new_view(ask.context, session, fields["prompt"], wait)
+    return new_view(ask.context, session, fields["prompt"], wait, ask.caller)
 
 
 def memory_for(ask: Ask, session_id: str = "") -> Callable[[str], Optional[str]]:
@@ -14615,7 +14615,8 @@ def wanted_policy(context: Context, given: Any, profile: Any) -> Json:
     return policy_json(policy_from_json({**named, **plain_policy(given or {})}, context.profiles))
 
 
-def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
+def new_view(context: Context, session: Session, text_: Optional[str], wait: bool,
+             caller: Optional[Caller] = None) -> Json:
     """Give a session that was just started, and how its first prompt fared."""
     prompt = context.store.row(
         PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq DESC", session.row.id
@@ -14623,7 +14624,7 @@ def new_view(context: Context, session: Session, text_: Optional[str], wait: boo
     if text_ is None or prompt is None:
         return {**live_view(context, session), "promptDelivery": None}
     if wait:
-        prompt = await_delivery(session, prompt.id, context.settings.create_seconds)
+        prompt = await_delivery(session, prompt.id, context.settings.create_seconds, caller)
         if not session.live and session.row.status == "exited" and prompt.submitted_at is None:
             raise ApiError(502, "AGENT_EXITED", f"the agent ended before it took the prompt: {session.row.reason}",
                            sessionId=session.row.id)
@@ -15043,20 +15044,22 @@ def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
     """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
     parent = find_live(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
     """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
     origin = find_session(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def resume_session_handler(ask: Ask, id: str, prompt: Optional[str]) -> Any:
     """Resume an ended session: the same one, with its conversation."""
     find_session(ask.context, id)
-    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True))
+    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True, ask.caller))
 
 
 def list_children(ask: Ask, id: str) -> Json:
@@ -16028,8 +16031,8 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
     try:
-        if UNREAD in report:
-            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREAD]}")
+        if UNREADABLE in report:
+            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREADABLE]}")
         if report.get("hook_event_name") != "PermissionRequest":
             return receive_hook(session, report)
         answer = decide_by_policy(session, report)
@@ -16137,6 +16140,10 @@ ERROR = shape(
      "code": {**WORD, "pattern": "^[A-Z][A-Z0-9_]+$", "description": "A word for programs."},
      "statusCode": {"type": "integer", "minimum": 400, "maximum": 599}},
     {"fields": {"type": "object", "additionalProperties": TEXT, "description": "What is wrong, by field."}})
+RPC_ERROR = shape(
+    "McpError", "A refusal of the Model Context Protocol.",
+    {"jsonrpc": one_of("2.0"), "id": {"type": ["string", "integer", "null"]},
+     "error": record({"code": {"type": "integer"}, "message": TEXT}, {"data": ANY})})
 TOKEN_USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
 PERMISSION = shape(
     "Permission", "An agent's request to use a tool.",
@@ -16250,93 +16257,84 @@ WORKTREE = shape(
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
      **each("changes commits", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
-FAULTS = listing(record({"index": COUNT, **SHAPES["Error"]["properties"]},
-                        {"name": maybe(ANY), "id": TEXT, "sessionId": TEXT}))
+SAID = SHAPES["Error"]["properties"]
+FAULTS = listing(record({"index": COUNT, **{name: SAID[name] for name in SHAPES["Error"]["required"]}},
+                        {"name": ANY, **each("id sessionId", TEXT), "fields": SAID["fields"]}))
 PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
                       **each("pending history", listing(PERMISSION)), "pagination": PAGINATION})
 POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),
                      "status": STATUS})
 FORGOTTEN = record({"key": WORD, "deleted": YES, "version": COUNT})
-VOTE = maybe(one_of(*VOTES))
-FOUND = record({"file": maybe(TEXT), "line": maybe(COUNT), "severity": one_of(*SEVERITIES), "message": TEXT})
-REVIEWER = shape(
-    "Reviewer", "One reviewer and its assessment; a list shows no more than its vote.",
-    {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId", maybe(TEXT)), "askedAgain": YES,
-     "verdict": VOTE, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
-    {"summary": maybe(TEXT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
-     "criteria": listing(record({"name": WORD, "verdict": VOTE, "score": AMOUNT, "findings": listing(FOUND)}))})
+
+# -- access, channels, consensus, figures
+
+KEY_SHAPE = shape(
+    "Key", "An API key; its secret is nowhere.",
+    {**each("id name prefix", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdBy": maybe(TEXT),
+     "createdAt": TIME, "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))})
+AUTH_TOLD = ({"authRequired": YES}, {"warning": TEXT})
+MINTED = record({**SHAPES["Key"]["properties"], "key": {**WORD, "description": "The secret, shown this once."},
+                 **AUTH_TOLD[0]}, AUTH_TOLD[1])
+KEYS_SHAPE = record({"keys": listing(KEY_SHAPE), **AUTH_TOLD[0]}, AUTH_TOLD[1])
+VERIFIED = record({"valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD),
+                   "expiresAt": maybe(TIME), "rateLimit": maybe(COUNT), "authRequired": YES})
+TICKET_SHAPE = record({"token": WORD, "expiresAt": TIME, "expiresIn": COUNT, "streamUntil": TIME})
+AUDIT_SHAPE = shape(
+    "AuditEntry", "Who changed what; each entry carries the hash of the one before.",
+    {"seq": COUNT, "timestamp": TIME, **each("action hash", WORD), "prev": TEXT, "status": maybe(COUNT),
+     **each("who name address sessionId target requestId", maybe(TEXT)), "details": ANY})
+AUDIT_PAGE = record({"entries": listing(AUDIT_SHAPE), "head": record({"seq": COUNT, "hash": TEXT}),
+                     "pagination": PAGINATION})
+WEBHOOK_SHAPE = shape(
+    "Webhook", "An address that events are sent to.",
+    {**each("id name url source state", WORD), "events": listing(WORD), "session": maybe(TEXT), "labels": maybe(OBJECT),
+     **each("reason lastError", maybe(TEXT)), **each("failedTries queueLength deadLetters delivered", COUNT),
+     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME)), **each("createdAt updatedAt", TIME)},
+    {"secret": {**WORD, "description": "Shown only when it was just made."}})
+LETTER_SHAPE = shape(
+    "DeadLetter", "An event that did not arrive.",
+    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": maybe(TEXT), "createdAt": TIME,
+     "event": OBJECT})
+CHANNELS_SHAPE = record({
+    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
+        {**each("channel state", WORD), **each("name target lastError", maybe(TEXT)), "queueLength": COUNT,
+         **each("lastSuccessAt lastErrorAt", maybe(TIME))},
+        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": ANY}))})
+RETRIED = record({"id": WORD, "delivered": YES, "state": WORD, "error": maybe(TEXT)})
+TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
 CONSENSUS_SHAPE = shape(
-    "Consensus", "A consensus review; a list leaves out what the reviewers found.",
+    "Consensus", "Reviews of the same work by reviewers that know nothing of one another; a list is brief.",
     {**each("id sessionId workDir", WORD), "state": one_of(*CONSENSUS_STATES), **each("verdict reason", maybe(TEXT)),
-     "criteria": listing(WORD), "rule": one_of(*REVIEW_RULES), "weights": ANY, "quorum": COUNT, "keep": YES,
-     "reviewers": listing(REVIEWER), "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)),
-     "createdAt": TIME, "endedAt": maybe(TIME), "seconds": AMOUNT},
-    {"agreement": listing(record({"name": WORD, **each("approve reject", COUNT),
-                                  **each("agreement score lowest highest", maybe(AMOUNT))})),
-     "findings": listing(record({
-         "criterion": WORD, "file": maybe(TEXT), "line": maybe(COUNT), "severity": one_of(*SEVERITIES),
-         "messages": listing(TEXT), "reviewers": listing(COUNT), "seenBy": COUNT})),
-     "change": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
-WAIT = record({"kind": WORD}, {**each("who for", maybe(TEXT)), "about": TEXT})
-MEMBER = shape(
-    "Member", "A session in a group.",
-    {**each("sessionId name role", WORD), "status": STATUS, "waitsFor": listing(WAIT), "subagents": listing(record({
-        "id": WORD, "type": maybe(TEXT), "state": one_of("working", "ended"), "tokenUsage": TOKEN_USAGE,
-        "costUsd": maybe(AMOUNT), "startedAt": TIME, "endedAt": maybe(TIME)})),
+     "criteria": listing(WORD), "rule": WORD, "weights": ANY, "quorum": ANY, "keep": YES,
+     "reviewers": listing(record(
+         {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId verdict", maybe(TEXT)),
+          "askedAgain": YES, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
+         {"summary": maybe(TEXT), "criteria": listing(OBJECT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT)})),
+     "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)), "createdAt": TIME, "endedAt": maybe(TIME),
+     "seconds": AMOUNT},
+    {"agreement": listing(OBJECT), "findings": listing(OBJECT), "change": ANY, "tokenUsage": TOKEN_USAGE,
+     "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+SWARM_MEMBER = record(
+    {**each("sessionId name role", WORD), "status": STATUS, **each("waitsFor subagents", listing(OBJECT)),
      "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
-GROUP = shape(
-    "Group", "Sessions that work together.",
-    {**each("id name", WORD), "kind": one_of(*SWARM_KINDS), "state": WORD, "runState": maybe(TEXT),
-     "members": listing(MEMBER), "waits": listing(WAIT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE,
-     "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
-BILL_FIELDS: Dict[str, Field] = {
-    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "pricedCostUsd": AMOUNT,
-    "costUsd": maybe(AMOUNT), "unpricedModels": listing(TEXT)}
+SWARM_SHAPE = page_of("groups", record(
+    {**each("id kind name state", WORD), "runState": maybe(TEXT), "members": listing(SWARM_MEMBER),
+     "waits": listing(OBJECT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
+     "createdAt": TIME, "ageSeconds": AMOUNT}))
+BILL: Dict[str, Field] = {
+    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "costUsd": maybe(AMOUNT),
+    "pricedCostUsd": AMOUNT, "unpricedModels": listing(TEXT)}
 METRICS_SHAPE = record({
-    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL_FIELDS,
-    "byModel": listing(record({"model": TEXT, "price": maybe(record(each("input output", AMOUNT))), **BILL_FIELDS})),
-    "byDay": listing(record({"day": WORD, "turns": COUNT, **BILL_FIELDS})),
-    "bySession": listing(record({**each("id name agent", WORD), "status": STATUS, "createdAt": TIME, "turns": COUNT,
-                                 **BILL_FIELDS})),
-    "pagination": PAGINATION, "sessions": record({**each("active total", COUNT), "byStatus": OBJECT}),
-    **each("turns latencies permissions prices", OBJECT), "api": maybe(OBJECT)})
+    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL,
+    "byModel": listing(record({"model": TEXT, **BILL, "price": maybe(record(each("input output", AMOUNT)))})),
+    "byDay": listing(record({"day": WORD, **BILL, "turns": COUNT})),
+    "bySession": listing(record({**each("id name agent status", WORD), "createdAt": TIME, "turns": COUNT, **BILL})),
+    "pagination": PAGINATION, **each("sessions turns latencies permissions prices", OBJECT),
+    "api": maybe(OBJECT)})
 DIAGNOSTICS_SHAPE = record({
     "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
     **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
-    **each("workers settings recentErrors", listing(OBJECT)),
-    "checks": listing(record({"name": WORD, "state": one_of("ok", "warning", "problem"), "message": WORD}))})
-WEBHOOK = shape(
-    "Webhook", "An endpoint that is told of events.",
-    {**each("id name url", WORD), "events": listing(WORD), **each("session reason lastError", maybe(TEXT)),
-     "labels": OBJECT, "source": one_of("api", "settings"), "state": one_of("active", "paused", "disabled"),
-     **each("failedTries queueLength deadLetters delivered", COUNT), **each("createdAt updatedAt", TIME),
-     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME))},
-    {"secret": {**WORD, "description": "Shown once, when it was just made."}})
-LETTER = shape(
-    "DeadLetter", "An event that did not arrive.",
-    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": TEXT, "createdAt": TIME,
-     "event": EVENT})
-TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
-CHANNELS = record({
-    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
-        {"channel": one_of("telegram", "webhook"), "state": WORD, **each("name target lastError", maybe(TEXT)),
-         **each("lastSuccessAt lastErrorAt", maybe(TIME)), "queueLength": COUNT},
-        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": COUNT}))})
-KEY_FIELDS: Dict[str, Field] = {
-    **each("id name prefix createdBy", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdAt": TIME,
-    "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))}
-AUTH_FIELDS: Dict[str, Field] = {"authRequired": YES}
-KEY = shape("Key", "An API key; its secret is nowhere.", KEY_FIELDS)
-NEW_KEY_SHAPE = shape("NewKey", "A key whose secret was just made, and is shown this once.",
-                      {**KEY_FIELDS, "key": WORD, **AUTH_FIELDS}, {"warning": TEXT})
-VERIFIED_KEY = record({
-    "valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD), "expiresAt": maybe(TIME),
-    "rateLimit": maybe(COUNT), **AUTH_FIELDS})
-STREAM_TOKEN = record({"token": WORD, **each("expiresAt streamUntil", TIME), "expiresIn": COUNT})
-AUDIT_ENTRY = shape(
-    "AuditEntry", "A row of the audit log; hash is over prev and the row.",
-    {"seq": COUNT, "timestamp": TIME, **each("action who prev hash", WORD),
-     **each("name address sessionId target requestId", maybe(TEXT)), "status": maybe(COUNT), "details": OBJECT})
+    **each("workers settings recentErrors", ANY), "checks": listing(OBJECT)})
 
 
 # ============================================================================
@@ -16793,6 +16791,7 @@ ROUTES = (
         "review_session",
         True,
         gives=CONSENSUS_SHAPE,
+        keyed=True,
     ),
     Route(
         "GET /v1/consensus",
@@ -16815,7 +16814,7 @@ ROUTES = (
              state=choice("Only groups in this state; waiting: for somebody's decision.", *SWARM_STATES, default=None),
              **paged("Groups on a page.", 20)),
         tool="get_swarm",
-        gives=page_of("groups", GROUP),
+        gives=SWARM_SHAPE,
     ),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory", gives=MEMORY_SHAPE),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory",
@@ -16869,9 +16868,9 @@ ROUTES = (
     Route("GET /v1/tools", list_tools, "any", gives=record(
         {"tools": listing(OBJECT), "endpoint": WORD, "protocolVersions": listing(WORD)})),
     Route("POST /mcp", post_mcp, "any", dict(message=text("A JSON-RPC message.", MAX_BODY)), whole_body="message",
-          raw=True, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
+          raw=True, recorded=False, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
     Route("GET /mcp", stream_mcp, "any", gives={**TEXT, "contentMediaType": "text/event-stream"}),
-    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES})),
+    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES}), recorded=False),
     Route(
         "GET /v1/metrics",
         get_metrics,
@@ -16898,7 +16897,7 @@ ROUTES = (
         gives=DIAGNOSTICS_SHAPE,
     ),
     Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks",
-          gives=record({"webhooks": listing(WEBHOOK)})),
+          gives=record({"webhooks": listing(WEBHOOK_SHAPE)})),
     Route(
         "POST /v1/webhooks",
         create_webhook,
@@ -16910,7 +16909,7 @@ ROUTES = (
         ),
         201,
         "create_webhook",
-        gives=WEBHOOK,
+        gives=WEBHOOK_SHAPE,
     ),
     Route(
         "GET /v1/webhooks/dead-letter",
@@ -16918,14 +16917,14 @@ ROUTES = (
         "webhooks:admin",
         dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
         tool="list_dead_letters",
-        gives=page_of("deadLetters", LETTER),
+        gives=page_of("deadLetters", LETTER_SHAPE),
     ),
     Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="retry_dead_letter", gives=OBJECT),
+          tool="retry_dead_letter", gives=RETRIED),
     Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
           tool="delete_dead_letter", gives=record({"id": WORD, "deleted": YES})),
     Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook",
-          gives=WEBHOOK),
+          gives=WEBHOOK_SHAPE),
     Route(
         "PATCH /v1/webhooks/:id",
         update_webhook,
@@ -16936,7 +16935,7 @@ ROUTES = (
             paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
         ),
         tool="update_webhook",
-        gives=WEBHOOK,
+        gives=WEBHOOK_SHAPE,
     ),
     Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook",
           gives=record({"id": WORD, "deleted": YES, "deadLetters": COUNT})),
@@ -16950,18 +16949,17 @@ ROUTES = (
             keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
         ),
         tool="rotate_webhook",
-        gives=WEBHOOK,
+        gives=WEBHOOK_SHAPE,
     ),
     Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook",
           gives=TRIED),
-    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS_SHAPE),
     Route("PUT /v1/memory", store_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
     Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
     Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY),
           gives=MEMORY_SHAPE),
-    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=NEW_KEY_SHAPE),
-    Route("GET /v1/auth/keys", list_keys, "admin",
-          gives=record({"keys": listing(KEY), **AUTH_FIELDS}, {"warning": TEXT})),
+    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=MINTED),
+    Route("GET /v1/auth/keys", list_keys, "admin", gives=KEYS_SHAPE),
     Route(
         "DELETE /v1/auth/keys/:id",
         delete_key,
@@ -16976,7 +16974,7 @@ ROUTES = (
         "admin",
         dict(id=KEY_ID, graceSeconds=number("Seconds that the old secret lives on.", 0, MAX_GRACE, default=0)),
         recorded=False,
-        gives=NEW_KEY_SHAPE,
+        gives=MINTED,
     ),
     Route(
         "POST /v1/auth/verify",
@@ -16984,9 +16982,9 @@ ROUTES = (
         None,
         dict(token=text("The token; that of the Authorization header when missing.", 1_000, default=None)),
         recorded=False,
-        gives=VERIFIED_KEY,
+        gives=VERIFIED,
     ),
-    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=STREAM_TOKEN),
+    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=TICKET_SHAPE),
     Route(
         "GET /v1/audit",
         list_audit,
@@ -16999,8 +16997,7 @@ ROUTES = (
             since=text("Only from this moment on.", 40, default=None),
             until=text("Only up to this moment.", 40, default=None),
         ),
-        gives=record({"entries": listing(AUDIT_ENTRY), "pagination": PAGINATION,
-                      "head": record({"seq": COUNT, "hash": TEXT})}),
+        gives=AUDIT_PAGE,
     ),
     Route(
         "POST /hooks/:id",
@@ -17212,10 +17209,11 @@ REFUSALS: Dict[int, Tuple[str, str, Callable[[Route], bool]]] = {
     400: ("The request is wrong; `fields` names each fault.", "INVALID_REQUEST, BAD_REQUEST, BAD_JSON, BAD_ENCODING",
           lambda route: True),
     401: ("The token is missing or wrong.", "UNAUTHORIZED", lambda route: route.scope is not None),
-    403: ("The key lacks the scope, or the Host or Origin is foreign.", "HOST_REFUSED, ORIGIN_REFUSED",
-          lambda route: True),
+    403: ("The key lacks the scope, or the Host or Origin is foreign.",
+          "MISSING_SCOPE, OUTLIVES_KEY, HOST_REFUSED, ORIGIN_REFUSED", lambda route: True),
     404: ("There is no such thing.", "SESSION_NOT_FOUND, PROMPT_NOT_FOUND, PERMISSION_NOT_FOUND, TEMPLATE_NOT_FOUND, "
-          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, WORKTREE_NOT_FOUND, NOT_FOUND",
+          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, CONSENSUS_NOT_FOUND, WORKTREE_NOT_FOUND, "
+          "WEBHOOK_NOT_FOUND, DEAD_LETTER_NOT_FOUND, KEY_NOT_FOUND, NOT_FOUND",
           lambda route: bool(PATH_FIELD.search(route.route)) or "template" in route.takes or "session" in route.takes),
     409: ("It does not go with the present state.", "NAME_IN_USE, SESSION_ENDED, SESSION_LIVE, PROMPT_NOT_QUEUED, "
           "PERMISSION_DECIDED, NO_PENDING_QUESTION, IDEMPOTENCY_CONFLICT, VERSION_CONFLICT",
@@ -17294,8 +17292,8 @@ def parameters_of(route: Route) -> List[Json]:
 
 
 def is_stream(route: Route) -> bool:
-    """Tell whether a row answers with events."""
-    return (route.gives or {}).get("contentMediaType") == "text/event-stream"
+    """Tell whether a row answers with the bus's events."""
+    return "x-event" in (route.gives or {})
 
 
 def operation_of(route: Route) -> Json:
@@ -17330,16 +17328,22 @@ def responses_of(route: Route) -> Json:
     media = gives.pop("contentMediaType", "application/json")
     event = gives.pop("x-event", None)
     content = {media: {"schema": gives, **({"x-event": event} if event else {})}}
+    if route.texts:
+        content["text/plain"] = {"schema": TEXT}
     well = {"description": "Done.", "headers": {"X-Request-Id": {"$ref": "#/components/headers/RequestId"}}}
+    if route.raw:   # a message may be answered piece by piece, or not at all
+        content["text/event-stream"] = {"schema": TEXT}
     told: Json = {str(route.status): {**well, "content": content} if route.status not in (202, 204) else well}
-    told.update({str(status): {"$ref": f"#/components/responses/{status}"}
+    told.update({"202": {**well, "description": "Taken; there is nothing to answer."}} if route.raw else {})
+    other = "#/components/responses/mcp" if route.route.endswith("/mcp") else ""
+    told.update({str(status): {"$ref": other or f"#/components/responses/{status}"}
                  for status, (_, _, can) in REFUSALS.items() if can(route)})
-    return {**told, "default": {"$ref": "#/components/responses/default"}}
+    return {**told, "default": {"$ref": other or "#/components/responses/default"}}
 
 
-def refusal_shape(about: str) -> Json:
+def refusal_shape(about: str, schema: Field = ERROR) -> Json:
     """Describe a refusal."""
-    return {"description": about, "content": {"application/json": {"schema": ERROR}}}
+    return {"description": about, "content": {"application/json": {"schema": schema}}}
 
 
 def openapi_document(routes: Sequence[Route]) -> Json:
@@ -17360,7 +17364,8 @@ def openapi_document(routes: Sequence[Route]) -> Json:
         "paths": paths,
         "components": {
             "schemas": dict(SHAPES),
-            "responses": {**refusals, "default": refusal_shape("Another refusal.")},
+            "responses": {**refusals, "default": refusal_shape("Another refusal."), "mcp": refusal_shape(
+                "The message is refused, or the request that brought it.", {"anyOf": [RPC_ERROR, ERROR]})},
             "headers": {"RequestId": {"description": "The request's id in the server's log.", "schema": TEXT}},
             "parameters": {
                 "IdempotencyKey": {
@@ -18798,9 +18803,11 @@ class Server(ThreadingHTTPServer):
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\n"
             f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
         ]
-        if status != 204:
+        if status not in (202, 204):
             kind = value.kind if isinstance(value, Encoded) else "application/json; charset=utf-8"
-            lines.append(f"Content-Type: {kind}\r\nContent-Length: {len(payload)}\r\n")
+            lines.append(f"Content-Type: {kind}\r\n")
+        if status != 204:
+            lines.append(f"Content-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if connection.level and status != 429:
             lines += [f"{name}: {worth}\r\n" for name, worth in limit_headers(connection.level).items()]
@@ -18812,7 +18819,8 @@ class Server(ThreadingHTTPServer):
 
     def _cors(self, head: Head) -> str:
         origin = head.headers.get("origin", "")
-        named = f"Access-Control-Allow-Origin: {origin}\r\n" if origin.lower() in self.access.origins else ""
+        named = (f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: Mcp-Session-Id, X-Request-Id"
+                 "\r\n" if origin.lower() in self.access.origins else "")
         return f"{named}Vary: Origin\r\n"
 
     def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
