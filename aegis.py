@@ -14891,6 +14891,8 @@ class Dialogue:
 
 def progress_line(message: Json) -> str:
     """Say in one line what an agent does."""
+    if message.get("tool") in QUESTION_TOOLS:
+        return ""                          # shown as what it asks
     if message.get("tool"):
         given = message.get("input") or {}
         what = next((given[name] for name in ("command", "file_path", "path", "pattern", "url", "description", "prompt")
