@@ -14561,21 +14561,25 @@ def every(client: Client, collection: str, **query: str) -> Iterator[Json]:
 
 
 def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
-    """Print an answer: JSON for programs; for people a table of what it lists, or its fields."""
+    """Print an answer: JSON for programs; for people a table of what it lists, a line of columns, or its fields."""
+    first = next(iter(answer.values()), None) if isinstance(answer, dict) else None
     if terminal.as_json:
-        return terminal.result(answer)
-    listed_ = next((value for value in answer.values() if isinstance(value, list)
-                    and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
-        if isinstance(answer, dict) and (columns or "pagination" in answer) else None
-    if listed_ is None and columns:
-        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
-    if listed_ is None:
-        return show_fields(terminal, answer)
-    names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
-    lines = terminal.table([kebab(name).upper() for name in names], [[one.get(name) for name in names]
-                                                                     for one in listed_])
-    terminal.say("\n".join(lines))
-    page = answer.get("pagination") or {}
+        terminal.result(answer)
+    elif isinstance(first, list) and all(isinstance(one, dict) for one in first):
+        show_list(terminal, first, columns, answer.get("pagination") or {})
+    elif columns:
+        terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
+    else:
+        show_fields(terminal, answer)
+
+
+def show_list(terminal: Terminal, items: Sequence[Json], columns: Sequence[str], page: Json) -> None:
+    """Print a table of what an answer lists, and tell what it leaves out."""
+    if not items:
+        return terminal.note("none", "dim")
+    names = columns or [name for name, value in items[0].items() if not isinstance(value, (dict, list))][:6]
+    rows = [[one.get(name) for name in names] for one in items]
+    terminal.say("\n".join(terminal.table([kebab(name).upper() for name in names], rows)))
     if page.get("totalPages", 1) > page.get("page", 1):
         terminal.note(f"{page['total']} in all; --page {page['page'] + 1} shows the next", "dim")
     return None
@@ -14601,7 +14605,7 @@ def show_fields(terminal: Terminal, answer: Any, indent: str = "") -> None:
 def do_row(job: Job) -> None:
     """Make the request of a verb's row and show the answer."""
     values = job.values()
-    show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
+    show(job.terminal, job.ask(values, waiting_time(job.row(), values)), job.verb.columns)
 
 
 def do_create(job: Job) -> None:
@@ -14612,10 +14616,11 @@ def do_create(job: Job) -> None:
     show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
 
 
-def waiting_time(values: Mapping[str, Any]) -> float:
-    """Tell how long an answer may take that was told to wait."""
-    told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
-    return CALL_SECONDS + max(told or [3600.0])
+def waiting_time(row: Route, values: Mapping[str, Any]) -> float:
+    """Tell how long an answer may take: what it may wait, and what any answer may."""
+    known = [name for name in ("timeout", "waitSeconds") if name in row.takes]
+    told = [values.get(name, row.takes[name].get("default")) for name in known]
+    return CALL_SECONDS + max([one for one in told if isinstance(one, (int, float))] or [0.0])
 
 
 def call_tool(job: Job) -> Optional[int]:
@@ -14633,7 +14638,7 @@ def call_tool(job: Job) -> Optional[int]:
              and kinds_of(row.takes[field]) != ["object"] else value
              for field, value in merged_words("fields", job.options.fields).items()}
     values = with_ids(job.client, row, given)
-    show(job.terminal, job.client.ask(row, values, waiting_time(values)))
+    show(job.terminal, job.client.ask(row, values, waiting_time(row, values)))
     return None
 
 
@@ -15196,7 +15201,7 @@ def session_cells(one: Json, now: float) -> List[Any]:
 def read_output(job: Job) -> Optional[int]:
     """Print a session's last answer, or its messages."""
     values = job.values()
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
     elif job.options.messages:
@@ -15254,7 +15259,7 @@ def kill_named(job: Job) -> Optional[int]:
 def verify_work(job: Job) -> Optional[int]:
     """Verify a session's work, and print what passed."""
     values = job.values()
-    told = job.ask(values, waiting_time(values), key=new_id("cli-"))
+    told = job.ask(values, waiting_time(job.row(), values), key=new_id("cli-"))
     if job.terminal.as_json:
         job.terminal.result(told)
     else:
@@ -15294,7 +15299,7 @@ def show_pipeline(job: Job) -> int:
     values = job.values()
     if job.options.watch:
         return watch_pipeline(job, values["id"])
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
         return 0

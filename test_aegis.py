@@ -7588,7 +7588,10 @@ def test_the_verbs_of_a_session_from_beginning_to_end(server, make):
         assert told(server, "explain", name)["status"] == "idle"
         assert "demo" in cli(server, "pane", name).stdout
         assert told(server, "permissions", name)["pending"] == []
-        child = told(server, "spawn", name, "[[say child]]")
+        assert cli(server, "interrupt", name).stdout.startswith("idle")
+        line = cli(server, "spawn", name, "[[say child]]").stdout
+        assert re.fullmatch(r"\w{12}  demo-\w+  \w+\n", line)
+        child = told(server, "show", line[:12])
         assert child["id"] in cli(server, "children", name).stdout
         fork = told(server, "fork", name)
         done = cli(server, "kill", fork["id"], "nobody", child["id"])
