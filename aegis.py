@@ -14748,6 +14748,14 @@ class Dialogue:
                 self.terminal.say(safe_json({"type": "message", "sessionId": self.id, **message}))
             elif self.loud:
                 self.progress(message)
+        if self.asking is not None and self.asking != self.asked():
+            self.terminal.note("(decided)", "dim")
+            self.asking = None
+
+    def asked(self) -> Optional[str]:
+        """Name the request that waits, if one does."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        return permission["id"] if permission else (question["id"] or dump(question)) if question else None
 
     def progress(self, message: Json) -> None:
         """Show a message; the agent's words only when something follows them, for the last ones are the answer."""
@@ -14800,13 +14808,9 @@ class Dialogue:
 
     def attend(self) -> Optional[Outcome]:
         """See to what waits for a decision."""
-        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        permission, question, key = self.known["pendingPermission"], self.known["pendingQuestion"], self.asked()
         if self.known["status"] in ("stalled", "rate_limited"):
             self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
-        key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
-        if key != self.asking and self.asking is not None:
-            self.terminal.note("(decided)", "dim")
-            self.asking = None
         if key is None or key in self.settled or key == self.asking:
             return None
         if permission and self.way in ("approve", "reject"):
