@@ -14298,12 +14298,14 @@ class News:
                 self.put("lost", error)
         spawn("aegis-feed", feed)
 
-    def heed(self) -> None:
-        """Take Ctrl-C as news; a second one is a KeyboardInterrupt, for whatever waits then."""
+    def heed(self, words: str) -> None:
+        """Take Ctrl-C as news and say so at once; a second one is a KeyboardInterrupt, for whatever waits then."""
         def pressed(number_: int, stack: Any) -> None:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):
+                os.write(2, f"{words}\n".encode())   # not by print: it may be what was interrupted
             self.put("interrupt")
         signal.signal(signal.SIGINT, pressed)
 
@@ -14798,7 +14800,6 @@ class Dialogue:
         elif kind == "lost":
             raise what
         elif kind == "interrupt":
-            self.terminal.note(f"interrupting the turn; Ctrl-C again leaves session {self.id} as it is", "yellow")
             self.interrupt(prompt)
         elif kind == "line":
             return self.typed(what)
@@ -15011,7 +15012,7 @@ def send_prompt(job: Job) -> Optional[int]:
 
 def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, keep: Optional[bool]) -> int:
     """Follow the prompt that `begin` sends, tell the outcome, and end the session unless it is to be kept."""
-    dialogue.news.heed()
+    dialogue.news.heed(f"interrupting the turn; Ctrl-C again leaves session {dialogue.id} as it is")
     try:
         prompt_id = begin()
         outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
