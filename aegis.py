@@ -22029,12 +22029,14 @@ class News:
                 self.put("lost", error)
         spawn("aegis-feed", feed)
 
-    def heed(self) -> None:
-        """Take Ctrl-C as news; a second one is a KeyboardInterrupt, for whatever waits then."""
+    def heed(self, words: str) -> None:
+        """Take Ctrl-C as news and say so at once; a second one is a KeyboardInterrupt, for whatever waits then."""
         def pressed(number_: int, stack: Any) -> None:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):
+                os.write(2, f"{words}\n".encode())   # not by print: it may be what was interrupted
             self.put("interrupt")
         signal.signal(signal.SIGINT, pressed)
 
@@ -22292,21 +22294,25 @@ def every(client: Client, collection: str, **query: str) -> Iterator[Json]:
 
 
 def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
-    """Print an answer: JSON for programs; for people a table of what it lists, or its fields."""
+    """Print an answer: JSON for programs; for people a table of what it lists, a line of columns, or its fields."""
+    first = next(iter(answer.values()), None) if isinstance(answer, dict) else None
     if terminal.as_json:
-        return terminal.result(answer)
-    listed_ = next((value for value in answer.values() if isinstance(value, list)
-                    and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
-        if isinstance(answer, dict) and (columns or "pagination" in answer) else None
-    if listed_ is None and columns:
-        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
-    if listed_ is None:
-        return show_fields(terminal, answer)
-    names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
-    lines = terminal.table([kebab(name).upper() for name in names], [[one.get(name) for name in names]
-                                                                     for one in listed_])
-    terminal.say("\n".join(lines))
-    page = answer.get("pagination") or {}
+        terminal.result(answer)
+    elif isinstance(first, list) and all(isinstance(one, dict) for one in first):
+        show_list(terminal, first, columns, answer.get("pagination") or {})
+    elif columns:
+        terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
+    else:
+        show_fields(terminal, answer)
+
+
+def show_list(terminal: Terminal, items: Sequence[Json], columns: Sequence[str], page: Json) -> None:
+    """Print a table of what an answer lists, and tell what it leaves out."""
+    if not items:
+        return terminal.note("none", "dim")
+    names = columns or [name for name, value in items[0].items() if not isinstance(value, (dict, list))][:6]
+    rows = [[one.get(name) for name in names] for one in items]
+    terminal.say("\n".join(terminal.table([kebab(name).upper() for name in names], rows)))
     if page.get("totalPages", 1) > page.get("page", 1):
         terminal.note(f"{page['total']} in all; --page {page['page'] + 1} shows the next", "dim")
     return None
@@ -22332,7 +22338,7 @@ def show_fields(terminal: Terminal, answer: Any, indent: str = "") -> None:
 def do_row(job: Job) -> None:
     """Make the request of a verb's row and show the answer."""
     values = job.values()
-    show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
+    show(job.terminal, job.ask(values, waiting_time(job.row(), values)), job.verb.columns)
 
 
 def do_create(job: Job) -> None:
@@ -22343,10 +22349,11 @@ def do_create(job: Job) -> None:
     show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
 
 
-def waiting_time(values: Mapping[str, Any]) -> float:
-    """Tell how long an answer may take that was told to wait."""
-    told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
-    return CALL_SECONDS + max(told or [3600.0])
+def waiting_time(row: Route, values: Mapping[str, Any]) -> float:
+    """Tell how long an answer may take: what it may wait, and what any answer may."""
+    known = [name for name in ("timeout", "waitSeconds") if name in row.takes]
+    told = [values.get(name, row.takes[name].get("default")) for name in known]
+    return CALL_SECONDS + max([one for one in told if isinstance(one, (int, float))] or [0.0])
 
 
 def call_any_tool(job: Job) -> Optional[int]:
@@ -22364,7 +22371,7 @@ def call_any_tool(job: Job) -> Optional[int]:
              and kinds_of(row.takes[field]) != ["object"] else value
              for field, value in merged_words("fields", job.options.fields).items()}
     values = with_ids(job.client, row, given)
-    show(job.terminal, job.client.ask(row, values, waiting_time(values)))
+    show(job.terminal, job.client.ask(row, values, waiting_time(row, values)))
     return None
 
 
@@ -22474,6 +22481,14 @@ class Dialogue:
                 self.terminal.say(safe_json({"type": "message", "sessionId": self.id, **message}))
             elif self.loud:
                 self.progress(message)
+        if self.asking is not None and self.asking != self.asked():
+            self.terminal.note("(decided)", "dim")
+            self.asking = None
+
+    def asked(self) -> Optional[str]:
+        """Name the request that waits, if one does."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        return permission["id"] if permission else (question["id"] or dump(question)) if question else None
 
     def progress(self, message: Json) -> None:
         """Show a message; the agent's words only when something follows them, for the last ones are the answer."""
@@ -22516,7 +22531,6 @@ class Dialogue:
         elif kind == "lost":
             raise what
         elif kind == "interrupt":
-            self.terminal.note(f"interrupting the turn; Ctrl-C again leaves session {self.id} as it is", "yellow")
             self.interrupt(prompt)
         elif kind == "line":
             return self.typed(what)
@@ -22526,13 +22540,9 @@ class Dialogue:
 
     def attend(self) -> Optional[Ending]:
         """See to what waits for a decision."""
-        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        permission, question, key = self.known["pendingPermission"], self.known["pendingQuestion"], self.asked()
         if self.known["status"] in ("stalled", "rate_limited"):
             self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
-        key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
-        if key != self.asking and self.asking is not None:
-            self.terminal.note("(decided)", "dim")
-            self.asking = None
         if key is None or key in self.settled or key == self.asking:
             return None
         if permission and self.way in ("approve", "reject"):
@@ -22622,6 +22632,8 @@ class Dialogue:
 
 def progress_line(message: Json) -> str:
     """Say in one line what an agent does."""
+    if message.get("tool") in QUESTION_TOOLS:
+        return ""                          # shown as what it asks
     if message.get("tool"):
         given = message.get("input") or {}
         what = next((given[name] for name in ("command", "file_path", "path", "pattern", "url", "description", "prompt")
@@ -22731,7 +22743,7 @@ def send_prompt(job: Job) -> Optional[int]:
 
 def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, keep: Optional[bool]) -> int:
     """Follow the prompt that `begin` sends, tell the outcome, and end the session unless it is to be kept."""
-    dialogue.news.heed()
+    dialogue.news.heed(f"interrupting the turn; Ctrl-C again leaves session {dialogue.id} as it is")
     try:
         prompt_id = begin()
         outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
@@ -22925,7 +22937,7 @@ def session_cells(one: Json, now: float) -> List[Any]:
 def read_output(job: Job) -> Optional[int]:
     """Print a session's last answer, or its messages."""
     values = job.values()
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
     elif job.options.messages:
@@ -22983,7 +22995,7 @@ def kill_named(job: Job) -> Optional[int]:
 def verify_work(job: Job) -> Optional[int]:
     """Verify a session's work, and print what passed."""
     values = job.values()
-    told = job.ask(values, waiting_time(values), key=new_id("cli-"))
+    told = job.ask(values, waiting_time(job.row(), values), key=new_id("cli-"))
     if job.terminal.as_json:
         job.terminal.result(told)
     else:
@@ -23023,7 +23035,7 @@ def show_pipeline(job: Job) -> int:
     values = job.values()
     if job.options.watch:
         return watch_pipeline(job, values["id"])
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
         return 0

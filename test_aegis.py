@@ -10953,7 +10953,7 @@ def test_a_client_tells_a_refusal_as_it_was(server, strict):
     assert failure(lambda: client.ask(row("get_session"), {"id": ""})).message == "id is required"
     stranger = aegis.Client(f"http://127.0.0.1:{strict.port}", "wrong")
     assert failure(lambda: stranger.call("GET", "/v1/sessions")).status == 401
-    assert client_of(strict).call("GET", "/v1/sessions")["sessions"] == []
+    assert client_of(strict).call("GET", "/v1/sessions")["pagination"]["page"] == 1
 
 
 def test_a_client_says_what_to_do_where_no_aegis_answers():
@@ -11443,10 +11443,13 @@ def test_a_session_is_named_by_id_or_name_or_the_beginning_of_its_id(server, mak
     ended = make(name=name)
     ended.kill()
     assert told(server, "show", name)["id"] == ended.id          # of one that ended, where none lives
-    alive_ = make(name=name)
-    for word in (alive_.id, name, alive_.id[:11]):
-        assert told(server, "show", word)["id"] == alive_.id
-    assert told(server, "show", ended.id[:11])["status"] == "killed"
+    newer = make(name=name)
+    assert told(server, "show", name)["id"] == newer.id
+    newer.kill()
+    told(server, "resume", ended.id)
+    for word in (ended.id, name, ended.id[:11]):                  # one that lives, though one that ended is newer
+        assert told(server, "show", word)["id"] == ended.id
+    assert told(server, "show", newer.id[:11])["status"] == "killed"
     done = cli(server, "show", "")
     assert (done.returncode, done.stdout) == (1, "") and "is the beginning of" in done.stderr
     done = cli(server, "show", f"{name}?")
@@ -11510,7 +11513,10 @@ def test_the_verbs_of_a_session_from_beginning_to_end(server, make):
         assert told(server, "explain", name)["status"] == "idle"
         assert "demo" in cli(server, "pane", name).stdout
         assert told(server, "permissions", name)["pending"] == []
-        child = told(server, "spawn", name, "[[say child]]")
+        assert cli(server, "interrupt", name).stdout.startswith("idle")
+        line = cli(server, "spawn", name, "[[say child]]").stdout
+        assert re.fullmatch(r"\w{12}  demo-\w+  \w+\n", line)
+        child = told(server, "show", line[:12])
         assert child["id"] in cli(server, "children", name).stdout
         fork = told(server, "fork", name)
         done = cli(server, "kill", fork["id"], "nobody", child["id"])
@@ -11772,8 +11778,15 @@ def test_attach_runs_tmux_and_nothing_else(server, make, person):
     one.sees("demo agent|Demo")
     assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
     one.types("\x02d")
-    assert one.leaves() == 0
+    assert one.leaves() in (0, 1)          # tmux's own: a view that ends with its only client may count as lost
     assert cli(server, "attach", talk.id).returncode == 2          # no terminal
+    outer = ["tmux", "-L", f"outer-{uuid.uuid4().hex[:6]}", "-f", "/dev/null"]
+    words = shlex.join([sys.executable, "-c", IMPORTED, str(HERE), "attach", talk.id])
+    subprocess.run([*outer, "new-session", "-d", words], env=server.env, check=True)      # within somebody's own tmux
+    try:
+        assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+    finally:
+        subprocess.run([*outer, "kill-server"], env=server.env)
     good = talk.get()["attach"]
     assert "switch-client" in aegis.attach_words(good, "127.0.0.1", {"TMUX": f"/tmp/tmux-0/{server.socket},1,0"})
     assert "new-session" in aegis.attach_words(good, "127.0.0.1", {"TMUX": "/tmp/tmux-0/default,1,0"})
