@@ -59,7 +59,7 @@ aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-i
 aegis-log - and short ones for an exit, an audit, a trust question.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
-Webhooks.lock -> Store.lock;
+Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
 Tmux.lock, Monitor.lock and Exits.lock are leaves.  A session's lock is never held while tmux or a
 socket is waited for.
 """
@@ -9775,6 +9775,7 @@ class Telegram(Listener):
         settings = context.settings
         super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
         self.context, self.some = context, threading.Event()
+        self.sending = threading.Lock()                 # from before a note is done until that is stored
         self.chats = frozenset(map(int, settings.telegram_chats))
         self.users = frozenset(map(int, settings.telegram_users))
         self.on = bool(settings.telegram_token and self.chats)
@@ -9909,6 +9910,11 @@ class Telegram(Listener):
     def deliver(self, note_: NoteRow) -> None:
         """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
         done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        with self.sending:
+            self.context.bus.commit(self.attempt(note_, done))
+
+    def attempt(self, note_: NoteRow, done: List[Statement]) -> List[Statement]:
+        """Do what a note says; gives what is to be stored."""
         try:
             done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
         except TelegramError as error:
@@ -9921,7 +9927,7 @@ class Telegram(Listener):
                 done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
                          (time.time() + max(error.wait, pause), note_.seq))]
             self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
-        self.context.bus.commit(done)
+        return done
 
     def do_say(self, note_: NoteRow) -> List[Statement]:
         """Send a message."""
@@ -10185,7 +10191,8 @@ def on_message(heard: Heard) -> List[Statement]:
         act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
         return act(heard, (command.group(3) or "").strip(), session_id)
     if session_id is None:
-        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+        addressed = heard.private or is_ours(heard, heard.message.get("reply_to_message") or {})
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if addressed else []
     request = sent.request if sent else None
     if request and is_question(heard, request):
         return answer_in_words(heard, session_id, request, text_)
@@ -10193,10 +10200,24 @@ def on_message(heard: Heard) -> List[Statement]:
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
-    """Find the message of ours that a message replies to."""
-    message = heard.message.get("reply_to_message") or {}
-    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                                       message.get("message_id"))
+    """Find the message of ours that a message replies to; one that was sent this moment is waited for."""
+    message = heard.message.get("reply_to_message")
+    if not message:
+        return None
+
+    def known() -> Optional[SentRow]:
+        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                           message["message_id"])
+    found = known()
+    if found is None and is_ours(heard, message):
+        with heard.bot.sending:
+            found = known()
+    return found
+
+
+def is_ours(heard: Heard, message: Json) -> bool:
+    """Tell whether the bot itself wrote a message."""
+    return str((message.get("from") or {}).get("username") or "").lower() == heard.bot.name.lower() != ""
 
 
 def topic_session(heard: Heard) -> Optional[str]:

@@ -6915,7 +6915,8 @@ class FakeTelegram:
 
     def reply(self, to: Json, text: str, **more: Any) -> int:
         """Reply to a message."""
-        return self.write(text, chat=to["chat_id"], reply_to_message={"message_id": to["message_id"]}, **more)
+        ours = {"message_id": to["message_id"], "from": {"id": 1, "is_bot": True, "username": "AegisBot"}}
+        return self.write(text, chat=to["chat_id"], reply_to_message=ours, **more)
 
     def press(self, label: str, message: Json, user: int = ANN) -> Json:
         """Press a button; gives what the bot answered to it."""
@@ -7038,7 +7039,7 @@ def test_a_message_that_telegram_refuses_holds_nothing_up(chatty):
     fake.called("sendMessage", text=f"{talk.get()['name']} is idle.\nlost")
     talk.say("[[say found]]")
     fake.said("found$")
-    assert own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0)
 
 
 def test_get_channel_health_tells_of_telegram(bot, server):
@@ -7197,17 +7198,20 @@ def test_the_commands_of_the_chat(chatty):
     talk.say("[[say the whole answer]]")
     fake.write("/sessions")
     fake.said(re.escape(f"{name} ({talk.id}) is idle"))
+    answers = lambda: [one["text"] for one in fake.messages.values()].count(f"{name} is idle.\nthe whole answer")  # noqa
+    eventually(lambda: answers() == 1)
     fake.write(f"/read@AegisBot {name}")
-    fake.said(f"^{re.escape(name)} is idle\\.\nthe whole answer$")
+    eventually(lambda: answers() == 2)
     fake.write("/read nobody")
     fake.said("No: there is no session nobody")
+    fake.reply({"chat_id": CHAT, "message_id": 999_999}, "which one?")
+    fake.said("^Which session")
     fake.write("/help")
-    fake.said("/sessions lists them")
-    sent = len(fake.messages)
-    fake.write("/read@OtherBot")
+    fake.said("/read NAME shows")
+    fake.write(f"/read@OtherBot {name}")
     fake.write(f"/kill {talk.id}")
     question = fake.said(f"^Kill {re.escape(name)}\\? It is idle")
-    assert len(fake.messages) == sent + 1
+    assert answers() == 2
     fake.press("Let it live", question)
     fake.said(f"Kill {re.escape(name)}.*It goes on")
     assert talk.status == "idle"
@@ -7228,6 +7232,7 @@ def test_an_update_is_acted_on_once_through_every_crash(house):
     own = house(**telegram_settings(fake))
     talk = own.open()
     message = fake.said("is idle")
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0)
     keys = [f"[[say number {number}]]" for number in range(12)]
     for number, text in enumerate(keys):
         fake.reply(message, text)
@@ -7250,9 +7255,9 @@ def test_an_update_is_acted_on_once_through_every_crash(house):
 @alone
 def test_the_bots_token_is_never_shown(house):
     fake = FakeTelegram()
-    own = house("--log-level", "debug", **telegram_settings(fake))
     fake.faults.append(("getUpdates", 401, {"description": f"bad {BOT_TOKEN}"}))
     fake.faults.append(("getUpdates", 502, {}))
+    own = house("--log-level", "debug", **telegram_settings(fake))
     eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["lastError"])
     fake.write("/help")
     fake.said("/sessions lists them")
