@@ -7198,7 +7198,9 @@ def test_the_commands_of_the_chat(chatty):
     talk.say("[[say the whole answer]]")
     fake.write("/sessions")
     fake.said(re.escape(f"{name} ({talk.id}) is idle"))
-    answers = lambda: [one["text"] for one in fake.messages.values()].count(f"{name} is idle.\nthe whole answer")  # noqa
+
+    def answers() -> int:
+        return [one["text"] for one in fake.messages.values()].count(f"{name} is idle.\nthe whole answer")
     eventually(lambda: answers() == 1)
     fake.write(f"/read@AegisBot {name}")
     eventually(lambda: answers() == 2)
