@@ -9367,8 +9367,7 @@ class Courier(Listener):
             self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
                                                             "reason": outcome.said}),
                          update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
-        with self.context.webhooks.letters:
-            self.context.webhooks.letters.notify_all()
+        self.context.webhooks.stir()
         return 0.0
 
 
@@ -9441,6 +9440,11 @@ class Webhooks:
         courier = self.couriers.get(webhook_id)
         if courier:
             courier.some.set()
+
+    def stir(self) -> None:
+        """Have whoever waits for a retried letter look again."""
+        with self.letters:
+            self.letters.notify_all()
 
     def close(self) -> None:
         """Stop the couriers; what they are sending is waited for, but not for long."""
@@ -9790,7 +9794,8 @@ class Telegram(Listener):
     def start(self) -> None:
         """Go on behind the last event that was told; without a token or a chat, hold no event back."""
         if not self.on:
-            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            if self.context.store.value("SELECT 1 FROM readers WHERE id = 'telegram'"):
+                self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
             return
         if not stored_place(self.context, "telegram"):
             self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
@@ -9945,7 +9950,7 @@ class Telegram(Listener):
         """Write a verdict under a message, and take its buttons away."""
         for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
                                             note_.request):
-            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 500)[0]}\n\n{note_.body['text']}"
             self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
                         link_preview_options={"is_disabled": True})
         return []
@@ -10641,6 +10646,7 @@ class App:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
         context = self.context
         context.stopping.set()
+        context.webhooks.stir()
         for session in list(context.sessions.values()):
             session.stir()
             for hold in list(session.holds.values()):
