@@ -6855,6 +6855,15 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
     confirm_claim(session, request.id)
 
 
+def choose_in_dialog(context: Context, session: Session, dialog: Reading, label: str) -> None:
+    """Choose a row of a dialog that no hook told of.  Raises ApiError 409 when it is another one now."""
+    with session.key_lock:
+        after = choose_row(context, session, dialog, lambda row: row.label == label)
+    if after is None:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    inspect(context, session)
+
+
 def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
     """Press Ctrl-C while the screen says that the agent works; a second one waits until it cannot mean "exit"."""
     for _ in range(3):
@@ -9900,7 +9909,8 @@ class Telegram(Listener):
                                                            *say(chat, f"{name} was brought back.", event.session))]
         if not is_state(event):
             return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
-        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+        text_, more = state_text(name, event), dialog_buttons(self.context, event)
+        return [one for chat in self.chats for one in state_notes(chat, text_, event, **more)]
 
     def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
         """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
@@ -10104,11 +10114,30 @@ def is_state(event: Event) -> bool:
     return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
 
 
-def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+def dialog_of(context: Context, session_id: Optional[str]) -> Tuple[Optional[Session], Optional[Reading], str]:
+    """Find the dialog that a session shows and no hook told of, and a mark that tells it from every other one."""
+    session = context.sessions.get(session_id or "")
+    dialog = session.facts.dialog if session and not session.facts.pending else None
+    if dialog is None or not dialog.options:
+        return session, None, ""
+    labels = [dialog.title or "", *(option.label for option in dialog.options)]
+    return session, dialog, hashlib.sha256(dump([session_id, labels]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def dialog_buttons(context: Context, event: Event) -> Json:
+    """Give the rows of the dialog that a session asks by, as the buttons of its notice."""
+    _, dialog, mark = dialog_of(context, event.session) if event.type == "session.asking" else (None, None, "")
+    if dialog is None:
+        return {}
+    rows = [[(option.label, f"d:{event.session}:{mark}:{index}")] for index, option in enumerate(dialog.options[:20])]
+    return {"request": f"dialog:{event.session}:{mark}", "markup": keyboard(rows)}
+
+
+def state_notes(chat: int, text_: str, event: Event, **more: Any) -> List[Statement]:
     """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
     ended = event.type.partition(".")[2] in ENDED
     return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
-            *say(chat, text_, event.session, kind="state"),
+            *say(chat, text_, event.session, kind="state", **more),
             *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
 
 
@@ -10314,6 +10343,17 @@ def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bo
     return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
 
 
+def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[List[Statement], str]:
+    """Choose a row of the dialog that the button was made for."""
+    session, dialog, now = dialog_of(heard.bot.context, session_id)
+    if session is None or dialog is None or now != mark:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    label = dialog.options[int(index)].label
+    choose_in_dialog(heard.bot.context, session, dialog, label)
+    told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}
+    return [note(heard.chat, "edit", session_id, f"dialog:{session_id}:{mark}", told)], f"answered: {label}"
+
+
 def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
     """Answer a question by the options that are marked."""
     context, row = heard.bot.context, find_asked(heard, request_id)
@@ -10343,7 +10383,7 @@ def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List
 PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
     "a": lambda heard, request: press_decide(heard, request, "approved"),
     "r": lambda heard, request: press_decide(heard, request, "rejected"),
-    "o": press_option, "s": press_send, "k": press_kill,
+    "o": press_option, "s": press_send, "k": press_kill, "d": press_dialog,
 }
 
 
@@ -11400,11 +11440,7 @@ def answer_dialog(context: Context, session: Session, dialog: Reading, answer: A
     label = read_labels({"options": rows, "multiSelect": False}, answer, "answer")[0]
 
     def work() -> Json:
-        with session.key_lock:
-            after = choose_row(context, session, dialog, lambda row: row.label == label)
-        if after is None:
-            raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
-        inspect(context, session)
+        choose_in_dialog(context, session, dialog, label)
         return {"id": session.row.id, "questionId": None, "state": "approved", "answers": [[label]],
                 "status": session.row.status}
     return Later(work)

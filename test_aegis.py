@@ -7179,6 +7179,21 @@ def test_a_question_of_several_is_answered_when_all_are_chosen(chatty):
     assert talk.wait("question.answered")["message"] == "Blue; Grey"
 
 
+def test_a_dialog_that_no_hook_told_of_is_answered_by_a_button(bot):
+    fake, own = bot
+    with sessions(own) as create:
+        talk = create("[[say hello]]", args=["--demo-boot", "summary"])
+        message = fake.said(f"^{named_talk(talk)} is asking")
+        labels = talk.get()["pendingQuestion"]["options"]
+        assert [row[0]["text"] for row in message["reply_markup"]["inline_keyboard"]] == labels
+        full = next(label for label in labels if "full" in label.lower())
+        assert "answered" in fake.press(full, message)["text"]
+        talk.wait("prompt.done")
+        after = fake.said(f"^{named_talk(talk)} is asking.*Answered by telegram:{ANN}")
+        assert after["reply_markup"] is None
+        assert "the dialog is gone" in fake.press(full, message)["text"]
+
+
 def test_a_reply_becomes_a_prompt(chatty):
     fake, own, talk = chatty
     message = fake.said(f"^{named_talk(talk)} is idle")
