@@ -6338,10 +6338,15 @@ def authority(tmp_path_factory: Any) -> Path:
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("ca")
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1,DNS:box.example\n", encoding="ascii")
-    for words in ("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ours",
-                  "req -newkey rsa:2048 -nodes -keyout box.key -out box.csr -subj /CN=box",
-                  "x509 -req -in box.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out box.crt -days 2 -extfile ext"):
+    (folder / "conf").write_text(
+        "[req]\ndistinguished_name=dn\nprompt=no\nx509_extensions=ca\n[dn]\nCN=ours\n"
+        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
+        "[box]\nbasicConstraints=CA:FALSE\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        "subjectAltName=IP:127.0.0.1,DNS:box.example\n", encoding="ascii")
+    for words in ("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -config conf",
+                  "req -newkey rsa:2048 -nodes -keyout box.key -out box.csr -config conf",
+                  "x509 -req -in box.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out box.crt -days 2 -extfile conf "
+                  "-extensions box"):
         subprocess.run(["openssl", *words.split()], cwd=str(folder), check=True, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
     (folder / "box.pem").write_text((folder / "box.key").read_text() + (folder / "box.crt").read_text(), "ascii")
