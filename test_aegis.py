@@ -6455,6 +6455,19 @@ def test_create_webhook_sends_what_the_specification_says(poster, hook):
         assert hook_now(poster, made["id"], delivered=1, queueLength=0)["lastSuccessAt"]
 
 
+def test_the_official_library_verifies_the_signatures(poster, hook):
+    official = pytest.importorskip("standardwebhooks.webhooks")   # a development check: runs where it is installed
+    with receiving() as receiver:
+        made = hook(receiver, secret=SECRET)
+        fresh = poster.ask(f"POST /v1/webhooks/{made['id']}/rotate", {})["secret"]
+        poster.ask("POST /v1/memory", {"key": "w/\u00e9", "value": 1})
+        _, headers, body = receiver.wait_for(1)[0]
+        for secret in (SECRET, fresh):
+            assert official.Webhook(secret).verify(body.decode(), headers)["data"]["key"] == "w/\u00e9"
+            with pytest.raises(official.WebhookVerificationError):
+                official.Webhook(secret).verify(body.decode() + " ", headers)
+
+
 @pytest.mark.parametrize("body, field", [
     ({"url": "http://127.0.0.1:22/"}, "url"), ({"url": "ftp://x/"}, "url"), ({}, "url"),
     ({"url": "http://10.0.0.1/"}, "url"), ({"url": "http://169.254.169.254/latest"}, "url"),
