@@ -90,7 +90,7 @@ aegis-log - and short ones for an exit, an audit, a trust question, a program's 
 that follows events has aegis-feed.
 
 Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
-Webhooks.lock -> Store.lock;
+Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock, Mcp.lock, Keys.lock and Tickets.lock are leaves.  A session's lock is
 never held while tmux or a socket is waited for.
 """
@@ -8309,6 +8309,15 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
     confirm_claim(session, request.id)
 
 
+def choose_in_dialog(context: Context, session: Session, dialog: Reading, label: str) -> None:
+    """Choose a row of a dialog that no hook told of.  Raises ApiError 409 when it is another one now."""
+    with session.key_lock:
+        after = choose_row(context, session, dialog, lambda row: row.label == label)
+    if after is None:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    inspect(context, session)
+
+
 def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
     """Press Ctrl-C while the screen says that the agent works; a second one waits until it cannot mean "exit"."""
     for _ in range(3):
@@ -12188,8 +12197,7 @@ class Courier(Listener):
             self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
                                                             "reason": outcome.said}),
                          update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
-        with self.context.webhooks.letters:
-            self.context.webhooks.letters.notify_all()
+        self.context.webhooks.stir()
         return 0.0
 
 
@@ -12262,6 +12270,11 @@ class Webhooks:
         courier = self.couriers.get(webhook_id)
         if courier:
             courier.some.set()
+
+    def stir(self) -> None:
+        """Have whoever waits for a retried letter look again."""
+        with self.letters:
+            self.letters.notify_all()
 
     def close(self) -> None:
         """Stop the couriers; what they are sending is waited for, but not for long."""
@@ -12596,6 +12609,7 @@ class Telegram(Listener):
         settings = context.settings
         super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
         self.context, self.some = context, threading.Event()
+        self.sending = threading.Lock()                 # from before a note is done until that is stored
         self.chats = frozenset(map(int, settings.telegram_chats))
         self.users = frozenset(map(int, settings.telegram_users))
         self.on = bool(settings.telegram_token and self.chats)
@@ -12610,7 +12624,8 @@ class Telegram(Listener):
     def start(self) -> None:
         """Go on behind the last event that was told; without a token or a chat, hold no event back."""
         if not self.on:
-            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            if self.context.store.value("SELECT 1 FROM readers WHERE id = 'telegram'"):
+                self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
             return
         if not stored_place(self.context, "telegram"):
             self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
@@ -12715,7 +12730,8 @@ class Telegram(Listener):
                                                            *say(chat, f"{name} was brought back.", event.session))]
         if not is_state(event):
             return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
-        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+        text_, more = state_text(name, event), dialog_buttons(self.context, event)
+        return [one for chat in self.chats for one in state_notes(chat, text_, event, **more)]
 
     def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
         """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
@@ -12730,6 +12746,11 @@ class Telegram(Listener):
     def deliver(self, note_: NoteRow) -> None:
         """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
         done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        with self.sending:
+            self.context.bus.commit(self.attempt(note_, done))
+
+    def attempt(self, note_: NoteRow, done: List[Statement]) -> List[Statement]:
+        """Do what a note says; gives what is to be stored."""
         try:
             done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
         except TelegramError as error:
@@ -12742,7 +12763,7 @@ class Telegram(Listener):
                 done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
                          (time.time() + max(error.wait, pause), note_.seq))]
             self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
-        self.context.bus.commit(done)
+        return done
 
     def do_say(self, note_: NoteRow) -> List[Statement]:
         """Send a message."""
@@ -12760,7 +12781,7 @@ class Telegram(Listener):
         """Write a verdict under a message, and take its buttons away."""
         for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
                                             note_.request):
-            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 500)[0]}\n\n{note_.body['text']}"
             self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
                         link_preview_options={"is_disabled": True})
         return []
@@ -12914,11 +12935,30 @@ def is_state(event: Event) -> bool:
     return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
 
 
-def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+def dialog_of(context: Context, session_id: Optional[str]) -> Tuple[Optional[Session], Optional[Reading], str]:
+    """Find the dialog that a session shows and no hook told of, and a mark that tells it from every other one."""
+    session = context.sessions.get(session_id or "")
+    dialog = session.facts.dialog if session and not session.facts.pending else None
+    if dialog is None or not dialog.options:
+        return session, None, ""
+    labels = [dialog.title or "", *(option.label for option in dialog.options)]
+    return session, dialog, hashlib.sha256(dump([session_id, labels]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def dialog_buttons(context: Context, event: Event) -> Json:
+    """Give the rows of the dialog that a session asks by, as the buttons of its notice."""
+    _, dialog, mark = dialog_of(context, event.session) if event.type == "session.asking" else (None, None, "")
+    if dialog is None:
+        return {}
+    rows = [[(option.label, f"d:{event.session}:{mark}:{index}")] for index, option in enumerate(dialog.options[:20])]
+    return {"request": f"dialog:{event.session}:{mark}", "markup": keyboard(rows)}
+
+
+def state_notes(chat: int, text_: str, event: Event, **more: Any) -> List[Statement]:
     """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
     ended = event.type.partition(".")[2] in ENDED
     return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
-            *say(chat, text_, event.session, kind="state"),
+            *say(chat, text_, event.session, kind="state", **more),
             *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
 
 
@@ -13006,7 +13046,8 @@ def on_message(heard: Heard) -> List[Statement]:
         act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
         return act(heard, (command.group(3) or "").strip(), session_id)
     if session_id is None:
-        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+        addressed = heard.private or is_ours(heard, heard.message.get("reply_to_message") or {})
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if addressed else []
     request = sent.request if sent else None
     if request and is_question(heard, request):
         return answer_in_words(heard, session_id, request, text_)
@@ -13014,10 +13055,24 @@ def on_message(heard: Heard) -> List[Statement]:
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
-    """Find the message of ours that a message replies to."""
-    message = heard.message.get("reply_to_message") or {}
-    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                                       message.get("message_id"))
+    """Find the message of ours that a message replies to; one that was sent this moment is waited for."""
+    message = heard.message.get("reply_to_message")
+    if not message:
+        return None
+
+    def known() -> Optional[SentRow]:
+        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                           message["message_id"])
+    found = known()
+    if found is None and is_ours(heard, message):
+        with heard.bot.sending:
+            found = known()
+    return found
+
+
+def is_ours(heard: Heard, message: Json) -> bool:
+    """Tell whether the bot itself wrote a message."""
+    return str((message.get("from") or {}).get("username") or "").lower() == heard.bot.name.lower() != ""
 
 
 def topic_session(heard: Heard) -> Optional[str]:
@@ -13109,6 +13164,17 @@ def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bo
     return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
 
 
+def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[List[Statement], str]:
+    """Choose a row of the dialog that the button was made for."""
+    session, dialog, now = dialog_of(heard.bot.context, session_id)
+    if session is None or dialog is None or now != mark:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    label = dialog.options[int(index)].label
+    choose_in_dialog(heard.bot.context, session, dialog, label)
+    told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}
+    return [note(heard.chat, "edit", session_id, f"dialog:{session_id}:{mark}", told)], f"answered: {label}"
+
+
 def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
     """Answer a question by the options that are marked."""
     context, row = heard.bot.context, find_asked(heard, request_id)
@@ -13138,7 +13204,7 @@ def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List
 PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
     "a": lambda heard, request: press_decide(heard, request, "approved"),
     "r": lambda heard, request: press_decide(heard, request, "rejected"),
-    "o": press_option, "s": press_send, "k": press_kill,
+    "o": press_option, "s": press_send, "k": press_kill, "d": press_dialog,
 }
 
 
@@ -13487,6 +13553,7 @@ class App:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
         context = self.context
         context.stopping.set()
+        context.webhooks.stir()
         for session in list(context.sessions.values()):
             session.stir()
             for hold in list(session.holds.values()):
@@ -14984,11 +15051,7 @@ def answer_dialog(context: Context, session: Session, dialog: Reading, answer: A
     label = read_labels({"options": rows, "multiSelect": False}, answer, "answer")[0]
 
     def work() -> Json:
-        with session.key_lock:
-            after = choose_row(context, session, dialog, lambda row: row.label == label)
-        if after is None:
-            raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
-        inspect(context, session)
+        choose_in_dialog(context, session, dialog, label)
         return {"id": session.row.id, "questionId": None, "state": "approved", "answers": [[label]],
                 "status": session.row.status}
     return Later(work)

@@ -7848,10 +7848,15 @@ def authority(tmp_path_factory: Any) -> Path:
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("ca")
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1,DNS:box.example\n", encoding="ascii")
-    for words in ("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ours",
-                  "req -newkey rsa:2048 -nodes -keyout box.key -out box.csr -subj /CN=box",
-                  "x509 -req -in box.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out box.crt -days 2 -extfile ext"):
+    (folder / "conf").write_text(
+        "[req]\ndistinguished_name=dn\nprompt=no\nx509_extensions=ca\n[dn]\nCN=ours\n"
+        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
+        "[box]\nbasicConstraints=CA:FALSE\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        "subjectAltName=IP:127.0.0.1,DNS:box.example\n", encoding="ascii")
+    for words in ("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -config conf",
+                  "req -newkey rsa:2048 -nodes -keyout box.key -out box.csr -config conf",
+                  "x509 -req -in box.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out box.crt -days 2 -extfile conf "
+                  "-extensions box"):
         subprocess.run(["openssl", *words.split()], cwd=str(folder), check=True, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
     (folder / "box.pem").write_text((folder / "box.key").read_text() + (folder / "box.crt").read_text(), "ascii")
@@ -7958,6 +7963,19 @@ def test_create_webhook_sends_what_the_specification_says(poster, hook):
         assert told["data"]["key"] == "w/one" and "type" not in told["data"]
         assert headers["webhook-id"] == f"msg_{made['id']}_{told['data']['id']}"
         assert hook_now(poster, made["id"], delivered=1, queueLength=0)["lastSuccessAt"]
+
+
+def test_the_official_library_verifies_the_signatures(poster, hook):
+    official = pytest.importorskip("standardwebhooks.webhooks")   # a development check: runs where it is installed
+    with receiving() as receiver:
+        made = hook(receiver, secret=SECRET)
+        fresh = poster.ask(f"POST /v1/webhooks/{made['id']}/rotate", {})["secret"]
+        poster.ask("POST /v1/memory", {"key": "w/\u00e9", "value": 1})
+        _, headers, body = receiver.wait_for(1)[0]
+        for secret in (SECRET, fresh):
+            assert official.Webhook(secret).verify(body.decode(), headers)["data"]["key"] == "w/\u00e9"
+            with pytest.raises(official.WebhookVerificationError):
+                official.Webhook(secret).verify(body.decode() + " ", headers)
 
 
 @pytest.mark.parametrize("body, field", [
@@ -8425,7 +8443,8 @@ class FakeTelegram:
 
     def reply(self, to: Json, text: str, **more: Any) -> int:
         """Reply to a message."""
-        return self.write(text, chat=to["chat_id"], reply_to_message={"message_id": to["message_id"]}, **more)
+        ours = {"message_id": to["message_id"], "from": {"id": 1, "is_bot": True, "username": "AegisBot"}}
+        return self.write(text, chat=to["chat_id"], reply_to_message=ours, **more)
 
     def press(self, label: str, message: Json, user: int = ANN) -> Json:
         """Press a button; gives what the bot answered to it."""
@@ -8548,7 +8567,7 @@ def test_a_message_that_telegram_refuses_holds_nothing_up(chatty):
     fake.called("sendMessage", text=f"{talk.get()['name']} is idle.\nlost")
     talk.say("[[say found]]")
     fake.said("found$")
-    assert own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0)
 
 
 def test_get_channel_health_tells_of_telegram(bot, server):
@@ -8688,6 +8707,21 @@ def test_a_question_of_several_is_answered_when_all_are_chosen(chatty):
     assert talk.wait("question.answered")["message"] == "Blue; Grey"
 
 
+def test_a_dialog_that_no_hook_told_of_is_answered_by_a_button(bot):
+    fake, own = bot
+    with sessions(own) as create:
+        talk = create("[[say hello]]", args=["--demo-boot", "summary"])
+        message = fake.said(f"^{named_talk(talk)} is asking")
+        labels = talk.get()["pendingQuestion"]["options"]
+        assert [row[0]["text"] for row in message["reply_markup"]["inline_keyboard"]] == labels
+        full = next(label for label in labels if "full" in label.lower())
+        assert "answered" in fake.press(full, message)["text"]
+        talk.wait("prompt.done")
+        after = fake.said(f"^{named_talk(talk)} is asking.*Answered by telegram:{ANN}")
+        assert after["reply_markup"] is None
+        assert "the dialog is gone" in fake.press(full, message)["text"]
+
+
 def test_a_reply_becomes_a_prompt(chatty):
     fake, own, talk = chatty
     message = fake.said(f"^{named_talk(talk)} is idle")
@@ -8707,17 +8741,22 @@ def test_the_commands_of_the_chat(chatty):
     talk.say("[[say the whole answer]]")
     fake.write("/sessions")
     fake.said(re.escape(f"{name} ({talk.id}) is idle"))
+
+    def answers() -> int:
+        return [one["text"] for one in fake.messages.values()].count(f"{name} is idle.\nthe whole answer")
+    eventually(lambda: answers() == 1)
     fake.write(f"/read@AegisBot {name}")
-    fake.said(f"^{re.escape(name)} is idle\\.\nthe whole answer$")
+    eventually(lambda: answers() == 2)
     fake.write("/read nobody")
     fake.said("No: there is no session nobody")
+    fake.reply({"chat_id": CHAT, "message_id": 999_999}, "which one?")
+    fake.said("^Which session")
     fake.write("/help")
-    fake.said("/sessions lists them")
-    sent = len(fake.messages)
-    fake.write("/read@OtherBot")
+    fake.said("/read NAME shows")
+    fake.write(f"/read@OtherBot {name}")
     fake.write(f"/kill {talk.id}")
     question = fake.said(f"^Kill {re.escape(name)}\\? It is idle")
-    assert len(fake.messages) == sent + 1
+    assert answers() == 2
     fake.press("Let it live", question)
     fake.said(f"Kill {re.escape(name)}.*It goes on")
     assert talk.status == "idle"
@@ -8738,6 +8777,7 @@ def test_an_update_is_acted_on_once_through_every_crash(house):
     own = house(**telegram_settings(fake))
     talk = own.open()
     message = fake.said("is idle")
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0)
     keys = [f"[[say number {number}]]" for number in range(12)]
     for number, text in enumerate(keys):
         fake.reply(message, text)
@@ -8760,9 +8800,9 @@ def test_an_update_is_acted_on_once_through_every_crash(house):
 @alone
 def test_the_bots_token_is_never_shown(house):
     fake = FakeTelegram()
-    own = house("--log-level", "debug", **telegram_settings(fake))
     fake.faults.append(("getUpdates", 401, {"description": f"bad {BOT_TOKEN}"}))
     fake.faults.append(("getUpdates", 502, {}))
+    own = house("--log-level", "debug", **telegram_settings(fake))
     eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["lastError"])
     fake.write("/help")
     fake.said("/sessions lists them")
