@@ -5520,6 +5520,7 @@ def test_an_output_is_reduced_to_its_last_lines(said, shown):
 # VERIFY. Rounds of checks, and mending between them.
 # ============================================================================
 
+PIPELINES = int(os.environ.get("AEGIS_TEST_PIPELINES", "3"))   # of five stages, all at once
 CRASHES = int(os.environ.get("AEGIS_TEST_CRASHES", "2"))   # rounds of kill -9 in the middle of each long-lived thing
 
 
@@ -5798,6 +5799,44 @@ def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
     (tmp_path / "go").touch()
     assert gated == live[1]["id"] and finished(own, live[1])["state"] == "done"
     assert own.ask(f"GET /v1/pipelines/{live[0]['id']}")["state"] == "running"
+
+
+@alone
+def test_what_ended_in_time_counts_though_aegis_was_away_until_long_after(house):
+    own = house()
+    talk = own.open()
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]", "timeout": 6})
+    judged = review(talk, "wait 1 approve", reviewers=1, timeout=6)
+    paths = [eventually(lambda: own.ask(f"GET /v1/sessions/{find()}")["transcriptPath"]) for find in (
+        lambda: own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"],
+        lambda: own.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"][0]["sessionId"])]
+    own.crash()
+    assert all(eventually(lambda: ended_turn(path)) for path in paths)
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    for table in ("stages", "reviewers"):
+        assert database.execute(f"UPDATE {table} SET started_at = started_at - 60").rowcount == 1
+    database.commit(), database.close()
+    own.start()
+    assert said_by(finished(own, made)) == {"a": "a"} and ruled(own, judged)["verdict"] == "approved"
+
+
+@alone
+def test_sessions_of_any_attempt_that_a_crash_left_over_are_ended(house):
+    own = house()
+    talk = own.open()
+    made = finished(own, pipeline(own, {"prompt": "[[error 500]]", "retries": 1}, keep=True))
+    kept = finished(own, pipeline(own, {"prompt": "[[say x]]"}, keep=True))
+    judged = ruled(own, review(talk, reviewers=2, keep=True))
+    own.crash()
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    for table, run in (("pipelines", made), ("consensus", judged)):
+        assert database.execute(f"UPDATE {table} SET keep = 0 WHERE id = ?", (run["id"],)).rowcount == 1
+    database.commit(), database.close()
+    own.start()
+    for label, count in ((f"pipeline={made['id']}", 2), (f"consensus={judged['id']}", 2)):
+        eventually(lambda: [one["status"] for one in own.ask(f"GET /v1/sessions?label={label}")["sessions"]] == [
+            "killed"] * count)
+    assert own.ask(f"GET /v1/sessions/{kept['stages'][0]['sessionId']}")["status"] == "idle"
 
 
 def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
@@ -6174,6 +6213,17 @@ def test_cancel_pipeline_ends_all_that_works_for_it(server):
     assert server.ask(f"DELETE /v1/pipelines/{made['id']}")["state"] == "cancelled", "while it starts"
     eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=pipeline={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_many_pipelines_end_and_cost_little(house):
+    own = house()
+    spent, began = aegis.cpu_seconds(own.process.pid), time.monotonic()
+    made = [pipeline(own, *[{"prompt": "[[say x]]"}] * 5) for _ in range(PIPELINES)]
+    assert [finished(own, one, 3_000)["state"] for one in made] == ["done"] * PIPELINES
+    spent, took = aegis.cpu_seconds(own.process.pid) - spent, time.monotonic() - began
+    print(f"{PIPELINES} pipelines: {took:.1f} s, {spent:.2f} s of CPU, {100 * spent / took:.1f} % of a core")
+    assert spent / took < (0.1 if PIPELINES >= 100 else 0.5), f"{spent:.2f} s of CPU in {took:.1f} s"
 
 
 @alone
