@@ -59,7 +59,7 @@ aegis-pipelines (decides what starts next), aegis-consensus (the same for review
 aegis-start (one for each stage and reviewer, while it starts) -
 aegis-log - and short ones for an exit, an audit, a trust question.
 
-Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Tmux.lock, Monitor.lock and Exits.lock are leaves.  A session's lock is never held while tmux or a
 socket is waited for.
 """
@@ -5851,10 +5851,10 @@ def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None
     if not re.fullmatch(r"[\w-]{1,100}", agent_id):
         return
     with session.lock:
-        known = session.subagents.get(agent_id) or Subagent(
-            agent_id, clip(kind, 100) if isinstance(kind, str) and kind else None, time.time(), None, new_ledger())
-        ended = time.time() if name == "SubagentStop" else None
-        session.subagents[agent_id] = known._replace(ended=ended, type=known.type or kind or None)
+        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None, new_ledger())
+        ended = {"SubagentStop": time.time(), "SubagentStart": None}.get(name, known.ended)   # others may come late
+        word = clip(kind, 100) if isinstance(kind, str) and kind else None
+        session.subagents[agent_id] = known._replace(ended=ended, type=word or known.type)
         while len(session.subagents) > SUBAGENTS_KEPT:
             session.subagents.pop(next(iter(session.subagents)))
 
@@ -6456,8 +6456,8 @@ def find_repository(work_dir: str) -> Optional[Repository]:
             return None
     told = run_git(work_dir, "rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-path", "objects",
                    "--show-object-format").split("\n")
-    if len(told) != 4:
-        raise ApiError(409, "GIT_FAILED", "git does not say where its files are")
+    if len(told) != 4 or os.path.realpath(told[0]) != os.path.realpath(place):
+        raise ApiError(409, "GIT_FAILED", "its work tree is not where its .git is")
     try:
         head: Optional[str] = run_git(work_dir, "rev-parse", "-q", "--verify", "HEAD^{commit}")
     except ApiError as error:
@@ -6498,7 +6498,7 @@ class Apart:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
         (self.folder / "given").write_bytes(b"".join(one + b"\0" for one in given))
         with open(self.folder / "given", "rb") as paths:
-            process = subprocess.Popen(["git", *words], cwd=self.root, env=self.environment(), stdin=paths,
+            process = subprocess.Popen(["git", "-C", self.root, *words], env=self.environment(), stdin=paths,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             said = self._read(process, most)
@@ -6635,7 +6635,7 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
         about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, files[:FILES_SHOWN], text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -6645,6 +6645,12 @@ def shortened(text_: str) -> Tuple[str, bool]:
     if len(text_) <= CHANGE_SHOWN:
         return text_, False
     return text_[:text_.rfind("\n", 0, CHANGE_SHOWN) + 1] or text_[:CHANGE_SHOWN], True
+
+
+def listed_files(files: Sequence[str]) -> List[str]:
+    """Bound the names of changed files: by their number, and by their length in all."""
+    ends = itertools.accumulate(map(len, files))
+    return [name for name, end in zip(files[:FILES_SHOWN], ends) if end <= CHANGE_SHOWN // 4]
 
 
 def newer_files(work_dir: str, since: float) -> Difference:
@@ -6668,7 +6674,7 @@ def newer_files(work_dir: str, since: float) -> Difference:
     text_, cut = shortened(shown.encode("utf-8", "replace").decode())
     about = "the files that were written since the session began, whole: the directory is no git repository"
     names_ = [os.path.relpath(path, work_dir).encode("utf-8", "replace").decode() for path in files[:FILES_SHOWN]]
-    return Difference(about, [f"W {name}" for name in names_], text_, cut or visited >= VISITED)
+    return Difference(about, listed_files([f"W {name}" for name in names_]), text_, cut or visited >= VISITED)
 
 
 # ============================================================================

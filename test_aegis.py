@@ -4069,6 +4069,10 @@ def test_a_change_hides_nothing_and_has_its_bounds(repository, tmp_path):
     assert {"M sub/a.txt", "M b.txt", "A z-long", "A sub2/in"} <= set(change.files) and "A huge" not in change.files
     assert "1 files are left out" in change.about and change.cut and len(change.text) <= aegis.CHANGE_SHOWN
     assert change.text.endswith("\n") and change.text.count("+hidden") == 2
+    elsewhere = lambda: git(repository, "config", "core.worktree", "/")  # noqa: E731
+    away = told_change(tmp_path / "third", repository, elsewhere, lambda: None)
+    assert "not where its .git is" in away.about and away.text == ""
+    git(repository, "config", "--unset", "core.worktree")
     broken = told_change(tmp_path / "second", repository, lambda: None,
                          lambda: (repository / ".git" / "HEAD").write_text("nonsense"))
     assert "cannot be told" in broken.about and broken.files == []
@@ -5520,7 +5524,7 @@ def test_an_output_is_reduced_to_its_last_lines(said, shown):
 # VERIFY. Rounds of checks, and mending between them.
 # ============================================================================
 
-PIPELINES = int(os.environ.get("AEGIS_TEST_PIPELINES", "3"))   # of five stages, all at once
+PIPELINES = int(os.environ.get("AEGIS_TEST_PIPELINES", "2"))   # of five stages, all at once
 CRASHES = int(os.environ.get("AEGIS_TEST_CRASHES", "2"))   # rounds of kill -9 in the middle of each long-lived thing
 
 
@@ -6220,7 +6224,9 @@ def test_many_pipelines_end_and_cost_little(house):
     own = house()
     spent, began = aegis.cpu_seconds(own.process.pid), time.monotonic()
     made = [pipeline(own, *[{"prompt": "[[say x]]"}] * 5) for _ in range(PIPELINES)]
-    assert [finished(own, one, 3_000)["state"] for one in made] == ["done"] * PIPELINES
+    for one in made:   # none holds a connection for longer than a client waits
+        eventually(lambda: not own.ask(f"GET /v1/pipelines/{one['id']}?wait=done&timeout=60")["timedOut"], 3_000)
+    assert {own.ask(f"GET /v1/pipelines/{one['id']}")["state"] for one in made} == {"done"}
     spent, took = aegis.cpu_seconds(own.process.pid) - spent, time.monotonic() - began
     print(f"{PIPELINES} pipelines: {took:.1f} s, {spent:.2f} s of CPU, {100 * spent / took:.1f} % of a core")
     assert spent / took < (0.1 if PIPELINES >= 100 else 0.5), f"{spent:.2f} s of CPU in {took:.1f} s"
