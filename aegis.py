@@ -974,7 +974,7 @@ class StageRow(NamedTuple):
 
 
 class ConsensusRow(NamedTuple):
-    """One consensus review."""
+    """One consensus review; what its reviewers are given is long, and stays in the database."""
 
     id: str
     session: str                   # whose work is reviewed
@@ -984,7 +984,6 @@ class ConsensusRow(NamedTuple):
     verdict: Optional[str]         # approved, rejected
     criteria: List[str]
     spec: Json                     # rule, weights, quorum, timeout, wanted, change
-    text: str                      # what all reviewers are given
     keep: int                      # 1: the reviewers' sessions live on
     idempotency: Optional[str]
     wanted: str                    # the body's digest, for a repeated idempotency key
@@ -8471,25 +8470,25 @@ def await_event(context: Context, types: Sequence[str], until: Callable[[], bool
         context.bus.leave(listener)
 
 
-def wire_check(row: CheckRow) -> Json:
-    """Give a check its shape on the wire."""
+def wire_check(row: CheckRow, brief: bool = False) -> Json:
+    """Give a check its shape on the wire; a list leaves its output out."""
     spent = None if row.started_at is None else max(0.0, (row.ended_at or time.time()) - row.started_at)
     passed = {"passed": True, "failed": False, "timed_out": False}.get(row.state)
     return {"name": row.name, "command": row.command, "state": row.state, "passed": passed, "exitCode": row.exit_code,
-            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "output": row.output,
-            "reason": row.reason, "found": bool(row.found)}
+            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "reason": row.reason,
+            "found": bool(row.found), **({} if brief else {"output": row.output})}
 
 
-def wire_verify(context: Context, row: VerifyRow) -> Json:
+def wire_verify(context: Context, row: VerifyRow, brief: bool = False) -> Json:
     """Give a verification its shape on the wire, with the checks of its last round."""
     checks = context.store.rows(CheckRow, "checks", "verify = ? ORDER BY round, place", row.id)
     rounds = [[one for one in checks if one.round == number_] for number_ in range(row.round + 1)]
     return {
         "id": row.id, "sessionId": row.session, "workDir": row.work_dir, "state": row.state,
         "passed": None if row.ended_at is None else row.state == "passed", "reason": row.reason,
-        "checks": [wire_check(one) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
+        "checks": [wire_check(one, brief) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
         "round": row.round, "promptId": row.prompt,
-        "earlier": [[wire_check(one) for one in round_] for round_ in rounds[:-1]],
+        "earlier": [[wire_check(one, brief) for one in round_] for round_ in rounds[:-1]],
         "startedAt": iso(row.created_at), "endedAt": iso(row.ended_at),
         "seconds": round((row.ended_at or time.time()) - row.created_at, 3),
     }
@@ -9507,8 +9506,8 @@ class Panel:
             session = find_live(self.context, one.session or "")
             prompt = enqueue(session, "prompt", again_text(one, total), f"{one.id} again")
         else:
-            session = start_session(self.context, row.spec["wanted"], review_text(row, one, total), reviewer_key(one),
-                                    f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
+            session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
+                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
             prompt = first_prompt(self.context, session.row.id)
         self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
@@ -9588,9 +9587,10 @@ def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool
     return update("consensus", row.id, changes), Draft(kind, row.session, about)
 
 
-def review_text(row: ConsensusRow, one: ReviewerRow, total: int) -> str:
+def review_text(context: Context, one: ReviewerRow, total: int) -> str:
     """Write a reviewer's prompt."""
-    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {row.text}"
+    given = context.store.value("SELECT text FROM consensus WHERE id = ?", one.consensus)
+    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {given}"
 
 
 def again_text(one: ReviewerRow, total: int) -> str:
@@ -9648,7 +9648,7 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
 
-def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> ConsensusRow:
+def store_consensus(context: Context, row: ConsensusRow, given: str, reviewers: int) -> ConsensusRow:
     """Store a review; the same idempotency key gives the same one.  Raises ApiError 409 for another body."""
     rows = [ReviewerRow(new_id("rv-"), row.id, place, "waiting", None, 1, 0, None, None, None, None, None)
             for place in range(reviewers)]
@@ -9657,7 +9657,8 @@ def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> Cons
         known = same_consensus(context, row)
         if known:
             return known
-        context.bus.commit([insert("consensus", row._asdict()), *(insert("reviewers", one._asdict()) for one in rows)],
+        whole_ = insert("consensus", {**row._asdict(), "text": given})
+        context.bus.commit([whole_, *(insert("reviewers", one._asdict()) for one in rows)],
                            [Draft("consensus.started", row.session, told)])
     return row
 
@@ -11361,13 +11362,13 @@ def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
 
 
 def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
-    """List a session's verifications, newest first."""
+    """List a session's verifications, newest first; a list leaves the checks' output out."""
     find_session(ask.context, id)
     return Later(lambda: verifies_page(ask.context, id, None, page, limit))
 
 
 def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
-    """List verifications, newest first."""
+    """List verifications, newest first; a list leaves the checks' output out."""
     return Later(lambda: verifies_page(ask.context, None, state, page, limit))
 
 
@@ -11377,7 +11378,8 @@ def verifies_page(context: Context, session_id: Optional[str], state: Optional[s
     total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
     rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                               limit, (page - 1) * limit)
-    return {"verifies": [wire_verify(context, row) for row in rows], "pagination": pagination(page, limit, total)}
+    return {"verifies": [wire_verify(context, row, brief=True) for row in rows],
+            "pagination": pagination(page, limit, total)}
 
 
 def get_verify(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
@@ -11572,7 +11574,7 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     spec = {"rule": rule, "weights": read_weights(rule, weights, names, count), "timeout": timeout,
             "quorum": read_quorum(quorum, count)}
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
-    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, "", int(keep),
+    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, int(keep),
                        ask.idempotency_key, digest.hexdigest()[:32], time.time(), None)
 
     def work() -> Json:
@@ -11581,8 +11583,8 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
             spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
             change = change_since(context, session)
             spec["change"] = {"about": change.about, "files": change.files, "truncated": change.cut}
-            text_ = reviewed_text(task_of(context, id), change, names, instructions)
-            made = store_consensus(context, row._replace(text=text_), count)
+            given = reviewed_text(task_of(context, id), change, names, instructions)
+            made = store_consensus(context, row, given, count)
             context.panel.loop.inbox.poke(made.id)
         return wire_consensus(context, made)
     return Later(work)
