@@ -3816,9 +3816,17 @@ def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[
     return "\n".join(lines) + "\n"
 
 
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+
+
+def typable(text_: str) -> str:
+    """Leave out what agents drop anyway, and what would end a paste so that the rest is taken for keys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", ESCAPES.sub("", text_))
+
+
 def canonical(sent: str) -> str:
     """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
-    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent)
+    bare = ESCAPES.sub("", sent)
     bare = re.sub(r"</?pasted_content[^>]*>", "", bare)
     return "".join(char for char in unicodedata.normalize("NFC", bare)
                    if not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp"))
@@ -4585,6 +4593,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
         return [Stroke(text_), ENTER]
+    text_ = typable(text_)
     if prompt.kind == "command":
         return [Stroke(text_), ENTER]
     if prompt.kind == "bash":
@@ -6483,7 +6492,7 @@ class Apart:
         others = [repository.objects, *map(str, objects)]
         (folder / "objects/info/alternates").write_bytes(os.fsencode("\n".join(others) + "\n"))
         with contextlib.suppress(OSError):   # what they ignore themselves is data, and runs nothing
-            shutil.copyfile(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
+            copy_data(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
 
     def environment(self) -> Dict[str, str]:
         """Choose what git inherits: nothing that leads to another configuration."""
@@ -6531,7 +6540,7 @@ class Apart:
     def copy_index(self, repository: Repository) -> None:
         """Begin with what they have staged, and look behind what their index hides."""
         try:
-            shutil.copy2(os.path.join(repository.folder, "index"), self.folder / "index")   # its time counts, too
+            copy_data(os.path.join(repository.folder, "index"), self.folder / "index")
         except FileNotFoundError:
             if repository.head:
                 self.git("read-tree", repository.head)
@@ -6558,6 +6567,14 @@ class Apart:
         if kept:
             self.git("update-index", "--add", "--remove", "-z", "--stdin", given=kept)
         return self.git("write-tree", "--missing-ok").decode().strip(), len(found) - len(kept) - len(kinds["remove"])
+
+
+def copy_data(source: str, target: Path) -> None:
+    """Copy a plain file of a bearable size, with its times, which tell git what may have changed.  Raises OSError."""
+    about = os.stat(source)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LISTED_BYTES:
+        raise OSError(f"{os.path.basename(source)} is no plain file of at most {LISTED_BYTES:,} bytes")
+    shutil.copy2(source, target)
 
 
 def what_to_do(root: bytes, path: bytes) -> str:
@@ -9475,9 +9492,10 @@ class Panel:
         try:
             told = read_assessment(said, row.criteria)
         except ValueError as wrong:
+            why = "".join(char if char.isprintable() else " " for char in str(wrong))
             if one.again:
-                return over_reviewer(one, "failed", f"its answer could not be read, twice: {wrong}")
-            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {wrong}")
+                return over_reviewer(one, "failed", f"its answer could not be read, twice: {why}")
+            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {why}")
         return over_reviewer(one._replace(assessment=told), "done", None)
 
     def store(self, row: ConsensusRow, before: Sequence[ReviewerRow], after: Sequence[ReviewerRow],
