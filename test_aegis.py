@@ -6472,6 +6472,26 @@ def test_the_verdict_follows_from_the_votes_by_the_rule(rule, weights, quorum, t
         assert aegis.reach_verdict(rule, weights, quorum, shuffled)[0] == wanted
 
 
+def test_another_approval_never_turns_a_verdict_down():
+    rng, order = random.Random(3), {None: 0, "rejected": 1, "approved": 2}
+    for _ in range(3_000):
+        count, rule = rng.randint(1, 9), rng.choice(aegis.REVIEW_RULES)
+        weights = rng.choice(([rng.randint(0, 3) for _ in range(count - 1)] + [1], {"a": rng.randint(0, 3), "b": 1}))
+        told = {place: assessment(rng.choice(aegis.VOTES), a=rng.choice(aegis.VOTES), b=rng.choice(aegis.VOTES))
+                for place in range(count) if rng.random() < 0.8}
+        quorum = rng.randint(1, count)
+        before, reason = aegis.reach_verdict(rule, weights, quorum, told)
+        assert (before is None) == (len(told) < quorum) and reason
+        if told:
+            better = {**told, rng.choice(sorted(told)): Y}
+            assert order[aegis.reach_verdict(rule, weights, quorum, better)[0]] >= order[before], (rule, weights, told)
+        merged = aegis.merge_findings({place: assessment("reject", *[
+            {"file": rng.choice("xy"), "line": rng.randint(1, 2), "severity": "low", "message": "m"}
+            for _ in range(rng.randint(0, 4))]) for place in told}, "/w")
+        assert len({(one["file"], one["line"]) for one in merged}) == len(merged) <= 4
+        assert all(one["seenBy"] == len(set(one["reviewers"])) <= count for one in merged)
+
+
 def test_findings_in_the_same_place_are_merged_and_what_most_saw_stands_first():
     here = {"file": "src/x.py", "line": 3, "severity": "low", "message": "off by one"}
     told = {0: assessment("reject", here, {"file": None, "line": None, "severity": "medium", "message": "No  tests"}),
@@ -6645,6 +6665,23 @@ def test_cancel_consensus_ends_its_reviewers(server, make):
     assert server.ask(f"DELETE /v1/consensus/{made['id']}")["state"] == "cancelled", "while it starts"
     eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=consensus={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_review_session_reviews_a_worktree_too_where_directories_are_limited(house, tmp_path):
+    path = tmp_path / "repo"
+    path.mkdir()
+    git(path, "init", "-q"), (path / "a.txt").write_text("a\n")
+    git(path, "add", "-A"), git(path, "commit", "-q", "-m", "one")
+    own = house(AEGIS_WORK_DIRS=str(tmp_path))
+    talk = own.open(workDir=str(path), worktree=True)
+    tree = Path(talk.get()["workDir"])
+    (tree / "a.txt").write_text("a\nin the tree\n"), (path / "a.txt").write_text("a\nelsewhere\n")
+    told = ruled(own, review(talk, reviewers=1))
+    assert (told["verdict"], told["change"]["files"], told["workDir"]) == ("approved", ["M a.txt"], str(tree))
+    asked = Talk(own, own.ask(f"GET /v1/sessions/{told['reviewers'][0]['sessionId']}")).prompts()
+    assert "+in the tree" in asked[0] and "elsewhere" not in asked[0]
+    assert own.refusal("POST /v1/sessions", {"workDir": "/tmp"}) == (403, "WORKDIR_NOT_ALLOWED")
 
 
 @alone
