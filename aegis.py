@@ -6779,15 +6779,15 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         row = add_worktree(context, row)
     row.launch["base"] = note_base(context, row.id, row.work_dir)
     session = Session(context, row, Facts())
-    known: Any = row
+    other: Optional[SessionRow] = row
     try:
-        known = store_new(context, session, wanted)
+        other = store_new(context, session, wanted)
     finally:
-        if known:   # it was not made after all
+        if other:   # it was not made after all
             remove_worktree(row.worktree, force=True)
             forget_base(context, row.id)
-    if known:
-        return same_session(context, known, wanted)
+    if other:
+        return same_session(context, other, wanted)
     context.sessions[row.id] = session
     launch_agent(context, session, words, environment)
     return session
@@ -9806,7 +9806,7 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
     for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
         stages = stages_of(context, row.id)
         over = {one.name for one in stages if one.ended_at is not None}
-        waits = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
                  for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
