@@ -8002,6 +8002,7 @@ CALLS = {
         "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
+    "agent": lambda rest: ("Agent", {"description": "Help", "prompt": rest, "subagent_type": "general-purpose"}),
 }
 
 
@@ -8812,6 +8813,16 @@ def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(m
             eventually(lambda: own.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
     finally:
         own.close()
+
+
+@real_client
+def test_real_subagents_stand_in_the_swarm_with_what_they_used(start):
+    talk = start(permissionProfile="autonomous")
+    talk.say("[[agent look around]] [[say after]]")
+    found = eventually(lambda: swarm(talk.server, "&kind=family")[talk.id])["members"][0]
+    helper = eventually(lambda: [one for one in swarm(talk.server)[talk.id]["members"][0]["subagents"]
+                                 if one["state"] == "ended"])[0]
+    assert (helper["type"], found["role"]) == ("general-purpose", "parent") and helper["tokenUsage"]["output"] > 0
 
 
 @real_client
