@@ -8606,6 +8606,8 @@ class Loop:
             self.hungry.pop(run, None)
             self.advance(run)
         except ApiError as error:
+            if error.code in ("PIPELINE_NOT_FOUND", "CONSENSUS_NOT_FOUND"):   # swept away meanwhile
+                return
             self.context.log.note("warning", "a run waits", run=run, error=error)
             self.due[run] = time.time() + AGAIN_SECONDS
         except Exception:
