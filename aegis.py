@@ -89,7 +89,7 @@ aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-i
 aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).  A command
 that follows events has aegis-feed.
 
-Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock, Mcp.lock, Keys.lock and Tickets.lock are leaves.  A session's lock is
 never held while tmux or a socket is waited for.
@@ -1273,7 +1273,7 @@ class SentRow(NamedTuple):
     text: str
     chosen: Dict[str, List[int]]   # options marked so far, by the question's place
 class ConsensusRow(NamedTuple):
-    """One consensus review."""
+    """One consensus review; what its reviewers are given is long, and stays in the database."""
 
     id: str
     session: str                   # whose work is reviewed
@@ -1283,7 +1283,6 @@ class ConsensusRow(NamedTuple):
     verdict: Optional[str]         # approved, rejected
     criteria: List[str]
     spec: Json                     # rule, weights, quorum, timeout, wanted, change
-    text: str                      # what all reviewers are given
     keep: int                      # 1: the reviewers' sessions live on
     idempotency: Optional[str]
     wanted: str                    # the body's digest, for a repeated idempotency key
@@ -4780,9 +4779,17 @@ def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[
     return "\n".join(lines) + "\n"
 
 
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+
+
+def typable(text_: str) -> str:
+    """Leave out what agents drop anyway, and what would end a paste so that the rest is taken for keys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", ESCAPES.sub("", text_))
+
+
 def canonical(sent: str) -> str:
     """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
-    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent) if "\x1b" in sent else sent
+    bare = ESCAPES.sub("", sent) if "\x1b" in sent else sent
     bare = re.sub(r"</?pasted_content[^>]*>", "", bare) if "pasted_content" in bare else bare
     bare = unicodedata.normalize("NFC", bare)
     return bare.translate(dict.fromkeys(   # by the few characters that differ, not by the million that there may be
@@ -5630,6 +5637,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
         return [Stroke(text_), ENTER]
+    text_ = typable(text_)
     if prompt.kind == "command":
         return [Stroke(text_), ENTER]
     if prompt.kind == "bash":
@@ -7030,10 +7038,10 @@ def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None
     if not re.fullmatch(r"[\w-]{1,100}", agent_id):
         return
     with session.lock:
-        known = session.subagents.get(agent_id) or Subagent(
-            agent_id, clip(kind, 100) if isinstance(kind, str) and kind else None, time.time(), None, new_ledger())
-        ended = time.time() if name == "SubagentStop" else None
-        session.subagents[agent_id] = known._replace(ended=ended, type=known.type or kind or None)
+        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None, new_ledger())
+        ended = {"SubagentStop": time.time(), "SubagentStart": None}.get(name, known.ended)   # others may come late
+        word = clip(kind, 100) if isinstance(kind, str) and kind else None
+        session.subagents[agent_id] = known._replace(ended=ended, type=word or known.type)
         while len(session.subagents) > SUBAGENTS_KEPT:
             session.subagents.pop(next(iter(session.subagents)))
 
@@ -7653,8 +7661,8 @@ def find_repository(work_dir: str) -> Optional[Repository]:
             return None
     told = run_git(work_dir, "rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-path", "objects",
                    "--show-object-format").split("\n")
-    if len(told) != 4:
-        raise ApiError(409, "GIT_FAILED", "git does not say where its files are")
+    if len(told) != 4 or os.path.realpath(told[0]) != os.path.realpath(place):
+        raise ApiError(409, "GIT_FAILED", "its work tree is not where its .git is")
     try:
         head: Optional[str] = run_git(work_dir, "rev-parse", "-q", "--verify", "HEAD^{commit}")
     except ApiError as error:
@@ -7681,7 +7689,7 @@ class Apart:
         others = [repository.objects, *map(str, objects)]
         (folder / "objects/info/alternates").write_bytes(os.fsencode("\n".join(others) + "\n"))
         with contextlib.suppress(OSError):   # what they ignore themselves is data, and runs nothing
-            shutil.copyfile(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
+            copy_data(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
 
     def environment(self) -> Dict[str, str]:
         """Choose what git inherits: nothing that leads to another configuration."""
@@ -7695,7 +7703,7 @@ class Apart:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
         (self.folder / "given").write_bytes(b"".join(one + b"\0" for one in given))
         with open(self.folder / "given", "rb") as paths:
-            process = subprocess.Popen(["git", *words], cwd=self.root, env=self.environment(), stdin=paths,
+            process = subprocess.Popen(["git", "-C", self.root, *words], env=self.environment(), stdin=paths,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             said = self._read(process, most)
@@ -7729,7 +7737,7 @@ class Apart:
     def copy_index(self, repository: Repository) -> None:
         """Begin with what they have staged, and look behind what their index hides."""
         try:
-            shutil.copy2(os.path.join(repository.folder, "index"), self.folder / "index")   # its time counts, too
+            copy_data(os.path.join(repository.folder, "index"), self.folder / "index")
         except FileNotFoundError:
             if repository.head:
                 self.git("read-tree", repository.head)
@@ -7756,6 +7764,14 @@ class Apart:
         if kept:
             self.git("update-index", "--add", "--remove", "-z", "--stdin", given=kept)
         return self.git("write-tree", "--missing-ok").decode().strip(), len(found) - len(kept) - len(kinds["remove"])
+
+
+def copy_data(source: str, target: Path) -> None:
+    """Copy a plain file of a bearable size, with its times, which tell git what may have changed.  Raises OSError."""
+    about = os.stat(source)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LISTED_BYTES:
+        raise OSError(f"{os.path.basename(source)} is no plain file of at most {LISTED_BYTES:,} bytes")
+    shutil.copy2(source, target)
 
 
 def what_to_do(root: bytes, path: bytes) -> str:
@@ -7832,7 +7848,7 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
         about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, files[:FILES_SHOWN], text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -7842,6 +7858,12 @@ def shortened(text_: str) -> Tuple[str, bool]:
     if len(text_) <= CHANGE_SHOWN:
         return text_, False
     return text_[:text_.rfind("\n", 0, CHANGE_SHOWN) + 1] or text_[:CHANGE_SHOWN], True
+
+
+def listed_files(files: Sequence[str]) -> List[str]:
+    """Bound the names of changed files: by their number, and by their length in all."""
+    ends = itertools.accumulate(map(len, files))
+    return [name for name, end in zip(files[:FILES_SHOWN], ends) if end <= CHANGE_SHOWN // 4]
 
 
 def newer_files(work_dir: str, since: float) -> Difference:
@@ -7865,7 +7887,7 @@ def newer_files(work_dir: str, since: float) -> Difference:
     text_, cut = shortened(shown.encode("utf-8", "replace").decode())
     about = "the files that were written since the session began, whole: the directory is no git repository"
     names_ = [os.path.relpath(path, work_dir).encode("utf-8", "replace").decode() for path in files[:FILES_SHOWN]]
-    return Difference(about, [f"W {name}" for name in names_], text_, cut or visited >= VISITED)
+    return Difference(about, listed_files([f"W {name}" for name in names_]), text_, cut or visited >= VISITED)
 
 
 # ============================================================================
@@ -7955,17 +7977,17 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         row = add_worktree(context, row)
     row.launch["base"] = note_base(context, row.id, row.work_dir)
     session = Session(context, row, Facts())
-    known: Any = row
+    other: Optional[SessionRow] = row
     context.sessions[row.id] = session   # first: who hears of it may end it at once
     try:
-        known = store_new(context, session, wanted)
+        other = store_new(context, session, wanted)
     finally:
-        if known:   # it was not made after all
+        if other:   # it was not made after all
             context.sessions.pop(row.id, None)
             remove_worktree(row.worktree, force=True)
             forget_base(context, row.id)
-    if known:
-        return same_session(context, known, wanted)
+    if other:
+        return same_session(context, other, wanted)
     launch_agent(context, session, words, environment)
     return session
 
@@ -9691,25 +9713,25 @@ def await_event(context: Context, types: Sequence[str], until: Callable[[], bool
         context.bus.leave(listener)
 
 
-def wire_check(row: CheckRow) -> Json:
-    """Give a check its shape on the wire."""
+def wire_check(row: CheckRow, brief: bool = False) -> Json:
+    """Give a check its shape on the wire; a list leaves its output out."""
     spent = None if row.started_at is None else max(0.0, (row.ended_at or time.time()) - row.started_at)
     passed = {"passed": True, "failed": False, "timed_out": False}.get(row.state)
     return {"name": row.name, "command": row.command, "state": row.state, "passed": passed, "exitCode": row.exit_code,
-            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "output": row.output,
-            "reason": row.reason, "found": bool(row.found)}
+            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "reason": row.reason,
+            "found": bool(row.found), **({} if brief else {"output": row.output})}
 
 
-def wire_verify(context: Context, row: VerifyRow) -> Json:
+def wire_verify(context: Context, row: VerifyRow, brief: bool = False) -> Json:
     """Give a verification its shape on the wire, with the checks of its last round."""
     checks = context.store.rows(CheckRow, "checks", "verify = ? ORDER BY round, place", row.id)
     rounds = [[one for one in checks if one.round == number_] for number_ in range(row.round + 1)]
     return {
         "id": row.id, "sessionId": row.session, "workDir": row.work_dir, "state": row.state,
         "passed": None if row.ended_at is None else row.state == "passed", "reason": row.reason,
-        "checks": [wire_check(one) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
+        "checks": [wire_check(one, brief) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
         "round": row.round, "promptId": row.prompt,
-        "earlier": [[wire_check(one) for one in round_] for round_ in rounds[:-1]],
+        "earlier": [[wire_check(one, brief) for one in round_] for round_ in rounds[:-1]],
         "startedAt": iso(row.created_at), "endedAt": iso(row.ended_at),
         "seconds": round((row.ended_at or time.time()) - row.created_at, 3),
     }
@@ -9810,6 +9832,8 @@ class Loop:
             self.hungry.pop(run, None)
             self.advance(run)
         except ApiError as error:
+            if error.code in ("PIPELINE_NOT_FOUND", "CONSENSUS_NOT_FOUND"):   # swept away meanwhile
+                return
             self.context.log.note("warning", "a run waits", run=run, error=error)
             self.due[run] = time.time() + AGAIN_SECONDS
         except Exception:
@@ -10696,9 +10720,10 @@ class Panel:
         try:
             told = read_assessment(said, row.criteria)
         except ValueError as wrong:
+            why = "".join(char if char.isprintable() else " " for char in str(wrong))
             if one.again:
-                return over_reviewer(one, "failed", f"its answer could not be read, twice: {wrong}")
-            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {wrong}")
+                return over_reviewer(one, "failed", f"its answer could not be read, twice: {why}")
+            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {why}")
         return over_reviewer(one._replace(assessment=told), "done", None)
 
     def store(self, row: ConsensusRow, before: Sequence[ReviewerRow], after: Sequence[ReviewerRow],
@@ -10727,8 +10752,8 @@ class Panel:
             session = find_live(self.context, one.session or "")
             prompt = enqueue(session, "prompt", again_text(one, total), f"{one.id} again")
         else:
-            session = start_session(self.context, row.spec["wanted"], review_text(row, one, total), reviewer_key(one),
-                                    f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
+            session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
+                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
             prompt = first_prompt(self.context, session.row.id)
         self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
@@ -10808,9 +10833,10 @@ def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool
     return update("consensus", row.id, changes), Draft(kind, row.session, about)
 
 
-def review_text(row: ConsensusRow, one: ReviewerRow, total: int) -> str:
+def review_text(context: Context, one: ReviewerRow, total: int) -> str:
     """Write a reviewer's prompt."""
-    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {row.text}"
+    given = context.store.value("SELECT text FROM consensus WHERE id = ?", one.consensus)
+    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {given}"
 
 
 def again_text(one: ReviewerRow, total: int) -> str:
@@ -10868,7 +10894,7 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
 
-def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> ConsensusRow:
+def store_consensus(context: Context, row: ConsensusRow, given: str, reviewers: int) -> ConsensusRow:
     """Store a review; the same idempotency key gives the same one.  Raises ApiError 409 for another body."""
     rows = [ReviewerRow(new_id("rv-"), row.id, place, "waiting", None, 1, 0, None, None, None, None, None)
             for place in range(reviewers)]
@@ -10877,7 +10903,8 @@ def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> Cons
         known = same_consensus(context, row)
         if known:
             return known
-        context.bus.commit([insert("consensus", row._asdict()), *(insert("reviewers", one._asdict()) for one in rows)],
+        whole_ = insert("consensus", {**row._asdict(), "text": given})
+        context.bus.commit([whole_, *(insert("reviewers", one._asdict()) for one in rows)],
                            [Draft("consensus.started", row.session, told)])
     return row
 
@@ -11007,7 +11034,7 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
     for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
         stages = stages_of(context, row.id)
         over = {one.name for one in stages if one.ended_at is not None}
-        waits = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
                  for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
@@ -15483,13 +15510,13 @@ def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
 
 
 def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
-    """List a session's verifications, newest first."""
+    """List a session's verifications, newest first; a list leaves the checks' output out."""
     find_session(ask.context, id)
     return Later(lambda: verifies_page(ask, id, None, page, limit))
 
 
 def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
-    """List verifications, newest first."""
+    """List verifications, newest first; a list leaves the checks' output out."""
     return Later(lambda: verifies_page(ask, None, state, page, limit))
 
 
@@ -15502,7 +15529,8 @@ def verifies_page(ask: Ask, session_id: Optional[str], state: Optional[str], pag
     total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
     rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                               limit, (page - 1) * limit)
-    return {"verifies": [wire_verify(context, row) for row in rows], "pagination": pagination(page, limit, total)}
+    return {"verifies": [wire_verify(context, row, brief=True) for row in rows],
+            "pagination": pagination(page, limit, total)}
 
 
 def get_verify(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
@@ -15709,7 +15737,7 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     spec = {"rule": rule, "weights": read_weights(rule, weights, names, count), "timeout": timeout,
             "quorum": read_quorum(quorum, count)}
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
-    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, "", int(keep),
+    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, int(keep),
                        ask.idempotency_key, digest.hexdigest()[:32], time.time(), None)
 
     def work() -> Json:
@@ -15718,8 +15746,8 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
             spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
             change = change_since(context, session)
             spec["change"] = {"about": change.about, "files": change.files, "truncated": change.cut}
-            text_ = reviewed_text(task_of(context, id), change, names, instructions)
-            made = store_consensus(context, row._replace(text=text_), count)
+            given = reviewed_text(task_of(context, id), change, names, instructions)
+            made = store_consensus(context, row, given, count)
             context.panel.loop.inbox.poke(made.id)
         return wire_consensus(context, made)
     return Later(work)
