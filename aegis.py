@@ -1664,15 +1664,27 @@ class Keys:
             row, now = self.find(key_id), time.time()
             if row.expires_at is not None and row.expires_at <= now:
                 raise ApiError(409, "KEY_EXPIRED", f"key {key_id} expired at {iso(row.expires_at)}: make another one")
-            ours = self.admin_row()
-            if ours and ours.id == key_id:
-                write_private(self.admin_file, secret + "\n")
             changes = {"hash": digest_of(secret), "prefix": secret[:SHOWN_PREFIX], "rotated_at": now,
                        "old_hash": row.hash if grace else None, "old_until": now + grace if grace else None}
-            self.change(update("keys", key_id, changes), entry)
+            with self._in_admin_file(key_id, secret):
+                self.change(update("keys", key_id, changes), entry)
         if not grace:
             self.end_uses(key_id)
         return self.find(key_id)
+
+    @contextlib.contextmanager
+    def _in_admin_file(self, key_id: str, secret: str) -> Iterator[None]:
+        """Have the admin file, if this key stands in it, hold the new secret, unless the change fails."""
+        ours = self.admin_row()
+        known = self.admin_file.read_text("utf-8") if ours and ours.id == key_id else None
+        if known is not None:
+            write_private(self.admin_file, secret + "\n")
+        try:
+            yield
+        except BaseException:
+            if known is not None:
+                write_private(self.admin_file, known)
+            raise
 
     def admin_row(self) -> Optional[KeyRow]:
         """Find the key whose secret stands in the admin file."""
@@ -4544,6 +4556,8 @@ class Context:
         self.runner: Any = None                        # see PIPELINES
         self.keys: Keys
         self.access: Any = None                        # see ACCESS
+        self.kept_head: Tuple[int, str] = (-1, "")     # of the audit log, as its file has it
+        self.used_kept = 0.0                           # when the last use of keys was written
         self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
@@ -9609,10 +9623,13 @@ def keep_books(context: Context) -> None:
 
 def write_books(context: Context) -> None:
     """Write when keys were last used, and the head of the audit log beside it."""
-    file, head = context.state_dir / HEAD_FILE, head_text(*context.bus.head) + "\n"
-    if read_tail(file) != head:
-        write_private(file, head)
-    context.keys.write_used()
+    head = context.bus.head
+    if context.kept_head != head:
+        write_private(context.state_dir / HEAD_FILE, head_text(*head) + "\n")
+        context.kept_head = head
+    if time.time() - context.used_kept > USED_SECONDS or context.stopping.is_set():
+        context.used_kept = time.time()
+        context.keys.write_used()
 
 
 def note_head(context: Context) -> None:
@@ -9869,6 +9886,8 @@ OWNED: Dict[str, Tuple[str, str, str]] = {
     "/v1/verify/:id": ("SELECT owner FROM sessions WHERE id = (SELECT session FROM verifies WHERE id = ?)",
                        "VERIFY_NOT_FOUND", "verification"),
     "/v1/pipelines/:id": ("SELECT owner FROM pipelines WHERE id = ?", "PIPELINE_NOT_FOUND", "pipeline"),
+    "/v1/consensus/:id": ("SELECT owner FROM sessions WHERE id = (SELECT session FROM consensus WHERE id = ?)",
+                          "CONSENSUS_NOT_FOUND", "consensus review"),
     "/v1/templates/:id": ("", "TEMPLATE_NOT_FOUND", "template"),   # also by name: find_template() looks
 }
 ADMINS_ONLY = ("admin", "webhooks:admin", "hook")   # scopes of rows whose ids are nobody's in particular
@@ -15171,7 +15190,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serves the coding agents of this box over HTTP.",
         epilog="Further commands: `aegis.py bench` measures this box, "
         "`aegis.py selftest --screens DIR` replays captured screens, "
-        "`aegis.py docs` prints the README's tables.  Only from the environment: "
+        "`aegis.py docs` prints the README's tables, `aegis.py audit verify` checks the audit log.  "
+        "Only from the environment: "
         + "; ".join(f"AEGIS_{one.name.upper()}: {one.about}" for one in SETTINGS if not one.flag),
     )
     parser.add_argument("--version", action="version", version=f"aegis {__version__}")
