@@ -2382,6 +2382,17 @@ def alive(pid: int) -> bool:
     return True
 
 
+def birth_of(pid: int) -> Optional[str]:
+    """Tell when a process began; with its pid that names it for good, for pids are given out again."""
+    if os.path.isdir("/proc/self"):
+        try:
+            return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+        except (OSError, IndexError):
+            return None
+    listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return listed.stdout.strip() or None
+
+
 # ============================================================================
 # SCREENS. The text of a terminal -> what the agent is doing.
 # ============================================================================
@@ -4627,6 +4638,7 @@ class Session:
         self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
         self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
         self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
+        self.glimpses: Dict[str, Tuple[Reading, float]] = {}   # requests -> the last look, and since when looks agree
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
         )  # agent's id of the last prompt in the transcript
@@ -4728,6 +4740,8 @@ class Change:
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now, self.session.last_outcome = time.time(), outcome
+        if prompt.state == "queued":
+            prompt = self.prompt(prompt, state="submitted", submitted_at=now)
         if prompt.state == "submitted" and outcome == "done":
             prompt = self.prompt(prompt, state="started", started_at=now)
         self.prompt(prompt, state="done" if outcome == "done" else "failed", ended_at=now, answer=answer,
@@ -5451,6 +5465,7 @@ def _digest_end(session: Session, entry: Entry) -> None:
 
 CLAIM_SECONDS = 2.0      # without any evidence for so long, the agent took our answer
 LIKELY_SECONDS = 0.6     # a sign that fits our answer is believed after so long without proof to the contrary
+STEADY_SECONDS, STEADY_LOOKS = 0.03, 10   # looks so far apart that agree show a screen which nobody is drawing
 DIFF_CHARACTERS, DIFF_LINES = 60_000, 1_500   # of each side: difflib's cost grows with their product
 
 OURS, LIKELY, TERMINAL = "ours", "likely", "terminal"   # whose answer the agent took
@@ -5776,7 +5791,7 @@ def settle(session: Session, request_id: str, state: str, by: str, why: str) -> 
             change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
             record_closed(change, closed)
         hold = session.holds.pop(request_id, None)
-        for kept in (session.dialogs, session.outcomes):
+        for kept in (session.dialogs, session.outcomes, session.glimpses):
             kept.pop(request_id, None)   # type: ignore[attr-defined]
         session.decided_at = time.time()
     if hold:
@@ -5858,6 +5873,35 @@ def same_dialog(one: Optional[Reading], other: Reading) -> bool:
         other.title, [row.label for row in other.options], uncursored(other.excerpt))
 
 
+def alike(one: Reading, other: Reading) -> bool:
+    """Tell whether two looks agree: on the dialog, or on there being none."""
+    return one.kind == other.kind and (not one.options or same_dialog(one, other))
+
+
+def steady_look(context: Context, session: Session) -> Reading:
+    """Read a session's screen once two looks agree: one alone may meet it half drawn.  Raises TmuxError."""
+    reading = look(context, session)
+    for _ in range(STEADY_LOOKS):
+        context.stopping.wait(STEADY_SECONDS)
+        before, reading = reading, look(context, session)
+        if alike(before, reading):
+            break
+    return reading
+
+
+def seen_twice(session: Session, request_id: str, reading: Reading) -> bool:
+    """Tell whether the look before agreed about a request's dialog; the next look is asked for when it did not."""
+    now = time.monotonic()
+    before, at = session.glimpses.get(request_id, (None, now))
+    if before is None or not alike(before, reading):
+        before, at = reading, now
+    session.glimpses[request_id] = (reading, at)
+    if now - at >= STEADY_SECONDS:
+        return True
+    session.context.look_later(session, 2 * STEADY_SECONDS)
+    return False
+
+
 def uncursored(excerpt: str) -> str:
     """Take the cursor out of a dialog's text, and the hint at its bottom, which depends on the row it is on."""
     lines = [line for line in excerpt.split("\n") if not HINT.search(line)]
@@ -5918,6 +5962,8 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
         reading = look(context, session)
         if not same_dialog(bound, reading):
+            reading = steady_look(context, session)
+        if not same_dialog(bound, reading):
             return reading if entered else None
         row, now = place_of(reading, wanted), place_of(reading, is_selected)
         if row is None or now is None:
@@ -5947,7 +5993,7 @@ def find_dialog(context: Context, session: Session, request_id: str) -> Optional
         request = session.facts.request(request_id)
         if request is None:
             return None
-        reading = look(context, session)
+        reading = steady_look(context, session)
         if reading.options and speaks_of(reading, request):
             session.dialogs[request_id] = reading
     return session.dialogs.get(request_id)
@@ -5971,13 +6017,20 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
 
 
+def stands(reading: Reading, bound: Reading, changed: bool) -> bool:
+    """Tell whether a dialog still stands; once keys have changed it, any dialog of its kind is taken for it."""
+    return reading.kind in ("permission_prompt", "asking") and (changed or same_dialog(bound, reading))
+
+
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
     """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
     until = time.monotonic() + 10.0
     tabbed, typed, seen_at = False, False, time.monotonic()
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.06):
         reading = look(context, session)
-        if reading.kind not in ("permission_prompt", "asking") or (not tabbed and not same_dialog(bound, reading)):
+        if not stands(reading, bound, tabbed):
+            reading = steady_look(context, session)
+        if not stands(reading, bound, tabbed):
             return typed
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
         if row is None or now is None or time.monotonic() - seen_at < 0.3:
@@ -6139,7 +6192,7 @@ def answer_page(context: Context, session: Session, question: Json, labels: Sequ
     """Answer one page of a question on the screen: each label's row, then on to the next page."""
     known = [row["label"] for row in question["options"]]
     for label in labels:
-        reading = look(context, session)
+        reading = steady_look(context, session)
         if label not in known:
             return write_answer(context, session, reading, label, question["multiSelect"])
         if choose_row(context, session, reading, lambda row: row.label == label) is None:
@@ -6186,7 +6239,7 @@ def answer_by_keys(context: Context, session: Session, request: PermissionRow, g
     with session.key_lock:
         well = all(answer_page(context, session, question, labels)
                    for question, labels in zip(questions_of(request), given))
-        reading = look(context, session)
+        reading = steady_look(context, session)
         if well and any(re.match("Submit answers", row.label) for row in reading.options):
             choose_row(context, session, reading, lambda row: row.label.startswith("Submit answers"))
         see_outcome(session, request, OURS if well else TERMINAL)
@@ -6320,12 +6373,16 @@ def failure_advice(kind: str, said: str) -> str:
 
 
 def ending_with(facts: Facts, prompt_id: str) -> List[PromptRow]:
-    """Find the open prompts that one Stop ends: the agent merges prompts, and names the last of them."""
+    """Find the open prompts that one Stop ends: the agent merges prompts, and names the last of them.
+
+    A shell line is reported by its Stop alone, which may come before our next look at the screen.
+    """
     open_ones = [prompt for prompt in facts.prompts if prompt.state in OPEN_STATES]
     known = [index for index, prompt in enumerate(open_ones) if prompt.agent_id == prompt_id]
     if known and prompt_id:
         return open_ones[: known[-1] + 1]
-    return [prompt for prompt in open_ones if prompt.agent_id is None] or (open_ones[:1] if not prompt_id else [])
+    return ([prompt for prompt in open_ones if prompt.agent_id is None] or (open_ones[:1] if not prompt_id else [])
+            or [prompt for prompt in facts.waiting if prompt.kind == "bash" and prompt.typed_at and not open_ones][:1])
 
 
 def on_session_end(session: Session, body: Json) -> Answer:
@@ -6530,18 +6587,20 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool)
         bound = session.dialogs.get(request.id)
         if dialog and request.id in session.holds:
             session.dialog_seen = True
+            session.glimpses.pop(request.id, None)
         elif dialog and bound is None and speaks_of(reading, request):
-            session.dialogs[request.id] = reading
+            if seen_twice(session, request.id, reading):
+                session.dialogs[request.id] = reading
         elif dialog and bound is not None and same_dialog(bound, reading):
-            continue
+            session.glimpses.pop(request.id, None)
         elif dialog or (
             reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
         ):
             fresh = time.monotonic() - session.adopted_at < ADOPT_SECONDS
             if bound is None and request.id not in session.holds and (fresh or waits):
                 session.context.look_later(session, 0.2)   # asked just before the restart, it is yet to be drawn
-                continue
-            dialog_left(session, request, reading)
+            elif seen_twice(session, request.id, reading):
+                dialog_left(session, request, reading)
 
 
 def dialog_left(session: Session, request: PermissionRow, reading: Reading) -> None:
@@ -6563,6 +6622,8 @@ def weigh_turn(
                 change.prompt(current, state="started", started_at=seen_at)
         return
     if reading.kind != "idle" or age(began) < QUIET_SECONDS or session.facts.busy:
+        if current.state == "submitted":   # a pane that draws without a rest is not looked at by itself
+            session.context.look_later(session, 0.3)
         return
     calm = time.monotonic() - session.output_at
     fresh = status is not None and (status.at > began or age(began) == math.inf)
@@ -7179,7 +7240,8 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
     context.panes[pane.pane] = session
     try:
         with session.changing("tmux", "window opened", pane.window) as change:
-            change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid)
+            change.columns.update(window=pane.window, pane=pane.pane, pid=pane.pid,
+                                  launch={**row.launch, "birth": birth_of(pane.pid)})
     except ApiError:   # an agent that is not in the books must not run
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
@@ -7258,8 +7320,7 @@ def kill_session(context: Context, session_id: str, reason: str = "killed by the
         settle_worktree(context, session, worktree)
         return session.row, False
     part_from_children(context, session, children)
-    if session.row.pid:
-        terminate(session.row.pid)
+    end_agent(session)
     finish_surely(context, session, "killed", reason)
     settle_worktree(context, session, worktree)
     return session.row, True
@@ -7281,6 +7342,13 @@ def part_from_children(context: Context, session: Session, children: str) -> Non
                 window = context.tmux.break_pane(child.row.pane, child.row.name)
                 with child.changing("tmux", "a window of its own", window) as change:
                     change.columns["window"] = window
+
+
+def end_agent(session: Session) -> None:
+    """End a session's agent with all that it started; its pid may have been given to a stranger since."""
+    pid = session.row.pid
+    if pid and birth_of(pid) in (None, session.row.launch.get("birth")):   # None: what it started may still run
+        terminate(pid)
 
 
 def terminate(pid: int, grace: float = 2.0) -> None:
@@ -9368,7 +9436,8 @@ def adopt_all(context: Context) -> None:
     for tag, pane in panes.items():
         if context.store.value("SELECT 1 FROM sessions WHERE id = ?", tag):
             context.log.note("warning", "closing the window of an ended session", session=tag)
-            terminate(pane.pid)
+            if not pane.dead:
+                terminate(pane.pid)
             context.tmux.close_pane(pane.pane, pane.session)
         else:
             context.log.note(
@@ -9421,8 +9490,10 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
     context.panes[pane.pane] = session
     if not pane.session:   # Aegis died between the opening of the pane and this
         context.tmux.tag(pane.pane, row.id)
-    context.bus.commit([update("sessions", row.id, {"window": pane.window, "pane": pane.pane, "pid": pane.pid})])
-    session.row = session.row._replace(window=pane.window, pane=pane.pane, pid=pane.pid)
+    found = {"window": pane.window, "pane": pane.pane, "pid": pane.pid,
+             "launch": {**row.launch, "birth": birth_of(pane.pid)}}
+    context.bus.commit([update("sessions", row.id, found)])
+    session.row = session.row._replace(**found)
     session.adopted_at = time.monotonic()
     catch_up(session)
     locate_transcript(session)
@@ -9543,8 +9614,7 @@ def audit(context: Context) -> None:
 
 def end_lost(context: Context, session: Session) -> None:
     """End a session whose window is gone; its agent may not have noticed."""
-    if session.row.pid and alive(session.row.pid):
-        terminate(session.row.pid)
+    end_agent(session)
     record_surely(context, session, lambda: finish(context, session, "exited", "its window was closed, or tmux ended"))
 
 
@@ -13645,6 +13715,8 @@ class DemoAgent:
             self.say_lines([f"● UserPromptSubmit operation blocked by hook: {answer.get('reason', '')}"])
             self.prompt_id = before
             return
+        for seconds in re.findall(r"\[\[late ([\d.]+)\]\]", text_):
+            time.sleep(float(seconds))
         if self.stash and not self.draft:
             self.draft, self.stash = self.stash, []
         if self.turn:
@@ -13995,6 +14067,11 @@ class DemoAgent:
         yield float(argument)
         self.silent = False
         return (yield from self.answer_later("was quiet"))
+
+    def do_late(self, argument: str) -> Script:
+        """Play [[late SECONDS]]: the prompt was reported so long before anything shows of it."""
+        yield 0
+        return ""
 
     def do_hang(self, argument: str) -> Script:
         """Play [[hang]]."""

@@ -18,10 +18,13 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import hashlib
 import http.client
 import inspect
 import json
+import mmap
+import multiprocessing
 import os
 import random
 import re
@@ -38,6 +41,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import uuid
@@ -46,6 +50,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 import aegis
 
@@ -55,6 +60,7 @@ HERE = Path(__file__).resolve().parent
 AEGIS = HERE / "aegis.py"
 README = HERE / "README.md"
 WITHIN = 20.0        # seconds until something that should happen at once counts as lost
+PROCESSES = int(os.environ.get("AEGIS_TEST_PROCESSES", "2"))
 LANES = 5             # tests marked alone that run at once, beside the others: most of the time they wait
 OUTSIDE = dict(os.environ)    # as it was: a test may change its own, PATH for one, while others start programs
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
@@ -303,8 +309,18 @@ class Server:
             answer = line.getresponse()
             text = answer.read()
             return Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+        except http.client.RemoteDisconnected as error:
+            error.args = (f"{error}; the server's exit code is {self.process.poll()}; its log: {self.tail()}",)
+            raise
         finally:
             line.close()
+
+    def tail(self) -> str:
+        """Give the end of the server's log, or what became of that."""
+        try:
+            return self.log.read_text("utf-8", "replace")[-2_000:]
+        except OSError as error:
+            return str(error)
 
     def ask(self, route: str, body: Any = None, headers: Optional[Json] = None) -> Any:
         """Make one request that must succeed, and give its JSON."""
@@ -577,6 +593,9 @@ def ahead(request: Any) -> Iterator[Dict[str, Any]]:
     wanted = [name for item in request.session.items for name in (item.name, *getattr(item, "fixturenames", ()))]
     chosen = [ALONE[name] for name in dict.fromkeys(wanted) if name in ALONE]
     needed = {name for work in chosen for name in inspect.signature(work).parameters}
+    shards = request.config.pluginmanager.getplugin("aegis-shards")
+    if shards and shards.here:   # a child takes none of these
+        chosen, needed = [], set()
     server = request.getfixturevalue("server") if needed & {"server", "make"} else None
     pool = concurrent.futures.ThreadPoolExecutor(LANES)
     begun = {work.__name__: pool.submit(run_alone, work, server) for work in chosen}
@@ -585,6 +604,112 @@ def ahead(request: Any) -> Iterator[Dict[str, Any]]:
         if not one.cancel() and isinstance(one.exception() or one.result(), Reborn):
             one.result().server.close()
     pool.shutdown()
+
+
+# -- two processes: this one takes tests from the front, its children from the back
+
+
+class Shards:
+    """Runs tests in several processes, each with servers of its own; tells them in their order, as one run."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.items = config, []  # type: Any, List[Any]
+        self.claims, self.lock = mmap.mmap(-1, 65_536), multiprocessing.get_context("fork").Lock()
+        self.told: Dict[int, List[Any]] = {}     # what children reported of an item, by its place
+        self.news, self.readers = threading.Condition(), []  # type: threading.Condition, List[threading.Thread]
+        self.here = False                        # in a child
+
+    def claim(self, place: int) -> bool:
+        """Take one test, unless another process has it."""
+        with self.lock:
+            free = self.claims[place] == 0
+            self.claims[place] = 1
+            return free
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtestloop(self, session: Any) -> Iterator[None]:
+        """Start the children before the loop, and wait for them behind it."""
+        self.items = session.items[: len(self.claims)]
+        if len(self.items) > 40 and not self.config.option.collectonly and not hasattr(self.config, "workerinput"):
+            for _ in range(PROCESSES - 1):
+                self.fork(session)
+        yield
+        self.claims[:] = b"\1" * len(self.claims)   # after a stop nobody begins anything more
+        for reader in self.readers:
+            reader.join()
+
+    def fork(self, session: Any) -> None:
+        """Start one child, and a thread that hears it."""
+        hear, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(hear)
+            self.be_child(session, tell)
+        os.close(tell)
+        self.readers.append(threading.Thread(target=self.read, args=(pid, hear)))
+        self.readers[-1].start()
+
+    def be_child(self, session: Any, tell: int) -> None:
+        """Run tests from the back, and leave the process."""
+        self.here = True
+        try:
+            capture = self.config.pluginmanager.getplugin("capturemanager")
+            capture.stop_global_capturing()      # its file is the parent's, too
+            capture.start_global_capturing()
+            with open(tell, "w", encoding="utf-8") as out:
+                for place in reversed(range(1, len(self.items))):
+                    item = self.items[place]
+                    if not ALONE.keys() & {item.name, *item.fixturenames} and self.claim(place):
+                        reports = runtestprotocol(item, log=False, nextitem=self.items[0])
+                        data = [self.config.hook.pytest_report_to_serializable(config=self.config, report=one)
+                                for one in reports]
+                        print(json.dumps([place, data]), file=out, flush=True)
+            state = session._setupstate
+            state.teardown_exact(*[None] * len(inspect.signature(state.teardown_exact).parameters))
+            os._exit(0)
+        finally:
+            os._exit(1)
+
+    def read(self, pid: int, hear: int) -> None:
+        """Hear what a child reports, until it leaves."""
+        with open(hear, encoding="utf-8") as lines:
+            for line in lines:
+                place, data = json.loads(line)
+                with self.news:
+                    self.told[place] = [self.config.hook.pytest_report_from_serializable(config=self.config, data=one)
+                                        for one in data]
+                    self.news.notify_all()
+        os.waitpid(pid, 0)
+        with self.news:
+            self.news.notify_all()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Optional[bool]:
+        """Tell what a child reported of a test that it took; a test whose child died is run here."""
+        place = self.places().get(item.nodeid) if self.readers and not self.here else None
+        if place is None or self.claim(place):
+            return None
+        with self.news:
+            self.news.wait_for(lambda: place in self.told or not any(one.is_alive() for one in self.readers), 600)
+        if place not in self.told:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report_ in self.told[place]:
+            item.ihook.pytest_runtest_logreport(report=report_)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    @functools.lru_cache(None)
+    def places(self) -> Dict[str, int]:
+        """Find tests by their ids."""
+        return {item.nodeid: place for place, item in enumerate(self.items)}
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """Have the tests run in several processes: the one hook that a test file may have of its own."""
+    plugins = metafunc.config.pluginmanager
+    if not plugins.has_plugin("aegis-shards"):
+        plugins.register(Shards(metafunc.config), "aegis-shards")
 
 
 def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, **env: str) -> Any:
@@ -4167,6 +4292,22 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == turns + 1
 
 
+def test_a_stop_ends_the_shell_line_that_was_typed_and_nothing_that_waits():
+    def prompt(kind: str, state: str = "queued", typed: Optional[float] = None, agent_id: str = "") -> Any:
+        return types.SimpleNamespace(kind=kind, state=state, typed_at=typed, agent_id=agent_id or None)
+    shell, waiting, open_ = prompt("bash", typed=1.0), prompt("prompt", typed=1.0), prompt("prompt", "started", 1.0, "a")
+    cases = [((shell, waiting), "new", [shell]), ((prompt("bash"), waiting), "new", []), ((waiting,), "new", []),
+             ((open_, shell), "a", [open_]), ((open_, shell), "new", []), ((open_,), "", [open_])]
+    for prompts, told, ended in cases:
+        assert aegis.ending_with(aegis.Facts(prompts=prompts), told) == ended, (prompts, told)
+
+
+def test_a_turn_that_shows_late_and_then_draws_without_a_rest_has_started(talk):
+    talk.send("[[late 0.2]] [[hang]]")
+    talk.wait("prompt.started")
+    assert talk.ask("POST interrupt")["interrupted"] is True
+
+
 @alone
 def test_a_conversation_that_is_gone_back_to_is_read_on_where_it_was_left(make):
     talk = make()
@@ -4340,6 +4481,20 @@ def test_kill_session_takes_the_whole_process_family(house):
     child = int(eventually(lambda: (own.work / "child").read_text().strip()))
     talk.kill()
     assert not alive(child) and not alive(talk.get()["pid"])
+
+
+def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
+    try:
+        aegis.end_agent(types.SimpleNamespace(row=known))
+        assert stranger.poll() is None
+        known.launch["birth"] = aegis.birth_of(stranger.pid)
+        aegis.end_agent(types.SimpleNamespace(row=known))
+        assert stranger.wait(WITHIN) == -signal.SIGHUP
+    finally:
+        stranger.kill()
+    assert aegis.birth_of(stranger.pid) is None
 
 
 def test_kill_session_by_many_at_once_kills_once(make):
@@ -4604,12 +4759,18 @@ class Diary:
         self.killed: List[str] = []                   # sessions that somebody tried to end
         self.lock, self.stop = threading.Lock(), threading.Event()
 
+    def sessions(self) -> List[Json]:
+        """List all sessions; there may be more than a page holds."""
+        pages = self.own.ask("GET /v1/sessions?limit=100")["pagination"]["totalPages"]
+        return [one for page in range(1, pages + 1)
+                for one in self.own.ask(f"GET /v1/sessions?limit=100&page={page}")["sessions"]]
+
     def act(self) -> None:
         """Ask for one thing, any thing; the server may die meanwhile."""
         with self.lock:
             rng, self.serial = random.Random(self.rng.random()), self.serial + 1
             number = self.serial
-        live = [one for one in self.own.ask("GET /v1/sessions?limit=100")["sessions"] if one["endedAt"] is None]
+        live = [one for one in self.sessions() if one["endedAt"] is None]
         one = rng.choice(live)
         path, wish = f"/v1/sessions/{one['id']}", rng.random()
         if one["pendingPermission"] and wish < 0.8:
@@ -4645,7 +4806,7 @@ class Diary:
 
     def rested(self) -> List[Json]:
         """Decide what waits, and give all sessions once those that live are idle."""
-        found = self.own.ask("GET /v1/sessions?limit=100")["sessions"]
+        found = self.sessions()
         for one in found:
             if one["pendingPermission"]:
                 self.own.call(f"POST /v1/sessions/{one['id']}/{self.rng.choice(['approve', 'reject'])}", {})
