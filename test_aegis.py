@@ -14,14 +14,18 @@ marked @alone, and runs in a thread beside the others.
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import concurrent.futures
 import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
+import hmac
 import http.client
 import inspect
+import io
 import json
 import mmap
 import multiprocessing
@@ -34,16 +38,20 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import subprocess
 import symtable
 import sys
 import sysconfig
 import tempfile
+import termios
 import threading
 import time
 import types
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -308,7 +316,9 @@ class Server:
             line.request(method, path, raw, sent)
             answer = line.getresponse()
             text = answer.read()
-            return Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            told = Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            check_shape(method, path, told)
+            return told
         except http.client.RemoteDisconnected as error:
             error.args = (f"{error}; the server's exit code is {self.process.poll()}; its log: {self.tail()}",)
             raise
@@ -359,6 +369,49 @@ def clean_environment(root: Path) -> Dict[str, str]:
     (root / "home").mkdir(exist_ok=True)
     return {"PATH": OUTSIDE["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8", "TERM": "xterm-256color",
             "TMUX_TMPDIR": str(root), "AEGIS_STATE_DIR": str(root / "s")}
+
+
+def check_shape(method: str, path: str, answer: Answer) -> None:
+    """Hold an answer against what its row says that it gives, and a refusal against the published one."""
+    if answer.json is None or method in ("OPTIONS", "TRACE") or "/mcp" in path:
+        return
+    if answer.status >= 400:
+        wrong = list(misshapen(aegis.ERROR, answer.json, "answer", open_ended=True))
+    else:
+        route, _ = aegis.find_route(method, path.partition("?")[0])
+        wrong = list(misshapen(route.gives, answer.json, "answer")) if route.gives else []
+    assert wrong == [], f"{method} {path}: {wrong}"
+
+
+def misshapen(shape: Json, value: Any, where: str, open_ended: bool = False) -> Iterator[str]:
+    """List where a value departs from a published shape: JSON Schema, as far as the shapes use it.
+
+    Stricter than the schema: a field that is not described is told too, unless it is open-ended.
+    """
+    shape = aegis.SHAPES[shape["$ref"].rpartition("/")[2]] if "$ref" in shape else shape
+    if "anyOf" in shape:
+        found = [list(misshapen(one, value, where, open_ended)) for one in shape["anyOf"]]
+        yield from min(found, key=len)
+    kinds = shape.get("type", list(aegis.TYPES))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(aegis.TYPES[kind][0](value) for kind in kinds):
+        yield f"{where} is {value!r:.60}, not {' or '.join(kinds)}"
+        return
+    for word, holds in (("enum", lambda known: value in known), ("minimum", lambda low: value >= low),
+                        ("minLength", lambda low: len(value) >= low),
+                        ("format", lambda _: re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value))):
+        if word in shape and value is not None and not holds(shape[word]):
+            yield f"{where} is {value!r:.60}: {word} is {shape[word]}"
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from misshapen(shape.get("items", {}), item, f"{where}[{number}]", open_ended)
+    if isinstance(value, dict) and "properties" in shape:
+        yield from (f"{where}.{name} is missing" for name in shape.get("required", ()) if name not in value)
+        for name, item in value.items():
+            if name in shape["properties"]:
+                yield from misshapen(shape["properties"][name], item, f"{where}.{name}", open_ended)
+            elif not open_ended:
+                yield f"{where}.{name} is not described"
 
 
 def check_envelope(answer: Answer) -> None:
@@ -4295,7 +4348,8 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
 def test_a_stop_ends_the_shell_line_that_was_typed_and_nothing_that_waits():
     def prompt(kind: str, state: str = "queued", typed: Optional[float] = None, agent_id: str = "") -> Any:
         return types.SimpleNamespace(kind=kind, state=state, typed_at=typed, agent_id=agent_id or None)
-    shell, waiting, open_ = prompt("bash", typed=1.0), prompt("prompt", typed=1.0), prompt("prompt", "started", 1.0, "a")
+    shell, waiting = prompt("bash", typed=1.0), prompt("prompt", typed=1.0)
+    open_ = prompt("prompt", "started", 1.0, "a")
     cases = [((shell, waiting), "new", [shell]), ((prompt("bash"), waiting), "new", []), ((waiting,), "new", []),
              ((open_, shell), "a", [open_]), ((open_, shell), "new", []), ((open_,), "", [open_])]
     for prompts, told, ended in cases:
@@ -4442,6 +4496,125 @@ def test_a_worktree_outside_a_repository_is_refused(server, tmp_path):
     answer = server.call("POST /v1/sessions", {"workDir": str(tmp_path), "worktree": True})
     assert (answer.status, answer.json["code"]) == (400, "NOT_A_REPOSITORY") and "worktree" in answer.json["fields"]
     assert not list((server.state / "worktrees").glob("*")) if (server.state / "worktrees").exists() else True
+
+
+# ============================================================================
+# CHANGES. What became of a directory since a session began.
+# ============================================================================
+
+
+class Place(NamedTuple):
+    """A state directory, as far as changes need one."""
+
+    state_dir: Path
+    run_dir: Path
+
+
+def told_change(root: Path, work_dir: Path, before: Callable[[], Any], work: Callable[[], Any]) -> aegis.Difference:
+    """Note what a directory holds, work in it, and tell the change."""
+    place = Place(root / "state", root / "state" / "run")
+    place.run_dir.mkdir(parents=True, exist_ok=True)
+    before()
+    began, base = time.time(), aegis.note_base(place, "s1", str(work_dir))
+    work()
+    row = collections.namedtuple("Row", "id work_dir launch created_at")("s1", str(work_dir), {"base": base}, began)
+    change = aegis.change_since(place, row)
+    assert list(place.run_dir.iterdir()) == [], "nothing is left of the looking"
+    return change
+
+
+def added(change: aegis.Difference) -> List[str]:
+    """List the lines that a change adds and takes away."""
+    return [one for one in change.text.split("\n") if re.match(r"[+-](?![+-])", one)]
+
+
+def test_a_change_is_what_was_done_since_however_it_was_committed(repository, tmp_path):
+    sub = repository / "sub"
+
+    def before() -> None:
+        (sub / "a.txt").write_text("a\nnot committed\n")
+        (sub / "mine.txt").write_text("mine\n")
+        (repository / "staged.txt").write_text("staged\n")
+        git(repository, "add", "staged.txt")
+
+    def work() -> None:
+        (sub / "a.txt").write_text("a\nnot committed\nby the agent\n")
+        git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "all of it")
+        (sub / "mine.txt").write_text("mine\nand theirs\n")
+        (sub / "ünew.txt").write_text("new\n")
+        (repository / "staged.txt").unlink()
+    change = told_change(tmp_path, repository, before, work)
+    assert sorted(added(change)) == ["+and theirs", "+by the agent", "+new", "-staged"] and not change.cut
+    assert sorted(change.files) == ["A sub/ünew.txt", "D staged.txt", "M sub/a.txt", "M sub/mine.txt"]
+    commit = lambda: (git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "more"))  # noqa: E731
+    nothing = told_change(tmp_path / "second", repository, commit, lambda: None)
+    assert (nothing.files, nothing.text) == ([], "") and not list((tmp_path / "second").rglob("objects"))
+
+
+def test_a_change_is_told_before_the_first_commit_and_without_git(tmp_path):
+    bare, plain = tmp_path / "bare", tmp_path / "plain"
+    bare.mkdir(), plain.mkdir()
+    git(bare, "init", "-q")
+    (bare / "old").write_text("old\n")
+    change = told_change(tmp_path, bare, lambda: None, lambda: (bare / "new").write_text("new\n"))
+    assert (added(change), change.files) == (["+new"], ["A new"])
+    (plain / "old").write_text("old\n"), os.utime(plain / "old", (1, 1))
+    (plain / "link").symlink_to("/etc/hostname"), os.mkfifo(plain / "pipe")
+    change = told_change(tmp_path, plain, lambda: None, lambda: (plain / "new").write_text("new\n"))
+    assert change.files == ["W new"] and change.text == "=== new\nnew\n\n" and "no git repository" in change.about
+
+
+HOSTILE_GIT = ("core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
+           "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
+
+
+def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, tmp_path):
+    def before() -> None:
+        (repository / ".gitattributes").write_text("* filter=x diff=x merge=x\n")
+        inner = repository / "inner"
+        inner.mkdir()
+        git(inner, "init", "-q"), git(inner, "commit", "-q", "--allow-empty", "-m", "one")
+        git(repository, "add", "-A")
+        git(inner, "config", "core.fsmonitor", f"touch {tmp_path}/ran-inner; false")
+        (inner / "loose").write_text("x")
+        for name in HOSTILE_GIT:
+            git(repository, "config", name, f"touch {tmp_path}/ran-{name}; cat")
+        for name in ("post-index-change", "reference-transaction", "pre-commit"):
+            hook = repository / ".git" / "hooks" / name
+            hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran-{name}\n"), hook.chmod(0o755)
+        for ran in tmp_path.glob("ran-*"):   # by our own git
+            ran.unlink()
+
+    def work() -> None:
+        (repository / "sub" / "a.txt").write_text("changed\n")
+        (repository / "link").symlink_to("/etc/hostname"), os.mkfifo(repository / "pipe")
+    change = told_change(tmp_path, repository, before, work)
+    assert [one.name for one in tmp_path.glob("ran-*")] == []
+    assert {"M sub/a.txt", "A link"} <= set(change.files) and "+changed" in change.text
+
+
+def test_a_change_hides_nothing_and_has_its_bounds(repository, tmp_path):
+    def work() -> None:
+        for name, how in (("sub/a.txt", "--assume-unchanged"), ("b.txt", "--skip-worktree")):
+            git(repository, "update-index", how, name)
+            (repository / name).write_text("hidden\n")
+        (repository / "huge").write_bytes(b"x" * 3_000_000)
+        (repository / "z-long").write_text("".join(f"line {number}\n" for number in range(30_000)))
+        (repository / "sub2").mkdir(), (repository / "gone").unlink(), (repository / "gone").symlink_to("sub2")
+        (repository / "sub2" / "in").write_text("x\n")
+
+    def before() -> None:
+        (repository / "b.txt").write_text("b\n"), (repository / "gone").mkdir()
+        (repository / "gone" / "in").write_text("x\n")
+        git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "two")
+        shutil.rmtree(repository / "gone"), (repository / "gone").write_text("x")
+    change = told_change(tmp_path, repository, before, work)
+    assert {"M sub/a.txt", "M b.txt", "A z-long", "A sub2/in"} <= set(change.files) and "A huge" not in change.files
+    assert "1 files are left out" in change.about and change.cut and len(change.text) <= aegis.CHANGE_SHOWN
+    assert change.text.endswith("\n") and change.text.count("+hidden") == 2
+    broken = told_change(tmp_path / "second", repository, lambda: None,
+                         lambda: (repository / ".git" / "HEAD").write_text("nonsense"))
+    assert "cannot be told" in broken.about and broken.files == []
 
 
 # ============================================================================
@@ -6161,7 +6334,54 @@ def test_a_check_that_vanished_with_its_box_is_run_again(house):
 
 
 # ============================================================================
-# PIPELINES. Stages of work, each when what it depends on is done.
+# RUNS. What pipelines and consensus reviews have in common.
+# ============================================================================
+
+
+@alone
+def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
+    own = house("--keep-runs", "2")
+    talk = own.open()
+    gate = {"checks": [check(f"while ! test -e {tmp_path}/go; do sleep 0.05; done")]}
+    live = [pipeline(own, {"prompt": "[[hang]]"}),
+            pipeline(own, {"name": "gated", "prompt": "[[say x]]", "verify": gate})]
+    gated = own.events.wait_for("pipeline.stage", stage="gated", state="verifying")["pipelineId"]
+    made = {"pipelines": [finished(own, pipeline(own, {"prompt": "[[say x]]"}))["id"] for _ in range(4)],
+            "verify": [verify(talk, check("true"))["id"] for _ in range(4)],
+            "consensus": [ruled(own, review(talk, reviewers=1))["id"] for _ in range(4)]}
+    assert all(own.call(f"GET /v1/{kind}/{one}").status == 200 for kind, ids in made.items() for one in ids)
+    own.crash().start()
+    for kind, ids in made.items():
+        eventually(lambda: [own.call(f"GET /v1/{kind}/{one}").status for one in ids] == [404, 404, 200, 200])
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    counts = [database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+              for table in ("stages", "checks", "reviewers")]
+    database.close()
+    assert counts == [4, 3, 2], "their parts went with them"
+    (tmp_path / "go").touch()
+    assert gated == live[1]["id"] and finished(own, live[1])["state"] == "done"
+    assert own.ask(f"GET /v1/pipelines/{live[0]['id']}")["state"] == "running"
+
+
+def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
+    settings = aegis.Settings({"state_dir": str(tmp_path), "keep_runs_days": "2", "keep_runs": "0"})
+    context = aegis.Context(settings, aegis.Log())
+    context.store = aegis.Store(tmp_path / "aegis.db")
+    context.bus = aegis.Bus(context.store, 10)
+    for day, ended in enumerate((1.0, 100_000.0, 200_000.0, None)):
+        context.bus.commit([aegis.insert("pipelines", aegis.PipelineRow(
+            f"pl-{day}", "x", "done", None, 1, 0, None, "", 0.0, ended)._asdict())])
+        (tmp_path / "bases" / f"s{day}" / "objects").mkdir(parents=True)
+        os.utime(tmp_path / "bases" / f"s{day}", (ended or 200_000, ended or 200_000))
+    assert aegis.prune_runs(context, 200_000.0) == 1
+    aegis.prune_bases(context, 200_000.0)
+    assert context.store.pairs("SELECT id FROM pipelines ORDER BY id") == [("pl-1",), ("pl-2",), ("pl-3",)]
+    assert sorted(one.name for one in (tmp_path / "bases").iterdir()) == ["s1", "s2", "s3"]
+    context.store.close()
+
+
+# ============================================================================
+# STAGES. The plan of a pipeline.
 # ============================================================================
 
 W, R, V, D, F, S = "waiting", "running", "verifying", "done", "failed", "skipped"
@@ -6257,6 +6477,11 @@ def test_any_graph_with_any_failures_comes_to_its_end():
             graph[names[one]] = [*graph[names[one]], names[other]]
             graph[names[other]] = [*graph[names[other]], names[one]]
             assert aegis.graph_faults(graph)
+
+
+# ============================================================================
+# PIPELINES. Stages of work, each when what it depends on is done.
+# ============================================================================
 
 
 def pipeline(server: Server, *stages: Json, **more: Any) -> Json:
@@ -6421,6 +6646,8 @@ def test_create_pipeline_tries_again_as_often_as_told(server, key):
     told = finished(server, pipeline(server, {"name": "bad", "prompt": "[[error 500]]", "retries": 2}))
     assert told["state"] == "failed" and told["stages"][0]["attempt"] == 3
     killed = server.ask(f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]
+    assert told["stages"][0]["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in killed)
+                                               for name in told["tokenUsage"]} == told["tokenUsage"]
     assert len(killed) == 3 and eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]} == {"killed"})
     made = pipeline(server, {"name": "late", "prompt": "[[say {{memory.%sx}}]]" % key, "retries": 2})
@@ -6640,7 +6867,1909 @@ def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts
 
 
 # ============================================================================
-# ACCESS. Who may enter: Host, Origin, tokens, rates, and whose things they see.
+# VERDICTS. What reviewers say, and what follows from it.
+# ============================================================================
+
+
+def assessment(verdict: str = "approve", *findings: Json, **criteria: str) -> Json:
+    """Make an assessment: the vote, and votes by criterion; the first one has the findings."""
+    marks = [{"name": name, "verdict": vote, "score": 9 if vote == "approve" else 2, "findings": []}
+             for name, vote in (criteria or {"a": verdict, "b": verdict}).items()]
+    marks[0]["findings"] = list(findings)
+    return {"verdict": verdict, "summary": "", "criteria": marks}
+
+
+def fenced(value: Any) -> str:
+    """Write an answer as reviewers do."""
+    return f"Some words.\n```json\n{value if isinstance(value, str) else json.dumps(value)}\n```\n"
+
+
+APPROVAL = json.dumps(assessment())
+UNREADABLE = [
+    ("", "0 blocks"), ("approve", "0 blocks"), (APPROVAL, "0 blocks"), (f"```\n{APPROVAL}\n```", "0 blocks"),
+    (fenced(APPROVAL) + fenced(APPROVAL), "2 blocks"), (f"```json\n{APPROVAL}", "0 blocks"),
+    (fenced(APPROVAL[:-1]), "Expecting"),
+    (fenced("[" * 100_000), "nested too deeply"), (fenced("[]"), "no object"), (fenced("NaN"), "no JSON"),
+    (fenced('{"verdict": "approve", "verdict": "reject"}'), "twice"),
+    (fenced('{"a": ' + "9" * 5_000 + "}"), "too large"),
+    (fenced({**assessment(), "verdict": "splendid"}), "verdict must be one of"),
+    (fenced({**assessment(), "more": 1}), "more is not a field"),
+    (fenced({**assessment(), "\ud800": 1}), "not a field"),
+    (fenced({**assessment(), "summary": "\ud800"}), None),
+    (fenced({**assessment(), "criteria": []}), "at least 1"), (fenced({**assessment(), "criteria": [1]}), "an object"),
+    (fenced(assessment(a="approve")), "leaves out b"), (fenced(assessment(a="approve", c="approve")), "not asked for"),
+    (fenced(assessment(a="approve", A="approve")), "given already"),
+    (fenced(assessment(a="approve", b="perhaps")), "criterion 2: verdict"),
+    (fenced(APPROVAL.replace("9", "11")), "score must be at most 10"),
+    (fenced(APPROVAL.replace("9", "1e999")), "at most 10"),
+    (fenced(APPROVAL.replace("9", "true")), "score must be a number"),
+    (fenced(assessment("approve", {"message": ""})), "finding 1 of a"),
+    (fenced(assessment("approve", {"message": "x", "line": 0})), "line must be at least 1"),
+    (fenced(assessment("approve", {"message": "x", "severity": "fatal"})), "severity"),
+    (fenced(assessment("approve", "boom")), "findings item 0 must be an object"),
+    (fenced(assessment("approve", *[{"message": "x"}] * 101)), "at most 100 items"),
+    ("x" * 300_000 + fenced(APPROVAL), "more than 262,144"),
+    (fenced(APPROVAL).replace("json", "JSON").replace("```", "  ```"), None),
+    (fenced(APPROVAL).replace("\n", "\r\n"), None),
+    (fenced(assessment(b="reject", A="approve")), None),
+]
+
+
+@pytest.mark.parametrize("said, wrong", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_an_answer_is_read_strictly(said, wrong):
+    if wrong is None:
+        told = aegis.read_assessment(said, ["a", "b"])
+        assert [one["name"] for one in told["criteria"]] == ["a", "b"]
+        json.dumps(told, ensure_ascii=False).encode("utf-8")
+        return
+    with pytest.raises(ValueError, match=re.escape(wrong)) as refused:
+        aegis.read_assessment(said, ["a", "b"])
+    assert len(str(refused.value)) < 500 and str(refused.value).encode("utf-8")
+
+
+def test_no_answer_whatever_breaks_the_reading():
+    rng = random.Random(7)
+    parts = ["```json", "```", "{", "}", "[", "]", '"', "verdict", "approve", "criteria", ":", ",", "\n", "\\ud800",
+             "9", "\x00", "é", "null", "-", "1e9999", *APPROVAL.split(" ")]
+    for _ in range(3_000):
+        said = "".join(rng.choice(parts) for _ in range(rng.randint(0, 60)))
+        if rng.random() < 0.5:
+            raw = list(APPROVAL)
+            for _ in range(rng.randint(1, 4)):
+                raw[rng.randrange(len(raw))] = rng.choice(parts)
+            said = fenced("".join(raw))
+        try:
+            told = aegis.read_assessment(said, ["a", "b"])
+        except ValueError:
+            continue
+        assert told["verdict"] in aegis.VOTES and [one["name"] for one in told["criteria"]] == ["a", "b"]
+
+
+Y, N = assessment("approve"), assessment("reject")
+HALF = assessment("reject", a="approve", b="reject")
+VERDICTS = [   # rule, weights, quorum, assessments by place -> the verdict
+    ("majority", None, 1, {0: Y}, "approved"), ("majority", None, 1, {0: N}, "rejected"),
+    ("majority", None, 2, {0: Y, 1: Y, 2: N}, "approved"), ("majority", None, 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("majority", None, 2, {0: Y, 2: N}, "rejected"), ("majority", None, 2, {1: Y}, None),
+    ("majority", None, 1, {}, None),
+    ("unanimous", None, 2, {0: Y, 1: Y, 2: Y}, "approved"), ("unanimous", None, 2, {0: Y, 1: Y, 2: N}, "rejected"),
+    ("unanimous", None, 2, {0: Y, 2: Y}, "approved"), ("unanimous", None, 3, {0: Y, 2: Y}, None),
+    ("weighted", [3, 1, 1], 2, {0: Y, 1: N, 2: N}, "approved"),
+    ("weighted", [2, 1, 1], 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("weighted", [2, 1, 1], 2, {0: Y, 1: N}, "approved"), ("weighted", [0, 1, 0], 1, {0: Y, 2: Y}, "rejected"),
+    ("weighted", {"a": 2, "b": 1}, 1, {0: HALF}, "approved"), ("weighted", {"a": 1, "b": 1}, 1, {0: HALF}, "rejected"),
+    ("weighted", {"a": 1, "b": 3}, 2, {0: HALF, 1: Y}, "approved"), ("weighted", {"a": 0, "b": 3}, 2, {0: HALF, 1: N},
+                                                                     "rejected"),
+]
+
+
+@pytest.mark.parametrize("rule, weights, quorum, told, wanted", VERDICTS, ids=range(len(VERDICTS)))
+def test_the_verdict_follows_from_the_votes_by_the_rule(rule, weights, quorum, told, wanted):
+    verdict, reason = aegis.reach_verdict(rule, weights, quorum, told)
+    assert verdict == wanted and reason
+    if wanted and rule != "weighted":   # nobody's place counts
+        shuffled = dict(zip(random.Random(1).sample(range(9), len(told)), told.values()))
+        assert aegis.reach_verdict(rule, weights, quorum, shuffled)[0] == wanted
+
+
+def test_findings_in_the_same_place_are_merged_and_what_most_saw_stands_first():
+    here = {"file": "src/x.py", "line": 3, "severity": "low", "message": "off by one"}
+    told = {0: assessment("reject", here, {"file": None, "line": None, "severity": "medium", "message": "No  tests"}),
+            1: assessment("reject", {**here, "file": "./src/../src/x.py", "severity": "critical",
+                                      "message": "wrong end"}),
+            4: assessment("reject", {**here, "file": "/w/src/x.py"}, {**here, "line": 4}, here,
+                          {"file": "/etc/passwd", "line": 1, "severity": "high", "message": "elsewhere"},
+                          {"file": "", "line": 7, "severity": "low", "message": "no tests"})}
+    found = aegis.merge_findings(told, "/w")
+    assert [(one["file"], one["line"], one["reviewers"], one["severity"]) for one in found] == [
+        ("src/x.py", 3, [1, 2, 5], "critical"), (None, None, [1, 5], "medium"), ("/etc/passwd", 1, [5], "high"),
+        ("src/x.py", 4, [5], "low")]
+    assert found[0]["messages"] == ["off by one", "wrong end"] and found[0]["seenBy"] == 3
+    assert aegis.agreement_on(["a", "b"], [Y, Y, N])[0] == {
+        "name": "a", "approve": 2, "reject": 1, "agreement": 0.667, "score": 6.67, "lowest": 2, "highest": 9}
+    assert aegis.agreement_on(["a"], [])[0]["agreement"] is None
+
+
+# ============================================================================
+# CONSENSUS. Reviewers that know nothing of one another.
+# ============================================================================
+
+
+def review(talk: Talk, play: str = "approve", **body: Any) -> Json:
+    """Have a session's work reviewed by demo agents that play as told."""
+    answer = talk.call("POST consensus", {"instructions": f"[[review {play}]]", **body})
+    assert answer.status == 201, answer.raw
+    return answer.json
+
+
+def ruled(server: Server, made: Json, within: float = 60) -> Json:
+    """Wait for a review's end."""
+    told = server.ask(f"GET /v1/consensus/{made['id']}?wait=done&timeout={within}")
+    assert told["timedOut"] is False, told
+    return told
+
+
+def ballots(told: Json) -> List[Tuple[str, Optional[str]]]:
+    """Reduce a review to what its reviewers came to."""
+    return [(one["state"], one["verdict"]) for one in told["reviewers"]]
+
+
+@alone
+def test_review_session_asks_reviewers_that_know_the_task_and_the_change(server, make, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+    git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+    (work / "before.txt").write_text("was there\n")
+    talk = make("[[say mended]]", workDir=str(work))
+    talk.wait("prompt.done")
+    (work / "a.txt").write_text("a\nby the agent\n"), (work / "new.txt").write_text("new\n")
+    made = review(talk, "write evil approve | again reject a.txt:2 no good | nonsense",
+                  criteria=["correctness", "style"])
+    assert (made["state"], made["quorum"], len(made["reviewers"])) == ("running", 2, 3)
+    told = ruled(server, made)
+    assert (told["state"], told["verdict"], told["reason"]) == ("done", "rejected", "majority: 50 % approve")
+    assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
+    assert [one["askedAgain"] for one in told["reviewers"]] == [False, True, True]
+    assert "twice" in told["reviewers"][2]["reason"] and not (work / "evil").exists()
+    assert told["findings"] == [{"criterion": "correctness", "file": "a.txt", "line": 2, "severity": "high",
+                                 "messages": ["no good"], "reviewers": [2], "seenBy": 1}]
+    assert [(one["name"], one["approve"], one["reject"]) for one in told["agreement"]] == [
+        ("correctness", 1, 1), ("style", 1, 1)]
+    assert told["change"] == {"about": "every change since the session began", "files": ["M a.txt", "A new.txt"],
+                              "truncated": False}
+    reviewers = [Talk(server, server.ask(f"GET /v1/sessions/{one['sessionId']}")) for one in told["reviewers"]]
+    for number, one in enumerate(reviewers, 1):
+        eventually(lambda: one.status == "killed")
+        found, asked = one.get(), one.prompts()
+        assert (found["permissionProfile"], found["permissionMode"], found["parentId"]) == (
+            "restricted", "default", None)
+        assert found["labels"] == {"consensus": told["id"]} and found["workDir"] == str(work)
+        assert asked[0].startswith(f"You are reviewer {number} of 3.") and len(asked) == (1 if number == 1 else 2)
+        assert "[[say mended]]" in asked[0] and "+by the agent" in asked[0] and "+new" in asked[0]
+        assert "was there" not in asked[0] and "- style" in asked[0]
+    refused = reviewers[0].ask("GET permissions")["history"]
+    assert [(one["tool"], one["state"], one["decidedBy"]) for one in refused] == [("Write", "rejected", "policy")]
+    assert sum(one["tokenUsage"]["output"] for one in told["reviewers"]) == told["tokenUsage"]["output"] > 0
+    server.events.wait_for("consensus.completed", consensusId=told["id"])
+    events = [(one["type"], one.get("reviewer"), one.get("state")) for one in server.events.heard
+              if one.get("consensusId") == told["id"]]
+    assert events[0][0] == "consensus.started" and events[-1] == ("consensus.completed", None, "done")
+    assert sorted(events[1:-1]) == sorted(("consensus.reviewer", number, state) for number, states_ in (
+        (1, ("reviewing", "done")), (2, ("reviewing", "reviewing", "done")), (3, ("reviewing", "reviewing", "failed")))
+        for state in states_)
+
+
+@alone
+def test_review_session_decides_by_the_rule_it_was_given(server, make):
+    talk = make()
+    made = [review(talk, "approve | reject x:1 y", reviewers=2, rule="weighted", weights=[2, 1]),
+            review(talk, "approve | error 500", reviewerCount=2, focusAreas=["speed"], rule="unanimous"),
+            review(talk, "approve | error 500", reviewers=2, rule="unanimous", quorum=1, agent="demo"),
+            review(talk, "hang", reviewers=1, timeout=1.5)]
+    told = [ruled(server, one) for one in made]
+    assert [(one["state"], one["verdict"]) for one in told] == [
+        ("done", "approved"), ("failed", None), ("done", "approved"), ("failed", None)]
+    assert told[1]["reason"] == "1 of the 2 reviewers that it takes have answered" and told[1]["criteria"] == ["speed"]
+    assert told[0]["criteria"] == list(aegis.DEFAULT_CRITERIA) and told[0]["findings"][0]["file"] == "x"
+    assert "1.5 s" in told[3]["reviewers"][0]["reason"]
+    for one in told:
+        for each in one["reviewers"]:
+            eventually(lambda: server.ask(f"GET /v1/sessions/{each['sessionId']}")["status"] == "killed")
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"reviewers": 0}, "reviewers"), ({"reviewers": 10}, "reviewers"), ({"criteria": []}, "criteria"),
+    ({"criteria": ["a", " A "]}, "criteria"), ({"criteria": ["  "]}, "criteria"), ({"criteria": ["a\nb"]}, "criteria"),
+    ({"criteria": ["a"], "focusAreas": ["a"]}, "focusAreas"), ({"reviewers": 1, "reviewerCount": 1}, "reviewerCount"),
+    ({"rule": "luck"}, "rule"), ({"rule": "weighted"}, "weights"), ({"weights": [1, 1, 1]}, "weights"),
+    ({"rule": "weighted", "weights": [1, 1]}, "weights"), ({"rule": "weighted", "weights": [0, 0, 0]}, "weights"),
+    ({"rule": "weighted", "weights": [1, -1, 1]}, "weights"), ({"rule": "weighted", "weights": [1, "x", 1]}, "weights"),
+    ({"rule": "weighted", "weights": {"correctness": 1}}, "weights"), ({"quorum": 4}, "quorum"),
+    ({"agent": "shell"}, "agent"),
+    ({"timeout": 0}, "timeout"), ({"instructions": " "}, "instructions"), ({"nonsense": 1}, "nonsense"),
+])
+def test_review_session_names_what_is_wrong(talk, body, field):
+    answer = talk.call("POST consensus", body)
+    assert (answer.status, answer.json["code"], list(answer.json["fields"])) == (400, "INVALID_REQUEST", [field])
+
+
+def test_review_session_with_an_idempotency_key_reviews_once_and_an_ended_session_too(server, make, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    talk = make(workDir=str(place))
+    talk.kill()
+    body = {"reviewers": 1, "instructions": "[[review approve]]"}
+    one, two = (talk.call("POST consensus", body, Idempotency_Key="once").json for _ in range(2))
+    assert one["id"] == two["id"] and ruled(server, one)["verdict"] == "approved"
+    other = talk.call("POST consensus", {**body, "keep": True}, Idempotency_Key="once")
+    assert (other.status, other.json["code"]) == (409, "IDEMPOTENCY_CONFLICT")
+    place.rmdir()
+    assert talk.refusal("POST consensus", body) == (409, "WORKDIR_GONE")
+    assert server.refusal("POST /v1/sessions/nobody/consensus", body) == (404, "SESSION_NOT_FOUND")
+
+
+def test_get_consensus_holds_until_it_is_over_and_keeps_sessions_when_told(server, make):
+    made = review(make(), "wait 0.6 approve", reviewers=1, keep=True)
+    early = server.ask(f"GET /v1/consensus/{made['id']}?wait=done&timeout=0.1")
+    assert (early["timedOut"], early["state"], early["verdict"]) == (True, "running", None)
+    told = ruled(server, made)
+    kept = server.ask(f"GET /v1/sessions/{told['reviewers'][0]['sessionId']}")
+    assert told["verdict"] == "approved" and kept["status"] == "idle"
+    server.ask(f"DELETE /v1/sessions/{kept['id']}")
+    assert server.refusal("GET /v1/consensus/nobody") == (404, "CONSENSUS_NOT_FOUND")
+
+
+def test_list_consensus_pages_newest_first(server, make):
+    talk = make()
+    ids = [ruled(server, review(talk, play, reviewers=1))["id"] for play in ("approve", "error 500")]
+    listed = server.ask(f"GET /v1/consensus?session={talk.id}")
+    assert [one["id"] for one in listed["consensus"]] == ids[::-1] and listed["pagination"]["total"] == 2
+    assert "findings" not in listed["consensus"][0] and listed["consensus"][1]["reviewers"][0]["verdict"] == "approve"
+    failed = server.ask(f"GET /v1/consensus?session={talk.id}&state=failed&limit=1")["consensus"]
+    assert [one["id"] for one in failed] == ids[1:] and not server.ask("GET /v1/consensus?session=nobody")["consensus"]
+    assert server.refusal("GET /v1/consensus?state=sleepy") == (400, "INVALID_REQUEST")
+
+
+def test_cancel_consensus_ends_its_reviewers(server, make):
+    made = review(make(), "hang")
+    eventually(lambda: all(one["sessionId"] for one in server.ask(f"GET /v1/consensus/{made['id']}")["reviewers"]))
+    told = server.ask(f"DELETE /v1/consensus/{made['id']}")
+    assert (told["state"], told["verdict"], told["cancelled"]) == ("cancelled", None, True)
+    assert ballots(told) == [("cancelled", None)] * 3
+    for one in told["reviewers"]:
+        eventually(lambda: server.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+    assert server.ask(f"DELETE /v1/consensus/{made['id']}")["cancelled"] is False
+    server.events.wait_for("consensus.cancelled", consensusId=made["id"])
+    made = review(make(), "hang")
+    assert server.ask(f"DELETE /v1/consensus/{made['id']}")["state"] == "cancelled", "while it starts"
+    eventually(lambda: {one["status"] for one in server.ask(
+        f"GET /v1/sessions?label=consensus={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_all_reviews_together_keep_to_the_limit(house):
+    own = house("--consensus-reviewers", "2")
+    made = [review(own.open(), "wait 0.2 approve", reviewers=3) for _ in range(2)]
+    assert [ruled(own, one)["verdict"] for one in made] == ["approved"] * 2
+    for one in made:
+        own.events.wait_for("consensus.completed", consensusId=one["id"])
+    at_work, most = set(), 0
+    for one in own.events.heard:
+        if one["type"] == "consensus.reviewer":
+            (at_work.add if one["state"] == "reviewing" else at_work.discard)((one["consensusId"], one["reviewer"]))
+            most = max(most, len(at_work))
+    assert most == 2
+
+
+def asked_of(own: Server, made: Json) -> List[str]:
+    """List the prompts that a review's agents were given, whoever they are."""
+    found = own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]
+    paths = [own.ask(f"GET /v1/sessions/{one['id']}")["transcriptPath"] for one in found]
+    return sorted(text.split(". ")[0] + (" again" if "could not be taken" in text else "") for path in paths
+                  if path and Path(path).exists() for kind, text in transcript(path) if kind == "prompt")
+
+
+ALL_ASKED = ["You are reviewer 1 of 3", "You are reviewer 2 of 3", "You are reviewer 2 of 3 again",
+         "You are reviewer 3 of 3", "You are reviewer 3 of 3 again"]
+
+
+@alone
+def test_a_review_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
+    own, rng = house(), random.Random(9)
+    for _ in range(CRASHES):
+        talk = own.open()
+        made = review(talk, "wait 0.4 approve | again wait 0.3 reject a:1 b | wait 0.2 nonsense")
+        threading.Event().wait(rng.uniform(0, 2.5))
+        own.crash()
+        threading.Event().wait(rng.choice((0, 0.5)))
+        own.start()
+        told = ruled(own, made)
+        assert (told["state"], told["verdict"]) == ("done", "rejected"), told
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
+        ids = {one["id"] for one in own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]}
+        eventually(lambda: {own.ask(f"GET /v1/sessions/{one}")["status"] for one in ids} <= {"killed", "exited"})
+        assert asked_of(own, made) == ALL_ASKED, "nobody was asked twice"
+        own.events.wait_for("consensus.completed", consensusId=made["id"])
+        assert len([one for one in own.events.heard if one["type"] == "consensus.completed"
+                    and one["consensusId"] == made["id"]]) == 1
+        talk.kill()
+
+
+@alone
+def test_a_review_finds_what_was_begun_and_not_noted_and_begins_again_what_never_ran(house):
+    own = house()
+    made = review(own.open(), "again wait 1 approve", reviewers=1)
+    own.events.wait_for("prompt.started", after=own.events.wait_for("consensus.reviewer", state="reviewing")["id"])
+    eventually(lambda: own.ask(f"GET /v1/consensus/{made['id']}")["reviewers"][0]["sessionId"])
+    eventually(lambda: own.ask(f"GET /v1/consensus/{made['id']}")["reviewers"][0]["askedAgain"])
+    eventually(lambda: asked_of(own, made)[-1].endswith("again"))
+    forget_note(own, "UPDATE reviewers SET prompt = NULL WHERE consensus = ?", made["id"])
+    assert ruled(own, made)["verdict"] == "approved"
+    assert asked_of(own, made) == ["You are reviewer 1 of 1", "You are reviewer 1 of 1 again"]
+
+
+# ============================================================================
+# SWARM. Who works together, and who waits for whom.
+# ============================================================================
+
+
+def swarm(server: Server, query: str = "") -> Dict[str, Json]:
+    """Give the groups by id."""
+    return {one["id"]: one for one in server.ask(f"GET /v1/swarm?limit=200{query}")["groups"]}
+
+
+def waits(group: Json) -> List[Tuple[str, str, Any]]:
+    """Reduce a group to who waits for whom."""
+    return sorted((one["kind"], one["who"], one["for"]) for one in group["waits"])
+
+
+def test_get_swarm_tells_of_a_family_and_of_what_it_waits_for(server, make):
+    talk = make()
+    assert talk.id not in swarm(server)
+    child, other = (Talk(server, talk.server.ask(f"POST /v1/sessions/{talk.id}/spawn", {"prompt": prompt}))
+                    for prompt in ("[[bash touch x]] [[say after]]", "[[say done]]"))
+    asked = child.wait("permission.requested")["permission"]["id"]
+    other.wait("prompt.done"), eventually(lambda: other.status == "idle")
+    group = swarm(server, "&kind=family&state=waiting")[talk.id]
+    assert [(one["sessionId"], one["role"], one["status"]) for one in group["members"]] == [
+        (talk.id, "parent", "idle"), (child.id, "child", "permission_prompt"), (other.id, "child", "idle")]
+    assert waits(group) == [("child", talk.id, child.id), ("permission", child.id, asked)]
+    assert (group["state"], group["progress"], group["runState"]) == ("waiting", {"total": 3, "over": 2}, None)
+    child.ask("POST approve", {})
+    child.wait("prompt.done"), eventually(lambda: child.status == "idle")
+    other.kill()
+    group = eventually(lambda: swarm(server, "&state=idle").get(talk.id))
+    assert [one["status"] for one in group["members"]] == ["idle", "idle", "killed"] and group["waits"] == []
+    assert group["tokenUsage"]["output"] == sum(one.get()["tokenUsage"]["output"] for one in (talk, child, other)) > 0
+    assert group["ageSeconds"] >= 0 and group["costUsd"] is None, "the demo's model has no price"
+
+
+@alone
+def test_get_swarm_tells_of_an_agents_own_subagents_also_after_a_restart(house):
+    own = house()
+    talk = own.open("[[agents touch a ;; touch b]] [[say after]]")
+    asked = [talk.wait("permission.requested")["permission"] for _ in range(2)]
+    group = eventually(lambda: swarm(own, "&kind=family")[talk.id])
+    helpers = group["members"][0]["subagents"]
+    assert [(one["type"], one["state"]) for one in helpers] == [("general-purpose", "working")] * 2
+    assert {one["id"] for one in helpers} == {one["subagentId"] for one in asked}
+    assert waits(group) == sorted([*(("permission", talk.id, one["id"]) for one in asked),
+                                   *(("subagent", talk.id, one["id"]) for one in helpers)])
+    own.crash().start()
+    eventually(lambda: {one["id"]: one["state"] for one in swarm(own)[talk.id]["members"][0]["subagents"]} == {
+        one["id"]: "working" for one in helpers})
+    for _ in asked:
+        eventually(lambda: talk.call("POST approve", {"permissionId": talk.get()["pendingPermissions"][0]["id"]}
+                                     ).status == 200)
+    assert talk.read()["status"] == "idle"
+    group = eventually(lambda: swarm(own, "&state=idle").get(talk.id))
+    shown = group["members"][0]["subagents"]
+    assert [one["state"] for one in shown] == ["ended", "ended"] and all(one["tokenUsage"]["output"] for one in shown)
+    assert group["tokenUsage"]["output"] == sum(one["tokenUsage"]["output"] for one in (*shown, group["members"][0]))
+    assert not [one for one in group["waits"] if one["kind"] == "subagent"]
+
+
+def test_get_swarm_tells_of_runs_and_labels_page_by_page(server, make):
+    label = {"team": uuid.uuid4().hex[:8]}
+    pair = [make("[[hang]]", labels=label), make(labels=label)]
+    gated = pipeline(server, {"name": "a", "prompt": "[[hang]]"}, {"name": "b", "prompt": "[[say x]]"},
+                     {"name": "c", "prompt": "[[say x]]", "dependsOn": ["a", "b"]})
+    judged = review(pair[1], "hang | approve", reviewers=2)
+    eventually(lambda: [one["state"] for one in server.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"]] == [
+        "reviewing", "done"])
+    eventually(lambda: server.ask(f"GET /v1/pipelines/{gated['id']}")["stages"][0]["sessionStatus"] == "working")
+    groups = swarm(server)
+    found = groups[gated["id"]]
+    assert (found["kind"], found["state"], found["progress"]) == ("pipeline", "working", {"total": 3, "over": 0})
+    assert waits(found) == [("stage", "b", "a"), ("stage", "c", "a"), ("stage", "c", "b")]
+    assert [one["role"] for one in found["members"]] == ["a"]
+    found = groups[judged["id"]]
+    assert [one["role"] for one in found["members"]] == ["reviewed", "reviewer 1", "reviewer 2"]
+    assert waits(found) == [("reviewer", judged["id"], found["members"][1]["sessionId"])]
+    assert (found["state"], found["progress"]) == ("working", {"total": 2, "over": 1})
+    found = groups[f"team={label['team']}"]
+    assert {one["sessionId"]: one["status"] for one in found["members"]} == {pair[0].id: "working", pair[1].id: "idle"}
+    assert not any(one.startswith(("pipeline=", "consensus=", "stage=")) for one in groups)
+    assert {one["kind"] for one in swarm(server, "&kind=label").values()} == {"label"}
+    pages = [server.ask(f"GET /v1/swarm?limit=1&page={page}") for page in (1, 2)]
+    assert [len(one["groups"]) for one in pages] == [1, 1] and pages[0]["pagination"]["total"] >= 3
+    assert pages[0]["groups"][0]["createdAt"] >= pages[1]["groups"][0]["createdAt"]
+    assert server.refusal("GET /v1/swarm?kind=flock") == (400, "INVALID_REQUEST")
+    server.ask(f"DELETE /v1/pipelines/{gated['id']}"), server.ask(f"DELETE /v1/consensus/{judged['id']}")
+    eventually(lambda: gated["id"] not in swarm(server) and judged["id"] not in swarm(server))
+
+
+# ============================================================================
+# METRICS. What was used, how long it took, and the same for Prometheus.
+# ============================================================================
+
+SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
+LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
+Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
+    """Read the inside of the braces, whole."""
+    found, place = [], 0
+    while place < len(raw):
+        pair = LABEL_PAIR.match(raw, place)
+        assert pair, raw[place:]
+        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
+        found.append((pair.group(1), worth))
+        place = pair.end()
+    assert len(dict(found)) == len(found), raw
+    return tuple(sorted(found))
+
+
+def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
+    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
+    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
+    kinds: Dict[str, str] = {}
+    series: Series = {}
+    helped = current = ""
+    for one in text.split("\n")[:-1]:
+        if one.startswith("# HELP "):
+            helped = one.split(" ")[2]
+            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
+        elif one.startswith("# TYPE "):
+            _, _, current, kind = one.split(" ")
+            assert current == helped and kind in ("counter", "gauge", "histogram"), one
+            kinds[current] = kind
+        else:
+            found = SAMPLE.match(one)
+            assert found, one
+            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
+            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
+            assert name in [current + ending for ending in endings] and key not in series, one
+            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
+            series[key] = float(found["value"])
+    for name, kind in kinds.items():
+        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
+    return kinds, series
+
+
+def check_family(name: str, kind: str, series: Series) -> None:
+    """Hold one metric against what its type promises."""
+    assert series and all(value == value for value in series.values()), name
+    if kind == "counter":
+        assert name.endswith("_total") and min(series.values()) >= 0
+    if kind != "histogram":
+        return
+    assert not name.endswith("_total")
+    plain = {labels for which, labels in series if which == name + "_count"}
+    for labels in plain:
+        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
+                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
+        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
+        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
+
+
+def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
+    """Read metrics as text; gives the content type, too."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
+    answer = line.getresponse()
+    assert answer.status == 200
+    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
+
+
+def used_in(*paths: str) -> Json:
+    """Sum a conversation's usage from the files that the agent wrote, subagents' included: once for each message."""
+    last: Dict[str, Json] = {}
+    for path in paths:
+        for file in [Path(path), *Path(path).with_suffix("").glob("subagents/*.jsonl")]:
+            for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if entry.get("type") == "assistant" and entry["message"].get("model") != "<synthetic>":
+                    last[entry["message"]["id"]] = entry["message"]["usage"]
+    names = {"input": "input_tokens", "output": "output_tokens", "cacheRead": "cache_read_input_tokens",
+             "cacheWrite": "cache_creation_input_tokens"}
+    return {name: sum(usage.get(key, 0) for usage in last.values()) for name, key in names.items()}
+
+
+def settled_usage(talk: Talk, *paths: str) -> Json:
+    """Wait until a session's usage is what stands in its files, and give that."""
+    talk.read("limit=0")     # waits for the last lines of a turn that has just ended
+    return eventually(lambda: (used_in(*paths) == talk.get()["tokenUsage"]) and used_in(*paths))
+
+
+def test_usage_is_booked_under_the_utc_day_of_its_message():
+    late, early = "2026-03-01T23:59:59.900Z", "2026-03-02T00:00:00.100Z"
+    booked: Any = {}
+    raw = (said("a", 1, timestamp=late), said("b", 1, timestamp=early), said("c", 2, timestamp=early),
+           said("d", 3, {"output_tokens": 7}, timestamp="2999-01-01T00:00:00.000Z"))
+    ledger = aegis.count_usage(aegis.new_ledger(), [one for line in raw for one in aegis.parse_line(line)], booked)
+    days = {day: counts for (day, _), counts in booked.items()}
+    assert days["2026-03-01"]["messages"] == days["2026-03-02"]["messages"] == 1, "a message stays on its first day"
+    assert days["2026-03-01"]["input_tokens"] == days["2026-03-02"]["input_tokens"]
+    assert set(days) == {"2026-03-01", "2026-03-02", time.strftime("%Y-%m-%d", time.gmtime())}, "no day of the future"
+    total = aegis.token_usage(ledger)["output"]
+    assert sum(counts.get("output_tokens", 0) for counts in days.values()) == total > 7
+
+
+@pytest.mark.parametrize("amount", [-5, True, "7", 10 ** 30, None, 1.5, [1]])
+def test_an_amount_that_is_none_counts_for_nothing(amount):
+    found = aegis.token_usage(books(said("a", 1, {"input_tokens": amount, "output_tokens": 3,
+                                                  "cache_creation": amount})))
+    assert found == {"input": 0, "output": 3, "cacheRead": 0, "cacheWrite": 0}
+
+
+def test_the_names_of_models_in_a_transcript_are_bounded():
+    ledger = books(*(said("x", number, model=f"made-up-{number}" + "x" * 300) for number in range(300)))
+    assert len(ledger["models"]) == aegis.MAX_MODELS + 1 and max(map(len, ledger["models"])) <= 100
+    assert aegis.token_usage(ledger)["input"] == 300 * 10
+
+
+def test_a_bill_says_which_part_has_no_price():
+    million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+    told = aegis.bill([("claude-sonnet-4-5-x", million), ("who-knows", {"input_tokens": 5})], aegis.PRICES)
+    assert (told["costUsd"], told["pricedCostUsd"], told["unpricedModels"], told["unpricedTokens"]) == (
+        None, 18.0, ["who-knows"], 5)
+    own = aegis.read_prices({"who": {"input": 2, "output": 4}, "who-knows": {"input": 10, "output": 0.5}})
+    told = aegis.bill([("who-knows", million)], own)
+    assert (told["costUsd"], told["unpricedModels"], told["unpricedTokens"]) == (10.5, [], 0)
+
+
+@pytest.mark.parametrize("wrong", [{"a": 3}, {"a": {"input": 1}}, {"a": {"input": -1, "output": 1}},
+                                   {"": {"input": 1, "output": 1}}, {"a": {"input": "1", "output": 1}},
+                                   {"a": {"input": 1, "output": True}}])
+def test_a_wrong_price_is_refused_by_name(wrong):
+    with pytest.raises(aegis.ApiError, match="AEGIS_PRICES"):
+        aegis.read_prices(wrong)
+
+
+def test_get_metrics_counts_what_the_agents_files_say_once(server, make):
+    talk = make("[[say one]]")
+    talk.wait("session.idle")
+    talk.say("[[model made-up-9]] [[say two]]")
+    first = talk.get()["transcriptPath"]
+    talk.say("/clear", "POST command")
+    talk.say("[[say three]]")
+    paths = {first, talk.get()["transcriptPath"]}
+    used = settled_usage(talk, *paths)
+    assert len(paths) == 2
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert told["tokenUsage"] == used and told["messages"] == 3 and told["bySession"][0]["id"] == talk.id
+    assert [one["model"] for one in told["byModel"]] == ["claude-demo", "made-up-9"]
+    assert told["costUsd"] is None and told["unpricedModels"] == ["claude-demo", "made-up-9"]
+    assert sum(one["totalTokens"] for one in told["byDay"]) == told["totalTokens"] == sum(used.values())
+    assert told["turns"]["byOutcome"]["done"] >= 3 and told["latencies"]["typedToSubmitted"]["count"] >= 3
+    only = server.ask(f"GET /v1/metrics?session={talk.id}&model=made-up-9")
+    assert only["messages"] == 2 and 0 < only["totalTokens"] < told["totalTokens"]
+    talk.kill()
+    assert server.ask(f"GET /v1/metrics?session={talk.id}")["tokenUsage"] == used, "the end takes nothing away"
+
+
+def test_get_metrics_counts_no_copied_history_in_a_fork(server, make):
+    origin = make("[[say the first]]")
+    origin.wait("session.idle")
+    before = settled_usage(origin, origin.get()["transcriptPath"])
+    fork = Talk(server, server.ask(f"POST /v1/sessions/{origin.id}/fork", {}))
+    fork.say("[[say second]]")
+    both = eventually(lambda: used_in(path) if (path := fork.get()["transcriptPath"]) and len(transcript(path)) == 4
+                      else None)
+    own = {name: both[name] - before[name] for name in both}
+    eventually(lambda: fork.get()["tokenUsage"] == own)
+    assert server.ask(f"GET /v1/metrics?session={fork.id}")["tokenUsage"] == own
+    fork.kill()
+
+
+def test_only_what_a_session_used_itself_counts_in_a_conversation_that_it_found(tmp_path):
+    old, fresh = tmp_path / "old.jsonl", tmp_path / "fresh.jsonl"
+    old.write_bytes(said("a", 1) + b"\n")
+    fresh.write_bytes(line("user", "hi") + b"\n")
+    row = aegis.SessionRow(**{**dict.fromkeys(aegis.SessionRow._fields), "parts": ["first"], "updated_at": 40.0,
+                              "launch": {"started": 30.0}})
+    assert aegis.own_since(row, str(old), 50.0) == 50.0 and aegis.own_since(row, str(old), None) == 40.0
+    assert aegis.own_since(row, str(fresh), 50.0) is None and aegis.own_since(row, str(tmp_path / "no"), 50.0) is None
+    assert aegis.own_since(row._replace(parts=[]), str(old), None) is None, "its first one, whoever tells of it"
+    fork = row._replace(parts=[], forked_from="other")
+    assert aegis.own_since(fork, str(fresh), 50.0) == 50.0 and aegis.own_since(fork, str(fresh), None) == 30.0
+
+
+def test_get_metrics_counts_subagents_and_decisions(server, make):
+    talk = make()
+    talk.send("[[agents touch a ;; touch b]] [[say both]]")
+    for answer in ("POST approve", "POST reject"):
+        talk.wait("permission.requested")
+        talk.ask(answer, {"permissionId": talk.get()["pendingPermissions"][0]["id"]})
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    used = settled_usage(talk, path)
+    assert len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 2
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert told["tokenUsage"] == used and told["permissions"]["decided"] == 2
+    assert {(one["state"], one["decidedBy"], one["count"]) for one in told["permissions"]["decisions"]} == {
+        ("approved", "api", 1), ("rejected", "api", 1)}
+    assert told["permissions"]["waiting"]["totalSeconds"] == pytest.approx(
+        sum(one["tookMs"] for one in talk.ask("GET permissions")["history"]) / 1000, abs=0.01)
+
+
+@alone
+def test_get_metrics_survives_a_crash_and_counts_what_was_done_meanwhile(house):
+    own = house("--prices", '{"claude-demo": {"input": 1000, "output": 0}}')
+    talk, gone = own.open("[[say one]]"), own.open("[[agents touch a]] [[say both]]", permissions={"allowBash": True})
+    talk.wait("session.idle"), gone.wait("session.idle")
+    gone_used = settled_usage(gone, gone.get()["transcriptPath"])
+    gone.kill()
+    before = own.ask("GET /v1/metrics")
+    talk.send("[[slow 1]] [[say away]]")
+    talk.wait("turn.started")
+    own.crash()
+    path = next(path for path in own.root.glob("**/projects/*/*.jsonl")
+                if "[[slow 1]]" in path.read_text(encoding="utf-8"))
+    own.start()
+    eventually(lambda: talk.status == "idle")
+    used = settled_usage(talk, str(path))
+    after = own.ask("GET /v1/metrics")
+    both = {name: used[name] + gone_used[name] for name in used}
+    assert after["tokenUsage"] == both and before["tokenUsage"] != both
+    assert {one["id"]: one["tokenUsage"] for one in after["bySession"]} == {talk.id: used, gone.id: gone_used}
+    cost = (both["input"] + 0.1 * both["cacheRead"] + 1.25 * both["cacheWrite"]) / 1000
+    assert after["costUsd"] == pytest.approx(cost) and talk.get()["costUsd"] > 0
+    assert after["turns"]["total"] == before["turns"]["total"] + 1
+    again = own.crash().start().ask("GET /v1/metrics")
+    assert (again["tokenUsage"], again["costUsd"], again["turns"]) == (
+        after["tokenUsage"], after["costUsd"], after["turns"])
+
+
+def test_what_older_versions_counted_is_booked_once(tmp_path):
+    path = tmp_path / "aegis.db"
+    old = next(number for number, script in enumerate(aegis.MIGRATIONS) if "CREATE TABLE usage " in script)
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        for script in aegis.MIGRATIONS[:old]:
+            db.executescript(script)
+        db.execute(f"PRAGMA user_version = {old}")
+        ledger = {"offset": 9, "recent": {}, "models": {"m": {"input_tokens": 5, "output_tokens": 7}}}
+        row = {name: "" for name in aegis.SessionRow._fields}
+        row.update(id="s", launch="{}", parts="[]", ledger=json.dumps(ledger), turns=1, policy="{}", labels="{}",
+                   limits="{}", worktree="null", known="{}", since=0, created_at=0, updated_at=86_400.0 * 365)
+        db.execute(f"INSERT INTO sessions ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        db.execute("INSERT INTO prompts (id, session, kind, text, state, attempts, created_at, typed_at, submitted_at, "
+                   "started_at, ended_at) VALUES ('p', 's', 'prompt', '', 'done', 1, 10, 11, 11.5, 12, 15)")
+        db.execute("INSERT INTO permissions (id, session, tool, input, summary, suggestions, state, decided_by, "
+                   "asked_at, decided_at) VALUES ('r', 's', 'Bash', '{}', '', '[]', 'approved', 'api', 1, 3)")
+    context = aegis.Context(aegis.Settings({"state_dir": str(tmp_path)}), aegis.Log())
+    context.store = store = aegis.Store(path)
+    context.bus, context.tmux, context.traffic = aegis.Bus(store, 100), None, aegis.Traffic()
+    for _ in range(2):
+        aegis.book_earlier_usage(context)
+        told = aegis.metrics(context, aegis.Span(), 90, 1, 50)
+        assert told["tokenUsage"] == {"input": 5, "output": 7, "cacheRead": 0, "cacheWrite": 0}
+        assert [one["day"] for one in told["byDay"]] == ["1970-01-01", "1971-01-01"]
+        assert told["latencies"]["turn"]["totalSeconds"] == 3 and told["permissions"]["waiting"]["totalSeconds"] == 2
+        assert told["latencies"]["sendToSubmitted"]["totalSeconds"] == 1.5
+        mine = aegis.metrics(context, aegis.Span(session="s"), 90, 1, 50)
+        assert (mine["latencies"], mine["permissions"]) == (told["latencies"], told["permissions"])
+    assert aegis.metrics(context, aegis.Span(first="1970-01-02", last="1970-12-31"), 90, 1, 50)["bySession"] == []
+    assert aegis.metrics(context, aegis.Span(first="1971-01-01"), 90, 1, 50)["pagination"]["total"] == 1
+    store.close()
+
+
+@pytest.mark.parametrize("query, status, field", [
+    ("from=2026-13-01", 400, "from"), ("to=yesterday", 400, "to"), ("from=2026-02-02&to=2026-02-01", 400, "from"),
+    ("days=0", 400, "days"), ("limit=201", 400, "limit"), ("session=nobody", 404, None)])
+def test_get_metrics_refuses_what_it_cannot_read(server, query, status, field):
+    answer = server.call(f"GET /v1/metrics?{query}")
+    assert answer.status == status and (field is None or field in answer.json["fields"])
+
+
+def test_get_metrics_pages_through_sessions(server, make):
+    made = [make().id for _ in range(3)]
+
+    def ids(query: str) -> List[str]:
+        return [one["id"] for one in server.ask(f"GET /v1/metrics?{query}")["bySession"]]
+
+    def total(route: str) -> int:
+        return server.ask(route)["pagination"]["total"]
+    assert [one for one in ids("limit=200") if one in made] == made[::-1]   # other tests make sessions meanwhile
+    eventually(lambda: [one for page in (1, 2, 3, 4) for one in ids(f"limit=2&page={page}")] == ids("limit=8"))
+    eventually(lambda: total("GET /v1/metrics") == total("GET /v1/sessions") >= 3)
+    assert server.ask("GET /v1/metrics?to=1999-12-31")["pagination"]["total"] == 0
+
+
+def test_get_metrics_for_prometheus_is_strictly_well_formed(server, make):
+    awkward = 'a "quoted" \\ name{x="y"} 語'
+    talk = make(name=awkward)
+    talk.say("[[say hi]]")
+    server.call("GET /v1/sessions/nobody")
+    server.call("GET /nowhere")
+    used = settled_usage(talk, talk.get()["transcriptPath"])
+    kinds, series = parse_exposition(scrape(server)[0])
+    mine = tuple(sorted({"session": talk.id, "name": awkward, "kind": "output"}.items()))
+    assert series["aegis_session_tokens_total", mine] == used["output"]
+    assert kinds["aegis_turn_duration_seconds"] == kinds["aegis_http_request_duration_seconds"] == "histogram"
+    assert series["aegis_http_requests_total", (("route", "GET /v1/sessions/:id"), ("status", "404"))] >= 1
+    assert series["aegis_http_requests_total", (("route", ""), ("status", "404"))] >= 1
+    assert {"aegis_tokens_total", "aegis_turns_total", "aegis_sessions", "aegis_permissions_pending",
+            "aegis_prompt_submit_seconds", "process_cpu_seconds_total", "aegis_unpriced_tokens_total"} <= set(kinds)
+    talk.kill()
+    ended = parse_exposition(scrape(server)[0])[1]
+    assert not [key for key in ended if ("session", talk.id) in key[1]], "only live sessions have series of their own"
+
+
+@pytest.mark.parametrize("path, accept, kind", [
+    ("/metrics", "", "text/plain; version=0.0.4"), ("/metrics", "*/*", "text/plain"),
+    ("/metrics", "application/json", "application/json"), ("/v1/metrics", "", "application/json"),
+    ("/v1/metrics", "*/*", "application/json"), ("/v1/metrics", "text/plain", "text/plain; version=0.0.4"),
+    ("/v1/metrics", "text/plain;q=0.5, application/json", "application/json"),
+    ("/metrics", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+     "application/openmetrics-text; version=1.0.0"),
+    ("/metrics", "text/plain;q=0, application/json", "application/json")])
+def test_get_metrics_answers_in_the_form_that_is_asked_for(server, path, accept, kind):
+    said_, type_ = scrape(server, path, accept)
+    assert type_.startswith(kind)
+    if type_.startswith("application/json"):
+        assert json.loads(said_)["timezone"] == "UTC"
+    elif "openmetrics" in type_:
+        assert said_.endswith("\n# EOF\n") and "# TYPE aegis_sessions_created counter" in said_
+    else:
+        parse_exposition(said_)
+
+
+def test_requests_are_counted_by_route_from_every_thread():
+    traffic = aegis.Traffic()
+    for number in range(100):
+        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
+    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
+               for _ in range(4)]
+    [one.start() for one in workers], [one.join() for one in workers]
+    found = traffic.counts()["GET /a", 200]
+    assert found.count == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
+    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
+
+
+# ============================================================================
+# OUTBOUND. Requests to other servers, guarded.
+# ============================================================================
+
+
+class Receiver:
+    """A server that is told of events, and does to each request what the next of its moods says."""
+
+    def __init__(self, *moods: str, tls: Any = None, port: int = 0) -> None:
+        self.moods: "collections.deque[str]" = collections.deque(moods)
+        self.default, self.tls = "ok", tls
+        self.taken: List[Tuple[str, Json, bytes]] = []     # mood, headers, body of each request
+        self.news, self.closed = threading.Condition(), threading.Event()
+        self.port = port
+        self.open()
+
+    def open(self) -> "Receiver":
+        """Listen, on the port of before."""
+        self.closed.clear()
+        self.line = socket.create_server(("127.0.0.1", self.port), backlog=64)
+        self.port = self.line.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self.line,), daemon=True).start()
+        return self
+
+    def close(self) -> None:
+        """Refuse whoever comes, and let go whoever hangs."""
+        self.closed.set()
+        with contextlib.suppress(OSError):
+            self.line.shutdown(socket.SHUT_RDWR)
+        self.line.close()
+
+    @property
+    def url(self) -> str:
+        """Give the address of one secret path."""
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/in/box?key=1"
+
+    def _accept(self, line: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = line.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(
+                self.tls.wrap_socket(client, server_side=True) if self.tls else client) as talk:
+            source = talk.makefile("rb")
+            first = source.readline().decode()
+            headers = dict(re.findall(r"(?m)^(\S+): (.*?)\r\n", head_lines(source)))
+            body = source.read(int(headers.get("Content-Length", 0)))
+            with self.news:
+                mood = self.moods.popleft() if self.moods else self.default
+                self.taken.append((mood, {"first": first.strip(), **headers}, body))
+                self.news.notify_all()
+            self._act(talk, mood)
+            if mood in ("hang", "drip"):
+                talk.sendall(b"HTTP/1.1 200 OK\r\n" if mood == "drip" else b"")
+                while mood == "drip" and not self.closed.wait(0.05):
+                    talk.sendall(b"X-Drip: 1\r\n")
+                self.closed.wait(30)
+
+    def _act(self, talk: Any, mood: str) -> None:
+        if mood == "reset":
+            talk.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        elif mood == "garbage":
+            talk.sendall(b"no such protocol\r\n\r\n")
+        elif mood not in ("hang", "drip", "silent"):
+            more = {"redirect": f"Location: http://127.0.0.1:{self.port}/elsewhere\r\n",
+                    "busy": "Retry-After: 1\r\n"}.get(mood, "")
+            status = {"ok": "200", "redirect": "302", "busy": "503"}.get(mood, mood)
+            talk.sendall(f"HTTP/1.1 {status} So\r\n{more}Content-Length: 2\r\n\r\nhi".encode())
+
+    def accepted(self) -> List[Json]:
+        """List the messages that were answered with 200, each once, in the order of their coming."""
+        with self.news:
+            found = {headers["webhook-id"]: json.loads(body) for mood, headers, body in self.taken if mood == "ok"}
+        return list(found.values())
+
+    def wait_for(self, count: int, within: float = WITHIN) -> List[Tuple[str, Json, bytes]]:
+        """Wait for so many requests."""
+        with self.news:
+            assert self.news.wait_for(lambda: len(self.taken) >= count, within), self.taken
+            return list(self.taken)
+
+
+def head_lines(source: Any) -> str:
+    """Read the header lines of a request."""
+    return b"".join(iter(source.readline, b"\r\n")).decode()
+
+
+@contextlib.contextmanager
+def receiving(*moods: str, **more: Any) -> Iterator[Receiver]:
+    """Give a receiver that ends with the block."""
+    one = Receiver(*moods, **more)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def test_only_public_addresses_are_allowed():
+    guard = aegis.Guard()
+    for address in ("127.0.0.1", "127.9.9.9", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",
+                    "100.64.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "198.18.0.1", "192.0.2.1", "::", "::1",
+                    "::ffff:127.0.0.1", "::ffff:a00:1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
+                    "64:ff9b:1::a00:1", "2002:7f00:1::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254",
+                    "fec0::1", "ff02::1", "2001:db8::1", "nonsense"):
+        assert not guard.allows("host.example", address), address
+    for address in ("8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
+        assert guard.allows("host.example", address), address
+
+
+def test_what_the_operator_lists_is_allowed():
+    listed = aegis.Guard(("10.0.0.0/8", "192.168.7.7", "Inner.Example", "fd00::/8"))
+    for host, address, wanted in (("x", "10.1.2.3", True), ("x", "::ffff:10.1.2.3", True), ("x", "11.0.0.1", True),
+                                  ("x", "192.168.7.7", True), ("x", "192.168.7.8", False), ("x", "127.0.0.1", False),
+                                  ("inner.example", "127.0.0.1", True), ("inner.example.", "127.0.0.1", True),
+                                  ("not.inner.example", "127.0.0.1", False), ("x", "fd12::1", True),
+                                  ("x", "64:ff9b::a00:1", True), ("x", "169.254.169.254", False)):
+        assert listed.allows(host, address) is wanted, (host, address)
+    assert aegis.Guard(("all",)).allows("x", "169.254.169.254")
+
+
+@pytest.mark.parametrize("url", ["", "x", "ftp://a.example/", "http://", "http:///path", "//a.example/", "http://a b/",
+                                 "http://user:pw@a.example/", "http://a.example/#part", "http://a.example:22/",
+                                 "http://a.example:99999/", "http://a.example:x/", "http://a.example/\u00e9",
+                                 "http://a.example\\@b.example/", "http://a.example/\r\nX: y", "file:///etc/passwd",
+                                 "http://[::1/", "http://@a.example/", "javascript:alert(1)"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(ValueError):
+        aegis.read_site(url)
+
+
+def test_an_address_is_taken_apart():
+    told = [aegis.read_site(url) for url in ("https://A.example", "http://a.example:8080/b/c?d=e", "http://[::1]:8080")]
+    assert [tuple(one) for one in told] == [("https", "a.example", 443, "/"), ("http", "a.example", 8080, "/b/c?d=e"),
+                                            ("http", "::1", 8080, "/")]
+    assert [one.authority for one in told] == ["a.example", "a.example:8080", "[::1]:8080"]
+    assert told[1].origin == "http://a.example:8080"
+
+
+def fetch(url: str, guard: Any = None, seconds: float = 5.0) -> Any:
+    """Make one guarded request."""
+    return aegis.exchange(aegis.read_site(url), guard or aegis.Guard(("all",)), "POST", {}, b"{}", seconds)
+
+
+def test_the_address_connected_to_is_the_one_that_was_checked(monkeypatch):
+    answers = [["127.0.0.1"], ["10.0.0.1"]]
+
+    def look_up(host: str, port: int, **more: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in answers.pop(0)]
+    monkeypatch.setattr(aegis.socket, "getaddrinfo", look_up)
+    with receiving() as receiver:
+        reply = fetch(f"http://fickle.example:{receiver.port}/", aegis.Guard(("127.0.0.1",)))
+        assert reply.status == 200 and len(answers) == 1            # looked up once
+        assert receiver.taken[0][1]["Host"] == f"fickle.example:{receiver.port}"
+        with pytest.raises(aegis.OutboundError, match="10.0.0.1, which is no public address"):
+            fetch(f"http://fickle.example:{receiver.port}/", aegis.Guard(("127.0.0.1",)))
+        answers.append(["10.0.0.1", "127.0.0.1"])                  # one of several may be connected to
+        assert fetch(f"http://fickle.example:{receiver.port}/", aegis.Guard(("127.0.0.1",))).status == 200
+        assert len(receiver.taken) == 2
+
+
+@pytest.mark.parametrize("mood, sentence", [("hang", "did not answer within"), ("drip", "did not answer within"),
+                                            ("reset", "connection"), ("silent", "without an answer"),
+                                            ("garbage", "not HTTP")])
+def test_a_receiver_that_misbehaves_costs_its_time_limit(mood, sentence):
+    with receiving(mood) as receiver:
+        began = time.monotonic()
+        with pytest.raises(aegis.OutboundError, match=sentence):
+            fetch(receiver.url, seconds=0.3)
+        assert time.monotonic() - began < 5
+
+
+def test_a_redirect_is_an_answer_like_any_other():
+    with receiving("redirect") as receiver:
+        assert fetch(receiver.url).status == 302 and len(receiver.taken) == 1
+
+
+def test_no_proxy_of_the_environment_is_used(monkeypatch):
+    with receiving() as receiver, receiving() as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        assert fetch(receiver.url).status == 200
+        assert not proxy.taken and receiver.taken[0][1]["first"] == "POST /in/box?key=1 HTTP/1.1"
+
+
+def test_pauses_grow_within_bounds():
+    for tries in range(1, 100):
+        low, high = aegis.backoff(tries, 5, 0.0), aegis.backoff(tries, 5, 1.0)
+        assert high == min(3600, 5 * 2 ** (tries - 1)) and low == high / 2
+    now = 1_700_000_000.0
+    for said, wanted in (("7", 7), ("Tue, 14 Nov 2023 22:14:20 GMT", 60), ("999999999", 3600), ("soon", 0), ("-5", 0),
+                         ("Tue, 14 Nov 2000 22:14:20 GMT", 0), ("", 0), ("Tue, 14 Nov 2093 22:14:20 GMT", 3600)):
+        assert aegis.retry_after({"retry-after": said}, now) == wanted, said
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: Any) -> Path:
+    """A certificate authority of our own: ca.pem, and box.pem with a certificate for 127.0.0.1."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("ca")
+    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1,DNS:box.example\n", encoding="ascii")
+    for words in ("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ours",
+                  "req -newkey rsa:2048 -nodes -keyout box.key -out box.csr -subj /CN=box",
+                  "x509 -req -in box.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out box.crt -days 2 -extfile ext"):
+        subprocess.run(["openssl", *words.split()], cwd=str(folder), check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+    (folder / "box.pem").write_text((folder / "box.key").read_text() + (folder / "box.crt").read_text(), "ascii")
+    return folder
+
+
+FETCH_TLS = """
+import sys
+sys.modules["ssl"] = None
+import aegis
+del sys.modules["ssl"]
+assert not hasattr(aegis.http.client, "HTTPSConnection") and "_ssl" not in sys.modules
+try:
+    target = aegis.read_site(sys.argv[1])
+    print(aegis.exchange(target, aegis.Guard(("all",)), "POST", {}, b"{}", 5).status)
+except aegis.OutboundError as error:
+    print(error)
+"""
+
+
+def test_tls_is_loaded_when_it_is_spoken_and_checks_the_certificate(authority):
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(authority / "box.pem"))
+
+    def told(url: str, **env: str) -> str:
+        done = subprocess.run([sys.executable, "-c", FETCH_TLS, url], cwd=str(HERE), env={**OUTSIDE, **env},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+        return done.stdout.decode().strip()
+    with receiving(tls=context) as receiver:
+        ours = {"SSL_CERT_FILE": str(authority / "ca.pem")}
+        assert told(receiver.url, **ours) == "200"
+        assert "certificate is not good" in told(receiver.url)
+        assert "certificate is not good" in told(receiver.url.replace("127.0.0.1", "localhost"), **ours)
+        assert len(receiver.taken) == 1
+
+
+# ============================================================================
+# WEBHOOKS. Events for other servers, signed and in order.
+# ============================================================================
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+FAST = {"AEGIS_WEBHOOK_ALLOW": "127.0.0.1", "AEGIS_WEBHOOK_BACKOFF": "0.02", "AEGIS_WEBHOOK_SECONDS": "1",
+        "AEGIS_WEBHOOK_RETRIES": "3"}
+
+
+def signed(secret: str, headers: Json, body: bytes) -> bool:
+    """Check a message's signatures by the specification, without a line of Aegis."""
+    content = b".".join((headers["webhook-id"].encode(), headers["webhook-timestamp"].encode(), body))
+    key = base64.b64decode(secret.split("_", 1)[1])
+    wanted = base64.b64encode(hmac.digest(key, content, "sha256")).decode()
+    fresh = abs(time.time() - int(headers["webhook-timestamp"])) < 60
+    return fresh and f"v1,{wanted}" in headers["webhook-signature"].split(" ")
+
+
+def remembers(server: Server, count: int, prefix: str = "w") -> List[str]:
+    """Make so many events; gives their keys."""
+    keys = [f"{prefix}/{number}" for number in range(count)]
+    for name in keys:
+        server.ask("POST /v1/memory", {"key": name, "value": 1})
+    return keys
+
+
+@pytest.fixture(scope="module")
+def poster() -> Iterator[Server]:
+    """A server whose webhooks may go to this box, and are tried again soon."""
+    with houses() as house:
+        yield house(**FAST)
+
+
+@pytest.fixture
+def hook(poster: Server) -> Iterator[Callable[..., Json]]:
+    """Make webhooks that go with the test."""
+    made: List[str] = []
+
+    def create(receiver: Receiver, **fields: Any) -> Json:
+        answer = poster.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"], **fields})
+        made.append(answer["id"])
+        return answer
+    yield create
+    for one in made:
+        poster.call(f"DELETE /v1/webhooks/{one}")
+
+
+def hook_now(server: Server, hook_id: str, **wanted: Any) -> Json:
+    """Wait until a webhook shows these values; gives it."""
+    def fits() -> Any:
+        told = server.ask(f"GET /v1/webhooks/{hook_id}")
+        return told if wanted.items() <= told.items() else None
+    return eventually(fits)
+
+
+def test_create_webhook_sends_what_the_specification_says(poster, hook):
+    with receiving() as receiver:
+        made = hook(receiver)
+        assert re.fullmatch(r"whsec_[A-Za-z0-9+/]{43}=", made["secret"])
+        assert (made["state"], made["source"], made["events"]) == ("active", "api", ["memory.*"])
+        poster.ask("POST /v1/memory", {"key": "w/one", "value": "\u00e9"})
+        mood, headers, body = receiver.wait_for(1)[0]
+        assert headers["first"] == "POST /in/box?key=1 HTTP/1.1" and headers["Content-Type"] == "application/json"
+        assert signed(made["secret"], headers, body) and not signed(SECRET, headers, body)
+        told = json.loads(body)
+        assert set(told) == {"type", "timestamp", "data"} and told["type"] == "memory.set"
+        assert told["data"]["key"] == "w/one" and "type" not in told["data"]
+        assert headers["webhook-id"] == f"msg_{made['id']}_{told['data']['id']}"
+        assert hook_now(poster, made["id"], delivered=1, queueLength=0)["lastSuccessAt"]
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"url": "http://127.0.0.1:22/"}, "url"), ({"url": "ftp://x/"}, "url"), ({}, "url"),
+    ({"url": "http://10.0.0.1/"}, "url"), ({"url": "http://169.254.169.254/latest"}, "url"),
+    ({"url": "http://[::1]/"}, "url"), ({"url": "http://a.example/", "events": ["moon.rose"]}, "events"),
+    ({"url": "http://a.example/", "secret": "short"}, "secret"),
+    ({"url": "http://a.example/", "secret": "whsec_AAAA"}, "secret"),
+    ({"url": "http://a.example/", "secret": "whsec_" + "!" * 44}, "secret"), ({"url": "http://u:p@a.example/"}, "url"),
+], ids=str)
+def test_create_webhook_names_what_is_wrong(poster, body, field):
+    answer = poster.call("POST /v1/webhooks", body)
+    assert answer.status == 400 and field in answer.json["fields"], answer.raw
+    assert "whsec_AAAA" not in answer.raw.decode()
+
+
+def test_create_webhook_refuses_a_name_twice_and_a_session_that_is_none(poster, hook):
+    with receiving() as receiver:
+        hook(receiver, name="mine")
+        same = {"url": receiver.url, "name": "mine"}
+        assert poster.refusal("POST /v1/webhooks", same) == (409, "NAME_IN_USE")
+        assert poster.refusal("POST /v1/webhooks", {"url": receiver.url, "session": "x"}) == (404, "SESSION_NOT_FOUND")
+
+
+def test_create_webhook_filters_by_type_session_and_label(poster, hook):
+    with receiving() as receiver:
+        one, other = poster.open(labels={"team": "red"}), poster.open()
+        hook(receiver, events=["session.killed"], labels={"team": "red"})
+        hook(receiver, events=["session.*"], session=other.id)
+        hook(receiver, events=["session.killed", "memory.deleted"])
+        for talk in (one, other):
+            talk.kill()
+        told = [json.loads(body) for _, _, body in receiver.wait_for(4)]
+        assert sorted((one_["type"], one_["data"]["sessionId"]) for one_ in told) == sorted(
+            [("session.killed", one.id)] * 2 + [("session.killed", other.id)] * 2)
+
+
+def test_get_webhook_and_list_webhooks_never_show_a_secret(poster, hook):
+    with receiving() as receiver:
+        made = hook(receiver, secret=SECRET)
+        assert made["secret"] == SECRET
+        told = poster.call(f"GET /v1/webhooks/{made['id']}")
+        assert "secret" not in told.json and told.json["url"] == receiver.url
+        assert SECRET[6:] not in poster.call("GET /v1/webhooks").raw.decode() + told.raw.decode()
+        assert poster.refusal("GET /v1/webhooks/nobody") == (404, "WEBHOOK_NOT_FOUND")
+
+
+def test_list_webhooks_counts_what_waits(poster, hook):
+    with receiving() as receiver:
+        receiver.default = "500"
+        made = hook(receiver)
+        poster.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": True})
+        remembers(poster, 5)
+        listed = {one["id"]: one for one in poster.ask("GET /v1/webhooks")["webhooks"]}
+        assert (listed[made["id"]]["queueLength"], listed[made["id"]]["state"]) == (5, "paused")
+
+
+def test_update_webhook_pauses_and_goes_on(poster, hook):
+    with receiving() as receiver:
+        made = hook(receiver)
+        poster.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": True})
+        keys = remembers(poster, 10)
+        assert not receiver.taken
+        told = poster.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": False, "url": receiver.url + "&more=1"})
+        assert told["url"].endswith("more=1")
+        receiver.wait_for(10)
+        assert [one["data"]["key"] for one in receiver.accepted()] == keys
+        assert receiver.taken[0][1]["first"].split()[1] == "/in/box?key=1&more=1"
+        assert poster.refusal(f"PATCH /v1/webhooks/{made['id']}", {"url": "http://10.0.0.1/"})[0] == 400
+
+
+def test_update_webhook_begins_anew_after_a_410(poster, hook):
+    with receiving("410") as receiver:
+        made = hook(receiver)
+        remembers(poster, 3)
+        told = hook_now(poster, made["id"], state="disabled")
+        assert "410" in told["reason"] and told["queueLength"] == 0
+        waiting = told["deadLetters"]
+        remembers(poster, 2, "unheard")
+        assert len(receiver.taken) == 1
+        poster.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": False})
+        remembers(poster, 1, "again")
+        receiver.wait_for(2)
+        assert [one["data"]["key"] for one in receiver.accepted()] == ["again/0"]
+        letters = poster.ask(f"GET /v1/webhooks/dead-letter?webhook={made['id']}")["deadLetters"]
+        assert len(letters) == waiting >= 1 and not any("unheard" in one["event"]["key"] for one in letters)
+
+
+def test_delete_webhook_takes_all_of_it_away(poster, hook):
+    with receiving() as receiver:
+        receiver.default = "500"
+        made = hook(receiver)
+        remembers(poster, 1)
+        eventually(lambda: hook_now(poster, made["id"])["deadLetters"] == 1)
+        assert poster.ask(f"DELETE /v1/webhooks/{made['id']}") == {"id": made["id"], "deleted": True, "deadLetters": 1}
+        assert poster.refusal(f"DELETE /v1/webhooks/{made['id']}") == (404, "WEBHOOK_NOT_FOUND")
+        assert poster.ask(f"GET /v1/webhooks/dead-letter?webhook={made['id']}")["deadLetters"] == []
+
+
+def test_rotate_webhook_signs_with_both_for_a_while(poster, hook):
+    with receiving() as receiver:
+        made = hook(receiver, secret=SECRET)
+        fresh = poster.ask(f"POST /v1/webhooks/{made['id']}/rotate", {})["secret"]
+        remembers(poster, 1)
+        _, headers, body = receiver.wait_for(1)[0]
+        assert signed(SECRET, headers, body) and signed(fresh, headers, body)
+        assert len(headers["webhook-signature"].split(" ")) == 2
+        last = poster.ask(f"POST /v1/webhooks/{made['id']}/rotate", {"keepSeconds": 0})["secret"]
+        remembers(poster, 1)
+        _, headers, body = receiver.wait_for(2)[1]
+        assert signed(last, headers, body) and not signed(fresh, headers, body) and not signed(SECRET, headers, body)
+
+
+def test_test_webhook_tells_what_came_of_it(poster, hook):
+    with receiving("ok", "500", "redirect") as receiver:
+        made = hook(receiver)
+        said = [poster.ask(f"POST /v1/webhooks/{made['id']}/test", {}) for _ in range(3)]
+        assert [(one["delivered"], one["status"]) for one in said] == [(True, 200), (False, 500), (False, 302)]
+        assert "redirects are not followed" in said[2]["error"] and len(receiver.taken) == 3
+        assert signed(made["secret"], *receiver.taken[0][1:])
+        assert hook_now(poster, made["id"])["delivered"] == 0
+
+
+def test_retry_dead_letter_sends_it_under_its_old_id(poster, hook):
+    with receiving(*["500"] * 5) as receiver:
+        made = hook(receiver)
+        remembers(poster, 2)
+        letter = eventually(lambda: poster.ask(f"GET /v1/webhooks/dead-letter?webhook={made['id']}")["deadLetters"])[0]
+        assert (letter["tries"], letter["reason"], letter["state"]) == (4, "it answered 500", "dead")
+        hook_now(poster, made["id"], delivered=1)
+        receiver.moods.extend(["404"])
+        said = poster.ask(f"POST /v1/webhooks/dead-letter/{letter['id']}/retry", {})
+        assert (said["delivered"], said["state"], said["error"]) == (False, "dead", "it answered 404")
+        said = poster.ask(f"POST /v1/webhooks/dead-letter/{letter['id']}/retry", {})
+        assert (said["delivered"], said["state"]) == (True, "delivered")
+        ids = [headers["webhook-id"] for _, headers, _ in receiver.taken]
+        assert ids[0] == ids[-1] == letter["webhookMessageId"]
+        bodies = [body for _, headers, body in receiver.taken if headers["webhook-id"] == ids[0]]
+        assert len(set(bodies)) == 1
+        assert poster.refusal(f"POST /v1/webhooks/dead-letter/{letter['id']}/retry", {}) == (404,
+                                                                                             "DEAD_LETTER_NOT_FOUND")
+
+
+def test_delete_dead_letter_takes_it_away(poster, hook):
+    with receiving() as receiver:
+        receiver.default = "500"
+        made = hook(receiver)
+        remembers(poster, 1)
+        letter = eventually(lambda: poster.ask(f"GET /v1/webhooks/dead-letter?webhook={made['id']}")["deadLetters"])[0]
+        poster.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": True})
+        assert poster.refusal(f"POST /v1/webhooks/dead-letter/{letter['id']}/retry",
+                              {}) == (409, "WEBHOOK_NOT_ACTIVE")
+        assert poster.ask(f"DELETE /v1/webhooks/dead-letter/{letter['id']}")["deleted"] is True
+        assert poster.refusal(f"DELETE /v1/webhooks/dead-letter/{letter['id']}") == (404, "DEAD_LETTER_NOT_FOUND")
+
+
+def test_list_dead_letters_gives_pages(poster, hook):
+    with receiving() as receiver:
+        receiver.default = "400"
+        made = hook(receiver)
+        keys = remembers(poster, 3)
+        hook_now(poster, made["id"], deadLetters=3)
+        route = f"GET /v1/webhooks/dead-letter?webhook={made['id']}&limit=2"
+        pages = [poster.ask(f"{route}&page={page}") for page in (1, 2)]
+        assert [one["event"]["key"] for page in pages for one in page["deadLetters"]] == keys[::-1]
+        assert pages[0]["pagination"] == {"page": 1, "limit": 2, "total": 3, "totalPages": 2}
+
+
+def test_get_channel_health_tells_of_each_webhook(poster, hook):
+    with receiving() as receiver:
+        made = hook(receiver, name="health")
+        remembers(poster, 1)
+        hook_now(poster, made["id"], delivered=1)
+
+        def health() -> Json:
+            return next(one for one in poster.ask("GET /v1/channels/health")["channels"] if one.get("id") == made["id"])
+        told = health()
+        assert (told["channel"], told["state"], told["queueLength"]) == ("webhook", "active", 0)
+        assert told["lastSuccessAt"] and told["lastError"] is None
+        assert told["target"] == f"http://127.0.0.1:{receiver.port}"          # a path may be a secret
+        receiver.default = "busy"
+        remembers(poster, 2)
+        told = eventually(lambda: health() if health()["state"] == "failing" else None)
+        assert told["lastError"] == "it answered 503" and told["nextTryAt"] and told["queueLength"] == 2
+        assert poster.ask("GET /v1/channels/health")["status"] == "degraded"
+
+
+def test_a_receiver_that_hangs_holds_nobody_up(poster, hook):
+    with receiving() as slow, receiving() as quick:
+        slow.default = "hang"
+        hook(slow)
+        hook(quick)
+        began = time.monotonic()
+        keys = remembers(poster, 20)
+        quick.wait_for(20)
+        assert time.monotonic() - began < 10
+        assert [one["data"]["key"] for one in quick.accepted()] == keys and len(slow.taken) <= 10
+
+
+def test_retry_after_is_obeyed(poster, hook):
+    with receiving("busy") as receiver:
+        hook(receiver)
+        began = time.monotonic()
+        remembers(poster, 1)
+        receiver.wait_for(2)
+        assert time.monotonic() - began > 0.9      # without it the second try comes after 0.02 s
+
+
+@alone
+def test_webhooks_of_the_settings_are_made_kept_and_taken_away(house):
+    with receiving() as receiver:
+        given = {"ours": {"url": receiver.url, "secret": SECRET, "events": ["memory.set"]}}
+        own = house(AEGIS_WEBHOOKS=json.dumps(given), **FAST)
+        made = own.ask("GET /v1/webhooks")["webhooks"][0]
+        assert (made["name"], made["source"], made["events"]) == ("ours", "settings", ["memory.set"])
+        for refused in (("DELETE", None), ("PATCH", {"url": receiver.url})):
+            assert own.refusal(f"{refused[0]} /v1/webhooks/{made['id']}", refused[1]) == (409, "GIVEN_BY_SETTINGS")
+        remembers(own, 2)
+        receiver.wait_for(2)
+        assert all(signed(SECRET, headers, body) for _, headers, body in receiver.taken)
+        assert SECRET[6:] not in own.log.read_text() + command_lines()
+        own.crash()
+        given["ours"]["events"] = ["memory.deleted"]
+        own.env["AEGIS_WEBHOOKS"] = json.dumps(given)
+        own.start()
+        own.ask("DELETE /v1/memory/w/1")
+        assert json.loads(receiver.wait_for(3)[2][2])["type"] == "memory.deleted"
+        own.signal(signal.SIGTERM)
+        own.env["AEGIS_WEBHOOKS"] = ""
+        own.start()
+        assert own.ask("GET /v1/webhooks")["webhooks"] == []
+
+
+def test_the_readmes_receiver_verifies_what_is_sent(poster, tmp_path):
+    program = next(block for block in re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"),
+                                                 re.MULTILINE | re.DOTALL) if "receiver.py" in block)
+    (tmp_path / "receiver.py").write_text(program, encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    made = poster.ask("POST /v1/webhooks", {"url": f"http://127.0.0.1:{port}/", "events": ["memory.*"],
+                                            "secret": SECRET})
+    with (tmp_path / "said").open("w+b") as said:
+        receiver = subprocess.Popen([sys.executable, str(tmp_path / "receiver.py"), str(port)], stdout=said,
+                                    stderr=subprocess.DEVNULL, env={**OUTSIDE, "WEBHOOK_SECRET": SECRET})
+        try:
+            eventually(lambda: poster.ask(f"POST /v1/webhooks/{made['id']}/test", {})["delivered"])
+            remembers(poster, 3, "readme")
+            lines = eventually(lambda: (tmp_path / "said").read_text().splitlines()[3:]
+                               and (tmp_path / "said").read_text().splitlines())
+            assert [line.split()[0] for line in lines] == ["webhook.test", *["memory.set"] * 3]
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/", b"{}", {
+                    "webhook-id": "x", "webhook-timestamp": str(int(time.time())), "webhook-signature": "v1,x"}))
+        finally:
+            receiver.kill()
+            receiver.wait()
+            poster.call(f"DELETE /v1/webhooks/{made['id']}")
+
+
+@pytest.mark.parametrize("given, told", [
+    ('{"a": {"url": "http://x.example/"}}', "secret is required"), ('{"a": 1}', "must be an object"),
+    ('{"a": {"url": "http://x.example/", "secret": "hush-hush"}}', "whsec_"), ("[1]", "JSON object"),
+    ('{"a": {"url": "http://x.example:25/", "secret": "' + SECRET + '"}}', "port"),
+    ('{"a": {"url": "http://x.example/", "secret": "' + SECRET + '", "events": ["x"]}}', "unknown events")])
+def test_webhooks_of_the_settings_are_checked_at_start(given, told):
+    with pytest.raises(ValueError) as wrong:
+        aegis.read_settings([], {"AEGIS_WEBHOOKS": given})
+    assert told in str(wrong.value) and "AEGIS_WEBHOOKS" in str(wrong.value)
+    assert "hush" not in str(wrong.value) and SECRET not in str(wrong.value)
+
+
+# ============================================================================
+# COURIERS. Who brings the webhooks their events.
+# ============================================================================
+
+DELIVERIES = int(os.environ.get("AEGIS_TEST_DELIVERIES", "60"))   # events through a receiver of many moods
+
+
+def plague(own: Server, receiver: Receiver, rng: random.Random, count: int) -> List[str]:
+    """Make events while the receiver has its moods and goes away, and Aegis is killed; gives the keys."""
+    keys = []
+    for number in range(count):
+        receiver.moods.extend(rng.choices(["ok", "500", "hang", "redirect", "reset", "silent", "garbage"],
+                                          [12, 3, 0.5, 2, 2, 2, 1], k=2))
+        keys.append(f"plague/{number}")
+        own.ask("POST /v1/memory", {"key": keys[-1], "value": number})
+        if number % 20 == 5:
+            receiver.close()
+        if number % 20 == 9:
+            receiver.open()
+        if number % 20 == 15:
+            receiver.wait_for(len(receiver.taken) + 1)
+            own.crash().start()
+    return keys
+
+
+def dead_keys(own: Server) -> List[str]:
+    """List the keys of the events that are dead letters."""
+    letters: List[Json] = []
+    for page in range(1, 100):
+        found = own.ask(f"GET /v1/webhooks/dead-letter?limit=200&page={page}")["deadLetters"]
+        letters.extend(found)
+        if not found:
+            return [one["event"]["key"] for one in letters]
+    raise AssertionError("too many dead letters")
+
+
+@alone
+def test_every_event_arrives_in_order_or_is_a_dead_letter(house):
+    own = house(**{**FAST, "AEGIS_WEBHOOK_SECONDS": "0.3", "AEGIS_WEBHOOK_RETRIES": "2"})
+    rng = random.Random(DELIVERIES)
+    with receiving() as receiver:
+        made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"], "secret": SECRET})
+        keys = plague(own, receiver, rng, DELIVERIES)
+        with receiver.news:
+            receiver.moods.clear()
+        own.crash().start()
+        keys += remembers(own, 1, "last")
+        hook_now(own, made["id"], queueLength=0, failedTries=0)
+        accepted = receiver.accepted()
+        came = [one["data"]["key"] for one in accepted]
+        dead = dead_keys(own)
+        assert set(came) | set(dead) == set(keys) and came[-1] == "last/0"
+        assert came == sorted(came, key=keys.index) and len(dead) == len(set(dead))
+        ids = [one["data"]["id"] for one in accepted]
+        assert ids == sorted(set(ids)) and len(came) > DELIVERIES // 3
+        assert all(signed(SECRET, headers, body) for _, headers, body in receiver.taken if "webhook-id" in headers)
+        for key in dead[:2]:                 # and what is dead can be called back
+            letter = next(one for one in own.ask("GET /v1/webhooks/dead-letter?limit=200")["deadLetters"]
+                          if one["event"]["key"] == key)
+            assert own.ask(f"POST /v1/webhooks/dead-letter/{letter['id']}/retry", {})["delivered"] is True
+
+
+@alone
+def test_an_event_that_waits_is_not_pruned(house):
+    own = house(AEGIS_KEEP_EVENTS="10", **FAST)
+    with receiving() as receiver:
+        receiver.close()
+        own.env["AEGIS_WEBHOOK_RETRIES"] = "100"
+        own.crash().start()
+        made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.set"]})
+        keys = remembers(own, 1200)
+        assert hook_now(own, made["id"])["queueLength"] == 1200
+        receiver.open()
+        own.crash().start()     # its pause is stored, but short
+        receiver.wait_for(1200)
+        assert [one["data"]["key"] for one in receiver.accepted()] == keys
+
+
+@alone
+def test_a_queue_that_is_full_gives_up_its_oldest(house):
+    own = house(AEGIS_WEBHOOK_QUEUE="20", AEGIS_KEEP_DEAD_LETTERS="25", **FAST)
+    with receiving() as receiver:
+        made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.set"]})
+        own.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": True})
+        keys = remembers(own, 40)
+        told = hook_now(own, made["id"], queueLength=20)
+        assert told["deadLetters"] == 20 and sorted(dead_keys(own), key=keys.index) == keys[:20]
+        keys += remembers(own, 10, "more")
+        hook_now(own, made["id"], queueLength=20)
+        assert sorted(dead_keys(own), key=keys.index) == keys[5:30]      # no more than 25 are kept
+        own.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": False})
+        receiver.wait_for(20)
+        assert [one["data"]["key"] for one in receiver.accepted()] == keys[30:]
+
+
+# ============================================================================
+# TELEGRAM. Sessions in a chat: what is told there.
+# ============================================================================
+
+BOT_TOKEN = "123456:AAF-fake_token"
+CHAT, FORUM, ANN, BOB = -100200, -100300, 51, 52   # a group, a forum; a listed user, one who is not
+
+
+class FakeTelegram:
+    """A Bot API of our own: keeps what was said, hands out what people write, fails when told."""
+
+    def __init__(self) -> None:
+        self.calls: List[Tuple[str, Json]] = []           # method and fields, as they came
+        self.messages: Dict[Tuple[int, int], Json] = {}   # by chat and id: as they look now
+        self.topics: Dict[int, str] = {}                  # id -> name
+        self.faults: "collections.deque[Tuple[str, int, Json]]" = collections.deque()   # method, status, more
+        self.updates: List[Json] = []
+        self.ids, self.news, self.closed = 0, threading.Condition(), False
+        self.line = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._handler(), bind_and_activate=False)
+        self.line.daemon_threads, self.line.allow_reuse_address = True, True
+        self.line.server_bind()
+        self.line.server_activate()
+        self.url = f"http://127.0.0.1:{self.line.server_address[1]}/api"
+        threading.Thread(target=self.line.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _handler(self) -> Any:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                """Answer a call of the Bot API."""
+                _, api, bot, method = self.path.split("/")
+                fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, told = (404, {"description": "Not Found"}) if bot != f"bot{BOT_TOKEN}" else fake.answer(
+                    method, fields)
+                raw = json.dumps({"ok": status == 200, **({} if status == 200 else {"error_code": status}),
+                                  **told}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                with contextlib.suppress(OSError):    # who asked may be dead
+                    self.end_headers()
+                    self.wfile.write(raw)
+
+            def log_message(self, *words: Any) -> None:
+                """Say nothing."""
+        return Handler
+
+    def answer(self, method: str, fields: Json) -> Tuple[int, Json]:
+        """Do what a method does."""
+        with self.news:
+            self.calls.append((method, fields))
+            self.news.notify_all()
+            fault = next((one for one in self.faults if one[0] == method), None)
+            if fault:
+                self.faults.remove(fault)
+                return fault[1], fault[2]
+            if method == "getUpdates":
+                wanted = lambda: [one for one in self.updates if one["update_id"] >= fields["offset"]]  # noqa: E731
+                self.news.wait_for(lambda: wanted() or self.closed, min(20, fields["timeout"]))
+                return 200, {"result": wanted()}
+            return 200, {"result": self._done(method, fields)}
+
+    def _done(self, method: str, fields: Json) -> Any:
+        if method == "getMe":
+            return {"id": 1, "is_bot": True, "username": "AegisBot"}
+        if method == "getChat":
+            return {"id": fields["chat_id"], "type": "supergroup", "is_forum": fields["chat_id"] == FORUM}
+        self.ids += 1
+        if method == "createForumTopic":
+            self.topics[self.ids] = fields["name"]
+            return {"message_thread_id": self.ids, "name": fields["name"]}
+        key = (fields.get("chat_id"), fields.get("message_id", self.ids))
+        if method == "sendMessage":
+            assert 0 < len(fields["text"].encode("utf-16-le")) // 2 <= 4096 and "parse_mode" not in fields
+            self.messages[key] = {"message_id": self.ids, **fields}
+        elif method == "editMessageText":
+            self.messages[key] = {**self.messages[key], "reply_markup": None, **fields}
+        elif method == "editMessageReplyMarkup":
+            self.messages[key]["reply_markup"] = fields["reply_markup"]
+        return {"message_id": key[1]}
+
+    # -- what people do
+
+    def update(self, **what: Any) -> int:
+        """Hand out an update; gives its number."""
+        with self.news:
+            number = 7000 + len(self.updates)
+            self.updates.append({"update_id": number, **what})
+            self.news.notify_all()
+            return number
+
+    def write(self, text: str, user: int = ANN, chat: int = CHAT, **more: Any) -> int:
+        """Write a message."""
+        with self.news:
+            self.ids += 1
+            mine = {"message_id": self.ids, "text": text, "chat": {"id": chat, "type": "supergroup"},
+                    "from": {"id": user, "first_name": "A"}, **more}
+        return self.update(message=mine)
+
+    def reply(self, to: Json, text: str, **more: Any) -> int:
+        """Reply to a message."""
+        return self.write(text, chat=to["chat_id"], reply_to_message={"message_id": to["message_id"]}, **more)
+
+    def press(self, label: str, message: Json, user: int = ANN) -> Json:
+        """Press a button; gives what the bot answered to it."""
+        rows = message["reply_markup"]["inline_keyboard"]
+        data = next(one["callback_data"] for row in rows for one in row if one["text"] == label)
+        assert len(data.encode()) <= 64
+        return self.press_data(data, message, user)
+
+    def press_data(self, data: str, message: Json, user: int = ANN) -> Json:
+        """Press a button that says this."""
+        query = f"q{len(self.updates)}"
+        self.update(callback_query={"id": query, "from": {"id": user}, "data": data,
+                                    "message": {"message_id": message["message_id"],
+                                                "chat": {"id": message["chat_id"], "type": "supergroup"}}})
+        return self.called("answerCallbackQuery", callback_query_id=query)
+
+    # -- what the bot did
+
+    def called(self, method: str, within: float = WITHIN, **wanted: Any) -> Json:
+        """Wait for a call with these fields."""
+        def found() -> Optional[Json]:
+            return next((fields for name, fields in self.calls if name == method and wanted.items() <= fields.items()),
+                        None)
+        with self.news:
+            assert self.news.wait_for(found, within), (method, wanted, self.calls[-8:])
+            return found()
+
+    def said(self, pattern: str, chat: int = CHAT, within: float = WITHIN) -> Json:
+        """Wait until a message in a chat looks like this; gives the newest."""
+        def found() -> Optional[Json]:
+            return next((one for key, one in sorted(self.messages.items(), reverse=True)
+                         if key[0] == chat and re.search(pattern, one["text"], re.DOTALL)), None)
+        with self.news:
+            assert self.news.wait_for(found, within), (pattern, [one["text"] for one in self.messages.values()][-8:])
+            return dict(found())
+
+    def close(self) -> None:
+        """End it."""
+        with self.news:
+            self.closed = True
+            self.news.notify_all()
+        self.line.shutdown()
+        self.line.server_close()
+
+
+def telegram_settings(fake: FakeTelegram, **more: str) -> Dict[str, str]:
+    """Give the environment of a server that is told of the fake."""
+    return {"AEGIS_TELEGRAM_TOKEN": BOT_TOKEN, "AEGIS_TELEGRAM_CHATS": str(CHAT), "AEGIS_TELEGRAM_USERS": str(ANN),
+            "AEGIS_TELEGRAM_API": fake.url, **more}
+
+
+@pytest.fixture(scope="module")
+def bot() -> Iterator[Any]:
+    """A fake Bot API, and a server that talks to it: (fake, server)."""
+    fake = FakeTelegram()
+    with houses() as house:
+        yield fake, house(**telegram_settings(fake))
+    fake.close()
+
+
+@pytest.fixture
+def chatty(bot: Any) -> Iterator[Any]:
+    """The same, and a session of its own: (fake, server, session)."""
+    fake, own = bot
+    with sessions(own) as create:
+        yield fake, own, create()
+
+
+def named_talk(talk: Talk) -> str:
+    """Give a session's name, as a pattern."""
+    return re.escape(talk.get()["name"])
+
+
+@pytest.mark.parametrize("text", ["", "x", "a" * 4096, "a" * 4097, "line\n" * 3000, "\U0001f600" * 5000,
+                                  "e\u0301" * 3000, "\n \n", "a" * 4095 + "\U0001f600" * 10])
+def test_a_long_text_becomes_messages_that_telegram_takes(text):
+    cut = aegis.cut_text(text)
+    assert all(0 < aegis.units(one) <= 4096 for one in cut) and len(cut) <= 6
+    if aegis.units(text) < 20_000:
+        assert re.sub(r"\s", "", "".join(cut)) == re.sub(r"\s", "", text)
+
+
+def test_telegrams_settings_are_checked_at_start():
+    for name, value, told in (("TOKEN", "nonsense", "TOKEN"), ("CHATS", "1,me", "'me'"), ("USERS", "ann", "'ann'"),
+                              ("API", "ftp://x", "http"), ("EVENTS", "moon.rose", "unknown events"),
+                              ("TOKEN", "1:secret/../x", "TOKEN")):
+        with pytest.raises(ValueError) as wrong:
+            aegis.read_settings([], {f"AEGIS_TELEGRAM_{name}": value})
+        assert told in str(wrong.value) and "secret" not in str(wrong.value)
+
+
+def test_a_turns_end_is_told_with_its_answer(chatty):
+    fake, own, talk = chatty
+    talk.say("[[say *bold* <b>x</b> _y_ [z](http://a)]]")
+    told = fake.said(f"^{named_talk(talk)} is idle.\n.*bold")
+    assert "*bold* <b>x</b> _y_ [z](http://a)" in told["text"]
+    assert told["chat_id"] == CHAT and "message_thread_id" not in told
+
+
+def test_what_cannot_be_told_now_is_told_later_once_and_only_the_newest(chatty):
+    fake, own, talk = chatty
+    fake.said(f"^{named_talk(talk)} is idle")
+    for status, more in ((500, {}), (429, {"parameters": {"retry_after": 1}, "description": "Too Many"})):
+        fake.faults.append(("sendMessage", status, more))
+    for word in ("first", "second", "third"):
+        talk.say(f"[[say {word}]]")
+    fake.said(f"^{named_talk(talk)} is idle.\nthird")
+    mine = [one["text"].split("\n")[-1] for one in fake.messages.values()
+            if one["text"].startswith(f"{talk.get()['name']} is idle.\n")]
+    assert mine[-1] == "third" and len(mine) == len(set(mine)) < 4
+    health = own.ask("GET /v1/channels/health")["channels"][0]
+    assert "sendMessage" in health["lastError"] and health["state"] == "active"
+
+
+def test_a_message_that_telegram_refuses_holds_nothing_up(chatty):
+    fake, own, talk = chatty
+    fake.said(f"^{named_talk(talk)} is idle")
+    fake.faults.append(("sendMessage", 400, {"description": "Bad Request: message is too long"}))
+    talk.say("[[say lost]]")
+    fake.called("sendMessage", text=f"{talk.get()['name']} is idle.\nlost")
+    talk.say("[[say found]]")
+    fake.said("found$")
+    assert own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0
+
+
+def test_get_channel_health_tells_of_telegram(bot, server):
+    fake, own = bot
+    told = eventually(lambda: [one for one in own.ask("GET /v1/channels/health")["channels"] if one["name"]])[0]
+    assert (told["channel"], told["state"], told["name"], told["target"]) == (
+        "telegram", "active", "@AegisBot", fake.url[:-4])
+    assert server.ask("GET /v1/channels/health")["channels"][0]["state"] == "off"
+
+
+@alone
+def test_a_forum_has_a_topic_for_each_session(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake, AEGIS_TELEGRAM_CHATS=str(FORUM)))
+    one, other = own.open(name="Alpha"), own.open(name="Beta")
+    topics = {talk.id: fake.said(f"^{talk.get()['name']} is idle", FORUM)["message_thread_id"] for talk in (one, other)}
+    assert {fake.topics[thread] for thread in topics.values()} == {"Alpha", "Beta"}
+    fake.write("[[say from the topic]]", chat=FORUM, message_thread_id=topics[other.id], is_topic_message=True)
+    assert fake.said("Beta is idle.\nfrom the topic", FORUM)["message_thread_id"] == topics[other.id]
+    own.crash().start()
+    fake.write("/read nobody", chat=FORUM, message_thread_id=topics[other.id], is_topic_message=True)
+    assert fake.said("no session nobody", FORUM)["message_thread_id"] == topics[other.id]
+    fake.faults.append(("sendMessage", 400, {"description": "Bad Request: message thread not found"}))
+    one.say("[[say again]]")
+    anew = fake.said("Alpha is idle.\nagain", FORUM)["message_thread_id"]     # its topic was deleted by somebody
+    assert anew != topics[one.id] and fake.topics[anew] == "Alpha"
+    other.kill()
+    fake.called("closeForumTopic", message_thread_id=topics[other.id])
+    assert len(fake.topics) == 3
+    fake.close()
+
+
+# ============================================================================
+# REPLIES. What people answer in Telegram.
+# ============================================================================
+
+
+def test_approve_permission_by_a_button(chatty):
+    fake, own, talk = chatty
+    asked = request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission.\nBash: touch x")
+    assert "approved" in fake.press("Approve", message)["text"]
+    told = talk.wait("permission.resolved")
+    assert (told["state"], told["decidedBy"]) == ("approved", f"telegram:{ANN}")
+    after = fake.said(f"touch x.*Approved by telegram:{ANN}\\.")
+    assert after["message_id"] == message["message_id"] and after["reply_markup"] is None
+    said = fake.press("Reject", message)["text"]          # the old message still stands on somebody's screen
+    assert f"already approved by telegram:{ANN}" in said
+    assert [one["state"] for one in talk.ask("GET permissions")["history"] if one["id"] == asked["id"]] == ["approved"]
+
+
+def test_reject_permission_by_a_button_and_late_presses_are_told_the_truth(chatty):
+    fake, own, talk = chatty
+    request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission")
+    fake.press("Reject", message)
+    assert talk.wait("permission.resolved")["state"] == "rejected"
+    fake.said("touch x.*Rejected by telegram")
+    eventually(talk.settle)
+    again = request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission.\nBash: touch x$")
+    talk.ask("POST approve", {"permissionId": again["id"]})
+    fake.said("touch x.*Approved by api")                 # whoever decided, the message says so
+    assert "already approved by api" in fake.press("Reject", message)["text"]
+
+
+def test_who_is_not_listed_is_not_obeyed(chatty):
+    fake, own, talk = chatty
+    request(talk)
+    message = fake.said(f"^{named_talk(talk)} asks for your permission")
+    before = own.ask("GET /v1/channels/health")["channels"][0]["ignored"]
+    sent = len(fake.messages)
+    assert "text" not in fake.press("Approve", message, user=BOB)
+    fake.write(f"/kill {talk.get()['name']}", user=BOB)
+    fake.write("/sessions", chat=BOB, user=BOB)
+    fake.write("/sessions", chat=ANN, user=ANN)           # a listed user, but in a chat that is not
+    fake.reply(message, "prompt", user=BOB)
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["ignored"] == before + 5)
+    assert talk.status == "permission_prompt" and len(fake.messages) == sent
+    talk.ask("POST reject", {})
+
+
+@alone
+def test_with_nobody_listed_nobody_is_obeyed(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake, AEGIS_TELEGRAM_USERS=""))
+    fake.write("/sessions")
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["ignored"] == 1)
+    assert not fake.messages
+    fake.close()
+
+
+def test_a_question_is_answered_by_a_button_or_in_words(chatty):
+    fake, own, talk = chatty
+    talk.send("[[ask]]")
+    asked = talk.wait("question.asked")["question"]
+    labels = asked["options"]
+    message = fake.said(f"^{named_talk(talk)} asks:\n")
+    buttons = [row[0]["text"] for row in message["reply_markup"]["inline_keyboard"]]
+    assert buttons == labels
+    fake.press(labels[1], message)
+    told = talk.wait("question.answered")
+    assert (told["message"], told["decidedBy"]) == (labels[1], f"telegram:{ANN}")
+    fake.said(f"asks:.*Answered by telegram:{ANN}: {labels[1]}")
+    eventually(talk.settle)
+    talk.send("[[ask]]")
+    talk.wait("question.asked")
+    message = eventually(lambda: [one for one in fake.messages.values() if one.get("reply_markup")
+                                  and one["text"].startswith(f"{talk.get()['name']} asks:")])[-1]
+    fake.reply(message, "Neither of them")
+    assert talk.wait("question.answered")["message"] == "Neither of them"
+
+
+def test_a_question_of_several_is_answered_when_all_are_chosen(chatty):
+    fake, own, talk = chatty
+    talk.send("[[ask multi]]")
+    talk.wait("question.asked")
+    message = fake.said(f"^{named_talk(talk)} asks:\nWhich colour")
+    assert "each question" in fake.press("Send", message)["text"]
+
+    def pressed(label: str, wanted: List[str]) -> Json:
+        fake.press(label, look())
+
+        def marks() -> List[str]:
+            return [row[0]["text"] for row in look()["reply_markup"]["inline_keyboard"] if "✓" in row[0]["text"]]
+        eventually(lambda: marks() == wanted)
+        return look()
+
+    def look() -> Json:
+        return fake.messages[CHAT, message["message_id"]]
+    pressed("1: Red", ["✓ 1: Red"])
+    pressed("1: Blue", ["✓ 1: Blue"])
+    pressed("2: Black", ["✓ 1: Blue", "✓ 2: Black"])
+    pressed("2: Grey", ["✓ 1: Blue", "✓ 2: Black", "✓ 2: Grey"])
+    pressed("✓ 2: Black", ["✓ 1: Blue", "✓ 2: Grey"])
+    fake.press("Send", look())
+    assert talk.wait("question.answered")["message"] == "Blue; Grey"
+
+
+def test_a_reply_becomes_a_prompt(chatty):
+    fake, own, talk = chatty
+    message = fake.said(f"^{named_talk(talk)} is idle")
+    fake.reply(message, "[[say hello from the chat]]")
+    fake.said("is idle.\nhello from the chat")
+    assert talk.prompts() == ["[[say hello from the chat]]"]
+    talk.send("[[wait 1]] [[say slow]]")
+    talk.wait("turn.started")
+    fake.reply(message, "[[say queued]]")
+    fake.said(f"^{named_talk(talk)} is working: it gets this when it can")
+    fake.said("is idle.\nqueued")
+
+
+def test_the_commands_of_the_chat(chatty):
+    fake, own, talk = chatty
+    name = talk.get()["name"]
+    talk.say("[[say the whole answer]]")
+    fake.write("/sessions")
+    fake.said(re.escape(f"{name} ({talk.id}) is idle"))
+    fake.write(f"/read@AegisBot {name}")
+    fake.said(f"^{re.escape(name)} is idle\\.\nthe whole answer$")
+    fake.write("/read nobody")
+    fake.said("No: there is no session nobody")
+    fake.write("/help")
+    fake.said("/sessions lists them")
+    sent = len(fake.messages)
+    fake.write("/read@OtherBot")
+    fake.write(f"/kill {talk.id}")
+    question = fake.said(f"^Kill {re.escape(name)}\\? It is idle")
+    assert len(fake.messages) == sent + 1
+    fake.press("Let it live", question)
+    fake.said(f"Kill {re.escape(name)}.*It goes on")
+    assert talk.status == "idle"
+    fake.write(f"/kill {name}")
+    question = eventually(lambda: [one for one in fake.messages.values() if one.get("reply_markup")
+                                   and one["text"].startswith(f"Kill {name}")])[-1]
+    assert "Killed by telegram" in fake.press(f"Kill {name}", question)["text"]
+    assert talk.status == "killed"
+    fake.said(f"Kill {re.escape(name)}.*Killed by telegram:{ANN}")
+    assert "It had ended before" in fake.press(f"Kill {name}", question)["text"]
+    fake.reply(question, "are you there?")
+    fake.said("No: session .* is killed")
+
+
+@alone
+def test_an_update_is_acted_on_once_through_every_crash(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake))
+    talk = own.open()
+    message = fake.said("is idle")
+    keys = [f"[[say number {number}]]" for number in range(12)]
+    for number, text in enumerate(keys):
+        fake.reply(message, text)
+        if number % 4 == 1:
+            eventually(lambda: own.ask(f"GET /v1/sessions/{talk.id}/queue") is not None)
+            own.crash().start()
+    eventually(lambda: talk.prompts() == keys and talk.status == "idle")
+    eventually(lambda: len(talk.prompts()) >= len(keys) and talk.status == "idle")
+    assert talk.prompts() == keys
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as store, store:
+        store.execute("UPDATE telegram_facts SET value = 0 WHERE name = 'offset'")   # the worst moment: not stored yet
+    own.start()
+    fake.write("/sessions")
+    fake.said(re.escape(talk.id))
+    assert talk.prompts() == keys and talk.get()["queueLength"] == 0
+    fake.close()
+
+
+@alone
+def test_the_bots_token_is_never_shown(house):
+    fake = FakeTelegram()
+    own = house("--log-level", "debug", **telegram_settings(fake))
+    fake.faults.append(("getUpdates", 401, {"description": f"bad {BOT_TOKEN}"}))
+    fake.faults.append(("getUpdates", 502, {}))
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["lastError"])
+    fake.write("/help")
+    fake.said("/sessions lists them")
+    fake.close()
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["state"] == "failing")
+    shown = own.log.read_text() + command_lines() + own.call("GET /v1/channels/health").raw.decode()
+    assert BOT_TOKEN not in shown and BOT_TOKEN.split(":")[1] not in shown and "getUpdates" in shown
+
+
+# ============================================================================
+# ACCESS. Bearer token, Host and Origin.
 # ============================================================================
 
 
@@ -7186,6 +9315,112 @@ def test_put_session_memory_sets_what_a_path_names(talk):
 
 
 # ============================================================================
+# DIAGNOSTICS. What state this box and this process are in.
+# ============================================================================
+
+
+def test_get_diagnostics_tells_versions_resources_queues_and_workers(server, talk):
+    told = server.ask("GET /v1/diagnostics?full=true")
+    assert told["versions"]["python"] == sys.version.split()[0] and told["schemaVersion"] == len(aegis.MIGRATIONS)
+    assert told["versions"]["tmux"] in server.tmux("display-message", "-p", "#{version}")
+    assert told["versions"]["agents"]["claude"]["error"] == "not found"
+    assert told["pid"] == server.process.pid and told["tmux"]["mode"] == "control" and told["tmux"]["panes"] >= 1
+    taken = told["resources"]
+    assert taken["rssBytes"] > 1_000_000 and taken["openFds"] > 5 and taken["connections"] >= 1
+    assert taken["diskFreeBytes"] > 0 and taken["databaseBytes"] == (server.state / "aegis.db").stat().st_size
+    assert {one["name"] for one in told["workers"]} == set(aegis.WORKERS) and all(o["alive"] for o in told["workers"])
+    assert set(aegis.WORKERS) <= set(re.findall(r"aegis-[a-z]+", aegis.__doc__)), "the thread map knows them all"
+    assert told["queues"]["events"]["listeners"] >= 1 and told["queues"]["prompts"] >= 0
+    assert {one["name"]: one["state"] for one in told["checks"]}["database"] == "ok"
+    sources = {one["name"]: one["source"] for one in told["settings"]}
+    assert (sources["port"], sources["state_dir"], sources["host"]) == ("flag", "env", "default")
+
+
+def test_get_diagnostics_holds_no_secret(strict):
+    talk = strict.open(name="secretive", ready=False)
+    answer = strict.call("GET /v1/diagnostics")
+    token = {one["name"]: one for one in answer.json["settings"]}["auth_token"]
+    assert token == {"name": "auth_token", "value": "(hidden)", "source": "env", "secret": True}
+    secrets_ = [strict.auth["Authorization"].split()[1], *database(strict, "SELECT secret FROM sessions")]
+    assert len(secrets_) >= 2 and not [one for one in secrets_ if one.encode() in answer.raw]
+    talk.kill()
+
+
+def database(server: Server, sql: str) -> List[str]:
+    """Read one column of a server's database."""
+    with contextlib.closing(sqlite3.connect(str(server.state / "aegis.db"))) as db:
+        return [row[0] for row in db.execute(sql) if row[0]]
+
+
+def test_get_diagnostics_counts_what_tmux_lost_and_recent_errors(house_once):
+    own = house_once
+    for pid in own.tmux("list-clients", "-F", "#{client_pid}").split():
+        os.kill(int(pid), signal.SIGKILL)
+    told = eventually(lambda: (now := own.ask("GET /v1/diagnostics"))["tmux"]["reconnects"] == 1 and now)
+    assert told["tmux"]["healthy"] and told["tmux"]["lastError"]["message"] and told["tmux"]["lastError"]["at"]
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        db.execute("INSERT INTO events (type, at, data) VALUES ('session.idle', ?, '{}')", (time.time() + 3600,))
+        db.commit()
+    own.start()
+    checks = {one["name"]: one for one in own.ask("GET /v1/diagnostics")["checks"]}
+    assert checks["clock"]["state"] == "warning" and "NTP" in checks["clock"]["message"]
+
+
+@pytest.fixture
+def house_once() -> Iterator[Server]:
+    """A server of a test's own."""
+    with houses() as start:
+        yield start()
+
+
+@pytest.mark.parametrize("said_, kept", [
+    ("Authorization: Bearer abcdef123", "Authorization: Bearer (hidden)"), ("x bearer abcdef123", "x bearer (hidden)"),
+    ("Authorization: abcdef123", "Authorization: (hidden)"),
+    ("GET /v1/events?token=abc.def&x=1", "GET /v1/events?token=(hidden)&x=1"),
+    ('{"password": "hunter22"}', '{"password": "(hidden)"}'), ("key sk-ant-api03-abcdefgh", "key (hidden)"),
+    ("bot 12345678:AAF-abcdefghijklmnopqrstuvwxyz012345", "bot (hidden)"), ("the own-secret here", "the (hidden) here"),
+    ("tokens: input 5", "tokens: input 5"), ("no such file", "no such file")])
+def test_what_looks_like_a_secret_is_masked(said_, kept):
+    assert aegis.without_secrets(said_, ["own-secret"]) == kept
+
+
+def program(path: Path, body: str) -> str:
+    """Write a shell script; gives its path."""
+    path.write_text("#!/bin/sh\n" + body, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_version_is_asked_for_once_until_the_program_changes(tmp_path):
+    file, probes = tmp_path / "agent", aegis.Probes()
+    words = [program(file, f"echo x >> {tmp_path}/asked; echo '1.2.3 (Agent)'; echo more\n"), "--flag"]
+    assert [probes.tell(words, 20.0)["version"] for _ in range(3)] == ["1.2.3 (Agent)"] * 3
+    assert (tmp_path / "asked").read_text() == "x\n"
+    program(file, "echo 1.2.40\n")
+    assert probes.tell(words, 20.0)["version"] == "1.2.40"
+    program(file, "exit 3\n# and so it is another size\n")
+    assert probes.tell(words, 20.0)["error"] == "it tells no version"
+    assert probes.tell([str(tmp_path / "nowhere")])["error"] == "not found"
+
+
+def test_a_program_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(aegis, "PROBE_SECONDS", 0.2)
+    mark = f"sleep 4{os.getpid() % 10_000}"
+    probes, words = aegis.Probes(), [program(tmp_path / "agent", f"{mark} & {mark}\n")]
+    assert probes.tell(words, 0.0)["error"] == "it has not told its version yet"
+    eventually(lambda: "did not tell its version" in probes.tell(words, 5.0)["error"])
+    eventually(lambda: mark not in command_lines())
+
+
+@pytest.mark.parametrize("version, state", [("2.9a", "problem"), ("", "problem"), ("3.0", "ok"), ("3.1c", "ok"),
+                                            ("3.3a", "warning"), ("3.4", "ok"), ("next-3.6", "ok")])
+def test_a_tmux_is_judged_by_its_version(version, state):
+    found = aegis.find_tmux("tmux", version)
+    assert found.state == state and (state == "ok" or "3." in found.message)
+
+
+# ============================================================================
 # ROUTES. Every endpoint, held against the one table.
 # ============================================================================
 
@@ -7255,6 +9490,9 @@ def test_every_route_names_an_unknown_field(server, route):
     elif method == "GET":
         answer = server.call(f"GET {path}?zebra=1")
         assert answer.status == 400 and "zebra" in answer.json["fields"]
+    elif route.raw:
+        answer = server.call(f"{method} {path}", {"zebra": 1})
+        assert answer.status == 400 and answer.json["error"]["code"] == -32600
     else:
         answer = server.call(f"{method} {path}", {"zebra": 1})
         assert answer.status == 400 and "zebra" in answer.json["fields"]
@@ -7312,6 +9550,560 @@ def test_a_table_that_disagrees_with_its_handlers_is_refused():
                                   "/v1/health/x", "/favicon.ico", "/hooks"])
 def test_what_is_not_there_is_404_in_the_envelope(server, path):
     assert server.refusal(f"GET {path}") == (404, "NOT_FOUND")
+
+
+# ============================================================================
+# OPENAPI. The table as a document.
+# ============================================================================
+
+
+@pytest.fixture(scope="module")
+def document(server) -> Json:
+    """The published document."""
+    return server.ask("GET /v1/openapi.json")
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """List a value and all that it holds."""
+    yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from inside(one)
+
+
+def test_get_openapi_describes_every_row_and_nothing_else(document):
+    told = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    assert told == {re.sub(r"[:*](\w+)", r"{\1}", one.route) for one in aegis.ROUTES if one.scope != "hook"}
+    assert document["openapi"].startswith("3.1.") and document["info"]["version"] == aegis.__version__
+
+
+def test_get_openapi_is_open_to_anyone_and_made_once(strict):
+    one, two = (strict.call("GET /v1/openapi.json", auth=False) for _ in range(2))
+    assert one.status == 200 and one.raw == two.raw
+
+
+def test_get_openapi_refers_to_nothing_that_is_not_there(document):
+    for one in inside(document):
+        if isinstance(one, dict) and isinstance(one.get("$ref"), str):
+            place = document
+            for step in one["$ref"].split("/")[1:]:
+                place = place[step]
+
+
+def test_get_openapi_names_fields_scopes_and_refusals(document):
+    create = document["paths"]["/v1/sessions"]["post"]
+    body = create["requestBody"]["content"]["application/json"]["schema"]
+    assert create["operationId"] == "create_session" and create["security"] == [{"bearer": ["sessions:write"]}]
+    assert body["additionalProperties"] is False and {"workDir", "prompt", "template"} <= set(body["properties"])
+    assert body["properties"]["prompt"]["maxLength"] == aegis.MAX_PROMPT
+    assert {"201", "400", "401", "403", "409", "502", "503", "default"} <= set(create["responses"])
+    assert create["x-tool"] == "create_session" and create["x-aliases"] == ["POST /sessions"]
+    assert {"$ref": "#/components/parameters/IdempotencyKey"} in create["parameters"]
+    read = document["paths"]["/v1/sessions/{id}/read"]["get"]
+    by_name = {one["name"]: one for one in read["parameters"]}
+    assert (by_name["id"]["in"], by_name["id"]["required"]) == ("path", True)
+    assert (by_name["wait"]["in"], by_name["wait"]["required"]) == ("query", False)
+    assert by_name["limit"]["schema"]["default"] == 20 and by_name["limit"]["schema"]["maximum"] == 1000
+    events = document["paths"]["/v1/events"]["get"]
+    assert list(events["responses"]["200"]["content"]) == ["text/event-stream"]
+    assert {"streamToken": []} in events["security"]
+    assert "security" not in document["paths"]["/v1/health"]["get"]
+
+
+def test_get_openapi_has_operation_ids_of_their_own(document):
+    ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+    assert len(set(ids)) == len(ids)
+
+
+def test_what_has_the_wrong_shape_is_found():
+    shape = aegis.record({"name": aegis.WORD, "many": aegis.listing(aegis.COUNT), "at": aegis.maybe(aegis.TIME)})
+    good = {"name": "a", "many": [1, 2], "at": None}
+    assert list(misshapen(shape, good, "it")) == []
+    for wrong in ({"name": ""}, {"name": None}, {"many": [1, -1]}, {"many": 1}, {"at": "today"}, {"more": 1}):
+        assert len(list(misshapen(shape, {**good, **wrong}, "it"))) == 1, wrong
+    assert len(list(misshapen(shape, {}, "it"))) == 3
+
+
+# ============================================================================
+# OFFERS. What other agents are offered: tools, resources, prompts.
+# ============================================================================
+
+NEWEST = "2026-07-28"
+META = "io.modelcontextprotocol/"
+
+
+def test_list_tools_names_every_row_that_is_a_tool(server, document):
+    told = server.ask("GET /v1/tools")
+    by_name = {one["name"]: one for one in told["tools"]}
+    assert set(by_name) == {route.tool for route in aegis.ROUTES if route.tool} and len(by_name) == len(told["tools"])
+    create = by_name["create_session"]
+    assert create["inputSchema"]["additionalProperties"] is False and "prompt" in create["inputSchema"]["properties"]
+    assert (create["route"], create["scope"]) == ("POST /v1/sessions", "sessions:write")
+    assert by_name["read_session"]["inputSchema"]["required"] == ["id"]
+    assert all(one["description"].endswith(".") and one["title"] for one in told["tools"])
+    assert {"get_health", "set_memory", "verify_session", "create_pipeline", "read_pane"} <= set(by_name)
+    named = [one["x-tool"] for methods in document["paths"].values() for one in methods.values() if "x-tool" in one]
+    assert sorted(named) == sorted(by_name)
+
+
+def test_tools_say_what_they_may_do():
+    hints = {one["name"]: one["annotations"] for one in aegis.wire_tools()}
+    assert hints["list_sessions"]["readOnlyHint"] and not hints["list_sessions"]["destructiveHint"]
+    assert hints["kill_session"]["destructiveHint"] and hints["kill_session"]["idempotentHint"]
+    assert not hints["create_session"]["readOnlyHint"] and hints["create_session"]["openWorldHint"]
+    assert hints["run_bash"]["destructiveHint"] and not hints["set_memory"]["openWorldHint"]
+
+
+def test_a_tool_asks_for_its_own_rows_scope():
+    asked = []
+
+    def may(scope):
+        asked.append(scope)
+        raise aegis.ApiError(403, "FORBIDDEN", "this key may not")
+    ask = aegis.Ask(None, may=may)
+    for name, route in aegis.TOOLS.items():
+        with pytest.raises(aegis.ApiError):
+            aegis.call_tool(ask, name, {})
+        assert asked[-1] == route.scope
+    told = aegis.mcp_call_tool(ask, {"name": "kill_session", "arguments": {"id": "x"}})
+    assert told["isError"] and told["structuredContent"]["code"] == "FORBIDDEN"
+    with pytest.raises(aegis.McpError):
+        aegis.reply_to(ask, rpc("resources/read", uri="aegis://sessions"), "2025-06-18")
+    shown = aegis.reply_to(ask, rpc("resources/list"), "2025-06-18")["result"]["resources"]
+    assert [one["uri"] for one in shown] == ["aegis://health", "aegis://sessions"]
+    assert len(aegis.reply_to(ask, rpc("prompts/list"), "2025-06-18")["result"]["prompts"]) == len(aegis.PROMPTS)
+
+
+@pytest.mark.parametrize("uri, tool, arguments", [
+    ("aegis://health", "get_health", {}), ("aegis://sessions", "list_sessions", {"limit": 200}),
+    ("aegis://sessions/a%2Fb", "get_session", {"id": "a/b"}), ("aegis://sessions/a/pane", "read_pane", {"id": "a"}),
+    ("aegis://sessions/a/transcript", "read_session", {"limit": 1000, "id": "a"}),
+    ("aegis://memory/notes/today", "get_memory", {"key": "notes/today"}), ("aegis://sessions/a/b/c", None, None),
+    ("aegis://", None, None), ("http://evil", None, None), ("aegis://sessions/", None, None)])
+def test_an_address_means_one_tool(uri, tool, arguments):
+    if tool is None:
+        with pytest.raises(aegis.ApiError) as refusal:
+            aegis.find_resource(uri)
+        assert refusal.value.status == 404
+    else:
+        found, given = aegis.find_resource(uri)
+        assert (found.tool, given) == (tool, arguments)
+
+
+# ============================================================================
+# MCP. The Model Context Protocol, without a wire.
+# ============================================================================
+
+
+def rpc(method: str, of: Any = 1, **params: Any) -> Json:
+    """Write a request; its _meta says the newest revision when the method is asked so by talk_mcp."""
+    return {"jsonrpc": "2.0", "id": of, "method": method, **({"params": params} if params else {})}
+
+
+def code_of(refusal: Any) -> int:
+    """Give the number of a JSON-RPC error."""
+    return refusal.value.body()["error"]["code"]
+
+
+@pytest.mark.parametrize("asked, told", [("2024-11-05", "2024-11-05"), ("2025-03-26", "2025-03-26"),
+                                         ("2025-06-18", "2025-06-18"), ("2025-11-25", "2025-11-25"),
+                                         (NEWEST, "2025-11-25"), ("1999-01-01", "2025-11-25"), ("", "2025-11-25")])
+def test_a_handshake_settles_a_revision(asked, told):
+    answer = aegis.reply_to(None, rpc("initialize", protocolVersion=asked, capabilities={}), "2025-11-25")
+    assert answer["result"]["protocolVersion"] == told and answer["result"]["serverInfo"]["name"] == "aegis"
+    assert {"tools", "resources", "prompts"} == set(answer["result"]["capabilities"])
+
+
+@pytest.mark.parametrize("message, code", [
+    ([], -32600), (3, -32600), ({}, -32600), ({"id": 1, "method": "ping"}, -32600),
+    ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": None, "method": "x"}, -32600),
+    ({"jsonrpc": "2.0", "id": True, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": 1.5, "method": "x"}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": []}, -32600), ({"jsonrpc": "2.0", "id": 1}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": [1]}, -32602), (rpc("nothing/like/it"), -32601),
+    (rpc("server/discover"), -32601), (rpc("tools/call"), -32602), (rpc("tools/call", name="nope"), -32602),
+    (rpc("tools/call", name="get_health", arguments=[]), -32602), (rpc("tools/list", cursor="from-7"), -32602),
+    (rpc("tools/list", cursor=5), -32602), (rpc("resources/read", uri="aegis://nope"), -32002),
+    (rpc("prompts/get", name="review", arguments={}), -32602), (rpc("prompts/get", name=5), -32602),
+    (rpc("prompts/get", name="review", arguments={"session": "x", "more": "y"}), -32602),
+    (rpc("initialize"), -32602)])
+def test_wrong_messages_are_refused_by_number(message, code):
+    with pytest.raises(aegis.McpError) as refusal:
+        aegis.reply_to(aegis.Ask(None), message, "2025-06-18")
+    assert code_of(refusal) == code
+    body = refusal.value.body()
+    assert body["jsonrpc"] == "2.0" and isinstance(body["error"]["message"], str)
+    known = message.get("id") if isinstance(message, dict) else None
+    assert body["id"] == (known if type(known) is int else None)
+
+
+def test_notifications_and_answers_are_taken_in_silence():
+    for message in ({"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "method": "whatever"},
+                    {"jsonrpc": "2.0", "id": 7, "result": {}}, {"jsonrpc": "2.0", "id": 7, "error": {"code": 1}}):
+        assert aegis.reply_to(None, message, "2025-06-18") is None
+
+
+def test_a_bug_in_a_method_is_an_internal_error_and_stays_in_the_log():
+    class Books:
+        """Where the log goes."""
+
+        noted: List[str] = []
+        log = property(lambda self: self)
+
+        def note(self, level: str, message: str, **fields: Any) -> None:
+            """Keep a line."""
+            self.noted.append(fields["trace"])
+    broken = {"ping": (lambda ask, params: 1 // 0, aegis.PROTOCOLS)}
+    with pytest.raises(aegis.McpError) as refusal:
+        aegis.reply_to(aegis.Ask(Books()), rpc("ping"), "2025-06-18", broken)
+    assert code_of(refusal) == -32603 and "ZeroDivision" in Books.noted[0]
+    assert "Division" not in json.dumps(refusal.value.body())
+
+
+def test_the_newest_revision_wraps_its_results():
+    told = aegis.reply_to(None, rpc("tools/list"), NEWEST)["result"]
+    assert (told["resultType"], told["cacheScope"]) == ("complete", "private") and told["ttlMs"] >= 0
+    assert told["_meta"][f"{META}serverInfo"]["name"] == "aegis"
+    assert "resultType" not in aegis.reply_to(None, rpc("tools/list"), "2025-11-25")["result"]
+    found = aegis.reply_to(None, rpc("server/discover"), NEWEST)["result"]
+    assert NEWEST in found["supportedVersions"] and "2025-06-18" in found["supportedVersions"]
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "ünï/☃", " edge ", "=?base64?x?=", "tab\there"])
+def test_a_header_carries_any_text(name):
+    written = aegis.header_word(name)
+    assert re.fullmatch(r"[\x20-\x7e]+", written) and aegis.header_text(written) == name
+    assert aegis.header_text("=?base64?%%?=") is None and aegis.header_text(None) is None
+
+
+def test_resources_come_page_by_page(monkeypatch):
+    ids = [f"s{number}" for number in range(230)]
+
+    def sessions(ask, name, arguments):
+        begin = (arguments["page"] - 1) * arguments["limit"]
+        shown = [{"id": one, "name": one, "status": "idle", "workDir": "/"} for one in
+                 ids[begin:begin + arguments["limit"]]]
+        return {"sessions": shown, "pagination": {"total": len(ids)}}
+    monkeypatch.setattr(aegis, "call_tool", sessions)
+    found, cursor, pages = [], {}, 0
+    while cursor is not None:
+        told = aegis.reply_to(aegis.Ask(None), rpc("resources/list", **cursor), "2025-06-18")["result"]
+        found += [one["uri"] for one in told["resources"]]
+        cursor, pages = {"cursor": told["nextCursor"]} if "nextCursor" in told else None, pages + 1
+    assert found == ["aegis://health", "aegis://sessions", *(f"aegis://sessions/{one}" for one in ids)] and pages == 3
+
+
+# ============================================================================
+# STREAMABLE. MCP over HTTP.
+# ============================================================================
+
+
+class Mcp:
+    """A client of POST /mcp, of either era."""
+
+    def __init__(self, server: Server, version: str = "2025-11-25") -> None:
+        self.server, self.version, self.session, self.count = server, version, "", 0
+        if version != NEWEST:
+            shaken = self.call("initialize", protocolVersion=version, capabilities={})
+            assert shaken.json["result"]["protocolVersion"] == version
+            self.session = shaken.headers["Mcp-Session-Id"]
+
+    def message(self, method: str, params: Json) -> Tuple[Json, Json]:
+        """Write a request, and its headers."""
+        self.count += 1
+        headers = {"Accept": "application/json"}
+        if self.version == NEWEST:
+            meta = {f"{META}protocolVersion": NEWEST, f"{META}clientCapabilities": {}, **params.get("_meta", {})}
+            params = {**params, "_meta": meta}
+            headers.update({"MCP-Protocol-Version": NEWEST, "Mcp-Method": method})
+            named = params.get("name", params.get("uri"))
+            headers.update({"Mcp-Name": aegis.header_word(named)} if named and method != "x" else {})
+        elif self.session:
+            headers.update({"MCP-Protocol-Version": self.version, "Mcp-Session-Id": self.session})
+        return rpc(method, self.count, **params), headers
+
+    def call(self, method: str, **params: Any) -> Answer:
+        """Make a request that is answered as JSON."""
+        message, headers = self.message(method, params)
+        return self.server.call("POST /mcp", message, headers)
+
+    def ask(self, method: str, **params: Any) -> Json:
+        """The same, and it must succeed."""
+        told = self.call(method, **params).json
+        assert "result" in told, told
+        return told["result"]
+
+    def tool(self, tool: str, **arguments: Any) -> Json:
+        """Call a tool that must not refuse."""
+        told = self.ask("tools/call", name=tool, arguments=arguments)
+        assert told["isError"] is False, told
+        assert json.loads(told["content"][0]["text"]) == told["structuredContent"]
+        return told["structuredContent"]
+
+    def notify(self, method: str, **params: Any) -> int:
+        """Send a notification; gives the status."""
+        headers = {"Mcp-Session-Id": self.session, "MCP-Protocol-Version": self.version}
+        return self.server.call("POST /mcp", {"jsonrpc": "2.0", "method": method, "params": params}, headers).status
+
+    def speak(self, method: str, **params: Any) -> Iterator[Json]:
+        """Make a request that is answered as an event stream; gives its messages as they come."""
+        message, headers = self.message(method, params)
+        yield from messages_of_stream(self.server, "POST", {**headers, "Accept": "application/json, text/event-stream",
+                                                            "Content-Type": "application/json"}, json.dumps(message))
+
+
+def messages_of_stream(server: Server, method: str, headers: Json, body: Optional[str] = None) -> Iterator[Json]:
+    """Read the messages of an event stream at /mcp."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        line.request(method, "/mcp", body, {**server.auth, **headers})
+        answer = line.getresponse()
+        assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/event-stream"), answer.status
+        parser = Stream()
+        for raw in iter(answer.readline, b""):
+            event = parser.feed(raw)
+            if event:
+                assert event.type == "message"
+                yield json.loads(event.data)
+    finally:
+        line.close()
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25", NEWEST])
+def test_post_mcp_drives_a_session_from_create_to_kill(server, version):
+    client = Mcp(server, version)
+    made = client.tool("create_session", workDir=str(server.work), prompt="[[say from afar]]")
+    assert made["promptDelivery"]["delivered"] is True
+    read = client.tool("read_session", id=made["id"], wait="idle", timeout=30)
+    assert (read["status"], read["output"]) == ("idle", "from afar")
+    uri = f"aegis://sessions/{made['id']}"
+    pages = {name: client.ask("resources/read", uri=uri + name)["contents"][0] for name in ("", "/transcript", "/pane")}
+    assert json.loads(pages[""]["text"])["id"] == made["id"] and pages["/pane"]["mimeType"] == "text/plain"
+    assert "from afar" in [one["text"] for one in json.loads(pages["/transcript"]["text"])["messages"]]
+    assert uri in [one["uri"] for one in client.ask("resources/list")["resources"]]
+    words = client.ask("prompts/get", name="review", arguments={"session": made["id"]})["messages"][0]["content"]
+    assert made["id"] in words["text"]
+    assert client.tool("kill_session", id=made["id"])["killed"] is True
+
+
+def test_post_mcp_refuses_a_tool_in_words_that_a_model_can_read(server):
+    told = Mcp(server).ask("tools/call", name="read_session", arguments={"id": "nobody", "zebra": 1})
+    assert told["isError"] is True and told["structuredContent"]["fields"] == {
+        "zebra": "is not a field of this request"}
+    gone = Mcp(server, NEWEST).ask("tools/call", name="read_session", arguments={"id": "nobody"})
+    assert (gone["isError"], gone["structuredContent"]["code"]) == (True, "SESSION_NOT_FOUND")
+    wide = Mcp(server).ask("tools/call", name="set_permissions", arguments={"id": "x", "policy": {}, "zebra": 1})
+    assert "zebra" in wide["structuredContent"]["fields"]
+
+
+def test_post_mcp_keeps_memory_and_fills_templates(server):
+    client = Mcp(server)
+    client.tool("set_memory", key="mcp/ünï", value={"from": "mcp"})
+    assert client.tool("get_memory", key="mcp/ünï")["value"] == {"from": "mcp"}
+    read = client.ask("resources/read", uri="aegis://memory/mcp/%C3%BCn%C3%AF")["contents"][0]
+    assert json.loads(read["text"])["value"] == {"from": "mcp"}
+    client.tool("create_template", name="greet", variables={"who": {"required": True}},
+                session={"prompt": "Hello {{who}}."})
+    listed = {one["name"]: one for one in client.ask("prompts/list")["prompts"]}
+    assert listed["greet"]["arguments"][0] == {"name": "who", "description": "", "required": True}
+    told = client.ask("prompts/get", name="greet", arguments={"who": "you"})["messages"][0]
+    assert told == {"role": "user", "content": {"type": "text", "text": "Hello you."}}
+    client.tool("delete_template", id="greet")
+    client.tool("delete_memory", key="mcp/ünï")
+    assert client.call("prompts/get", name="greet").json["error"]["code"] == -32002
+
+
+@pytest.mark.parametrize("body, headers, status, code", [
+    (b"{", {}, 400, -32700), (b"\xff{}", {}, 400, None), (b"NaN", {}, 400, -32700), (b"[" * 100_000, {}, 400, -32700),
+    (b'{"zebra": 1}', {}, 400, -32600), (b'"text"', {}, 400, -32600), (b"", {}, 400, -32700),
+    (rpc("ping"), {"Content-Type": "text/plain"}, 415, None), (rpc("ping"), {"Accept": "text/html"}, 406, -32600),
+    (rpc("ping"), {"MCP-Protocol-Version": "1.0"}, 400, -32022),
+    (rpc("ping"), {"MCP-Protocol-Version": NEWEST}, 400, -32602), ({**rpc("x"), "method": []}, {}, 400, -32600),
+    (rpc("ping", _meta={f"{META}protocolVersion": [], f"{META}clientCapabilities": {}}), {}, 400, -32020),
+    (rpc("ping"), {"Mcp-Session-Id": "ü"}, 400, -32600), (rpc("ping"), {"Origin": "http://evil.example"}, 403, None),
+    ([rpc("ping")], {"MCP-Protocol-Version": "2025-06-18"}, 400, -32600), ([], {}, 400, -32600),
+    ([rpc("ping")] * 51, {}, 400, -32600)], ids=lambda value: str(value)[:40])
+def test_post_mcp_refuses_what_is_no_message(server, body, headers, status, code):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    told = server.call("POST /mcp", raw, {name: value.encode() if name == "Mcp-Session-Id" else value
+                                          for name, value in headers.items()})
+    assert told.status == status
+    assert code is None or told.json["error"]["code"] == code
+
+
+@pytest.mark.parametrize("change, code", [
+    ({"Mcp-Method": "tools/list"}, -32020), ({"Mcp-Name": "kill_session"}, -32020), ({"Mcp-Name": None}, -32020),
+    ({"MCP-Protocol-Version": "2025-06-18"}, -32020), ({"MCP-Protocol-Version": None}, -32020)])
+def test_post_mcp_holds_headers_against_the_message(server, change, code):
+    message, headers = Mcp(server, NEWEST).message("tools/call", {"name": "get_health"})
+    assert server.call("POST /mcp", message, headers).status == 200
+    both = {**headers, **change}
+    told = server.call("POST /mcp", message, {name: value for name, value in both.items() if value is not None})
+    assert (told.status, told.json["error"]["code"], told.json["id"]) == (400, code, 1)
+
+
+def test_post_mcp_tells_a_newer_client_what_is_spoken_here(server):
+    message, headers = Mcp(server, NEWEST).message("ping", {"_meta": {f"{META}protocolVersion": "2030-01-01"}})
+    told = server.call("POST /mcp", message, {**headers, "MCP-Protocol-Version": "2030-01-01"})
+    assert (told.status, told.json["error"]["code"]) == (400, -32022)
+    assert told.json["error"]["data"] == {"supported": list(aegis.PROTOCOLS), "requested": "2030-01-01"}
+    assert Mcp(server, NEWEST).call("initialize", protocolVersion=NEWEST).status == 404
+
+
+def test_post_mcp_takes_batches_of_the_one_revision_that_has_them(server):
+    batch = [rpc("ping", "a"), {"jsonrpc": "2.0", "method": "notifications/initialized"}, 5, rpc("nope", 2),
+             rpc("initialize", 3, protocolVersion="2025-03-26"),
+             rpc("tools/call", 4, name="get_health", arguments={})]
+    told = server.call("POST /mcp", batch).json
+    assert [(one["id"], one.get("error", {}).get("code")) for one in told] == [
+        ("a", None), (None, -32600), (2, -32601), (3, -32600), (4, None)]
+    silent = server.call("POST /mcp", [{"jsonrpc": "2.0", "method": "x"}])
+    assert (silent.status, silent.raw) == (202, b"")
+
+
+def test_post_mcp_wants_the_token_and_opens_no_tool_without_it(strict):
+    told = strict.call("POST /mcp", rpc("tools/call", name="list_sessions"), auth=False)
+    assert (told.status, told.json["code"]) == (401, "UNAUTHORIZED")
+    assert Mcp(strict, NEWEST).tool("list_sessions")["sessions"] == []
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", NEWEST])
+def test_post_mcp_tells_of_progress_while_it_waits(server, make, version):
+    talk, client = make(), Mcp(server, version)
+    talk.send("[[hang]]")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                           _meta={"progressToken": "p1"})
+    heard = [next(waiting)]                       # a sign of life, while nothing happens
+    talk.ask("POST interrupt")
+    heard += list(waiting)
+    signs, last = heard[:-1], heard[-1]
+    assert last["result"]["structuredContent"]["status"] == "idle" and last["id"] == client.count
+    assert all(one["method"] == "notifications/progress" and one["params"]["progressToken"] == "p1" for one in signs)
+    counts = [one["params"]["progress"] for one in signs]
+    assert counts == sorted(set(counts)) and any("turn.ended" in one["params"]["message"] for one in signs)
+
+
+def test_post_mcp_tells_nobody_of_other_sessions_progress(server, make):
+    talk, other, client = make(), make(), Mcp(server)
+    talk.send("[[hang]]")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    other.say("[[say secret]]")
+    talk.ask("POST interrupt")
+    assert other.get()["name"] not in json.dumps(list(waiting))
+
+
+def test_post_mcp_sends_no_progress_to_those_who_did_not_ask(server, make):
+    talk = make()
+    heard = list(Mcp(server).speak("tools/call", name="send_prompt", arguments={"id": talk.id, "text": "[[say x]]"}))
+    assert len(heard) == 1 and heard[0]["result"]["structuredContent"]["delivered"] is True
+
+
+def test_post_mcp_cancelled_ends_the_waiting_and_never_the_work(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle", "timeout": 600},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    stranger = Mcp(server)
+    assert stranger.notify("notifications/cancelled", requestId=client.count) == 202     # in another session
+    assert next(waiting)["method"] == "notifications/progress"
+    assert client.notify("notifications/cancelled", requestId=client.count) == 202
+    assert [one for one in waiting if "result" in one or "error" in one] == []
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+def threads(server: Server) -> int:
+    """Count a server's threads."""
+    flag = "-M" if sys.platform == "darwin" else "-L"
+    told = subprocess.run(["ps", flag, "-p", str(server.process.pid)], stdout=subprocess.PIPE).stdout
+    return len(told.splitlines()) - 1
+
+
+def test_post_mcp_ends_the_waiting_of_clients_that_hung_up(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    lines, answers = [], []
+    for _ in range(20):
+        message, headers = client.message("tools/call", {"name": "read_session", "arguments": {
+            "id": talk.id, "wait": "idle", "timeout": 600}})
+        lines.append(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60))
+        lines[-1].request("POST", "/mcp", json.dumps(message), {
+            **headers, "Accept": "application/json, text/event-stream", "Content-Type": "application/json"})
+        answers.append(lines[-1].getresponse())
+        assert answers[-1].status == 200
+    waiting = threads(server)
+    for one in (*answers, *lines):
+        one.close()
+    eventually(lambda: threads(server) <= waiting - 30)    # two for each that waits
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+def test_stream_mcp_tells_a_session_of_what_it_watches(server, make):
+    talk, other, client = make(), make(), Mcp(server)
+    uri = f"aegis://sessions/{talk.id}"
+    assert client.call("resources/subscribe", uri="aegis://sessions/nobody").json["error"]["code"] == -32002
+    client.ask("resources/subscribe", uri=uri)
+    headers = {"Accept": "text/event-stream", "Mcp-Session-Id": client.session, "MCP-Protocol-Version": "2025-11-25"}
+    heard: List[Json] = []
+    reader = threading.Thread(target=lambda: heard.extend(messages_of_stream(server, "GET", headers)), daemon=True)
+    reader.start()
+    other.say("[[say other]]")
+    eventually(lambda: talk.ask("POST send", {"text": "[[say x]]"}) and heard or time.sleep(0.1))
+    assert server.call("DELETE /mcp", headers=headers).json == {"ended": True}
+    reader.join(WITHIN)
+    assert not reader.is_alive() and {one["params"]["uri"] for one in heard if "uri" in one["params"]} == {uri}
+    assert client.call("ping").status == 404
+
+
+def test_stream_mcp_needs_a_client_that_takes_events(server):
+    assert server.call("GET /mcp").status == 406
+    newest = {"Accept": "text/event-stream", "MCP-Protocol-Version": NEWEST}
+    assert server.call("GET /mcp", headers=newest).status == 405
+
+
+def test_post_mcp_listens_for_what_a_request_asks(server, make):
+    talk, client = make(), Mcp(server, NEWEST)
+    uri = f"aegis://sessions/{talk.id}"
+    wish = {"resourceSubscriptions": [uri], "resourcesListChanged": True, "toolsListChanged": True}
+    assert client.call("subscriptions/listen", notifications=wish).status == 406
+    told = client.speak("subscriptions/listen", notifications=wish)
+    opened = next(told)
+    assert opened["params"]["notifications"] == {"resourceSubscriptions": [uri], "resourcesListChanged": True}
+    talk.send("[[say x]]")
+    changed = next(told)
+    assert (changed["method"], changed["params"]["uri"]) == ("notifications/resources/updated", uri)
+    assert changed["params"]["_meta"][f"{META}subscriptionId"] == client.count
+    talk.kill()
+    assert any(one["method"] == "notifications/resources/list_changed" for one in told)
+    told.close()
+
+
+def test_end_mcp_ends_a_session_and_what_waits_in_it(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle", "timeout": 600},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    assert server.call("DELETE /mcp").status == 400
+    assert server.call("DELETE /mcp", headers={"Mcp-Session-Id": client.session}).status == 200
+    assert all("result" not in one for one in waiting)
+    assert server.call("DELETE /mcp", headers={"Mcp-Session-Id": client.session}).status == 404
+    assert client.call("ping").status == 404 and talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+@alone
+def test_post_mcp_goes_on_with_a_session_through_a_restart(house):
+    own = house(AEGIS_AGENT="demo")
+    client = Mcp(own)
+    client.ask("ping")
+    own.crash().start()
+    assert client.ask("ping") == {} and client.tool("get_health")["status"] == "ok"
 
 
 # ============================================================================
@@ -8085,13 +10877,992 @@ def test_bench_prints_its_table(_):
 
 
 # ============================================================================
-# COMMAND LINE. serve, bench, selftest, audit, demo-agent.
+# CLIENT. A caller of a running Aegis.
 # ============================================================================
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    assert aegis.main(["dance"]) == 2
-    assert "selftest" in capsys.readouterr().err
+def client_of(server: Server) -> aegis.Client:
+    """Give a client of a server."""
+    return aegis.Client(f"http://127.0.0.1:{server.port}", server.env.get("AEGIS_AUTH_TOKEN", ""))
+
+
+def row(tool: str) -> Any:
+    """Find the row that a tool names."""
+    return next(one for one in aegis.ROUTES if one.tool == tool)
+
+
+@contextlib.contextmanager
+def answering(*lines: Tuple[bytes, ...]) -> Iterator[Tuple[str, List[bytes]]]:
+    """Answer what comes on one connection after the other, then close it; gives the address and what was asked."""
+    asked: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                for answers in lines:
+                    with listening.accept()[0] as line, line.makefile("rb") as coming:
+                        for answer in answers:
+                            head = b"".join(iter(coming.readline, b"\r\n"))
+                            length = re.search(rb"Content-Length: (\d+)", head)
+                            asked.append(head + coming.read(int(length.group(1)) if length else 0))
+                            line.sendall(answer)
+        worker = threading.Thread(target=serve, daemon=True)
+        worker.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+        listening.shutdown(socket.SHUT_RDWR)
+        worker.join(5)
+
+
+def http_answer(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
+    """Write an answer."""
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+def failure(work: Callable[[], Any]) -> aegis.ApiError:
+    """Give the error that work must end with."""
+    with pytest.raises(aegis.ApiError) as caught:
+        work()
+    return caught.value
+
+
+def test_a_client_asks_by_rows_on_one_connection(server):
+    client = client_of(server)
+    assert client.call("GET", "/v1/health")["status"] == "ok"
+    line = client.line
+    key = f"a b/c?{uuid.uuid4().hex}/ü"
+    client.ask(row("set_memory"), {"key": key, "value": {"a": [1, None, "é"]}})
+    assert client.ask(row("get_memory"), {"key": key})["value"] == {"a": [1, None, "é"]}
+    assert [one["key"] for one in client.ask(row("list_memory"), {"prefix": key, "limit": 5})["entries"]] == [key]
+    assert client.ask(row("delete_memory"), {"key": key})["deleted"] is True
+    assert client.line is line
+    client.close()
+    assert failure(lambda: client.call("GET", "/v1/health")).code == "HUNG_UP"
+
+
+def test_a_client_tells_a_refusal_as_it_was(server, strict):
+    client = client_of(server)
+    wrong = failure(lambda: client.call("POST", "/v1/memory", {"key": "", "what": 1}))
+    assert (wrong.status, wrong.code) == (400, "INVALID_REQUEST") and wrong.more["fields"]["value"] == "is required"
+    assert failure(lambda: client.ask(row("get_session"), {"id": "../x?y"})).code == "SESSION_NOT_FOUND"
+    assert failure(lambda: client.ask(row("get_session"), {"id": ""})).message == "id is required"
+    stranger = aegis.Client(f"http://127.0.0.1:{strict.port}", "wrong")
+    assert failure(lambda: stranger.call("GET", "/v1/sessions")).status == 401
+    assert client_of(strict).call("GET", "/v1/sessions")["sessions"] == []
+
+
+def test_a_client_says_what_to_do_where_no_aegis_answers():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    lost = failure(lambda: aegis.Client(f"http://127.0.0.1:{port}").call("GET", "/v1/health"))
+    assert (lost.status, lost.code) == (0, "NO_SERVER")
+    assert f"no Aegis answers at http://127.0.0.1:{port}: start one with `python3 aegis.py`" in lost.message
+    lost = failure(lambda: next(aegis.Client(f"http://127.0.0.1:{port}").events()))
+    assert lost.code == "NO_SERVER"
+    for url in ("127.0.0.1:9100", "ftp://x", "http://", "http://a:b@c", "http://x:port", "http://x/?y"):
+        assert failure(lambda: aegis.Client(url)).code == "BAD_URL", url
+    assert failure(lambda: aegis.Client("http://x", "a\r\nX: y")).code == "BAD_TOKEN"
+
+
+def test_a_client_says_when_what_answers_is_no_aegis_or_too_slow():
+    page = http_answer(b"<h1>Hello</h1>", kind="text/html")
+    with answering((page,), (http_answer(b"<h1>Bad gateway</h1>", "502 Bad Gateway"),), (b"",),
+                   (http_answer(b"{}")[:-1],)) as (url, _):
+        client = aegis.Client(url)
+        told = [failure(lambda: client.call("GET", "/v1/health")) for _ in range(4)]
+    assert [one.code for one in told] == ["NO_AEGIS", "NO_AEGIS", "CONNECTION_LOST", "CONNECTION_LOST"]
+    assert [one.status for one in told] == [0, 502, 0, 0]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = aegis.Client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert failure(lambda: slow.call("GET", "/v1/health", seconds=0.05)).code == "NO_ANSWER"
+
+
+def test_a_client_repeats_only_what_may_be_repeated():
+    good = http_answer(b'{"n": 1}')
+    with answering((good, b""), (good, b""), (good, b""), (good,)) as (url, asked):   # b"": taken, and never answered
+        client = aegis.Client(url)
+        for _ in range(2):
+            assert client.call("GET", "/x") == {"n": 1}
+        assert client.call("POST", "/x", {}, key="once") == {"n": 1}
+        assert failure(lambda: client.call("POST", "/x", {})).code == "CONNECTION_LOST"
+    assert [one.split()[0] for one in asked] == [b"GET", b"GET", b"GET", b"POST", b"POST", b"POST"]
+    with answering((good,), (good,)) as (url, asked):
+        client = aegis.Client(url)
+        client.call("GET", "/x")
+        eventually(lambda: not client._kept())       # the server has closed it: nothing is lost by asking anew
+        assert client.call("POST", "/x", {}) == {"n": 1}
+
+
+def test_a_client_behind_a_path_sends_its_token_and_host():
+    with answering((http_answer(b"{}"),)) as (url, asked):
+        assert aegis.Client(url + "/my%20box/", "t0ken").call("GET", "/v1/health") == {}
+    head = asked[0].decode().split("\r\n")
+    assert head[0] == "GET /my%20box/v1/health HTTP/1.1" and "Authorization: Bearer t0ken" in head
+    assert f"Host: {url[7:]}" in head
+
+
+def test_an_event_stream_is_read_by_the_rules_of_event_streams():
+    raw = (b": hello\nretry: 2000\nid: 1\ndata: {\"id\":1,\ndata: \"a\":2}\r\n\r\n:\n\ndata:{\"id\":2}\n\n"
+           b"data: [1]\n\ndata: {\"id\":3}\n")
+    assert list(aegis.read_blocks(iter(raw.splitlines(True)))) == [{"id": 1, "a": 2}, {"id": 2}]
+
+
+@alone
+def test_a_client_follows_events_through_a_restart(house):
+    own = house()
+    client = client_of(own)
+    client.call("POST", "/v1/memory", {"key": "k0", "value": 0})
+    events = client.events(after=0, types="memory.set")
+    assert next(events)["key"] == "k0"
+    own.crash()
+    own.start(own.port)
+    client.call("POST", "/v1/memory", {"key": "k1", "value": 1})
+    assert next(events)["key"] == "k1"
+    own.crash()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aegis, "COME_BACK_SECONDS", 0.2)
+        assert failure(lambda: next(events)).code in ("NO_SERVER", "CONNECTION_LOST")
+
+
+def test_a_client_that_hangs_up_ends_what_waits(talk):
+    talk.server.events.told(None)
+    client = client_of(talk.server)
+    busy = threading.Thread(target=lambda: told.append(failure(
+        lambda: client.call("GET", "/v1/verify/none?wait=done")).code), daemon=True)
+    told: List[str] = []
+    stream = client.events(f"/v1/sessions/{talk.id}/events", after=0)
+    assert next(stream)["type"] == "session.created"
+    heard: List[Json] = []
+    listening = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+    listening.start()
+    eventually(lambda: heard)
+    client.close()
+    listening.join(WITHIN)
+    assert not listening.is_alive()
+    busy.start()
+    busy.join(WITHIN)
+    assert told == ["HUNG_UP"]
+
+
+def test_the_server_of_our_state_directory_is_found_and_only_it_gets_its_key(server, tmp_path):
+    here = f"http://127.0.0.1:{server.port}"
+    assert aegis.own_address(str(server.state)) == here
+    env = {"AEGIS_STATE_DIR": str(server.state)}
+    key = server.state / "admin.key"
+    key.write_text("minted\n")
+    try:
+        bearer = [aegis.reach(url, environ=env).headers.get("Authorization") for url in ("", here, "http://other:9100")]
+        assert bearer == ["Bearer minted", "Bearer minted", None]
+        assert aegis.reach(environ={**env, "AEGIS_TOKEN": "mine"}).headers["Authorization"] == "Bearer mine"
+        assert aegis.reach(token=f"@{key}", environ=env).headers["Authorization"] == "Bearer minted"
+        assert aegis.reach(environ={**env, "AEGIS_URL": "http://other:9100"}).url == "http://other:9100"
+    finally:
+        key.unlink()
+    for name, text in (("lock", str(2 ** 22 + 7)), ("address", here), ("admin.key", "minted")):
+        (tmp_path / name).write_text(text)
+    left = aegis.reach(environ={"AEGIS_STATE_DIR": str(tmp_path), "AEGIS_PORT": "9123"})   # by one that was killed
+    assert (left.url, left.headers.get("Authorization")) == ("http://127.0.0.1:9123", None)
+    assert failure(lambda: aegis.reach(token="@/no/such/file", environ={})).code == "BAD_TOKEN"
+
+
+# ============================================================================
+# BRIDGE. MCP over stdin and stdout.
+# ============================================================================
+
+
+class Pipe:
+    """A client that starts `aegis.py mcp` and talks to it."""
+
+    def __init__(self, server: Server, *words: str, **env: str) -> None:
+        own = {"PATH": OUTSIDE["PATH"], "HOME": str(server.root / "home"), "AEGIS_STATE_DIR": str(server.root / "none"),
+               "AEGIS_URL": f"http://127.0.0.1:{server.port}", **env}
+        self.process = subprocess.Popen([sys.executable, str(AEGIS), "mcp", *words], env=own, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.heard: List[Json] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for raw in self.process.stdout:   # what is no JSON ends the reader, and with it every wait
+            self.heard.append(json.loads(raw))
+
+    def write(self, *messages: Any) -> None:
+        """Send messages, each on its line."""
+        for one in messages:
+            self.process.stdin.write(one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self, of: Any) -> Json:
+        """Wait for the answer to a request."""
+        return eventually(lambda: [one for one in self.heard if one.get("id") == of and "method" not in one][0])
+
+    def ask(self, method: str, of: Any, **params: Any) -> Json:
+        """Make a request, and wait for its answer."""
+        self.write(rpc(method, of, **params))
+        return self.answer(of)
+
+    def close(self) -> int:
+        """Close stdin; gives the exit code."""
+        self.process.stdin.close()
+        code = self.process.wait(WITHIN)
+        self.reader.join(WITHIN)
+        return code
+
+
+@pytest.fixture
+def pipe(server) -> Iterator[Pipe]:
+    """A client over stdin and stdout that has shaken hands."""
+    one = Pipe(server)
+    told = one.ask("initialize", 0, protocolVersion="2025-06-18", capabilities={},
+                   clientInfo={"name": "t", "version": "1"})
+    assert told["result"]["protocolVersion"] == "2025-06-18"
+    one.write({"jsonrpc": "2.0", "method": "notifications/initialized"})
+    yield one
+    assert one.close() == 0 and one.process.stderr.read() == b""
+
+
+def test_bridge_drives_a_session_and_ends_with_its_input(server, pipe):
+    made = pipe.ask("tools/call", "a", name="create_session", arguments={
+        "workDir": str(server.work), "prompt": "[[say over the pipe]]"})["result"]["structuredContent"]
+    read = pipe.ask("tools/call", 1, name="read_session", arguments={"id": made["id"], "wait": "idle"},
+                    _meta={"progressToken": "p"})["result"]["structuredContent"]
+    assert (read["status"], read["output"]) == ("idle", "over the pipe")
+    pipe.ask("tools/call", 2, name="kill_session", arguments={"id": made["id"]})
+
+
+def test_bridge_answers_at_once_while_another_request_waits_and_cancels_that(server, make, pipe):
+    talk = make()
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    uri = f"aegis://sessions/{talk.id}"
+    assert pipe.ask("resources/subscribe", "s", uri=uri)["result"] == {}
+    pipe.write(rpc("tools/call", "long", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                   _meta={"progressToken": 7}))
+    eventually(lambda: [one for one in pipe.heard if one.get("method") == "notifications/progress"])
+    pipe.write(*(rpc("ping", f"p{number}") for number in range(20)))
+    assert all(pipe.answer(f"p{number}")["result"] == {} for number in range(20))
+    pipe.write({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "long"}})
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+    eventually(lambda: [one for one in pipe.heard if one.get("params", {}).get("uri") == uri])   # and it watches
+    assert pipe.ask("ping", "after")["result"] == {}
+    assert [one for one in pipe.heard if one.get("id") == "long"] == []
+
+
+def test_bridge_writes_nothing_but_messages(pipe):
+    pipe.write(b"\n", b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"NaN\n", [rpc("ping", 1)], {"zebra": 1})
+    wrong = eventually(lambda: len(pipe.heard) >= 7 and pipe.heard[1:])
+    assert sorted(one["error"]["code"] for one in wrong) == [-32700] * 3 + [-32600] * 3
+    assert pipe.ask("ping", "text\nwith\tesc\x1b")["result"] == {}
+
+
+def test_bridge_speaks_the_newest_revision_too(pipe):
+    meta = {f"{META}protocolVersion": NEWEST, f"{META}clientCapabilities": {}}
+    assert NEWEST in pipe.ask("server/discover", "d", _meta=meta)["result"]["supportedVersions"]
+    told = pipe.ask("resources/read", "r", uri="aegis://memory/n\u00f6/☃", _meta=meta)
+    assert told["error"]["code"] == -32602 and "MEMORY_NOT_FOUND" in json.dumps(told)
+
+
+def test_bridge_without_a_server_says_so_and_writes_no_message(tmp_path):
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    done = run_aegis("mcp", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")
+    free.close()
+    assert (done.returncode, done.stdout) == (1, "") and "no Aegis answers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bridge_needs_the_token_of_a_closed_server(strict):
+    url = f"http://127.0.0.1:{strict.port}"
+    assert "token" in run_aegis("mcp", "--url", url).stderr
+    one = Pipe(strict, AEGIS_TOKEN=strict.env["AEGIS_AUTH_TOKEN"])
+    told = one.ask("tools/call", 1, name="list_sessions", arguments={})
+    assert told["result"]["isError"] is False and one.close() == 0
+
+
+@alone
+def test_bridge_lives_on_when_the_server_restarts(house):
+    own = house(AEGIS_AGENT="demo")
+    one = Pipe(own)
+    one.ask("initialize", 0, protocolVersion="2025-11-25", capabilities={})
+    own.crash()
+    assert one.ask("ping", 1)["error"]["code"] == -32000
+    own.start()
+    assert one.ask("ping", 2)["result"] == {} and one.close() == 0
+
+
+# ============================================================================
+# TERMINAL. What a person reads, and what they type.
+# ============================================================================
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.exe\r\x08"
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def cli(server: Optional[Server], *words: str, stdin: str = "", **env: str) -> Done:
+    """Run a command against a server, in this process: a start costs more than most of them do."""
+    base = server.env if server else {**clean_environment(Path(tempfile.gettempdir())), "AEGIS_STATE_DIR": "/none"}
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(os, "environ", {**base, **env})
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(signal, "signal", lambda *_: None)
+        return Done(aegis.main(words), out.getvalue(), err.getvalue())
+
+
+def cli_process(server: Server, *words: str, **more: Any) -> Any:
+    """Begin a command as a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", IMPORTED, str(HERE), *words], env=server.env, cwd=str(server.work),
+                            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **more})
+
+
+def told(server: Server, *words: str, **more: Any) -> Any:
+    """Run a command that must succeed and print one JSON value."""
+    done = cli(server, *words, "--json", **more)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return json.loads(done.stdout)
+
+
+class Person:
+    """A command at a terminal of its own: what it draws is read, keys can be typed, and it can be resized."""
+
+    def __init__(self, server: Server, *words: str, columns: int = 100, **env: str) -> None:
+        self.ours, theirs = os.openpty()
+        self.resize(columns)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_FRONT + IMPORTED, str(HERE), *words], env={**server.env, **env},
+            cwd=str(server.work), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        self.drawn = ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(self.ours, 65536)
+                if not data:
+                    return
+                self.drawn += data.decode("utf-8", "replace")
+
+    def resize(self, columns: int) -> None:
+        """Give the terminal another width."""
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+
+    def sees(self, pattern: str) -> Any:
+        """Wait for what is drawn to hold a pattern."""
+        return eventually(lambda: re.search(pattern, self.drawn))
+
+    def types(self, keys: str) -> None:
+        """Type, and forget what was drawn before."""
+        self.drawn = ""
+        os.write(self.ours, keys.encode())
+
+    def leaves(self) -> int:
+        """Wait for its end; gives the exit code."""
+        code = self.process.wait(WITHIN)
+        self.reader.join(1)
+        return code
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(OSError):
+            self.process.kill()
+            self.process.wait()
+            os.close(self.ours)
+
+
+# the terminal becomes its controlling one, so that Ctrl-C is a signal
+IN_FRONT = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
+@pytest.fixture
+def person(server: Server) -> Iterator[Callable[..., Person]]:
+    """Sit people down at terminals of the shared server."""
+    made: List[Person] = []
+
+    def sit(*words: str, **more: Any) -> Person:
+        made.append(Person(server, *words, **more))
+        return made[-1]
+    yield sit
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("given, shown", [
+    ("plain ü 漢字 🦀\ttab\nline", "plain ü 漢字 🦀\ttab\nline"), ("a\r\nb\rc", "a\nb\\x0dc"),
+    ("\x1b[31mred", "\\x1b[31mred"), ("\x9b31m\x7f", "\\x9b31m\\x7f"), ("\u202egnp.exe", "\\u202egnp.exe"),
+    ("\x00\x08\u2028", "\\x00\\x08\\u2028"), ("\ud83d", "\\ud83d")], ids=ascii)
+def test_no_text_of_others_reaches_a_terminal_as_keys(given, shown):
+    assert aegis.safe_text(given) == shown
+    assert json.loads(aegis.safe_json({"x": given})) == {"x": given}
+    assert not aegis.UNSAFE.search(aegis.safe_json(given))
+    assert "\n" not in aegis.safe_line(given) and "\t" not in aegis.safe_line(given)
+
+
+def test_a_table_keeps_its_columns_whatever_is_in_them():
+    rows = [["NAME", "N", "DIR"], ["漢字", "1", "/a"], ["e\u0301", "22", "/very/long/" + "x" * 90]]
+    shown = aegis.lay_out(rows, 40)
+    assert [aegis.cells("  ".join(row[:2])) for row in shown] == [8, 8, 8]
+    assert max(aegis.cells("  ".join(row)) for row in shown) == 40 and shown[2][2].endswith("…")
+    assert aegis.lay_out(rows, None)[2][2] == rows[2][2]
+    assert [len(row) for row in aegis.lay_out(rows, 12)] == [2, 2, 2]      # no room for the last one
+    assert aegis.lay_out([["abcdef"]], 4) == [["abc…"]]
+    assert (aegis.fit("漢字漢字", 5), aegis.fit("abc", 3)) == ("漢字…", "abc")
+
+
+def test_colours_are_for_terminals_that_want_them(make, person, server):
+    make(name=f"hue-{uuid.uuid4().hex[:6]}")
+    assert "\x1b" not in cli(server, "ls").stdout
+    for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        one = person("ls", **env)
+        assert one.leaves() == 0 and "hue-" in one.drawn
+        assert ("\x1b[" in one.drawn) is coloured, one.drawn
+
+
+def test_what_a_session_says_cannot_drive_the_terminal(make, server, person):
+    talk = make("[[say fine]]", name="漢字 \u202eevil")
+    talk.read()
+    with open(talk.get()["transcriptPath"], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"type": "assistant", "timestamp": aegis.iso(time.time()), "message": {
+            "id": "m", "role": "assistant", "content": [{"type": "text", "text": EVIL + "after"}]}}) + "\n")
+    verbs = (("read", talk.id), ("read", talk.id, "-m"), ("ls",), ("show", talk.id), ("pane", talk.id),
+             ("ls", "--json"), ("pane", talk.id, "--ansi"), ("call", "read_session", f"id={talk.id}"),
+             ("read", talk.id, "--json"))
+    for words in verbs:
+        done = cli(server, *words)
+        said = re.sub("\x1b\\[[0-9;]*m", "", done.stdout) if "--ansi" in words else done.stdout
+        assert done.returncode == 0 and said and not aegis.UNSAFE.search(said), (words, said)
+    one = person("tail", talk.id, NO_COLOR="1")
+    one.sees("after")
+    assert not aegis.UNSAFE.search(one.drawn.replace("\r\n", "\n")), one.drawn
+
+
+def test_output_that_cannot_be_written_ends_a_command_quietly(server):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    told_ = []
+    line = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE), "health")))
+    for redirect in ("", ">&-", "<&- >&- 2>&-", *([">/dev/full"] if os.path.exists("/dev/full") else [])):
+        done = subprocess.run(["sh", "-c", f"{line} {redirect}"], env=server.env, stdout=theirs, stderr=subprocess.PIPE,
+                              timeout=60)
+        told_.append((done.returncode, done.stderr.count(b"\n")))
+    os.close(theirs)
+    assert told_[:3] == [(141, 0), (0, 0), (0, 0)] and told_[3:] in ([], [(1, 1)])
+
+
+# ============================================================================
+# VERBS. From a row to a command, and from an answer to lines.
+# ============================================================================
+
+
+@pytest.mark.parametrize("words, wanted", [
+    ("send S hello --expand", {"id": "S", "text": "hello", "expand": True}),
+    ("send S -- --no", {"id": "S", "text": "--no"}),
+    ("answer S 2", {"id": "S", "answer": 2}), ("answer S Red Blue", {"id": "S", "answer": ["Red", "Blue"]}),
+    ("answer S --answers [1,2]", {"id": "S", "answers": [1, 2]}),
+    ("approve S", {"id": "S"}), ("approve S perm-1 --always", {"id": "S", "permissionId": "perm-1", "always": True}),
+    ("approve S --updated-input command=ls", {"id": "S", "updatedInput": {"command": "ls"}}),
+    ("read S --wait --timeout 1.5 --limit 3", {"id": "S", "wait": "idle", "timeout": 1.5, "limit": 3}),
+    ("memory set k {\"a\":[null]}", {"key": "k", "value": {"a": [None]}}),
+    ("memory set k word", {"key": "k", "value": "word"}), ("memory set k null", {"key": "k", "value": None}),
+    ("memory set k \"5\" --ttl-ms 5", {"key": "k", "value": "5", "ttlMs": 5}),
+    ("create hi --variables who=5 --variables n:=5", {"prompt": "hi", "variables": {"who": "5", "n": 5}}),
+    ("create --env A=b=c --args=-v --args x --worktree --no-resume-on-reset",
+     {"env": {"A": "b=c"}, "args": ["-v", "x"], "worktree": True, "resumeOnReset": False}),
+    ("create --command [\"a\"]", {"command": ["a"]}), ("create --command 'sh -c x'", {"command": "sh -c x"}),
+    ("create --work-dir /a/../b", {"workDir": "/b"}), ("verify S --checks {\"command\":\"true\"}",
+                                                       {"id": "S", "checks": [{"command": "true"}]}),
+    ("policy S allowRead:=true deny:=[\"Bash\"]", {"id": "S", "policy": {"allowRead": True, "deny": ["Bash"]}}),
+    ("create --name n hi", {"prompt": "hi", "name": "n"}), ("resume --json S hi", {"id": "S", "prompt": "hi"}),
+    ("answer --text word S", {"id": "S", "text": "word"}), ("label S a=b", {"id": "S", "labels": {"a": "b"}}),
+], ids=lambda one: one if isinstance(one, str) else "")
+def test_a_verbs_fields_are_read_as_the_row_wants_them(words, wanted):
+    split = shlex.split(words) if "'" in words else words.split(" ")
+    if '"5"' in words:
+        split[3] = '"5"'
+    verb, rest = aegis.find_verb(split)
+    row = aegis.ROUTES_BY_PATH[verb.route]
+    options = aegis.verb_parser(verb).parse_intermixed_args(rest)
+    found = {name: aegis.read_field(name, row.takes[name], getattr(options, name, None)) for name in row.takes}
+    assert {name: value for name, value in found.items() if value is not aegis.MISSING} == wanted
+
+
+@pytest.mark.parametrize("words, why", [
+    ("send", "the following arguments are required: SESSION, TEXT"), ("send S", "required: TEXT"),
+    ("ls --nmae x", "unrecognized arguments: --nmae x"), ("read S --limit x", "limit must be a whole number, not 'x'"),
+    ("ls --status lazy", "invalid choice: 'lazy'"), ("memory set k v --ttl-ms x", "must be a whole number"),
+    ("policy S x", "neither NAME=VALUE nor a JSON object"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
+    ("policy S a:=b", "is not JSON"), ("run", "a prompt is required"),
+    ("run x --policy {", "must be a JSON object"), ("call dance", "there is no tool 'dance'"),
+    ("call red_session", "did you mean `read_session`?"), ("run x --timeout soon", "invalid float value"),
+    ("pipeline create /no/such", "must be a JSON object"), ("attach", "required: SESSION"),
+    ("ls --url nowhere", "is no address of a server"), ("ls --token @/no/such", "the token cannot be read"),
+], ids=lambda one: one)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(server, capsys, monkeypatch, words, why):
+    monkeypatch.setenv("AEGIS_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setattr(aegis, "find_named", lambda client, collection, word: word)
+    code = aegis.main(words.split(" "))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1) and why in err and err.startswith("aegis: "), err
+
+
+def test_every_tool_is_a_command_and_every_command_has_a_row():
+    assert [verb.route for verb in aegis.EVERY_VERB if verb.route and verb.route not in aegis.ROUTES_BY_PATH] == []
+    for verb in aegis.VERBS.values():
+        text = aegis.verb_parser(verb).format_help()
+        assert f"aegis.py {verb.name}" in text and "--json" in text and len(aegis.verb_about(verb)) > 10
+    assert len(aegis.ROUTES_BY_TOOL) == len([one for one in aegis.ROUTES if one.tool])
+
+
+def test_call_reaches_any_tool(server, talk):
+    tools = {one["tool"] for one in told(server, "call")["tools"]}
+    assert tools == set(aegis.ROUTES_BY_TOOL)
+    name = talk.get()["name"]
+    assert told(server, "call", "get-session", f"id={name}")["id"] == talk.id
+    assert told(server, "call", "read_session", f"id={talk.id}", "limit=0")["messages"] == []
+    made = told(server, "call", "create_sessions", json.dumps({"sessions": [{"workDir": str(server.work)}]}))
+    ids = [one["id"] for one in made["sessions"]]
+    assert told(server, "call", "kill_sessions", f"ids:={json.dumps(ids)}")["killed"] == 1
+
+
+def test_a_session_is_named_by_id_or_name_or_the_beginning_of_its_id(server, make):
+    name = f"naïve {uuid.uuid4().hex[:6]}"
+    ended = make(name=name)
+    ended.kill()
+    assert told(server, "show", name)["id"] == ended.id          # of one that ended, where none lives
+    alive_ = make(name=name)
+    for word in (alive_.id, name, alive_.id[:11]):
+        assert told(server, "show", word)["id"] == alive_.id
+    assert told(server, "show", ended.id[:11])["status"] == "killed"
+    done = cli(server, "show", "")
+    assert (done.returncode, done.stdout) == (1, "") and "is the beginning of" in done.stderr
+    done = cli(server, "show", f"{name}?")
+    assert done.returncode == 1 and "there is no session" in done.stderr and "ls -a" in done.stderr
+
+
+def test_a_refusal_is_one_line_and_an_exit_code(server, strict, talk):
+    done = cli(server, "unqueue", talk.id, "p-none")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("aegis: unqueue: ")
+    assert cli(server, "profile", talk.id, "no-such").returncode == 2
+    bare = {"AEGIS_AUTH_TOKEN": "", "AEGIS_TOKEN": ""}
+    done = cli(strict, "ls", **bare)
+    assert done.returncode == 1 and "AEGIS_TOKEN" in done.stderr and done.stderr.count("\n") == 1
+    secret = strict.env["AEGIS_AUTH_TOKEN"]
+    assert cli(strict, "ls", **{**bare, "AEGIS_TOKEN": secret}).returncode == 0
+    kept = strict.root / "token"
+    kept.write_text(secret + "\n")
+    assert cli(strict, "--token", f"@{kept}", "ls", **bare).returncode == 0
+    done = cli(None, "ls", AEGIS_PORT="1")
+    assert done.returncode == 5 and done.stderr == ("aegis: ls: no Aegis answers at http://127.0.0.1:1: start one with "
+                                                    "`python3 aegis.py`, or name another with --url\n")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_a_server_behind_tls_is_reached_by_the_script_itself(server, tmp_path):
+    import ssl
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(cert), str(key))
+    answer = http_answer(b'{"status": "ok", "behind": "tls"}')
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            for _ in range(2):
+                with contextlib.suppress(OSError):
+                    with context.wrap_socket(listening.accept()[0], server_side=True) as line:
+                        line.recv(65536)
+                        line.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://localhost:{listening.getsockname()[1]}"
+        env = {**server.env, "AEGIS_URL": url}
+        words = [sys.executable, str(AEGIS), "health", "--json"]
+        good = subprocess.run(words, env={**env, "SSL_CERT_FILE": str(cert)}, stdout=subprocess.PIPE, timeout=30)
+        assert json.loads(good.stdout) == {"status": "ok", "behind": "tls"}
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        assert done.returncode == 5 and b"CERTIFICATE_VERIFY_FAILED" in done.stderr
+
+
+def test_the_verbs_of_a_session_from_beginning_to_end(server, make):
+    name = f"life-{uuid.uuid4().hex[:6]}"
+    work = ("--work-dir", str(server.work))
+    made = told(server, "create", "[[say one]]", "--name", name, "--labels", "a=b", "--agent", "demo", *work)
+    try:
+        assert (made["name"], made["workDir"], made["labels"]) == (name, str(server.work), {"a": "b"})
+        assert told(server, "read", name, "--wait")["output"] == "one"
+        assert cli(server, "read", name).stdout == "one\n"
+        assert "you  [[say one]]" in cli(server, "read", name, "--messages").stdout
+        assert told(server, "label", name, "a=c", "--max-seconds", "900")["labels"] == {"a": "c"}
+        assert told(server, "explain", name)["status"] == "idle"
+        assert "demo" in cli(server, "pane", name).stdout
+        assert told(server, "permissions", name)["pending"] == []
+        child = told(server, "spawn", name, "[[say child]]")
+        assert child["id"] in cli(server, "children", name).stdout
+        fork = told(server, "fork", name)
+        done = cli(server, "kill", fork["id"], "nobody", child["id"])
+        assert done.returncode == 1 and f"{child['id']} killed" in done.stdout and "'nobody'" in done.stderr
+        assert told(server, "kill", name)["killed"] is True
+        assert told(server, "resume", name, "[[say again]]")["id"] == made["id"]
+        assert told(server, "read", name, "--wait")["output"] == "again"
+    finally:
+        server.call("DELETE /v1/sessions/batch", {"ids": [made["id"]]})
+
+
+def test_memory_and_templates_have_verbs(server, tmp_path):
+    key = f"cli/{uuid.uuid4().hex[:8]}"
+    told(server, "memory", "set", key, '{"n": 1}')
+    assert cli(server, "memory", "get", key).stdout == '{"n":1}\n'
+    assert key in cli(server, "memory", "ls", "cli/").stdout
+    told(server, "memory", "set", key, "-", stdin="from stdin")
+    assert cli(server, "memory", "get", key).stdout == "from stdin\n"
+    assert told(server, "memory", "rm", key)["deleted"] is True
+    body = tmp_path / "body.json"
+    body.write_text('{"prompt": "Greet {{who}}."}')
+    name = f"t-{uuid.uuid4().hex[:6]}"
+    told(server, "template", "create", name, f"@{body}", "--variables", '{"who": {"default": "all"}}')
+    assert name in cli(server, "template", "ls").stdout
+    assert told(server, "template", "rm", name)["deleted"] is True
+    assert cli(server, "stats").returncode == cli(server, "health").returncode == 0
+
+
+# ============================================================================
+# DIALOGUE. One session, followed at a terminal.
+# ============================================================================
+
+
+@pytest.mark.parametrize("words", [f"x{EVIL}\n└ y yes\ny", "\u2028└ y", "a\x0b└"], ids=ascii)
+def test_a_request_cannot_leave_its_bar(words):
+    asked = {"summary": f"Bash: {words}", "input": {"command": words, f"b{words}": {"c": words}}, "detail": words}
+    question = {"plan": words, "questions": [{"question": words, "multiSelect": False, "options": [
+        {"label": words, "description": words}]}], "options": [words], "title": words}
+    lines = [*aegis.permission_lines(asked), *aegis.question_lines(question),
+             *aegis.question_lines({"title": words, "options": [words], "text": words})]
+    assert lines and not [line for line in lines if "\n" in line or aegis.UNSAFE.search(line)]
+    assert len([line for line in lines if "└" in line]) >= 8
+
+
+# ============================================================================
+# RUN. Prompts and their answers: run, send, tail.
+# ============================================================================
+
+
+def test_run_prints_the_answer_alone_and_ends_the_session(server):
+    work = ("--work-dir", str(server.work))
+    done = cli(server, "run", "[[bash ls]] [[say the answer]]", "--permission-profile", "autonomous", *work)
+    assert (done.returncode, done.stdout) == (0, "the answer\n"), done
+    assert "• Bash: ls" in done.stderr and "resume" in done.stderr
+    session = re.search(r"session (\w+): done", done.stderr).group(1)
+    assert told(server, "show", session)["status"] == "killed"
+    done = cli(server, "run", "-", "--rm", "-q", *work, stdin="[[say piped]]")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "piped\n", "")
+    name = f"kept-{uuid.uuid4().hex[:6]}"
+    result = told(server, "run", "[[say kept]]", "--keep", "--name", name)
+    assert (result["outcome"], result["output"], result["exitCode"], result["kept"]) == ("done", "kept", 0, True)
+    shown = told(server, "show", name)
+    assert shown["status"] == "idle" and shown["workDir"] == os.getcwd()
+    told(server, "kill", name)
+
+
+def test_run_streams_json_lines(server):
+    done = cli(server, "run", "[[say x]]", "--stream", "--rm", "--work-dir", str(server.work))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, lines[-1]["type"], lines[-1]["output"]) == (0, "result", "x")
+    kinds = [one["type"] for one in lines]
+    assert kinds.count("message") == 2 and kinds.count("result") == 1
+
+
+@pytest.mark.parametrize("words, code, outcome", [
+    (("[[bash rm x]]",), 6, "waiting"), (("[[bash rm x]]", "--requests", "reject"), 0, "done"),
+    (("[[bash rm x]] [[say y]]", "--yes"), 0, "done"), (("[[ask]]", "--yes"), 6, "waiting"),
+    (("[[exit]]",), 7, "exited"), (("[[hang]]", "--timeout", "0.5"), 124, "timeout"),
+    (("[[error overloaded]]",), 1, "failed"), (("[[bash rm x]]", "--policy", '{"allowBash": false}'), 0, "done")],
+    ids=lambda one: one[0] + " " + " ".join(one[1:]) if isinstance(one, tuple) else None)
+def test_run_ends_with_a_code_for_each_outcome(server, words, code, outcome):
+    done = cli(server, "run", *words, "--json", "--work-dir", str(server.work))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["exitCode"], result["outcome"]) == (code, code, outcome), done
+    if outcome == "waiting":
+        assert result["pendingPermission"] or result["pendingQuestion"]
+    if code not in (0, 7):
+        assert result["kept"] and told(server, "kill", result["sessionId"])["killed"]
+
+
+def test_run_waits_for_somebody_elses_decision_when_told(server):
+    name = f"wait-{uuid.uuid4().hex[:6]}"
+    running = cli_process(server, "run", "[[bash rm x]] [[say well]]", "--requests", "wait", "--name", name,
+                          stderr=subprocess.PIPE)
+    eventually(lambda: told(server, "show", name)["pendingPermission"])
+    assert told(server, "approve", name)["decision"] == "approved"
+    out, err = running.communicate(timeout=WITHIN)
+    assert (running.returncode, out) == (0, b"well\n") and b"waiting for a decision: Bash: rm x" in err
+
+
+def test_run_at_a_terminal_asks_and_only_yes_means_yes(server, person):
+    one = person("run", "[[bash rm -rf build]] [[bash second]] [[bash third]] [[say fine]]")
+    one.sees(r"Bash asks for permission[\s\S]*│ command: rm -rf build[\s\S]*y yes")
+    one.types("perhaps\n")
+    one.sees("y yes · a yes")
+    one.types("yesterday\n")
+    one.sees("y yes · a yes")
+    one.types("\n")
+    one.types("y\n")
+    one.sees(r"│ command: second[\s\S]*y yes")
+    one.types("n not that one\n")
+    one.sees(r"│ command: third[\s\S]*y yes")
+    one.types("d\n")
+    one.sees("command: third")
+    one.types("a\n")
+    assert one.leaves() == 0 and "fine" in one.drawn
+    talk = re.search(r"session (\w+): done", one.drawn).group(1)
+    history = {one["input"]["command"]: one for one in
+               server.ask(f"GET /v1/sessions/{talk}/permissions")["history"]}
+    states = [history[name]["state"] for name in ("rm -rf build", "second", "third")]
+    assert states == ["approved", "rejected", "approved"]
+    assert history["second"]["message"] == "not that one"
+
+
+def test_keys_typed_before_a_request_shows_do_not_answer_it(server, person):
+    one = person("run", "[[slow 1]] [[bash rm x]]")
+    one.sees("")
+    os.write(one.ours, b"y\ny\ny\n")
+    one.sees(r"Bash asks for permission[\s\S]*y yes")
+    one.types("n\n")
+    assert one.leaves() == 0
+    talk = re.search(r"session (\w+): done", one.drawn).group(1)
+    assert server.ask(f"GET /v1/sessions/{talk}/permissions")["history"][0]["state"] == "rejected"
+
+
+def test_run_at_a_terminal_takes_answers_and_sees_what_others_decided(person, server):
+    name = f"q-{uuid.uuid4().hex[:6]}"
+    one = person("run", "[[ask multi]] [[say asked]] [[bash rm x]] [[say after]]", "--name", name)
+    one.sees(r"1\. Red[\s\S]*1\. Black")
+    one.types("2\n")
+    one.sees("2 answers are asked for")
+    one.types("blue; 1,3\n")
+    one.sees("Bash asks for permission")
+    told(server, "approve", name)
+    one.sees(r"\(decided\)")
+    assert one.leaves() == 0
+
+
+def test_ctrl_c_interrupts_the_turn_and_a_second_one_leaves(person, server):
+    name = f"c-{uuid.uuid4().hex[:6]}"
+    one = person("run", "[[hang]]", "--name", name)
+    eventually(lambda: told(server, "show", name)["status"] == "working")
+    one.types("\x03")
+    one.sees("interrupting the turn")
+    assert one.leaves() == 130
+    assert told(server, "show", name)["status"] == "idle"
+    told(server, "kill", name)
+    two = person("run", "[[bash rm x]]", "--name", name)
+    two.sees("y yes")
+    two.types("\x04")                               # the end of input: nobody is there any more
+    assert two.leaves() == 6
+    told(server, "kill", name)
+
+
+@alone
+def test_a_second_ctrl_c_leaves_the_session_as_it_is(house):
+    own = house()
+    one = Person(own, "run", "[[hang]]", "--name", "left")
+    try:
+        eventually(lambda: own.ask("GET /v1/sessions?status=working")["sessions"])
+        own.process.send_signal(signal.SIGSTOP)      # so that the interrupt is under way for as long as it takes
+        one.types("\x03")
+        one.sees("interrupting the turn")
+        one.types("\x03")
+        one.sees("left: session \\w+ goes on")
+        assert one.leaves() == 130
+        own.process.send_signal(signal.SIGCONT)
+    finally:
+        one.close()
+
+
+def test_send_waits_and_tells_only_what_is_new(server, make):
+    talk = make("[[say old]]")
+    talk.read()
+    done = cli(server, "send", talk.id, "[[say new]]", "--wait")
+    assert (done.returncode, done.stdout) == (0, "new\n") and "old" not in done.stderr
+    assert talk.status == "idle"
+    done = cli(server, "send", talk.id, "[[say third]]")
+    assert re.fullmatch(r"p-\w+ \w+\n", done.stdout)
+    assert cli(server, "send", "nobody", "x").returncode == 1
+
+
+def test_tail_follows_a_session_to_its_end(server, make):
+    talk = make("[[say first]]")
+    talk.read()
+    following = {kind: cli_process(server, "tail", talk.id, *words, stderr=subprocess.DEVNULL)
+                 for kind, words in (("text", ()), ("events", ("--events", "--json")))}
+    assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say first]]\n", b"assistant  first\n"]
+    talk.say("[[say second]]")
+    assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say second]]\n", b"assistant  second\n"]
+    talk.say("/help", "POST command")
+    talk.kill()
+    events = [json.loads(one) for one in following["events"].communicate(timeout=WITHIN)[0].splitlines()]
+    assert events[-1]["type"] == "session.killed" and {one["sessionId"] for one in events} == {talk.id}
+    following["text"].communicate(timeout=WITHIN)
+    assert [one.returncode for one in following.values()] == [0, 0]
+
+
+# ============================================================================
+# WATCHING. Lists that stay true, and windows to look into.
+# ============================================================================
+
+
+def test_ls_lists_and_filters(server, make):
+    talk = make(labels={"cli": "yes"})
+    ended = make(labels={"cli": "yes"})
+    ended.kill()
+    assert [one["id"] for one in told(server, "ls", "--label", "cli=yes")["sessions"]] == [talk.id]
+    both = told(server, "ls", "-a", "--label", "cli=yes")["sessions"]
+    assert [one["id"] for one in both] == [ended.id, talk.id]
+    killed = told(server, "ls", "--status", "killed", "-n", "1", "--label", "cli")["sessions"]
+    assert [one["id"] for one in killed] == [ended.id]
+    lines = cli(server, "ls", "--label", "cli").stdout.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("ID ")
+    assert lines[1].split()[:3] == [talk.id, talk.get()["name"], "idle"]
+    done = cli(server, "ls", "--label", "no-such-label")
+    assert (done.returncode, done.stdout) == (0, "") and "no session lives" in done.stderr
+
+
+def test_ls_watch_stays_true_fits_the_terminal_and_gives_it_back(server, make, person):
+    make(name=f"漢字-{'x' * 60}", labels={"watched": "yes"})
+    one = person("ls", "--watch", "--label", "watched", columns=60, NO_COLOR="1")
+    one.sees("idle")
+    rows = [re.sub("\x1b\\[[?0-9;]*[A-Za-z]", "", line) for line in one.drawn.replace("\r", "").split("\n")]
+    assert max(aegis.cells(row) for row in rows) <= 60
+    one.drawn = ""
+    make("[[hang]]", name="newcomer", labels={"watched": "yes"})
+    one.sees(r"newc[\s\S]*working")
+    one.types("\x03")
+    assert one.leaves() == 130 and "\x1b[?25h\x1b[?1049l" in one.drawn
+
+
+def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
+    talk = make(labels={"piped": "yes"})
+    with cli_process(server, "ls", "-w", "-a", "--label", "piped", "--json") as watching:
+        assert [one["status"] for one in json.loads(watching.stdout.readline())] == ["idle"]
+        talk.kill()
+        while json.loads(watching.stdout.readline())[0]["status"] != "killed":
+            pass
+        watching.terminate()
+    assert watching.returncode == 143
+
+
+def test_attach_runs_tmux_and_nothing_else(server, make, person):
+    talk = make(name=f"att-{uuid.uuid4().hex[:6]}")
+    printed = cli(server, "attach", talk.id, "--print").stdout
+    assert printed.startswith(f"tmux -u -L {server.socket} new-session -t ")
+    one = person("attach", talk.id)
+    one.sees("demo agent|Demo")
+    assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+    one.types("\x02d")
+    assert one.leaves() == 0
+    assert cli(server, "attach", talk.id).returncode == 2          # no terminal
+    good = talk.get()["attach"]
+    assert "switch-client" in aegis.attach_words(good, "127.0.0.1", {"TMUX": f"/tmp/tmux-0/{server.socket},1,0"})
+    assert "new-session" in aegis.attach_words(good, "127.0.0.1", {"TMUX": "/tmp/tmux-0/default,1,0"})
+    for command, host in ((good, "box.example"), (good + " \\; run-shell id", "127.0.0.1"),
+                          ("sh -c tmux", "127.0.0.1"), (good.replace("tmux", "/tmp/x/tmux", 1), "127.0.0.1")):
+        assert failure(lambda: aegis.attach_words(command, host, {})).code == "NOT_HERE"
+    talk.kill()
+    done = cli(server, "attach", talk.id, "--print")
+    assert done.returncode == 1 and "resume" in done.stderr
+
+
+def test_pipelines_are_made_watched_and_cancelled(server, tmp_path, person):
+    spec = {"name": f"cli-{uuid.uuid4().hex[:6]}", "defaults": {"agent": "demo"},
+            "stages": [{"name": "a", "prompt": "[[say one]]"}, {"name": "b", "prompt": "[[say {{stages.a.output}}!]]"}]}
+    file = tmp_path / "pipeline.json"
+    file.write_text(json.dumps(spec))
+    done = cli(server, "pipeline", "create", str(file), "--watch")
+    assert done.returncode == 0 and re.search(r"b +done", done.stdout.split("\nSTAGE")[-1]), done
+    shown = cli(server, "pipeline", "show", spec["name"]).stdout
+    assert "one!" in shown
+    assert told(server, "pipeline", "show", spec["name"])["stages"][0]["state"] == "done"
+    assert spec["name"] in cli(server, "pipeline", "ls").stdout
+    spec["stages"][1]["prompt"] = "[[exit]]"
+    made = told(server, "pipeline", "create", "-", "--parallel", "1", stdin=json.dumps(spec))
+    assert cli(server, "pipeline", "watch", made["id"]).returncode == 1
+    spec["stages"][0]["prompt"] = "[[hang]]"
+    made = told(server, "pipeline", "create", json.dumps(spec))
+    one = person("pipeline", "watch", made["id"])
+    one.sees("running")
+    assert told(server, "pipeline", "cancel", made["id"])["cancelled"] is True
+    assert one.leaves() == 1 and "cancelled" in one.drawn
+
+
+def test_verify_prints_what_passed_and_its_code_says_whether_all_did(server, talk):
+    done = cli(server, "verify", talk.id, "--checks", '{"name": "good", "command": "true"}')
+    assert done.returncode == 0 and re.search(r"good +passed", done.stdout)
+    done = cli(server, "verify", talk.id, "--checks", '{"name": "bad", "command": "echo because; exit 3"}')
+    assert done.returncode == 1 and re.search(r"bad +failed +3", done.stdout) and "\nbecause\n" in done.stdout
+
+
+# ============================================================================
+# COMMANDS. The table of verbs, help, completion.
+# ============================================================================
+
+
+def test_help_tells_every_command_and_exit_code(capsys):
+    assert aegis.main(["help"]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in (*aegis.VERBS, *aegis.COMMANDS) if f"\n  {name} " not in listed] == []
+    assert all(f"{code}  {meaning}" in listed for code, meaning in aegis.EXITS.items())
+    assert aegis.main(["help", "run"]) == 0 and "--timeout SECONDS" in capsys.readouterr().out
+    assert aegis.main(["pipeline"]) == 0 and "pipeline watch" in capsys.readouterr().out
+    assert aegis.main(["help", "raed"]) == 2 and "`read`" in capsys.readouterr().err
+
+
+# how a shell completes the words of a line, and then prints what it found
+COMPLETES = {
+    "bash": "COMP_WORDS=({words}); COMP_CWORD={last}; COMPREPLY=(); _aegis; echo \"${{COMPREPLY[*]}}\"\n",
+    "zsh": "words=({words}); CURRENT={last}; (( CURRENT += 1 )); _aegis; print\n"}
+BEFORE = {"bash": "", "zsh": "compdef() { :; }; _files() { :; }\n"
+                             "compadd() { shift; print -rn -- ${(M)@:#${words[CURRENT]}*}; }\n"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_completes_commands_flags_and_what_lives(server, make, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    odd, name = make(name="$(touch pwned) x"), f"tab-{uuid.uuid4().hex[:6]}"
+    talk = make(name=name)
+    lines = {"aegis re": ["read", "reject", "resume"], "aegis pipeline c": ["create", "cancel"],
+             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name], f"aegis kill {odd.id[:8]}": [odd.id],
+             f"aegis read {talk.id[:6]}": [talk.id], "aegis pipeline create --par": ["--parallel"],
+             "aegis run --perm": ["--permission-mode", "--permissions", "--permission-profile"]}
+    script = BEFORE[shell] + f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
+    for line in lines:
+        words = line.split()
+        script += COMPLETES[shell].format(words=line, last=len(words) - 1)
+    done = subprocess.run([shell, "-c", script], env=server.env, cwd=str(server.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60)
+    found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
+    assert found == [sorted(one) for one in lines.values()], done
+    assert not (server.work / "pwned").exists()
+
+
+# ============================================================================
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent; main.
+# ============================================================================
+
+
+def test_an_unknown_command_names_the_nearest_or_where_all_are_told(capsys):
+    assert (aegis.main(["dance"]), aegis.main(["selftset"])) == (2, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "aegis: there is no command 'dance': `aegis.py help` lists them",
+        "aegis: there is no command 'selftset': did you mean `selftest`?"]
+    assert aegis.main(["pipeline", "lst"]) == 2
+    assert "did you mean `pipeline ls`?" in capsys.readouterr().err
 
 
 def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path):
@@ -8101,6 +11872,90 @@ def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path)
     done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path),
                           stdout=subprocess.PIPE, cwd="/")
     assert done.returncode == 0 and [path.name for path in copy.parent.iterdir()] == ["aegis.py"]
+
+
+def doctored(*words: str, root: Path, **env: str) -> Tuple[int, Dict[str, Json]]:
+    """Run doctor; gives its exit code and its findings by name."""
+    done = run_aegis("doctor", "--json", *words, root=root, **env)
+    assert not done.stderr, done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] == (done.returncode == 0)
+    return done.returncode, {one["name"]: one for one in told["checks"]}
+
+
+def free_port() -> str:
+    """Find a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_doctor_looks_by_itself_where_no_server_answers(tmp_path):
+    code, found = doctored("--demo", "--port", free_port(), root=tmp_path)
+    assert code == 0 and "none runs" in found["server"]["message"]
+    assert "will be made" in found["state directory"]["message"] and not (tmp_path / "s").exists(), "it only looks"
+    claude = program(tmp_path / "claude", "echo 2.9.9\n")
+    code, found = doctored("--port", free_port(), root=tmp_path, AEGIS_CLAUDE_CMD=claude, ANTHROPIC_API_KEY="k")
+    assert code == 0 and found["agent"]["message"] == "claude 2.9.9" and found["login"]["state"] == "ok"
+
+
+def test_doctor_says_what_to_do_about_each_problem(tmp_path):
+    state = tmp_path / "s"
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    (state / "aegis.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5_000)
+    code, found = doctored("--port", free_port(), "--tmux", str(tmp_path / "no-tmux"), root=tmp_path,
+                           AEGIS_CLAUDE_CMD="no-such-claude")
+    wanted = {"tmux": "AEGIS_TMUX", "agent": "AEGIS_CLAUDE_CMD", "state directory": "chmod 700", "database": ".recover"}
+    assert code == 1 and {name for name, one in found.items() if one["state"] == "problem"} == set(wanted)
+    assert [name for name, advice in wanted.items() if advice not in found[name]["message"]] == []
+
+
+def test_doctor_asks_the_server_that_runs(server, strict):
+    code, found = doctored("--port", str(server.port), root=server.root)
+    assert code == 0 and "answers" in found["server"]["message"] and found["workers"]["state"] == "ok"
+    code, found = doctored("--port", str(strict.port), root=strict.root)
+    assert code == 1 and "AEGIS_TOKEN" in found["server"]["message"]
+    token = strict.auth["Authorization"].split()[1]
+    assert doctored("--url", f"http://127.0.0.1:{strict.port}/", root=server.root, AEGIS_TOKEN=token)[0] == 0
+    done = run_aegis("doctor", "--port", str(server.port), root=server.root, TERM="xterm")
+    assert done.returncode == 0 and "all is well" in done.stdout and "\033" not in done.stdout, "no terminal"
+
+
+def test_doctor_gives_no_token_to_a_stranger_at_its_port(tmp_path):
+    heard: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        def answer() -> None:
+            line, _ = stranger.accept()
+            with line:
+                heard.append(line.recv(65_536))
+                line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        port = str(stranger.getsockname()[1])
+        code, found = doctored("--demo", "--port", port, root=tmp_path, AEGIS_AUTH_TOKEN="s3cr3t")
+        thread.join(10)
+    assert code == 1 and "--port" in found["server"]["message"] and heard and b"s3cr3t" not in heard[0]
+    assert "python" in found, "the box is looked at all the same"
+
+
+@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 1), (("--port", "x"), 2), (("--nonsense",), 2)])
+def test_doctor_refuses_what_it_does_not_know_in_one_line(tmp_path, words, status):
+    done = run_aegis("doctor", *words, root=tmp_path)
+    assert done.returncode == status and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("env, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_doctor_is_coloured_on_a_terminal_only_if_that_is_wanted(monkeypatch, capsys, env, coloured):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    aegis.print_findings([aegis.Finding("a", "problem", "one\nline \x1b[2J"), aegis.Finding("b", "ok", "x")], None)
+    said_ = capsys.readouterr().out
+    assert ("\033[31m" in said_) == coloured and "\x1b[2J" not in said_ and "one thing is to be mended" in said_
+    assert "one line" in said_
 
 
 # ============================================================================
@@ -8125,7 +11980,8 @@ def test_the_readme_names_every_setting_state_and_event(readme):
 
 
 def test_the_readmes_tables_are_the_programs_own(readme):
-    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table()):
+    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table(), aegis.verbs_table(),
+                  aegis.exits_table()):
         assert table in readme
 
 
@@ -8136,7 +11992,7 @@ def test_the_readme_names_every_endpoint(readme):
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 @alone
 def test_every_curl_of_the_readme_works(house):
-    own = house(AEGIS_AGENT="demo")
+    own = house(AEGIS_AGENT="demo", AEGIS_WEBHOOK_ALLOW="127.0.0.1")
     blocks = shell_blocks(README.read_text(encoding="utf-8"))
     script = "\n".join(block for block in blocks if "curl" in block and "apt" not in block)
     script = re.sub(r"\b(localhost|127\.0\.0\.1):9100", f"127.0.0.1:{own.port}", script)
@@ -8150,6 +12006,17 @@ def test_every_curl_of_the_readme_works(house):
     said = done.stdout.decode()
     assert '"statusCode"' not in said, said
     assert set(re.findall(r"=== (\d+)", said)) <= {"0", "28"}, said
+
+
+@alone
+def test_every_command_of_the_readme_works(house):
+    own = house()
+    block = next(one for one in shell_blocks(README.read_text(encoding="utf-8")) if "aegis.py run" in one)
+    started = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE))))
+    script = block.replace("python3 aegis.py", started).replace("/tmp/my-project", str(own.work))
+    done = subprocess.run(["sh", "-e", "-c", script], env=own.env, cwd=str(own.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0 and b"login" in done.stdout, done
 
 
 # ============================================================================
@@ -8205,6 +12072,10 @@ def downward() -> List[str]:
             if owner.get(name, 0) > room_of(number)]
 
 
+def test_every_row_says_what_it_gives():
+    assert [route.route for route in aegis.ROUTES if route.gives is None and route.scope != "hook"] == []
+
+
 def test_no_function_is_longer_than_a_screen():
     lengths = sorted(length(node) for node in FUNCTIONS)
     assert [f"{node.name}: {length(node)}" for node in FUNCTIONS if length(node) > 50] == []
@@ -8213,6 +12084,12 @@ def test_no_function_is_longer_than_a_screen():
 
 def test_a_room_uses_only_rooms_above_it():
     assert downward() == []
+
+
+def test_no_name_of_the_file_is_given_twice():
+    names = collections.Counter(name for node in TREE.body for name in defined(node)
+                                if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_room_has_a_box_an_opening_and_its_place_on_the_title_page():
@@ -8299,6 +12176,8 @@ CALLS = {
         "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
+    "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
+    "agent": lambda rest: ("Agent", {"description": "Look", "prompt": rest, "subagent_type": "general-purpose"}),
 }
 
 
@@ -8348,11 +12227,14 @@ class Messages(BaseHTTPRequestHandler):
         if not body.get("tools"):        # a side call, for a title
             return self.stream(body, [("say", "A title")])
         prompt, answered = last_prompt(body["messages"])
-        steps = DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
+        steps = reviewer_steps(body["messages"], prompt) or DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
         if not answered:
             self.server.heard.append(prompt)
             self.server.history[prompt] = json.dumps(body["messages"])
         word, rest = steps[answered] if answered < len(steps) else ("say", "All done.")
+        if word == "call":      # $id: the first session's id that a tool has told
+            told = re.search(r'"id\W+([0-9a-f]{12})\b', json.dumps(body["messages"]))
+            rest = rest.replace("$id", told.group(1) if told else "none")
         if word == "error":
             return self.fail(prompt, rest)
         if word == "both":
@@ -8431,6 +12313,30 @@ class Messages(BaseHTTPRequestHandler):
         delta = {"type": "input_json_delta", "partial_json": json.dumps(given)}
         self.event("content_block_delta", index=index, delta=delta)
         self.event("content_block_stop", index=index)
+
+
+def reviewer_steps(messages: List[Json], prompt: str) -> Optional[List[Tuple[str, str]]]:
+    """Answer a reviewer's prompt as its first one says it is to be done; None for any other prompt."""
+    number = re.search(r"You are reviewer (\d+) of", prompt)
+    if not number:
+        return None
+    told = json.loads('"' + re.search(r"\[\[review (.*?)\]\]", json.dumps(messages))[1] + '"').split("|")
+    words = told[int(number[1]) - 1].split()
+    steps = [("write", words[1])] if words[0] == "write" else []
+    words = words[2:] if steps else words
+    criteria = re.findall(r"^- (\w+)$", next(text for text in texts_of(messages) if "[[review " in text), re.MULTILINE)
+    if words[0] == "again":
+        words = words[1:] if "could not be taken" in prompt else ["nonsense"]
+    return [*steps, ("say", aegis.demo_assessment(words, criteria))]
+
+
+def texts_of(messages: List[Json]) -> Iterator[str]:
+    """List all texts of a conversation."""
+    for message in messages:
+        content = message["content"]
+        for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if block.get("type") == "text":
+                yield block["text"]
 
 
 def last_prompt(messages: List[Json]) -> Tuple[str, int]:
@@ -8805,6 +12711,25 @@ def test_real_plan_is_refused_with_words_and_then_approved(start):
 
 
 @real_client
+def test_real_usage_counts_subagents_and_no_copied_history(start):
+    talk = start("[[agent look around]] [[say one]]")
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    # it works in the background: the turn that tells of it may follow by itself
+    eventually(lambda: len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 1
+               and talk.get()["tokenUsage"]["output"] >= 80 and talk.status == "idle")
+    used = settled_usage(talk, path)
+    fork = Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/fork", {}))
+    fork.say("[[say two]]")
+    eventually(lambda: fork.get()["tokenUsage"]["output"] == 20)
+    told = {one["id"]: one["tokenUsage"] for one in talk.server.ask("GET /v1/metrics")["bySession"]}
+    assert told[talk.id] == used and told[fork.id]["output"] == 20
+    versions = talk.server.ask("GET /v1/diagnostics")["versions"]
+    assert re.search(r"\d+\.\d+\.\d+", versions["agents"]["claude"]["version"])
+    fork.kill()
+
+
+@real_client
 def test_real_policy_decides_at_once_and_for_what_is_pending(start):
     talk = start(permissions={"allow": ["Bash(touch *)"], "deny": ["Bash(rm *)"]})
     kept = talk.server.work / "kept"
@@ -9051,8 +12976,67 @@ def test_real_pipeline_runs_a_pair_side_by_side_and_survives_a_crash(model, tmp_
 
 
 @real_client
+def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(model, tmp_path):
+    own = lab(model).start()
+    try:
+        work = tmp_path / "work"
+        work.mkdir()
+        git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+        git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+        talk = own.open(f"[[write {work}/new.txt made by the agent]] [[say made it]]", workDir=str(work),
+                        permissionProfile="autonomous")
+        talk.wait("prompt.done")
+        hook = {"hooks": [{"type": "command", "command": f"touch {tmp_path}/hook-ran"}]}
+        (work / ".claude").mkdir()
+        (work / ".claude" / "settings.json").write_text(json.dumps({
+            "permissions": {"allow": ["Write", "Bash"], "defaultMode": "bypassPermissions"},
+            "hooks": {"UserPromptSubmit": [hook], "SessionStart": [hook], "Stop": [hook]}}))
+        (work / ".mcp.json").write_text(json.dumps({"mcpServers": {"x": {
+            "command": "/bin/sh", "args": ["-c", f"touch {tmp_path}/hook-ran"]}}}))
+        made = review(talk, f"write {work}/evil approve | again reject new.txt:1 no good | nonsense",
+                      criteria=["correctness", "style"])
+        own.events.wait_for("consensus.reviewer", reviewer=3, reason="its answer could not be read: the assessment: "
+                            "verdict must be one of approve, reject; criteria is required", within=60)
+        own.crash().start()
+        told = ruled(own, made, 90)
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], told
+        assert (told["verdict"], told["findings"][0]["file"]) == ("rejected", "new.txt")
+        assert not (work / "evil").exists() and not (tmp_path / "hook-ran").exists()
+        asked = [one for one in model.heard if "You are reviewer" in one and "could not be taken" not in one]
+        assert len(asked) == 3 and all("+made by the agent" in one for one in asked)
+        assert sum("could not be taken" in one for one in model.heard) == 2, "each was asked again once"
+        assert all(one["tokenUsage"]["output"] > 0 for one in told["reviewers"])
+        for one in told["reviewers"]:
+            eventually(lambda: own.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+    finally:
+        own.close()
+
+
+@real_client
 def test_real_users_own_files_are_not_touched(claude, start):
     home = claude.root / "home"
     start().say("[[say x]]")
     assert not (home / ".claude" / "settings.json").exists()
     assert json.loads((home / ".claude.json").read_text())["hasCompletedOnboarding"] is True
+
+
+@real_client
+@pytest.mark.parametrize("wire", ["http", "stdio"])
+def test_real_client_drives_another_through_mcp(claude, start, wire, tmp_path):
+    url, config = f"http://127.0.0.1:{claude.port}", tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"aegis": {"type": "http", "url": url + "/mcp"} if wire == "http" else {
+        "command": sys.executable, "args": [str(AEGIS), "mcp"], "env": {"AEGIS_URL": url}}}}))
+    inner = {"workDir": str(claude.work), "prompt": f"hello over {wire}", "name": f"inner-{wire}"}
+    script = (f"[[call mcp__aegis__create_session {json.dumps(inner)}]]"
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60}]]'
+              '[[call mcp__aegis__send_prompt {"id": "$id", "text": "and once more"}]]'
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60, "limit": 1}]]'
+              '[[call mcp__aegis__kill_session {"id": "$id"}]] [[say all is told]]')
+    talk = start(args=["--mcp-config", str(config), "--strict-mcp-config"], permissions={"allowMcp": True})
+    found = talk.say(script)
+    assert found["output"] == "all is told"
+    answers = [one["text"] for one in talk.read("limit=50")["messages"] if one["role"] == "tool"]
+    assert len(answers) == 5, answers
+    assert f"Echo: hello over {wire}" in answers[1] and "Echo: and once more" in answers[3]
+    driven = [one for one in claude.ask("GET /v1/sessions?limit=50")["sessions"] if one["name"] == f"inner-{wire}"]
+    assert [(one["status"], one["turns"], one["agent"]) for one in driven] == [("killed", 2, "claude")]
