@@ -537,6 +537,9 @@ SECRET = re.compile(r"(aegis_(?:sse_)?[\w-]{6})[\w-]{10,}|(?<=token=)[^&\s'\"]+|
 
 def masked(text: str) -> str:
     """Take secrets out of a text that is logged or told."""
+    small = text.lower()
+    if "aegis_" not in small and "token" not in small:   # nearly always, and cheaper to see than by the pattern
+        return text
     return SECRET.sub(lambda found: f"{found[1] or ''}…", text)
 
 
@@ -1992,15 +1995,27 @@ class Keys:
             row, now = self.find(key_id), time.time()
             if row.expires_at is not None and row.expires_at <= now:
                 raise ApiError(409, "KEY_EXPIRED", f"key {key_id} expired at {iso(row.expires_at)}: make another one")
-            ours = self.admin_row()
-            if ours and ours.id == key_id:
-                write_private(self.admin_file, secret + "\n")
             changes = {"hash": digest_of(secret), "prefix": secret[:SHOWN_PREFIX], "rotated_at": now,
                        "old_hash": row.hash if grace else None, "old_until": now + grace if grace else None}
-            self.change(update("keys", key_id, changes), entry)
+            with self._in_admin_file(key_id, secret):
+                self.change(update("keys", key_id, changes), entry)
         if not grace:
             self.end_uses(key_id)
         return self.find(key_id)
+
+    @contextlib.contextmanager
+    def _in_admin_file(self, key_id: str, secret: str) -> Iterator[None]:
+        """Have the admin file, if this key stands in it, hold the new secret, unless the change fails."""
+        ours = self.admin_row()
+        known = self.admin_file.read_text("utf-8") if ours and ours.id == key_id else None
+        if known is not None:
+            write_private(self.admin_file, secret + "\n")
+        try:
+            yield
+        except BaseException:
+            if known is not None:
+                write_private(self.admin_file, known)
+            raise
 
     def admin_row(self) -> Optional[KeyRow]:
         """Find the key whose secret stands in the admin file."""
@@ -2096,16 +2111,21 @@ class Buckets:
     def __init__(self) -> None:
         self.levels: Dict[Any, Tuple[float, float]] = {}   # name -> requests left, and when that was so
 
-    def take(self, name: Any, rate: int, now: float, cost: float = 1.0) -> Level:
-        """Take from a bucket of `rate` requests a minute, if enough is in it; cost 0 only looks."""
-        left, at = self.levels.get(name, (rate, now))
-        left = min(rate, left + (now - at) * rate / 60)
-        allowed = left >= max(cost, 1.0)
-        if allowed:
-            left -= cost
-        if len(self.levels) >= MAX_BUCKETS and name not in self.levels:
+    def spend(self, name: Any, rate: int, now: float) -> bool:
+        """Take one request from a bucket of `rate` a minute; False when it is empty."""
+        left, at = self.levels.get(name) or (rate, now)
+        left += (now - at) * rate / 60
+        left = rate if left > rate else left
+        if name not in self.levels and len(self.levels) >= MAX_BUCKETS:
             self._forget()
-        self.levels[name] = (left, now)
+        allowed = left >= 1
+        self.levels[name] = (left - 1 if allowed else left, now)
+        return allowed
+
+    def take(self, name: Any, rate: int, now: float) -> Level:
+        """Take one request, and tell how full the bucket is."""
+        allowed = self.spend(name, rate, now)
+        left = self.levels[name][0]
         return Level(allowed, rate, int(left), math.ceil((rate - left) * 60 / rate),
                      0 if allowed else max(1, math.ceil((1 - left) * 60 / rate)))
 
@@ -4985,6 +5005,8 @@ class Context:
         self.panel: Any = None                         # see CONSENSUS
         self.keys: Keys
         self.access: Any = None                        # see ACCESS
+        self.kept_head: Tuple[int, str] = (-1, "")     # of the audit log, as its file has it
+        self.used_kept = 0.0                           # when the last use of keys was written
         self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
@@ -13617,10 +13639,13 @@ def keep_books(context: Context) -> None:
 
 def write_books(context: Context) -> None:
     """Write when keys were last used, and the head of the audit log beside it."""
-    file, head = context.state_dir / HEAD_FILE, head_text(*context.bus.head) + "\n"
-    if read_tail(file) != head:
-        write_private(file, head)
-    context.keys.write_used()
+    head = context.bus.head
+    if context.kept_head != head:
+        write_private(context.state_dir / HEAD_FILE, head_text(*head) + "\n")
+        context.kept_head = head
+    if time.time() - context.used_kept > USED_SECONDS or context.stopping.is_set():
+        context.used_kept = time.time()
+        context.keys.write_used()
 
 
 def note_head(context: Context) -> None:
@@ -13747,6 +13772,12 @@ class Tickets:
                 ticket.end, ticket.dead_at = None, now + TICKET_OPEN_SECONDS
 
 
+def presented(headers: Mapping[str, str]) -> Optional[str]:
+    """Give the bearer token that a request shows, or None."""
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if kind.lower() == "bearer" else None
+
+
 class Access:
     """The checks every request passes before anything else is looked at."""
 
@@ -13781,10 +13812,10 @@ class Access:
 
     def identify(self, headers: Mapping[str, str], address: str) -> Who:
         """Tell who asks; what is presented is checked, needed or not.  Raises ApiError 401, or 429."""
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
+        given = presented(headers)
+        if given is None:
             return self.nobody
-        who, why = self.holder(given.strip())
+        who, why = self.holder(given)
         if who is None:
             raise self.failed(address, why)
         return who
@@ -13832,26 +13863,27 @@ class Access:
 
     def record(self, entry: AuditEntry) -> None:
         """Record a refusal, as long as there are not too many: then the next row says how many have none."""
-        if not self.buckets.take("recorded refusals", REFUSALS_RECORDED, time.monotonic()).allowed:
+        if not self.buckets.spend("recorded refusals", REFUSALS_RECORDED, time.monotonic()):
             self.unrecorded += 1
             return
         about, self.unrecorded = {**entry.about, **({"unrecorded": self.unrecorded} if self.unrecorded else {})}, 0
         with contextlib.suppress(ApiError):
             self.context.bus.commit((), (), [entry._replace(about=about)])
 
-    def count(self, who: Who, address: str) -> Optional[Level]:
-        """Count a request against its key's rate, or its address'.  Raises ApiError 429."""
+    def count(self, who: Who, bucket: str) -> Optional[Level]:
+        """Count a request against its key's rate, or its address' bucket.  Raises ApiError 429."""
+        now = time.monotonic()
         if who.key:
             self.keys.used[who.key] = time.time()
-            rate, name = who.rate or self.settings.key_rate, who.key
-        else:
-            rate, name = self.settings.address_rate, bucket_address(address)
-        if not rate:
-            return None
-        level = self.buckets.take(name, rate, time.monotonic())
-        if not level.allowed:
-            raise too_many(level, "this key asks too often" if who.key else "this address asks too often")
-        return level if who.key else None
+            rate = who.rate or self.settings.key_rate
+            level = self.buckets.take(who.key, rate, now) if rate else None
+            if level and not level.allowed:
+                raise too_many(level, "this key asks too often")
+            return level
+        rate = self.settings.address_rate
+        if rate and not self.buckets.spend(bucket, rate, now):
+            raise too_many(self.buckets.take(bucket, rate, now), "this address asks too often")
+        return None
 
     def open_ticket(self, secret: str, address: str, again: bool, end: Callable[[], Any]) -> Ticket:
         """Let a stream in that shows a ticket.  Raises ApiError 401, or 429."""
@@ -16443,7 +16475,7 @@ class Route(NamedTuple):
 
     route: str                          # "POST /v1/sessions/:id/send"
     handler: Callable[..., Any]         # its docstring is the summary, its parameters are the fields
-    scope: Optional[str]                # what a key must be allowed; None is open to anyone
+    scope: Optional[str]                # what a key must be allowed; any: nothing more; None is open to anyone
     takes: Mapping[str, Field] = {}     # path, query and body fields together
     status: int = 200                   # of a successful answer
     tool: Optional[str] = None          # the name under which agents are offered it
@@ -17192,7 +17224,8 @@ def allowed_methods(node: Node) -> List[str]:
 
 def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
     """Check scope and owner, validate what was given, call the handler, record it: the one door for every face."""
-    ask.who.need(route.scope if route.scope != "hook" else None)
+    if route.scope not in ask.who.scopes and route.scope != "hook":   # the common case first: this is asked often
+        ask.who.need(route.scope)
     empty: Any = "" if route.raw else {}
     given: Json = {route.whole_body: empty if body is None else body} if route.whole_body else dict(body or {})
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
@@ -17201,10 +17234,10 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
-    work = functools.partial(route.handler, ask, **{snake(name): value for name, value in values.items()})
-    if route.route.startswith("GET ") or not route.recorded or route.scope == "hook":
-        return work()
-    return recorded(route, ask, values, work)
+    named = {snake(name): value for name, value in values.items()}
+    if not route.recorded or route.scope == "hook" or route.route.startswith("GET "):
+        return route.handler(ask, **named)
+    return recorded(route, ask, values, functools.partial(route.handler, ask, **named))
 
 
 SHOWN = frozenset(("workDir", "agent", "permissionMode", "permissionProfile", "profile", "always", "children",
@@ -18477,7 +18510,7 @@ class Connection:
     """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
 
     def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock, self.address = sock, address
+        self.sock, self.address, self.bucket = sock, address, bucket_address(address)
         self.who = NOBODY                 # of the current request
         self.level: Optional[Level] = None     # how much of its key's rate is left
         self.ticket: Optional[Ticket] = None   # that the current request showed
@@ -18821,7 +18854,7 @@ class Server(ThreadingHTTPServer):
         """Count a request against its caller's rate.  Raises ApiError 429."""
         route, connection.level = connection.route, None
         if route and route.limited and route.scope != "hook":
-            connection.level = self.access.count(connection.who, connection.address)
+            connection.level = self.access.count(connection.who, connection.bucket)
 
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
@@ -18855,10 +18888,9 @@ class Server(ThreadingHTTPServer):
         who = connection.who
         if key and who.key:   # one caller's key means nothing to another
             key = f"{who.key} {key}"
-        kind, _, given = head.headers.get("authorization", "").partition(" ")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
                   connection.caller, who, connection.address, connection.request_id,
-                  given.strip() if kind.lower() == "bearer" else "", head.headers,
+                  presented(head.headers) or "" if route.scope is None else "", head.headers,
                   wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
@@ -23552,6 +23584,7 @@ def print_names(collection: str) -> int:
 # what to do, and an exit status of their own.
 
 EXIT_SETTINGS, EXIT_BUSY, EXIT_START = 2, 3, 4
+SHORT_TOKEN = 16   # characters: 64 bits of hexadecimal digits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23644,6 +23677,8 @@ def serve(argv: Sequence[str]) -> int:
     log.start()
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
     write_private(Path(settings.state_dir) / "address", agents_url(settings, server.server_port) + "\n")
+    if 0 < len(settings.auth_token) < SHORT_TOKEN:
+        log.note("warning", f"AEGIS_AUTH_TOKEN has less than {SHORT_TOKEN} characters: a short one can be guessed")
     log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
              state=settings.state_dir, sessions=len(app.context.sessions))
     give_back_memory()
