@@ -4323,6 +4323,49 @@ def prompt_ids(talk: Talk) -> List[str]:
     return list(dict.fromkeys(one["promptId"] for one in lines if one.get("type") == "user" and one.get("promptId")))
 
 
+def raw_report(talk: Talk, raw: bytes) -> Answer:
+    """Report something that need not be JSON that anybody can read."""
+    path, secret = hook_of(talk)
+    return talk.server.call(f"POST {path}", raw, {"X-Aegis-Secret": secret}, auth=False)
+
+
+@pytest.mark.parametrize("name", ["PreToolUse", "PermissionRequest"])
+@pytest.mark.parametrize("given", ["9" * 5_000, "[" * 5_000 + "]" * 5_000, "{", '{"hook_event_name": "Stop"} x'])
+def test_receive_hook_of_what_cannot_be_read_is_no_way_past_a_policy(talk, name, given):
+    raw = f'{{"hook_event_name": "{name}", "tool_name": "Bash", "tool_input": {{"command": "rm x", "a": {given}}}}}'
+    assert raw_report(talk, raw.encode()).status == 400
+    try:
+        talk.ask("PUT permissions", {"allowBash": False})
+        answer = raw_report(talk, raw.encode())
+        assert answer.status == 200 and '"deny"' in answer.raw.decode() and name in answer.raw.decode()
+    finally:
+        talk.ask("PUT permissions", {})
+
+
+@pytest.mark.parametrize("number", [10 ** 20, 10 ** 400])
+def test_receive_hook_takes_numbers_of_any_length(talk, number):
+    talk.ask("PUT permissions", {"allowBash": False})
+    try:
+        answer = report(talk, "PreToolUse", tool_name="Bash", tool_input={"command": "rm x", "timeout": number})
+        assert answer.json["hookSpecificOutput"]["permissionDecision"] == "deny"
+    finally:
+        talk.ask("PUT permissions", {})
+
+
+@alone
+def test_receive_hook_denies_what_the_policy_denies_though_the_store_takes_nothing(house):
+    own = house()
+    talk = own.open(permissions={"allowBash": False})
+    asked = {"tool_name": "Bash", "tool_input": {"command": "rm locked"}}
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"), isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        for name in ("PreToolUse", "PermissionRequest"):
+            assert '"deny"' in report(talk, name, **asked).raw.decode()
+        database.execute("ROLLBACK")
+    recorded = eventually(lambda: len(talk.ask("GET permissions")["history"]) == 2 and talk.ask("GET permissions"))
+    assert {(one["state"], one["decidedBy"]) for one in recorded["history"]} == {("rejected", "policy")}
+
+
 def test_receive_hook_wants_the_sessions_own_secret(make, talk):
     other = make()
     path, secret = hook_of(talk)
@@ -4670,6 +4713,23 @@ def test_kill_session_takes_the_whole_process_family(house):
     assert not alive(child) and not alive(talk.get()["pid"])
 
 
+@alone
+def test_kill_session_while_its_agent_starts_leaves_no_agent(house):
+    own = house()
+    for number in range(12):
+        name = f"early {number}"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            making = pool.submit(own.call, "POST /v1/sessions", {"workDir": str(own.work), "name": name})
+            made = own.events.wait_for("session.created", None, 0, name=name)
+            gone = own.call(f"DELETE /v1/sessions/{made['sessionId']}")
+            answer = making.result()
+        assert gone.status == 200 and answer.status in (201, 409), (gone.raw, answer.raw)
+        assert own.ask(f"GET /v1/sessions/{made['sessionId']}")["status"] == "killed"
+        eventually(lambda: made["sessionId"] not in own.tmux("list-panes", "-a", "-F", "#{@aegis_id}"))
+        assert [path.name for path in (own.state / "run").iterdir() if made["sessionId"] in path.name] == []
+    assert own.ask("GET /v1/health")["sessions"]["active"] == 0
+
+
 def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
     stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
     known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
@@ -4703,6 +4763,12 @@ def test_kill_session_of_an_agent_that_has_exited_is_clean(make):
     assert (answer["status"], answer["killed"]) == ("exited", False)
 
 
+def test_create_batch_tells_of_an_item_that_is_no_object(server):
+    made = server.ask("POST /v1/sessions/batch", {"sessions": [7, None, "x", []]})
+    assert (made["created"], [one["index"] for one in made["errors"]]) == (0, [0, 1, 2, 3])
+    assert {one["code"] for one in made["errors"]} == {"INVALID_REQUEST"}
+
+
 def test_create_batch_spoils_nothing_by_one_bad_item(server):
     good = {"workDir": str(server.work), "prompt": "[[say hi]]", "name": "task-1"}
     items = [good, {"workDir": "/no/such", "name": "task-2"}, good, {"workDir": str(server.work), "foo": 1},
@@ -4723,7 +4789,7 @@ def test_create_batch_spoils_nothing_by_one_bad_item(server):
     assert (error["index"], error["id"], error["code"]) == (2, "nobody", "SESSION_NOT_FOUND")
 
 
-@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [1]}, {"sessions": [{}] * 1000},
+@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [{}] * 1000},
                                   {"ids": []}])
 def test_create_batch_refuses_what_is_no_batch(server, body):
     answer = server.call("POST /v1/sessions/batch", body)
@@ -4935,6 +5001,26 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
         typed = talk.prompts().count(text)
         assert typed <= 1, f"typed twice when Aegis died after {moment} s"
         assert typed == 1 or sending.result() != 200, f"lost when Aegis died after {moment} s"
+
+
+@alone
+def test_a_prompt_is_not_typed_again_into_an_agent_that_may_yet_read_it(house):
+    own = house()
+    talk = own.open()
+    pid = talk.get()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(attempt, talk, "[[say thawed]]")
+        eventually(lambda: "[[say thawed]]" in own.tmux("capture-pane", "-p", "-t", talk.get()["window"])
+                   or talk.ask("GET queue")["queue"][0]["attempts"])
+        own.crash()
+        sending.result()
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed")["reason"]
+    os.kill(pid, signal.SIGCONT)
+    eventually(lambda: talk.prompts() == ["[[say thawed]]"])
+    assert talk.say("[[say on]]")["output"] == "on"
+    assert talk.prompts() == ["[[say thawed]]", "[[say on]]"], "the agent read it late, and once"
 
 
 class Diary:
@@ -10531,6 +10617,34 @@ def test_hundreds_of_idle_connections_cost_no_one_anything(server, talk):
         for line, answer in lines[::30]:
             line.sendall(HEALTH)
             assert answer().status == 200
+
+
+@alone
+def test_refused_clients_that_stay_keep_no_room_from_others(house):
+    own = house()
+    lines = [socket.create_connection(("127.0.0.1", own.port)) for _ in range(500)]
+    for line in lines:
+        line.sendall(b"GET / HTTP/9\r\n\r\n")
+    assert own.open().say("[[say room]]")["output"] == "room"
+    for line in lines:
+        assert b"505" in line.recv(100)
+        line.close()
+
+
+@alone
+def test_who_takes_no_answers_is_answered_in_the_end_and_takes_no_room_meanwhile(house):
+    own = house()
+    asked, lines = 40, [socket.create_connection(("127.0.0.1", own.port)) for _ in range(420)]
+    for line in lines:
+        line.sendall(head("GET", "/v1/openapi.json") * asked)
+    assert own.open().say("[[say room]]")["output"] == "room"
+    heard = b""
+    while heard.count(b"HTTP/1.1 200") < asked:
+        piece = lines[0].recv(1 << 20)
+        assert piece
+        heard += piece
+    for line in lines:
+        line.close()
 
 
 @alone
