@@ -89,8 +89,8 @@ aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-i
 aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).  A command
 that follows events has aegis-feed.
 
-Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
-Webhooks.lock -> Store.lock;
+Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock, Mcp.lock, Keys.lock and Tickets.lock are leaves.  A session's lock is
 never held while tmux or a socket is waited for.
 """
@@ -491,7 +491,7 @@ def _short_int(digits: str) -> int:
 
 
 REPORT_NAME = re.compile(rb'"hook_event_name"\s*:\s*"(\w{1,40})"')   # it stands before what a model could write
-UNREAD = "unread"    # in a report that cannot be read: why
+UNREADABLE = "unread"    # in a report that cannot be read: why
 
 
 def parse_report(raw: bytes) -> Json:
@@ -504,7 +504,7 @@ def parse_report(raw: bytes) -> Json:
     except (ValueError, RecursionError) as error:
         why = f"it is no JSON that can be read: {error}"
     named = REPORT_NAME.search(raw)
-    return {"hook_event_name": named.group(1).decode() if named else "", UNREAD: why}
+    return {"hook_event_name": named.group(1).decode() if named else "", UNREADABLE: why}
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
@@ -537,6 +537,9 @@ SECRET = re.compile(r"(aegis_(?:sse_)?[\w-]{6})[\w-]{10,}|(?<=token=)[^&\s'\"]+|
 
 def masked(text: str) -> str:
     """Take secrets out of a text that is logged or told."""
+    small = text.lower()
+    if "aegis_" not in small and "token" not in small:   # nearly always, and cheaper to see than by the pattern
+        return text
     return SECRET.sub(lambda found: f"{found[1] or ''}…", text)
 
 
@@ -1273,7 +1276,7 @@ class SentRow(NamedTuple):
     text: str
     chosen: Dict[str, List[int]]   # options marked so far, by the question's place
 class ConsensusRow(NamedTuple):
-    """One consensus review."""
+    """One consensus review; what its reviewers are given is long, and stays in the database."""
 
     id: str
     session: str                   # whose work is reviewed
@@ -1283,7 +1286,6 @@ class ConsensusRow(NamedTuple):
     verdict: Optional[str]         # approved, rejected
     criteria: List[str]
     spec: Json                     # rule, weights, quorum, timeout, wanted, change
-    text: str                      # what all reviewers are given
     keep: int                      # 1: the reviewers' sessions live on
     idempotency: Optional[str]
     wanted: str                    # the body's digest, for a repeated idempotency key
@@ -1993,15 +1995,27 @@ class Keys:
             row, now = self.find(key_id), time.time()
             if row.expires_at is not None and row.expires_at <= now:
                 raise ApiError(409, "KEY_EXPIRED", f"key {key_id} expired at {iso(row.expires_at)}: make another one")
-            ours = self.admin_row()
-            if ours and ours.id == key_id:
-                write_private(self.admin_file, secret + "\n")
             changes = {"hash": digest_of(secret), "prefix": secret[:SHOWN_PREFIX], "rotated_at": now,
                        "old_hash": row.hash if grace else None, "old_until": now + grace if grace else None}
-            self.change(update("keys", key_id, changes), entry)
+            with self._in_admin_file(key_id, secret):
+                self.change(update("keys", key_id, changes), entry)
         if not grace:
             self.end_uses(key_id)
         return self.find(key_id)
+
+    @contextlib.contextmanager
+    def _in_admin_file(self, key_id: str, secret: str) -> Iterator[None]:
+        """Have the admin file, if this key stands in it, hold the new secret, unless the change fails."""
+        ours = self.admin_row()
+        known = self.admin_file.read_text("utf-8") if ours and ours.id == key_id else None
+        if known is not None:
+            write_private(self.admin_file, secret + "\n")
+        try:
+            yield
+        except BaseException:
+            if known is not None:
+                write_private(self.admin_file, known)
+            raise
 
     def admin_row(self) -> Optional[KeyRow]:
         """Find the key whose secret stands in the admin file."""
@@ -2097,16 +2111,21 @@ class Buckets:
     def __init__(self) -> None:
         self.levels: Dict[Any, Tuple[float, float]] = {}   # name -> requests left, and when that was so
 
-    def take(self, name: Any, rate: int, now: float, cost: float = 1.0) -> Level:
-        """Take from a bucket of `rate` requests a minute, if enough is in it; cost 0 only looks."""
-        left, at = self.levels.get(name, (rate, now))
-        left = min(rate, left + (now - at) * rate / 60)
-        allowed = left >= max(cost, 1.0)
-        if allowed:
-            left -= cost
-        if len(self.levels) >= MAX_BUCKETS and name not in self.levels:
+    def spend(self, name: Any, rate: int, now: float) -> bool:
+        """Take one request from a bucket of `rate` a minute; False when it is empty."""
+        left, at = self.levels.get(name) or (rate, now)
+        left += (now - at) * rate / 60
+        left = rate if left > rate else left
+        if name not in self.levels and len(self.levels) >= MAX_BUCKETS:
             self._forget()
-        self.levels[name] = (left, now)
+        allowed = left >= 1
+        self.levels[name] = (left - 1 if allowed else left, now)
+        return allowed
+
+    def take(self, name: Any, rate: int, now: float) -> Level:
+        """Take one request, and tell how full the bucket is."""
+        allowed = self.spend(name, rate, now)
+        left = self.levels[name][0]
         return Level(allowed, rate, int(left), math.ceil((rate - left) * 60 / rate),
                      0 if allowed else max(1, math.ceil((1 - left) * 60 / rate)))
 
@@ -4780,9 +4799,17 @@ def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[
     return "\n".join(lines) + "\n"
 
 
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+
+
+def typable(text_: str) -> str:
+    """Leave out what agents drop anyway, and what would end a paste so that the rest is taken for keys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", ESCAPES.sub("", text_))
+
+
 def canonical(sent: str) -> str:
     """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
-    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent) if "\x1b" in sent else sent
+    bare = ESCAPES.sub("", sent) if "\x1b" in sent else sent
     bare = re.sub(r"</?pasted_content[^>]*>", "", bare) if "pasted_content" in bare else bare
     bare = unicodedata.normalize("NFC", bare)
     return bare.translate(dict.fromkeys(   # by the few characters that differ, not by the million that there may be
@@ -4977,6 +5004,8 @@ class Context:
         self.panel: Any = None                         # see CONSENSUS
         self.keys: Keys
         self.access: Any = None                        # see ACCESS
+        self.kept_head: Tuple[int, str] = (-1, "")     # of the audit log, as its file has it
+        self.used_kept = 0.0                           # when the last use of keys was written
         self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
@@ -5629,6 +5658,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
         return [Stroke(text_), ENTER]
+    text_ = typable(text_)
     if prompt.kind == "command":
         return [Stroke(text_), ENTER]
     if prompt.kind == "bash":
@@ -6089,7 +6119,7 @@ def closed_answer(session: Session, report: Json) -> Optional[Json]:
     if name not in ("PreToolUse", "PermissionRequest") or session.policy == Policy(profile=session.policy.profile):
         return None
     said = Decision("deny", "its report cannot be read")
-    if UNREAD not in report:
+    if UNREADABLE not in report:
         with contextlib.suppress(RecursionError, ValueError, TypeError, AttributeError):
             request = request_of(session, report)
             said = ask_policy(session, request)
@@ -7029,10 +7059,10 @@ def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None
     if not re.fullmatch(r"[\w-]{1,100}", agent_id):
         return
     with session.lock:
-        known = session.subagents.get(agent_id) or Subagent(
-            agent_id, clip(kind, 100) if isinstance(kind, str) and kind else None, time.time(), None, new_ledger())
-        ended = time.time() if name == "SubagentStop" else None
-        session.subagents[agent_id] = known._replace(ended=ended, type=known.type or kind or None)
+        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None, new_ledger())
+        ended = {"SubagentStop": time.time(), "SubagentStart": None}.get(name, known.ended)   # others may come late
+        word = clip(kind, 100) if isinstance(kind, str) and kind else None
+        session.subagents[agent_id] = known._replace(ended=ended, type=word or known.type)
         while len(session.subagents) > SUBAGENTS_KEPT:
             session.subagents.pop(next(iter(session.subagents)))
 
@@ -7328,7 +7358,7 @@ def exit_status(context: Context, pane_id: str) -> Optional[int]:
     return None
 
 
-def forget_files(context: Context, session_id: str) -> None:
+def forget_launch(context: Context, session_id: str) -> None:
     """Remove what an agent was launched with; its secret stands there."""
     for kind in ("launch", "hooks", "stderr"):
         with contextlib.suppress(OSError):
@@ -7351,7 +7381,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         if not session.live:
             return
         pane, window = session.row.pane, session.row.window
-        forget_files(context, session.row.id)   # before anybody can resume it, and write them anew
+        forget_launch(context, session.row.id)   # before anybody can resume it, and write them anew
         with session.changing("process", status, reason) as change:
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
@@ -7652,8 +7682,8 @@ def find_repository(work_dir: str) -> Optional[Repository]:
             return None
     told = run_git(work_dir, "rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-path", "objects",
                    "--show-object-format").split("\n")
-    if len(told) != 4:
-        raise ApiError(409, "GIT_FAILED", "git does not say where its files are")
+    if len(told) != 4 or os.path.realpath(told[0]) != os.path.realpath(place):
+        raise ApiError(409, "GIT_FAILED", "its work tree is not where its .git is")
     try:
         head: Optional[str] = run_git(work_dir, "rev-parse", "-q", "--verify", "HEAD^{commit}")
     except ApiError as error:
@@ -7680,7 +7710,7 @@ class Apart:
         others = [repository.objects, *map(str, objects)]
         (folder / "objects/info/alternates").write_bytes(os.fsencode("\n".join(others) + "\n"))
         with contextlib.suppress(OSError):   # what they ignore themselves is data, and runs nothing
-            shutil.copyfile(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
+            copy_data(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
 
     def environment(self) -> Dict[str, str]:
         """Choose what git inherits: nothing that leads to another configuration."""
@@ -7694,7 +7724,7 @@ class Apart:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
         (self.folder / "given").write_bytes(b"".join(one + b"\0" for one in given))
         with open(self.folder / "given", "rb") as paths:
-            process = subprocess.Popen(["git", *words], cwd=self.root, env=self.environment(), stdin=paths,
+            process = subprocess.Popen(["git", "-C", self.root, *words], env=self.environment(), stdin=paths,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             said = self._read(process, most)
@@ -7728,7 +7758,7 @@ class Apart:
     def copy_index(self, repository: Repository) -> None:
         """Begin with what they have staged, and look behind what their index hides."""
         try:
-            shutil.copy2(os.path.join(repository.folder, "index"), self.folder / "index")   # its time counts, too
+            copy_data(os.path.join(repository.folder, "index"), self.folder / "index")
         except FileNotFoundError:
             if repository.head:
                 self.git("read-tree", repository.head)
@@ -7755,6 +7785,14 @@ class Apart:
         if kept:
             self.git("update-index", "--add", "--remove", "-z", "--stdin", given=kept)
         return self.git("write-tree", "--missing-ok").decode().strip(), len(found) - len(kept) - len(kinds["remove"])
+
+
+def copy_data(source: str, target: Path) -> None:
+    """Copy a plain file of a bearable size, with its times, which tell git what may have changed.  Raises OSError."""
+    about = os.stat(source)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LISTED_BYTES:
+        raise OSError(f"{os.path.basename(source)} is no plain file of at most {LISTED_BYTES:,} bytes")
+    shutil.copy2(source, target)
 
 
 def what_to_do(root: bytes, path: bytes) -> str:
@@ -7831,7 +7869,7 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
         about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, files[:FILES_SHOWN], text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -7841,6 +7879,12 @@ def shortened(text_: str) -> Tuple[str, bool]:
     if len(text_) <= CHANGE_SHOWN:
         return text_, False
     return text_[:text_.rfind("\n", 0, CHANGE_SHOWN) + 1] or text_[:CHANGE_SHOWN], True
+
+
+def listed_files(files: Sequence[str]) -> List[str]:
+    """Bound the names of changed files: by their number, and by their length in all."""
+    ends = itertools.accumulate(map(len, files))
+    return [name for name, end in zip(files[:FILES_SHOWN], ends) if end <= CHANGE_SHOWN // 4]
 
 
 def newer_files(work_dir: str, since: float) -> Difference:
@@ -7864,7 +7908,7 @@ def newer_files(work_dir: str, since: float) -> Difference:
     text_, cut = shortened(shown.encode("utf-8", "replace").decode())
     about = "the files that were written since the session began, whole: the directory is no git repository"
     names_ = [os.path.relpath(path, work_dir).encode("utf-8", "replace").decode() for path in files[:FILES_SHOWN]]
-    return Difference(about, [f"W {name}" for name in names_], text_, cut or visited >= VISITED)
+    return Difference(about, listed_files([f"W {name}" for name in names_]), text_, cut or visited >= VISITED)
 
 
 # ============================================================================
@@ -7954,17 +7998,17 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         row = add_worktree(context, row)
     row.launch["base"] = note_base(context, row.id, row.work_dir)
     session = Session(context, row, Facts())
-    known: Any = row
+    other: Optional[SessionRow] = row
     context.sessions[row.id] = session   # first: who hears of it may end it at once
     try:
-        known = store_new(context, session, wanted)
+        other = store_new(context, session, wanted)
     finally:
-        if known:   # it was not made after all
+        if other:   # it was not made after all
             context.sessions.pop(row.id, None)
             remove_worktree(row.worktree, force=True)
             forget_base(context, row.id)
-    if known:
-        return same_session(context, known, wanted)
+    if other:
+        return same_session(context, other, wanted)
     launch_agent(context, session, words, environment)
     return session
 
@@ -8111,7 +8155,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
         context.tmux.close_pane(pane.pane, row.id)
-        forget_files(context, row.id)
+        forget_launch(context, row.id)
         raise
     watch(context, session)
     context.look_later(session, 0.05)
@@ -8306,6 +8350,15 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
     if bound and same_dialog(bound, look(context, session)):
         press_once(context, session, "Escape")
     confirm_claim(session, request.id)
+
+
+def choose_in_dialog(context: Context, session: Session, dialog: Reading, label: str) -> None:
+    """Choose a row of a dialog that no hook told of.  Raises ApiError 409 when it is another one now."""
+    with session.key_lock:
+        after = choose_row(context, session, dialog, lambda row: row.label == label)
+    if after is None:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    inspect(context, session)
 
 
 def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
@@ -9681,25 +9734,25 @@ def await_event(context: Context, types: Sequence[str], until: Callable[[], bool
         context.bus.leave(listener)
 
 
-def wire_check(row: CheckRow) -> Json:
-    """Give a check its shape on the wire."""
+def wire_check(row: CheckRow, brief: bool = False) -> Json:
+    """Give a check its shape on the wire; a list leaves its output out."""
     spent = None if row.started_at is None else max(0.0, (row.ended_at or time.time()) - row.started_at)
     passed = {"passed": True, "failed": False, "timed_out": False}.get(row.state)
     return {"name": row.name, "command": row.command, "state": row.state, "passed": passed, "exitCode": row.exit_code,
-            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "output": row.output,
-            "reason": row.reason, "found": bool(row.found)}
+            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "reason": row.reason,
+            "found": bool(row.found), **({} if brief else {"output": row.output})}
 
 
-def wire_verify(context: Context, row: VerifyRow) -> Json:
+def wire_verify(context: Context, row: VerifyRow, brief: bool = False) -> Json:
     """Give a verification its shape on the wire, with the checks of its last round."""
     checks = context.store.rows(CheckRow, "checks", "verify = ? ORDER BY round, place", row.id)
     rounds = [[one for one in checks if one.round == number_] for number_ in range(row.round + 1)]
     return {
         "id": row.id, "sessionId": row.session, "workDir": row.work_dir, "state": row.state,
         "passed": None if row.ended_at is None else row.state == "passed", "reason": row.reason,
-        "checks": [wire_check(one) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
+        "checks": [wire_check(one, brief) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
         "round": row.round, "promptId": row.prompt,
-        "earlier": [[wire_check(one) for one in round_] for round_ in rounds[:-1]],
+        "earlier": [[wire_check(one, brief) for one in round_] for round_ in rounds[:-1]],
         "startedAt": iso(row.created_at), "endedAt": iso(row.ended_at),
         "seconds": round((row.ended_at or time.time()) - row.created_at, 3),
     }
@@ -9800,6 +9853,8 @@ class Loop:
             self.hungry.pop(run, None)
             self.advance(run)
         except ApiError as error:
+            if error.code in ("PIPELINE_NOT_FOUND", "CONSENSUS_NOT_FOUND"):   # swept away meanwhile
+                return
             self.context.log.note("warning", "a run waits", run=run, error=error)
             self.due[run] = time.time() + AGAIN_SECONDS
         except Exception:
@@ -10687,9 +10742,10 @@ class Panel:
         try:
             told = read_assessment(said, row.criteria)
         except ValueError as wrong:
+            why = "".join(char if char.isprintable() else " " for char in str(wrong))
             if one.again:
-                return over_reviewer(one, "failed", f"its answer could not be read, twice: {wrong}")
-            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {wrong}")
+                return over_reviewer(one, "failed", f"its answer could not be read, twice: {why}")
+            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {why}")
         return over_reviewer(one._replace(assessment=told), "done", None)
 
     def store(self, row: ConsensusRow, before: Sequence[ReviewerRow], after: Sequence[ReviewerRow],
@@ -10718,8 +10774,8 @@ class Panel:
             session = find_live(self.context, one.session or "")
             prompt = enqueue(session, "prompt", again_text(one, total), f"{one.id} again")
         else:
-            session = start_session(self.context, row.spec["wanted"], review_text(row, one, total), reviewer_key(one),
-                                    f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
+            session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
+                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
             prompt = first_prompt(self.context, session.row.id)
         self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
@@ -10799,9 +10855,10 @@ def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool
     return update("consensus", row.id, changes), Draft(kind, row.session, about)
 
 
-def review_text(row: ConsensusRow, one: ReviewerRow, total: int) -> str:
+def review_text(context: Context, one: ReviewerRow, total: int) -> str:
     """Write a reviewer's prompt."""
-    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {row.text}"
+    given = context.store.value("SELECT text FROM consensus WHERE id = ?", one.consensus)
+    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {given}"
 
 
 def again_text(one: ReviewerRow, total: int) -> str:
@@ -10859,7 +10916,7 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
 
-def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> ConsensusRow:
+def store_consensus(context: Context, row: ConsensusRow, given: str, reviewers: int) -> ConsensusRow:
     """Store a review; the same idempotency key gives the same one.  Raises ApiError 409 for another body."""
     rows = [ReviewerRow(new_id("rv-"), row.id, place, "waiting", None, 1, 0, None, None, None, None, None)
             for place in range(reviewers)]
@@ -10868,7 +10925,8 @@ def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> Cons
         known = same_consensus(context, row)
         if known:
             return known
-        context.bus.commit([insert("consensus", row._asdict()), *(insert("reviewers", one._asdict()) for one in rows)],
+        whole_ = insert("consensus", {**row._asdict(), "text": given})
+        context.bus.commit([whole_, *(insert("reviewers", one._asdict()) for one in rows)],
                            [Draft("consensus.started", row.session, told)])
     return row
 
@@ -10998,7 +11056,7 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
     for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
         stages = stages_of(context, row.id)
         over = {one.name for one in stages if one.ended_at is not None}
-        waits = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
                  for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
@@ -12188,8 +12246,7 @@ class Courier(Listener):
             self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
                                                             "reason": outcome.said}),
                          update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
-        with self.context.webhooks.letters:
-            self.context.webhooks.letters.notify_all()
+        self.context.webhooks.stir()
         return 0.0
 
 
@@ -12262,6 +12319,11 @@ class Webhooks:
         courier = self.couriers.get(webhook_id)
         if courier:
             courier.some.set()
+
+    def stir(self) -> None:
+        """Have whoever waits for a retried letter look again."""
+        with self.letters:
+            self.letters.notify_all()
 
     def close(self) -> None:
         """Stop the couriers; what they are sending is waited for, but not for long."""
@@ -12596,6 +12658,7 @@ class Telegram(Listener):
         settings = context.settings
         super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
         self.context, self.some = context, threading.Event()
+        self.sending = threading.Lock()                 # from before a note is done until that is stored
         self.chats = frozenset(map(int, settings.telegram_chats))
         self.users = frozenset(map(int, settings.telegram_users))
         self.on = bool(settings.telegram_token and self.chats)
@@ -12610,7 +12673,8 @@ class Telegram(Listener):
     def start(self) -> None:
         """Go on behind the last event that was told; without a token or a chat, hold no event back."""
         if not self.on:
-            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            if self.context.store.value("SELECT 1 FROM readers WHERE id = 'telegram'"):
+                self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
             return
         if not stored_place(self.context, "telegram"):
             self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
@@ -12715,7 +12779,8 @@ class Telegram(Listener):
                                                            *say(chat, f"{name} was brought back.", event.session))]
         if not is_state(event):
             return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
-        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+        text_, more = state_text(name, event), dialog_buttons(self.context, event)
+        return [one for chat in self.chats for one in state_notes(chat, text_, event, **more)]
 
     def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
         """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
@@ -12730,6 +12795,11 @@ class Telegram(Listener):
     def deliver(self, note_: NoteRow) -> None:
         """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
         done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        with self.sending:
+            self.context.bus.commit(self.attempt(note_, done))
+
+    def attempt(self, note_: NoteRow, done: List[Statement]) -> List[Statement]:
+        """Do what a note says; gives what is to be stored."""
         try:
             done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
         except TelegramError as error:
@@ -12742,7 +12812,7 @@ class Telegram(Listener):
                 done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
                          (time.time() + max(error.wait, pause), note_.seq))]
             self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
-        self.context.bus.commit(done)
+        return done
 
     def do_say(self, note_: NoteRow) -> List[Statement]:
         """Send a message."""
@@ -12760,7 +12830,7 @@ class Telegram(Listener):
         """Write a verdict under a message, and take its buttons away."""
         for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
                                             note_.request):
-            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 500)[0]}\n\n{note_.body['text']}"
             self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
                         link_preview_options={"is_disabled": True})
         return []
@@ -12914,11 +12984,30 @@ def is_state(event: Event) -> bool:
     return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
 
 
-def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+def dialog_of(context: Context, session_id: Optional[str]) -> Tuple[Optional[Session], Optional[Reading], str]:
+    """Find the dialog that a session shows and no hook told of, and a mark that tells it from every other one."""
+    session = context.sessions.get(session_id or "")
+    dialog = session.facts.dialog if session and not session.facts.pending else None
+    if dialog is None or not dialog.options:
+        return session, None, ""
+    labels = [dialog.title or "", *(option.label for option in dialog.options)]
+    return session, dialog, hashlib.sha256(dump([session_id, labels]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def dialog_buttons(context: Context, event: Event) -> Json:
+    """Give the rows of the dialog that a session asks by, as the buttons of its notice."""
+    _, dialog, mark = dialog_of(context, event.session) if event.type == "session.asking" else (None, None, "")
+    if dialog is None:
+        return {}
+    rows = [[(option.label, f"d:{event.session}:{mark}:{index}")] for index, option in enumerate(dialog.options[:20])]
+    return {"request": f"dialog:{event.session}:{mark}", "markup": keyboard(rows)}
+
+
+def state_notes(chat: int, text_: str, event: Event, **more: Any) -> List[Statement]:
     """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
     ended = event.type.partition(".")[2] in ENDED
     return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
-            *say(chat, text_, event.session, kind="state"),
+            *say(chat, text_, event.session, kind="state", **more),
             *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
 
 
@@ -13006,7 +13095,8 @@ def on_message(heard: Heard) -> List[Statement]:
         act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
         return act(heard, (command.group(3) or "").strip(), session_id)
     if session_id is None:
-        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+        addressed = heard.private or is_ours(heard, heard.message.get("reply_to_message") or {})
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if addressed else []
     request = sent.request if sent else None
     if request and is_question(heard, request):
         return answer_in_words(heard, session_id, request, text_)
@@ -13014,10 +13104,24 @@ def on_message(heard: Heard) -> List[Statement]:
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
-    """Find the message of ours that a message replies to."""
-    message = heard.message.get("reply_to_message") or {}
-    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                                       message.get("message_id"))
+    """Find the message of ours that a message replies to; one that was sent this moment is waited for."""
+    message = heard.message.get("reply_to_message")
+    if not message:
+        return None
+
+    def known() -> Optional[SentRow]:
+        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                           message["message_id"])
+    found = known()
+    if found is None and is_ours(heard, message):
+        with heard.bot.sending:
+            found = known()
+    return found
+
+
+def is_ours(heard: Heard, message: Json) -> bool:
+    """Tell whether the bot itself wrote a message."""
+    return str((message.get("from") or {}).get("username") or "").lower() == heard.bot.name.lower() != ""
 
 
 def topic_session(heard: Heard) -> Optional[str]:
@@ -13109,6 +13213,17 @@ def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bo
     return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
 
 
+def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[List[Statement], str]:
+    """Choose a row of the dialog that the button was made for."""
+    session, dialog, now = dialog_of(heard.bot.context, session_id)
+    if session is None or dialog is None or now != mark:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    label = dialog.options[int(index)].label
+    choose_in_dialog(heard.bot.context, session, dialog, label)
+    told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}
+    return [note(heard.chat, "edit", session_id, f"dialog:{session_id}:{mark}", told)], f"answered: {label}"
+
+
 def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
     """Answer a question by the options that are marked."""
     context, row = heard.bot.context, find_asked(heard, request_id)
@@ -13138,7 +13253,7 @@ def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List
 PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
     "a": lambda heard, request: press_decide(heard, request, "approved"),
     "r": lambda heard, request: press_decide(heard, request, "rejected"),
-    "o": press_option, "s": press_send, "k": press_kill,
+    "o": press_option, "s": press_send, "k": press_kill, "d": press_dialog,
 }
 
 
@@ -13487,6 +13602,7 @@ class App:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
         context = self.context
         context.stopping.set()
+        context.webhooks.stir()
         for session in list(context.sessions.values()):
             session.stir()
             for hold in list(session.holds.values()):
@@ -13524,10 +13640,13 @@ def keep_books(context: Context) -> None:
 
 def write_books(context: Context) -> None:
     """Write when keys were last used, and the head of the audit log beside it."""
-    file, head = context.state_dir / HEAD_FILE, head_text(*context.bus.head) + "\n"
-    if read_tail(file) != head:
-        write_private(file, head)
-    context.keys.write_used()
+    head = context.bus.head
+    if context.kept_head != head:
+        write_private(context.state_dir / HEAD_FILE, head_text(*head) + "\n")
+        context.kept_head = head
+    if time.time() - context.used_kept > USED_SECONDS or context.stopping.is_set():
+        context.used_kept = time.time()
+        context.keys.write_used()
 
 
 def note_head(context: Context) -> None:
@@ -13654,6 +13773,12 @@ class Tickets:
                 ticket.end, ticket.dead_at = None, now + TICKET_OPEN_SECONDS
 
 
+def presented(headers: Mapping[str, str]) -> Optional[str]:
+    """Give the bearer token that a request shows, or None."""
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if kind.lower() == "bearer" else None
+
+
 class Access:
     """The checks every request passes before anything else is looked at."""
 
@@ -13688,10 +13813,10 @@ class Access:
 
     def identify(self, headers: Mapping[str, str], address: str) -> Who:
         """Tell who asks; what is presented is checked, needed or not.  Raises ApiError 401, or 429."""
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
+        given = presented(headers)
+        if given is None:
             return self.nobody
-        who, why = self.holder(given.strip())
+        who, why = self.holder(given)
         if who is None:
             raise self.failed(address, why)
         return who
@@ -13739,26 +13864,27 @@ class Access:
 
     def record(self, entry: AuditEntry) -> None:
         """Record a refusal, as long as there are not too many: then the next row says how many have none."""
-        if not self.buckets.take("recorded refusals", REFUSALS_RECORDED, time.monotonic()).allowed:
+        if not self.buckets.spend("recorded refusals", REFUSALS_RECORDED, time.monotonic()):
             self.unrecorded += 1
             return
         about, self.unrecorded = {**entry.about, **({"unrecorded": self.unrecorded} if self.unrecorded else {})}, 0
         with contextlib.suppress(ApiError):
             self.context.bus.commit((), (), [entry._replace(about=about)])
 
-    def count(self, who: Who, address: str) -> Optional[Level]:
-        """Count a request against its key's rate, or its address'.  Raises ApiError 429."""
+    def count(self, who: Who, bucket: str) -> Optional[Level]:
+        """Count a request against its key's rate, or its address' bucket.  Raises ApiError 429."""
+        now = time.monotonic()
         if who.key:
             self.keys.used[who.key] = time.time()
-            rate, name = who.rate or self.settings.key_rate, who.key
-        else:
-            rate, name = self.settings.address_rate, bucket_address(address)
-        if not rate:
-            return None
-        level = self.buckets.take(name, rate, time.monotonic())
-        if not level.allowed:
-            raise too_many(level, "this key asks too often" if who.key else "this address asks too often")
-        return level if who.key else None
+            rate = who.rate or self.settings.key_rate
+            level = self.buckets.take(who.key, rate, now) if rate else None
+            if level and not level.allowed:
+                raise too_many(level, "this key asks too often")
+            return level
+        rate = self.settings.address_rate
+        if rate and not self.buckets.spend(bucket, rate, now):
+            raise too_many(self.buckets.take(bucket, rate, now), "this address asks too often")
+        return None
 
     def open_ticket(self, secret: str, address: str, again: bool, end: Callable[[], Any]) -> Ticket:
         """Let a stream in that shows a ticket.  Raises ApiError 401, or 429."""
@@ -14570,7 +14696,7 @@ def filled_fields(ask: Ask, table: Mapping[str, Field], fields: Json) -> Json:
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
     """Create a session, and wait for its first prompt's delivery if told."""
     session = create_session(ask.context, wanted_from(ask, fields, wait))
-    return new_view(ask.context, session, fields["prompt"], wait)
+    return new_view(ask.context, session, fields["prompt"], wait, ask.caller)
 
 
 def memory_for(ask: Ask, session_id: str = "") -> Callable[[str], Optional[str]]:
@@ -14625,7 +14751,8 @@ def wanted_policy(context: Context, given: Any, profile: Any) -> Json:
     return policy_json(policy_from_json({**named, **plain_policy(given or {})}, context.profiles))
 
 
-def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
+def new_view(context: Context, session: Session, text_: Optional[str], wait: bool,
+             caller: Optional[Caller] = None) -> Json:
     """Give a session that was just started, and how its first prompt fared."""
     prompt = context.store.row(
         PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq DESC", session.row.id
@@ -14633,7 +14760,7 @@ def new_view(context: Context, session: Session, text_: Optional[str], wait: boo
     if text_ is None or prompt is None:
         return {**live_view(context, session), "promptDelivery": None}
     if wait:
-        prompt = await_delivery(session, prompt.id, context.settings.create_seconds)
+        prompt = await_delivery(session, prompt.id, context.settings.create_seconds, caller)
         if not session.live and session.row.status == "exited" and prompt.submitted_at is None:
             raise ApiError(502, "AGENT_EXITED", f"the agent ended before it took the prompt: {session.row.reason}",
                            sessionId=session.row.id)
@@ -14993,11 +15120,7 @@ def answer_dialog(context: Context, session: Session, dialog: Reading, answer: A
     label = read_labels({"options": rows, "multiSelect": False}, answer, "answer")[0]
 
     def work() -> Json:
-        with session.key_lock:
-            after = choose_row(context, session, dialog, lambda row: row.label == label)
-        if after is None:
-            raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
-        inspect(context, session)
+        choose_in_dialog(context, session, dialog, label)
         return {"id": session.row.id, "questionId": None, "state": "approved", "answers": [[label]],
                 "status": session.row.status}
     return Later(work)
@@ -15053,20 +15176,22 @@ def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
     """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
     parent = find_live(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
     """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
     origin = find_session(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def resume_session_handler(ask: Ask, id: str, prompt: Optional[str]) -> Any:
     """Resume an ended session: the same one, with its conversation."""
     find_session(ask.context, id)
-    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True))
+    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True, ask.caller))
 
 
 def list_children(ask: Ask, id: str) -> Json:
@@ -15427,13 +15552,13 @@ def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
 
 
 def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
-    """List a session's verifications, newest first."""
+    """List a session's verifications, newest first; a list leaves the checks' output out."""
     find_session(ask.context, id)
     return Later(lambda: verifies_page(ask, id, None, page, limit))
 
 
 def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
-    """List verifications, newest first."""
+    """List verifications, newest first; a list leaves the checks' output out."""
     return Later(lambda: verifies_page(ask, None, state, page, limit))
 
 
@@ -15446,7 +15571,8 @@ def verifies_page(ask: Ask, session_id: Optional[str], state: Optional[str], pag
     total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
     rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                               limit, (page - 1) * limit)
-    return {"verifies": [wire_verify(context, row) for row in rows], "pagination": pagination(page, limit, total)}
+    return {"verifies": [wire_verify(context, row, brief=True) for row in rows],
+            "pagination": pagination(page, limit, total)}
 
 
 def get_verify(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
@@ -15653,7 +15779,7 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     spec = {"rule": rule, "weights": read_weights(rule, weights, names, count), "timeout": timeout,
             "quorum": read_quorum(quorum, count)}
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
-    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, "", int(keep),
+    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, int(keep),
                        ask.idempotency_key, digest.hexdigest()[:32], time.time(), None)
 
     def work() -> Json:
@@ -15662,8 +15788,8 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
             spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
             change = change_since(context, session)
             spec["change"] = {"about": change.about, "files": change.files, "truncated": change.cut}
-            text_ = reviewed_text(task_of(context, id), change, names, instructions)
-            made = store_consensus(context, row._replace(text=text_), count)
+            given = reviewed_text(task_of(context, id), change, names, instructions)
+            made = store_consensus(context, row, given, count)
             context.panel.loop.inbox.poke(made.id)
         return wire_consensus(context, made)
     return Later(work)
@@ -16038,8 +16164,8 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
     try:
-        if UNREAD in report:
-            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREAD]}")
+        if UNREADABLE in report:
+            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREADABLE]}")
         if report.get("hook_event_name") != "PermissionRequest":
             return receive_hook(session, report)
         answer = decide_by_policy(session, report)
@@ -16147,6 +16273,10 @@ ERROR = shape(
      "code": {**WORD, "pattern": "^[A-Z][A-Z0-9_]+$", "description": "A word for programs."},
      "statusCode": {"type": "integer", "minimum": 400, "maximum": 599}},
     {"fields": {"type": "object", "additionalProperties": TEXT, "description": "What is wrong, by field."}})
+RPC_ERROR = shape(
+    "McpError", "A refusal of the Model Context Protocol.",
+    {"jsonrpc": one_of("2.0"), "id": {"type": ["string", "integer", "null"]},
+     "error": record({"code": {"type": "integer"}, "message": TEXT}, {"data": ANY})})
 TOKEN_USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
 PERMISSION = shape(
     "Permission", "An agent's request to use a tool.",
@@ -16260,93 +16390,84 @@ WORKTREE = shape(
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
      **each("changes commits", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
-FAULTS = listing(record({"index": COUNT, **SHAPES["Error"]["properties"]},
-                        {"name": maybe(ANY), "id": TEXT, "sessionId": TEXT}))
+SAID = SHAPES["Error"]["properties"]
+FAULTS = listing(record({"index": COUNT, **{name: SAID[name] for name in SHAPES["Error"]["required"]}},
+                        {"name": ANY, **each("id sessionId", TEXT), "fields": SAID["fields"]}))
 PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
                       **each("pending history", listing(PERMISSION)), "pagination": PAGINATION})
 POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),
                      "status": STATUS})
 FORGOTTEN = record({"key": WORD, "deleted": YES, "version": COUNT})
-VOTE = maybe(one_of(*VOTES))
-FOUND = record({"file": maybe(TEXT), "line": maybe(COUNT), "severity": one_of(*SEVERITIES), "message": TEXT})
-REVIEWER = shape(
-    "Reviewer", "One reviewer and its assessment; a list shows no more than its vote.",
-    {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId", maybe(TEXT)), "askedAgain": YES,
-     "verdict": VOTE, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
-    {"summary": maybe(TEXT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
-     "criteria": listing(record({"name": WORD, "verdict": VOTE, "score": AMOUNT, "findings": listing(FOUND)}))})
+
+# -- access, channels, consensus, figures
+
+KEY_SHAPE = shape(
+    "Key", "An API key; its secret is nowhere.",
+    {**each("id name prefix", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdBy": maybe(TEXT),
+     "createdAt": TIME, "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))})
+AUTH_TOLD = ({"authRequired": YES}, {"warning": TEXT})
+MINTED = record({**SHAPES["Key"]["properties"], "key": {**WORD, "description": "The secret, shown this once."},
+                 **AUTH_TOLD[0]}, AUTH_TOLD[1])
+KEYS_SHAPE = record({"keys": listing(KEY_SHAPE), **AUTH_TOLD[0]}, AUTH_TOLD[1])
+VERIFIED = record({"valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD),
+                   "expiresAt": maybe(TIME), "rateLimit": maybe(COUNT), "authRequired": YES})
+TICKET_SHAPE = record({"token": WORD, "expiresAt": TIME, "expiresIn": COUNT, "streamUntil": TIME})
+AUDIT_SHAPE = shape(
+    "AuditEntry", "Who changed what; each entry carries the hash of the one before.",
+    {"seq": COUNT, "timestamp": TIME, **each("action hash", WORD), "prev": TEXT, "status": maybe(COUNT),
+     **each("who name address sessionId target requestId", maybe(TEXT)), "details": ANY})
+AUDIT_PAGE = record({"entries": listing(AUDIT_SHAPE), "head": record({"seq": COUNT, "hash": TEXT}),
+                     "pagination": PAGINATION})
+WEBHOOK_SHAPE = shape(
+    "Webhook", "An address that events are sent to.",
+    {**each("id name url source state", WORD), "events": listing(WORD), "session": maybe(TEXT), "labels": maybe(OBJECT),
+     **each("reason lastError", maybe(TEXT)), **each("failedTries queueLength deadLetters delivered", COUNT),
+     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME)), **each("createdAt updatedAt", TIME)},
+    {"secret": {**WORD, "description": "Shown only when it was just made."}})
+LETTER_SHAPE = shape(
+    "DeadLetter", "An event that did not arrive.",
+    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": maybe(TEXT), "createdAt": TIME,
+     "event": OBJECT})
+CHANNELS_SHAPE = record({
+    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
+        {**each("channel state", WORD), **each("name target lastError", maybe(TEXT)), "queueLength": COUNT,
+         **each("lastSuccessAt lastErrorAt", maybe(TIME))},
+        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": ANY}))})
+RETRIED = record({"id": WORD, "delivered": YES, "state": WORD, "error": maybe(TEXT)})
+TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
 CONSENSUS_SHAPE = shape(
-    "Consensus", "A consensus review; a list leaves out what the reviewers found.",
+    "Consensus", "Reviews of the same work by reviewers that know nothing of one another; a list is brief.",
     {**each("id sessionId workDir", WORD), "state": one_of(*CONSENSUS_STATES), **each("verdict reason", maybe(TEXT)),
-     "criteria": listing(WORD), "rule": one_of(*REVIEW_RULES), "weights": ANY, "quorum": COUNT, "keep": YES,
-     "reviewers": listing(REVIEWER), "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)),
-     "createdAt": TIME, "endedAt": maybe(TIME), "seconds": AMOUNT},
-    {"agreement": listing(record({"name": WORD, **each("approve reject", COUNT),
-                                  **each("agreement score lowest highest", maybe(AMOUNT))})),
-     "findings": listing(record({
-         "criterion": WORD, "file": maybe(TEXT), "line": maybe(COUNT), "severity": one_of(*SEVERITIES),
-         "messages": listing(TEXT), "reviewers": listing(COUNT), "seenBy": COUNT})),
-     "change": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
-WAIT = record({"kind": WORD}, {**each("who for", maybe(TEXT)), "about": TEXT})
-MEMBER = shape(
-    "Member", "A session in a group.",
-    {**each("sessionId name role", WORD), "status": STATUS, "waitsFor": listing(WAIT), "subagents": listing(record({
-        "id": WORD, "type": maybe(TEXT), "state": one_of("working", "ended"), "tokenUsage": TOKEN_USAGE,
-        "costUsd": maybe(AMOUNT), "startedAt": TIME, "endedAt": maybe(TIME)})),
+     "criteria": listing(WORD), "rule": WORD, "weights": ANY, "quorum": ANY, "keep": YES,
+     "reviewers": listing(record(
+         {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId verdict", maybe(TEXT)),
+          "askedAgain": YES, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
+         {"summary": maybe(TEXT), "criteria": listing(OBJECT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT)})),
+     "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)), "createdAt": TIME, "endedAt": maybe(TIME),
+     "seconds": AMOUNT},
+    {"agreement": listing(OBJECT), "findings": listing(OBJECT), "change": ANY, "tokenUsage": TOKEN_USAGE,
+     "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+SWARM_MEMBER = record(
+    {**each("sessionId name role", WORD), "status": STATUS, **each("waitsFor subagents", listing(OBJECT)),
      "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
-GROUP = shape(
-    "Group", "Sessions that work together.",
-    {**each("id name", WORD), "kind": one_of(*SWARM_KINDS), "state": WORD, "runState": maybe(TEXT),
-     "members": listing(MEMBER), "waits": listing(WAIT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE,
-     "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
-BILL_FIELDS: Dict[str, Field] = {
-    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "pricedCostUsd": AMOUNT,
-    "costUsd": maybe(AMOUNT), "unpricedModels": listing(TEXT)}
+SWARM_SHAPE = page_of("groups", record(
+    {**each("id kind name state", WORD), "runState": maybe(TEXT), "members": listing(SWARM_MEMBER),
+     "waits": listing(OBJECT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
+     "createdAt": TIME, "ageSeconds": AMOUNT}))
+BILL: Dict[str, Field] = {
+    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "costUsd": maybe(AMOUNT),
+    "pricedCostUsd": AMOUNT, "unpricedModels": listing(TEXT)}
 METRICS_SHAPE = record({
-    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL_FIELDS,
-    "byModel": listing(record({"model": TEXT, "price": maybe(record(each("input output", AMOUNT))), **BILL_FIELDS})),
-    "byDay": listing(record({"day": WORD, "turns": COUNT, **BILL_FIELDS})),
-    "bySession": listing(record({**each("id name agent", WORD), "status": STATUS, "createdAt": TIME, "turns": COUNT,
-                                 **BILL_FIELDS})),
-    "pagination": PAGINATION, "sessions": record({**each("active total", COUNT), "byStatus": OBJECT}),
-    **each("turns latencies permissions prices", OBJECT), "api": maybe(OBJECT)})
+    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL,
+    "byModel": listing(record({"model": TEXT, **BILL, "price": maybe(record(each("input output", AMOUNT)))})),
+    "byDay": listing(record({"day": WORD, **BILL, "turns": COUNT})),
+    "bySession": listing(record({**each("id name agent status", WORD), "createdAt": TIME, "turns": COUNT, **BILL})),
+    "pagination": PAGINATION, **each("sessions turns latencies permissions prices", OBJECT),
+    "api": maybe(OBJECT)})
 DIAGNOSTICS_SHAPE = record({
     "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
     **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
-    **each("workers settings recentErrors", listing(OBJECT)),
-    "checks": listing(record({"name": WORD, "state": one_of("ok", "warning", "problem"), "message": WORD}))})
-WEBHOOK = shape(
-    "Webhook", "An endpoint that is told of events.",
-    {**each("id name url", WORD), "events": listing(WORD), **each("session reason lastError", maybe(TEXT)),
-     "labels": OBJECT, "source": one_of("api", "settings"), "state": one_of("active", "paused", "disabled"),
-     **each("failedTries queueLength deadLetters delivered", COUNT), **each("createdAt updatedAt", TIME),
-     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME))},
-    {"secret": {**WORD, "description": "Shown once, when it was just made."}})
-LETTER = shape(
-    "DeadLetter", "An event that did not arrive.",
-    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": TEXT, "createdAt": TIME,
-     "event": EVENT})
-TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
-CHANNELS = record({
-    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
-        {"channel": one_of("telegram", "webhook"), "state": WORD, **each("name target lastError", maybe(TEXT)),
-         **each("lastSuccessAt lastErrorAt", maybe(TIME)), "queueLength": COUNT},
-        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": COUNT}))})
-KEY_FIELDS: Dict[str, Field] = {
-    **each("id name prefix createdBy", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdAt": TIME,
-    "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))}
-AUTH_FIELDS: Dict[str, Field] = {"authRequired": YES}
-KEY = shape("Key", "An API key; its secret is nowhere.", KEY_FIELDS)
-NEW_KEY_SHAPE = shape("NewKey", "A key whose secret was just made, and is shown this once.",
-                      {**KEY_FIELDS, "key": WORD, **AUTH_FIELDS}, {"warning": TEXT})
-VERIFIED_KEY = record({
-    "valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD), "expiresAt": maybe(TIME),
-    "rateLimit": maybe(COUNT), **AUTH_FIELDS})
-STREAM_TOKEN = record({"token": WORD, **each("expiresAt streamUntil", TIME), "expiresIn": COUNT})
-AUDIT_ENTRY = shape(
-    "AuditEntry", "A row of the audit log; hash is over prev and the row.",
-    {"seq": COUNT, "timestamp": TIME, **each("action who prev hash", WORD),
-     **each("name address sessionId target requestId", maybe(TEXT)), "status": maybe(COUNT), "details": OBJECT})
+    **each("workers settings recentErrors", ANY), "checks": listing(OBJECT)})
 
 
 # ============================================================================
@@ -16364,7 +16485,7 @@ class Route(NamedTuple):
 
     route: str                          # "POST /v1/sessions/:id/send"
     handler: Callable[..., Any]         # its docstring is the summary, its parameters are the fields
-    scope: Optional[str]                # what a key must be allowed; None is open to anyone
+    scope: Optional[str]                # what a key must be allowed; any: nothing more; None is open to anyone
     takes: Mapping[str, Field] = {}     # path, query and body fields together
     status: int = 200                   # of a successful answer
     tool: Optional[str] = None          # the name under which agents are offered it
@@ -16803,6 +16924,7 @@ ROUTES = (
         "review_session",
         True,
         gives=CONSENSUS_SHAPE,
+        keyed=True,
     ),
     Route(
         "GET /v1/consensus",
@@ -16825,7 +16947,7 @@ ROUTES = (
              state=choice("Only groups in this state; waiting: for somebody's decision.", *SWARM_STATES, default=None),
              **paged("Groups on a page.", 20)),
         tool="get_swarm",
-        gives=page_of("groups", GROUP),
+        gives=SWARM_SHAPE,
     ),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory", gives=MEMORY_SHAPE),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory",
@@ -16879,9 +17001,9 @@ ROUTES = (
     Route("GET /v1/tools", list_tools, "any", gives=record(
         {"tools": listing(OBJECT), "endpoint": WORD, "protocolVersions": listing(WORD)})),
     Route("POST /mcp", post_mcp, "any", dict(message=text("A JSON-RPC message.", MAX_BODY)), whole_body="message",
-          raw=True, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
+          raw=True, recorded=False, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
     Route("GET /mcp", stream_mcp, "any", gives={**TEXT, "contentMediaType": "text/event-stream"}),
-    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES})),
+    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES}), recorded=False),
     Route(
         "GET /v1/metrics",
         get_metrics,
@@ -16908,7 +17030,7 @@ ROUTES = (
         gives=DIAGNOSTICS_SHAPE,
     ),
     Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks",
-          gives=record({"webhooks": listing(WEBHOOK)})),
+          gives=record({"webhooks": listing(WEBHOOK_SHAPE)})),
     Route(
         "POST /v1/webhooks",
         create_webhook,
@@ -16920,7 +17042,7 @@ ROUTES = (
         ),
         201,
         "create_webhook",
-        gives=WEBHOOK,
+        gives=WEBHOOK_SHAPE,
     ),
     Route(
         "GET /v1/webhooks/dead-letter",
@@ -16928,14 +17050,14 @@ ROUTES = (
         "webhooks:admin",
         dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
         tool="list_dead_letters",
-        gives=page_of("deadLetters", LETTER),
+        gives=page_of("deadLetters", LETTER_SHAPE),
     ),
     Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="retry_dead_letter", gives=OBJECT),
+          tool="retry_dead_letter", gives=RETRIED),
     Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
           tool="delete_dead_letter", gives=record({"id": WORD, "deleted": YES})),
     Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook",
-          gives=WEBHOOK),
+          gives=WEBHOOK_SHAPE),
     Route(
         "PATCH /v1/webhooks/:id",
         update_webhook,
@@ -16946,7 +17068,7 @@ ROUTES = (
             paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
         ),
         tool="update_webhook",
-        gives=WEBHOOK,
+        gives=WEBHOOK_SHAPE,
     ),
     Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook",
           gives=record({"id": WORD, "deleted": YES, "deadLetters": COUNT})),
@@ -16960,18 +17082,17 @@ ROUTES = (
             keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
         ),
         tool="rotate_webhook",
-        gives=WEBHOOK,
+        gives=WEBHOOK_SHAPE,
     ),
     Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook",
           gives=TRIED),
-    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS_SHAPE),
     Route("PUT /v1/memory", store_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
     Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
     Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY),
           gives=MEMORY_SHAPE),
-    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=NEW_KEY_SHAPE),
-    Route("GET /v1/auth/keys", list_keys, "admin",
-          gives=record({"keys": listing(KEY), **AUTH_FIELDS}, {"warning": TEXT})),
+    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=MINTED),
+    Route("GET /v1/auth/keys", list_keys, "admin", gives=KEYS_SHAPE),
     Route(
         "DELETE /v1/auth/keys/:id",
         delete_key,
@@ -16986,7 +17107,7 @@ ROUTES = (
         "admin",
         dict(id=KEY_ID, graceSeconds=number("Seconds that the old secret lives on.", 0, MAX_GRACE, default=0)),
         recorded=False,
-        gives=NEW_KEY_SHAPE,
+        gives=MINTED,
     ),
     Route(
         "POST /v1/auth/verify",
@@ -16994,9 +17115,9 @@ ROUTES = (
         None,
         dict(token=text("The token; that of the Authorization header when missing.", 1_000, default=None)),
         recorded=False,
-        gives=VERIFIED_KEY,
+        gives=VERIFIED,
     ),
-    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=STREAM_TOKEN),
+    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=TICKET_SHAPE),
     Route(
         "GET /v1/audit",
         list_audit,
@@ -17009,8 +17130,7 @@ ROUTES = (
             since=text("Only from this moment on.", 40, default=None),
             until=text("Only up to this moment.", 40, default=None),
         ),
-        gives=record({"entries": listing(AUDIT_ENTRY), "pagination": PAGINATION,
-                      "head": record({"seq": COUNT, "hash": TEXT})}),
+        gives=AUDIT_PAGE,
     ),
     Route(
         "POST /hooks/:id",
@@ -17114,7 +17234,8 @@ def allowed_methods(node: Node) -> List[str]:
 
 def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
     """Check scope and owner, validate what was given, call the handler, record it: the one door for every face."""
-    ask.who.need(route.scope if route.scope != "hook" else None)
+    if route.scope not in ask.who.scopes and route.scope != "hook":   # the common case first: this is asked often
+        ask.who.need(route.scope)
     empty: Any = "" if route.raw else {}
     given: Json = {route.whole_body: empty if body is None else body} if route.whole_body else dict(body or {})
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
@@ -17123,10 +17244,10 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
-    work = functools.partial(route.handler, ask, **{snake(name): value for name, value in values.items()})
-    if route.route.startswith("GET ") or not route.recorded or route.scope == "hook":
-        return work()
-    return recorded(route, ask, values, work)
+    named = {snake(name): value for name, value in values.items()}
+    if not route.recorded or route.scope == "hook" or route.route.startswith("GET "):
+        return route.handler(ask, **named)
+    return recorded(route, ask, values, functools.partial(route.handler, ask, **named))
 
 
 SHOWN = frozenset(("workDir", "agent", "permissionMode", "permissionProfile", "profile", "always", "children",
@@ -17222,10 +17343,11 @@ REFUSALS: Dict[int, Tuple[str, str, Callable[[Route], bool]]] = {
     400: ("The request is wrong; `fields` names each fault.", "INVALID_REQUEST, BAD_REQUEST, BAD_JSON, BAD_ENCODING",
           lambda route: True),
     401: ("The token is missing or wrong.", "UNAUTHORIZED", lambda route: route.scope is not None),
-    403: ("The key lacks the scope, or the Host or Origin is foreign.", "HOST_REFUSED, ORIGIN_REFUSED",
-          lambda route: True),
+    403: ("The key lacks the scope, or the Host or Origin is foreign.",
+          "MISSING_SCOPE, OUTLIVES_KEY, HOST_REFUSED, ORIGIN_REFUSED", lambda route: True),
     404: ("There is no such thing.", "SESSION_NOT_FOUND, PROMPT_NOT_FOUND, PERMISSION_NOT_FOUND, TEMPLATE_NOT_FOUND, "
-          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, WORKTREE_NOT_FOUND, NOT_FOUND",
+          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, CONSENSUS_NOT_FOUND, WORKTREE_NOT_FOUND, "
+          "WEBHOOK_NOT_FOUND, DEAD_LETTER_NOT_FOUND, KEY_NOT_FOUND, NOT_FOUND",
           lambda route: bool(PATH_FIELD.search(route.route)) or "template" in route.takes or "session" in route.takes),
     409: ("It does not go with the present state.", "NAME_IN_USE, SESSION_ENDED, SESSION_LIVE, PROMPT_NOT_QUEUED, "
           "PERMISSION_DECIDED, NO_PENDING_QUESTION, IDEMPOTENCY_CONFLICT, VERSION_CONFLICT",
@@ -17304,8 +17426,8 @@ def parameters_of(route: Route) -> List[Json]:
 
 
 def is_stream(route: Route) -> bool:
-    """Tell whether a row answers with events."""
-    return (route.gives or {}).get("contentMediaType") == "text/event-stream"
+    """Tell whether a row answers with the bus's events."""
+    return "x-event" in (route.gives or {})
 
 
 def operation_of(route: Route) -> Json:
@@ -17340,16 +17462,22 @@ def responses_of(route: Route) -> Json:
     media = gives.pop("contentMediaType", "application/json")
     event = gives.pop("x-event", None)
     content = {media: {"schema": gives, **({"x-event": event} if event else {})}}
+    if route.texts:
+        content["text/plain"] = {"schema": TEXT}
     well = {"description": "Done.", "headers": {"X-Request-Id": {"$ref": "#/components/headers/RequestId"}}}
+    if route.raw:   # a message may be answered piece by piece, or not at all
+        content["text/event-stream"] = {"schema": TEXT}
     told: Json = {str(route.status): {**well, "content": content} if route.status not in (202, 204) else well}
-    told.update({str(status): {"$ref": f"#/components/responses/{status}"}
+    told.update({"202": {**well, "description": "Taken; there is nothing to answer."}} if route.raw else {})
+    other = "#/components/responses/mcp" if route.route.endswith("/mcp") else ""
+    told.update({str(status): {"$ref": other or f"#/components/responses/{status}"}
                  for status, (_, _, can) in REFUSALS.items() if can(route)})
-    return {**told, "default": {"$ref": "#/components/responses/default"}}
+    return {**told, "default": {"$ref": other or "#/components/responses/default"}}
 
 
-def refusal_shape(about: str) -> Json:
+def refusal_shape(about: str, schema: Field = ERROR) -> Json:
     """Describe a refusal."""
-    return {"description": about, "content": {"application/json": {"schema": ERROR}}}
+    return {"description": about, "content": {"application/json": {"schema": schema}}}
 
 
 def openapi_document(routes: Sequence[Route]) -> Json:
@@ -17370,7 +17498,8 @@ def openapi_document(routes: Sequence[Route]) -> Json:
         "paths": paths,
         "components": {
             "schemas": dict(SHAPES),
-            "responses": {**refusals, "default": refusal_shape("Another refusal.")},
+            "responses": {**refusals, "default": refusal_shape("Another refusal."), "mcp": refusal_shape(
+                "The message is refused, or the request that brought it.", {"anyOf": [RPC_ERROR, ERROR]})},
             "headers": {"RequestId": {"description": "The request's id in the server's log.", "schema": TEXT}},
             "parameters": {
                 "IdempotencyKey": {
@@ -18391,7 +18520,7 @@ class Connection:
     """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
 
     def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock, self.address = sock, address
+        self.sock, self.address, self.bucket = sock, address, bucket_address(address)
         self.who = NOBODY                 # of the current request
         self.level: Optional[Level] = None     # how much of its key's rate is left
         self.ticket: Optional[Ticket] = None   # that the current request showed
@@ -18735,7 +18864,7 @@ class Server(ThreadingHTTPServer):
         """Count a request against its caller's rate.  Raises ApiError 429."""
         route, connection.level = connection.route, None
         if route and route.limited and route.scope != "hook":
-            connection.level = self.access.count(connection.who, connection.address)
+            connection.level = self.access.count(connection.who, connection.bucket)
 
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
@@ -18769,10 +18898,9 @@ class Server(ThreadingHTTPServer):
         who = connection.who
         if key and who.key:   # one caller's key means nothing to another
             key = f"{who.key} {key}"
-        kind, _, given = head.headers.get("authorization", "").partition(" ")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
                   connection.caller, who, connection.address, connection.request_id,
-                  given.strip() if kind.lower() == "bearer" else "", head.headers,
+                  presented(head.headers) or "" if route.scope is None else "", head.headers,
                   wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
@@ -18808,9 +18936,11 @@ class Server(ThreadingHTTPServer):
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\n"
             f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
         ]
-        if status != 204:
+        if status not in (202, 204):
             kind = value.kind if isinstance(value, Encoded) else "application/json; charset=utf-8"
-            lines.append(f"Content-Type: {kind}\r\nContent-Length: {len(payload)}\r\n")
+            lines.append(f"Content-Type: {kind}\r\n")
+        if status != 204:
+            lines.append(f"Content-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if connection.level and status != 429:
             lines += [f"{name}: {worth}\r\n" for name, worth in limit_headers(connection.level).items()]
@@ -18822,7 +18952,8 @@ class Server(ThreadingHTTPServer):
 
     def _cors(self, head: Head) -> str:
         origin = head.headers.get("origin", "")
-        named = f"Access-Control-Allow-Origin: {origin}\r\n" if origin.lower() in self.access.origins else ""
+        named = (f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: Mcp-Session-Id, X-Request-Id"
+                 "\r\n" if origin.lower() in self.access.origins else "")
         return f"{named}Vary: Origin\r\n"
 
     def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
@@ -22031,12 +22162,14 @@ class News:
                 self.put("lost", error)
         spawn("aegis-feed", feed)
 
-    def heed(self) -> None:
-        """Take Ctrl-C as news; a second one is a KeyboardInterrupt, for whatever waits then."""
+    def heed(self, words: str) -> None:
+        """Take Ctrl-C as news and say so at once; a second one is a KeyboardInterrupt, for whatever waits then."""
         def pressed(number_: int, stack: Any) -> None:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):
+                os.write(2, f"{words}\n".encode())   # not by print: it may be what was interrupted
             self.put("interrupt")
         signal.signal(signal.SIGINT, pressed)
 
@@ -22294,21 +22427,25 @@ def every(client: Client, collection: str, **query: str) -> Iterator[Json]:
 
 
 def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
-    """Print an answer: JSON for programs; for people a table of what it lists, or its fields."""
+    """Print an answer: JSON for programs; for people a table of what it lists, a line of columns, or its fields."""
+    first = next(iter(answer.values()), None) if isinstance(answer, dict) else None
     if terminal.as_json:
-        return terminal.result(answer)
-    listed_ = next((value for value in answer.values() if isinstance(value, list)
-                    and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
-        if isinstance(answer, dict) and (columns or "pagination" in answer) else None
-    if listed_ is None and columns:
-        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
-    if listed_ is None:
-        return show_fields(terminal, answer)
-    names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
-    lines = terminal.table([kebab(name).upper() for name in names], [[one.get(name) for name in names]
-                                                                     for one in listed_])
-    terminal.say("\n".join(lines))
-    page = answer.get("pagination") or {}
+        terminal.result(answer)
+    elif isinstance(first, list) and all(isinstance(one, dict) for one in first):
+        show_list(terminal, first, columns, answer.get("pagination") or {})
+    elif columns:
+        terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
+    else:
+        show_fields(terminal, answer)
+
+
+def show_list(terminal: Terminal, items: Sequence[Json], columns: Sequence[str], page: Json) -> None:
+    """Print a table of what an answer lists, and tell what it leaves out."""
+    if not items:
+        return terminal.note("none", "dim")
+    names = columns or [name for name, value in items[0].items() if not isinstance(value, (dict, list))][:6]
+    rows = [[one.get(name) for name in names] for one in items]
+    terminal.say("\n".join(terminal.table([kebab(name).upper() for name in names], rows)))
     if page.get("totalPages", 1) > page.get("page", 1):
         terminal.note(f"{page['total']} in all; --page {page['page'] + 1} shows the next", "dim")
     return None
@@ -22334,7 +22471,7 @@ def show_fields(terminal: Terminal, answer: Any, indent: str = "") -> None:
 def do_row(job: Job) -> None:
     """Make the request of a verb's row and show the answer."""
     values = job.values()
-    show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
+    show(job.terminal, job.ask(values, waiting_time(job.row(), values)), job.verb.columns)
 
 
 def do_create(job: Job) -> None:
@@ -22345,10 +22482,11 @@ def do_create(job: Job) -> None:
     show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
 
 
-def waiting_time(values: Mapping[str, Any]) -> float:
-    """Tell how long an answer may take that was told to wait."""
-    told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
-    return CALL_SECONDS + max(told or [3600.0])
+def waiting_time(row: Route, values: Mapping[str, Any]) -> float:
+    """Tell how long an answer may take: what it may wait, and what any answer may."""
+    known = [name for name in ("timeout", "waitSeconds") if name in row.takes]
+    told = [values.get(name, row.takes[name].get("default")) for name in known]
+    return CALL_SECONDS + max([one for one in told if isinstance(one, (int, float))] or [0.0])
 
 
 def call_any_tool(job: Job) -> Optional[int]:
@@ -22366,7 +22504,7 @@ def call_any_tool(job: Job) -> Optional[int]:
              and kinds_of(row.takes[field]) != ["object"] else value
              for field, value in merged_words("fields", job.options.fields).items()}
     values = with_ids(job.client, row, given)
-    show(job.terminal, job.client.ask(row, values, waiting_time(values)))
+    show(job.terminal, job.client.ask(row, values, waiting_time(row, values)))
     return None
 
 
@@ -22476,6 +22614,14 @@ class Dialogue:
                 self.terminal.say(safe_json({"type": "message", "sessionId": self.id, **message}))
             elif self.loud:
                 self.progress(message)
+        if self.asking is not None and self.asking != self.asked():
+            self.terminal.note("(decided)", "dim")
+            self.asking = None
+
+    def asked(self) -> Optional[str]:
+        """Name the request that waits, if one does."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        return permission["id"] if permission else (question["id"] or dump(question)) if question else None
 
     def progress(self, message: Json) -> None:
         """Show a message; the agent's words only when something follows them, for the last ones are the answer."""
@@ -22518,7 +22664,6 @@ class Dialogue:
         elif kind == "lost":
             raise what
         elif kind == "interrupt":
-            self.terminal.note(f"interrupting the turn; Ctrl-C again leaves session {self.id} as it is", "yellow")
             self.interrupt(prompt)
         elif kind == "line":
             return self.typed(what)
@@ -22528,13 +22673,9 @@ class Dialogue:
 
     def attend(self) -> Optional[Ending]:
         """See to what waits for a decision."""
-        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        permission, question, key = self.known["pendingPermission"], self.known["pendingQuestion"], self.asked()
         if self.known["status"] in ("stalled", "rate_limited"):
             self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
-        key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
-        if key != self.asking and self.asking is not None:
-            self.terminal.note("(decided)", "dim")
-            self.asking = None
         if key is None or key in self.settled or key == self.asking:
             return None
         if permission and self.way in ("approve", "reject"):
@@ -22624,6 +22765,8 @@ class Dialogue:
 
 def progress_line(message: Json) -> str:
     """Say in one line what an agent does."""
+    if message.get("tool") in QUESTION_TOOLS:
+        return ""                          # shown as what it asks
     if message.get("tool"):
         given = message.get("input") or {}
         what = next((given[name] for name in ("command", "file_path", "path", "pattern", "url", "description", "prompt")
@@ -22733,7 +22876,7 @@ def send_prompt(job: Job) -> Optional[int]:
 
 def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, keep: Optional[bool]) -> int:
     """Follow the prompt that `begin` sends, tell the outcome, and end the session unless it is to be kept."""
-    dialogue.news.heed()
+    dialogue.news.heed(f"interrupting the turn; Ctrl-C again leaves session {dialogue.id} as it is")
     try:
         prompt_id = begin()
         outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
@@ -22927,7 +23070,7 @@ def session_cells(one: Json, now: float) -> List[Any]:
 def read_output(job: Job) -> Optional[int]:
     """Print a session's last answer, or its messages."""
     values = job.values()
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
     elif job.options.messages:
@@ -22985,7 +23128,7 @@ def kill_named(job: Job) -> Optional[int]:
 def verify_work(job: Job) -> Optional[int]:
     """Verify a session's work, and print what passed."""
     values = job.values()
-    told = job.ask(values, waiting_time(values), key=new_id("cli-"))
+    told = job.ask(values, waiting_time(job.row(), values), key=new_id("cli-"))
     if job.terminal.as_json:
         job.terminal.result(told)
     else:
@@ -23025,7 +23168,7 @@ def show_pipeline(job: Job) -> int:
     values = job.values()
     if job.options.watch:
         return watch_pipeline(job, values["id"])
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
         return 0
@@ -23451,6 +23594,7 @@ def print_names(collection: str) -> int:
 # what to do, and an exit status of their own.
 
 EXIT_SETTINGS, EXIT_BUSY, EXIT_START = 2, 3, 4
+SHORT_TOKEN = 16   # characters: 64 bits of hexadecimal digits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23543,6 +23687,8 @@ def serve(argv: Sequence[str]) -> int:
     log.start()
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
     write_private(Path(settings.state_dir) / "address", agents_url(settings, server.server_port) + "\n")
+    if 0 < len(settings.auth_token) < SHORT_TOKEN:
+        log.note("warning", f"AEGIS_AUTH_TOKEN has less than {SHORT_TOKEN} characters: a short one can be guessed")
     log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
              state=settings.state_dir, sessions=len(app.context.sessions))
     give_back_memory()
