@@ -58,7 +58,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 import aegis
 
@@ -706,14 +705,14 @@ class Shards:
         """Run tests from the back, and leave the process."""
         self.here = True
         try:
-            capture = self.config.pluginmanager.getplugin("capturemanager")
+            capture, runner = map(self.config.pluginmanager.getplugin, ("capturemanager", "runner"))
             capture.stop_global_capturing()      # its file is the parent's, too
             capture.start_global_capturing()
             with open(tell, "w", encoding="utf-8") as out:
                 for place in reversed(range(1, len(self.items))):
                     item = self.items[place]
                     if not ALONE.keys() & {item.name, *item.fixturenames} and self.claim(place):
-                        reports = runtestprotocol(item, log=False, nextitem=self.items[0])
+                        reports = runner.runtestprotocol(item, log=False, nextitem=self.items[0])
                         data = [self.config.hook.pytest_report_to_serializable(config=self.config, report=one)
                                 for one in reports]
                         print(json.dumps([place, data]), file=out, flush=True)
