@@ -5004,14 +5004,14 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
 
 @alone
 def test_a_prompt_is_not_typed_again_into_an_agent_that_may_yet_read_it(house):
-    own = house()
-    talk = own.open()
-    pid = talk.get()["pid"]
+    own = house()   # tmux wakes a program of its own that stops, and no grandchild
+    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
     os.kill(pid, signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         sending = pool.submit(attempt, talk, "[[say thawed]]")
-        eventually(lambda: "[[say thawed]]" in own.tmux("capture-pane", "-p", "-t", talk.get()["window"])
-                   or talk.ask("GET queue")["queue"][0]["attempts"])
+        eventually(lambda: talk.ask("GET queue")["queue"][0]["attempts"])   # the last thing before the keys
+        concurrent.futures.wait([sending], timeout=0.5)
         own.crash()
         sending.result()
     own.start()
