@@ -3135,6 +3135,8 @@ def read_line(raw: bytes, subagent: bool) -> List[Entry]:
     if not isinstance(line, dict) or (line.get("isSidechain") and not subagent):
         return []
     kind = line.get("type")
+    if not isinstance(line.get("timestamp"), str):
+        line["timestamp"] = None
     if kind == "attachment":
         return _decision_entries(line)
     if kind == "system":

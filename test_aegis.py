@@ -4408,6 +4408,61 @@ def test_a_stop_ends_the_shell_line_that_was_typed_and_nothing_that_waits():
         assert aegis.ending_with(aegis.Facts(prompts=prompts), told) == ended, (prompts, told)
 
 
+@pytest.mark.parametrize("text, command", [
+    ("/clear", True), ("/a.b one", True), ("/\u00fcn\u00ef", True), ("/-dash", True), (" /x y", True), ("/", True),
+    ("/tmp/foo is a path", False), ("/x/y", False), ("a /clear", False), ("!ls", False)])
+def test_send_text_never_lets_a_commands_name_be_one(text, command):
+    assert (aegis.COMMAND_LIKE.match(text) is not None) is command
+
+
+@pytest.mark.parametrize("waited, stashed, footer, again", [
+    (0.5, False, "? for shortcuts", False), (3.0, False, "? for shortcuts", True), (3.0, True, "? for shortcuts", False),
+    (0.0, True, "Removed 3 invisible characters · review and press Enter to send", True)])
+def test_enter_is_pressed_again_only_when_it_cannot_send_what_somebody_else_wrote(waited, stashed, footer, again):
+    reading = aegis.Reading("idle", "input box", "a draft", excerpt=footer)
+    session = types.SimpleNamespace(stashed=stashed)
+    assert aegis.may_enter(session, reading, time.monotonic() - waited) is again
+    assert not aegis.may_enter(session, reading._replace(kind="asking"), 0.0)
+
+
+def test_a_session_with_an_odd_transcript_is_read_and_ends(make):
+    talk = make()
+    talk.say("[[say one]]")
+    odd = [{"content": 5}, {"content": [{"type": "tool_use", "input": 5}], "usage": [1]}, {"content": "x", "usage": {
+        "input_tokens": "many", "cache_creation": [1]}}]
+    with open(talk.get()["transcriptPath"], "a") as file:
+        for message in odd:
+            for kind in ("user", "assistant", "system", 7):
+                file.write(json.dumps({"type": kind, "timestamp": 5, "message": message}) + "\n")
+        deep = "[" * 20_000 + "]" * 20_000
+        file.write(f'{{"type": "assistant", "message": {{"content": [{{"type": "tool_use", "input": {deep}}}]}}}}\n')
+        file.write('{"type": "attachment", "attachment": ' + "[" * 300 + "]" * 300 + "}\n")
+    assert talk.read("limit=100")["output"] == "one"
+    assert talk.say("[[say two]]")["output"] == "two" and talk.kill()["killed"] is True
+
+
+@alone
+def test_a_shells_output_is_told_though_its_history_is_full(make):
+    talk = make(agent="shell", command=["/bin/sh"])
+    for number in range(3):
+        sent = talk.send("seq 1 3000")
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        sent = talk.send(f"echo here {number}")
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        assert talk.read()["output"] == f"here {number}"
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", " \u200d \u2060\n", "\x07"])
+def test_send_text_and_create_session_refuse_a_prompt_that_nobody_could_see(server, talk, nothing):
+    assert talk.refusal("POST send", {"text": nothing}) == (400, "INVALID_REQUEST")
+    body = {"workDir": str(server.work), "prompt": nothing}
+    assert server.refusal("POST /v1/sessions", body) == (400, "INVALID_REQUEST")
+
+
+def test_list_sessions_refuses_a_directory_that_cannot_be(server):
+    assert server.refusal("GET /v1/sessions?workDir=%00") == (400, "INVALID_REQUEST")
+
+
 def test_a_turn_that_shows_late_and_then_draws_without_a_rest_has_started(talk):
     talk.send("[[late 0.2]] [[hang]]")
     talk.wait("prompt.started")
