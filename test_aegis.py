@@ -8943,3 +8943,35 @@ def test_real_users_own_files_are_not_touched(claude, start):
     start().say("[[say x]]")
     assert not (home / ".claude" / "settings.json").exists()
     assert json.loads((home / ".claude.json").read_text())["hasCompletedOnboarding"] is True
+
+
+@real_client
+def test_real_run_at_a_terminal_asks_and_prints_the_answer(claude):
+    one = Person(claude, "run", "[[bash touch by-cli]] [[ask]] [[bash touch not-by-cli]] [[say that is all]]", "--rm")
+    try:
+        one.sees(r"Bash asks for permission[\s\S]*│ command: touch by-cli[\s\S]*y yes")
+        one.types("y\n")
+        one.sees(r"Which colour\?[\s\S]*2\. Green[\s\S]*└")
+        one.types("2\n")
+        one.sees(r"│ command: touch not-by-cli[\s\S]*y yes")
+        one.types("n use make\n")
+        assert one.leaves() == 0 and "that is all" in one.drawn, one.drawn
+        assert (claude.work / "by-cli").exists() and not (claude.work / "not-by-cli").exists()
+    finally:
+        one.close()
+        with contextlib.suppress(OSError):
+            (claude.work / "by-cli").unlink()
+
+
+@real_client
+def test_real_run_without_a_terminal_stops_at_a_request_and_goes_on_with_send(claude):
+    done = cli(claude, "run", "[[bash touch later]] [[say well]]", "--json", "--work-dir", str(claude.work))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"], result["pendingPermission"]["tool"]) == (6, "waiting", "Bash"), done
+    session = result["sessionId"]
+    assert told(claude, "approve", session)["decision"] == "approved"
+    assert told(claude, "read", session, "--wait")["output"] == "well"
+    done = cli(claude, "send", session, "[[say again]]", "--wait")
+    assert (done.returncode, done.stdout) == (0, "again\n"), done
+    told(claude, "kill", session)
+    (claude.work / "later").unlink()
