@@ -7425,6 +7425,7 @@ def test_what_a_session_says_cannot_drive_the_terminal(make, server, person):
     assert not aegis.UNSAFE.search(one.drawn.replace("\r\n", "\n")), one.drawn
 
 
+@alone
 def test_output_that_cannot_be_written_ends_a_command_quietly(server):
     ours, theirs = os.pipe()
     os.close(ours)
@@ -7552,6 +7553,7 @@ def test_a_refusal_is_one_line_and_an_exit_code(server, strict, talk):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+@alone
 def test_a_server_behind_tls_is_reached_by_the_script_itself(server, tmp_path):
     import ssl
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -7787,6 +7789,7 @@ def test_send_waits_and_tells_only_what_is_new(server, make):
     assert cli(server, "send", "nobody", "x").returncode == 1
 
 
+@alone
 def test_tail_follows_a_session_to_its_end(server, make):
     talk = make("[[say first]]")
     talk.read()
@@ -7837,6 +7840,7 @@ def test_ls_watch_stays_true_fits_the_terminal_and_gives_it_back(server, make, p
     assert one.leaves() == 130 and "\x1b[?25h\x1b[?1049l" in one.drawn
 
 
+@alone
 def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
     talk = make(labels={"piped": "yes"})
     with cli_process(server, "ls", "-w", "-a", "--label", "piped", "--json") as watching:
@@ -7928,25 +7932,23 @@ BEFORE = {"bash": "", "zsh": "compdef() { :; }; _files() { :; }\n"
                              "compadd() { shift; print -rn -- ${(M)@:#${words[CURRENT]}*}; }\n"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_completes_commands_flags_and_what_lives(server, make, shell):
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+@alone
+def test_completion_completes_commands_flags_and_what_lives(server, make):
     odd, name = make(name="$(touch pwned) x"), f"tab-{uuid.uuid4().hex[:6]}"
     talk = make(name=name)
     lines = {"aegis re": ["read", "reject", "resume"], "aegis pipeline c": ["create", "cancel"],
-             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name], f"aegis kill {odd.id[:8]}": [odd.id],
-             f"aegis read {talk.id[:6]}": [talk.id], "aegis pipeline create --par": ["--parallel"],
+             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name],
+             f"aegis kill {odd.id[:8]}": [odd.id], "aegis pipeline create --par": ["--parallel"],
              "aegis run --perm": ["--permission-mode", "--permissions", "--permission-profile"]}
-    script = BEFORE[shell] + f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
-    for line in lines:
-        words = line.split()
-        script += COMPLETES[shell].format(words=line, last=len(words) - 1)
-    done = subprocess.run([shell, "-c", script], env=server.env, cwd=str(server.work), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60)
-    found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
-    assert found == [sorted(one) for one in lines.values()], done
-    assert not (server.work / "pwned").exists()
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        script = f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
+        for line in lines:
+            script += COMPLETES[shell].format(words=line, last=len(line.split()) - 1)
+        done = subprocess.run([shell, "-c", BEFORE[shell] + script], env=server.env, cwd=str(server.work),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
+        assert found == [sorted(one) for one in lines.values()], done
+    assert talk.status == "idle" and not (server.work / "pwned").exists()
 
 
 # ============================================================================
