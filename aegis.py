@@ -15409,7 +15409,7 @@ EVERY_VERB = (
     Verb("ls", list_live, "GET /v1/sessions", hidden=("page", "limit"), more=(
         (("-a", "--all"), {"action": "store_true", "help": "those that ended, too"}),
         (("-n", "--number"), {"type": int, "default": 200, "metavar": "N", "help": "at most so many (default: 200)"}),
-        *WATCH)),
+        *WATCH), about="List the sessions that live, newest first, or all of them."),
     Verb("show", do_row, "GET /v1/sessions/:id"),
     Verb("read", read_output, "GET /v1/sessions/:id/read", more=(
         (("-m", "--messages"), {"action": "store_true", "help": "print the last messages, not the answer alone"}),)),
