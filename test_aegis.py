@@ -7384,7 +7384,10 @@ def test_no_text_of_others_reaches_a_terminal_as_keys(given, shown):
     assert aegis.safe_text(given) == shown
     assert json.loads(aegis.safe_json({"x": given})) == {"x": given}
     assert not aegis.UNSAFE.search(aegis.safe_json(given))
-    assert "\n" not in aegis.safe_line(given) and "\t" not in aegis.safe_line(given)
+    event = dict.fromkeys(("type", "timestamp", "sessionId", "role", "text", given), given)
+    for line in (aegis.safe_line(given), aegis.event_line(aegis.Terminal(), event)):
+        assert not aegis.UNSAFE.search(line) and "\n" not in line and "\t" not in line
+    assert not aegis.UNSAFE.search(aegis.message_text(aegis.Terminal(), event))
 
 
 def test_a_table_keeps_its_columns_whatever_is_in_them():
