@@ -22961,7 +22961,7 @@ def message_text(terminal: Terminal, message: Json) -> str:
     line = progress_line(message)
     if line:
         return terminal.paint(safe_text(line), "dim")
-    who = "you" if message["role"] == "user" else message["role"]
+    who = "you" if message["role"] == "user" else safe_line(message["role"])
     return f"{terminal.paint(who, 'bold')}  {safe_text(message['text'])}"
 
 
@@ -22969,9 +22969,9 @@ def event_line(terminal: Terminal, event: Json) -> str:
     """Lay an event out as one line: when, what, where, and what else it carries."""
     rest = {name: value for name, value in event.items() if name not in ("id", "type", "sessionId", "timestamp")
             and not isinstance(value, (dict, list)) and value is not None}
-    words = " ".join(f"{name}={safe_line(value)}" for name, value in rest.items())
+    words = " ".join(f"{safe_line(name)}={safe_line(value)}" for name, value in rest.items())
     kind = terminal.paint(safe_line(event["type"]).ljust(26), "bold")
-    line = f"{event.get('timestamp', '')}  {kind}  {event.get('sessionId') or '-':12}  {words}"
+    line = f"{safe_line(event.get('timestamp'))}  {kind}  {safe_line(event.get('sessionId')):12}  {words}"
     return line if terminal.room() is None else fit(line, (terminal.room() or 80) + (8 if terminal.moves else 0))
 
 
@@ -23275,7 +23275,7 @@ EVERY_VERB = (
     Verb("ls", list_live, "GET /v1/sessions", hidden=("page", "limit"), more=(
         (("-a", "--all"), {"action": "store_true", "help": "those that ended, too"}),
         (("-n", "--number"), {"type": int, "default": 200, "metavar": "N", "help": "at most so many (default: 200)"}),
-        *WATCH)),
+        *WATCH), about="List the sessions that live, newest first, or all of them."),
     Verb("show", do_row, "GET /v1/sessions/:id"),
     Verb("read", read_output, "GET /v1/sessions/:id/read", more=(
         (("-m", "--messages"), {"action": "store_true", "help": "print the last messages, not the answer alone"}),)),

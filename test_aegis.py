@@ -11644,7 +11644,10 @@ def test_no_text_of_others_reaches_a_terminal_as_keys(given, shown):
     assert aegis.safe_text(given) == shown
     assert json.loads(aegis.safe_json({"x": given})) == {"x": given}
     assert not aegis.UNSAFE.search(aegis.safe_json(given))
-    assert "\n" not in aegis.safe_line(given) and "\t" not in aegis.safe_line(given)
+    event = dict.fromkeys(("type", "timestamp", "sessionId", "role", "text", given), given)
+    for line in (aegis.safe_line(given), aegis.event_line(aegis.Terminal(), event)):
+        assert not aegis.UNSAFE.search(line) and "\n" not in line and "\t" not in line
+    assert not aegis.UNSAFE.search(aegis.message_text(aegis.Terminal(), event))
 
 
 def test_a_table_keeps_its_columns_whatever_is_in_them():
@@ -11685,6 +11688,7 @@ def test_what_a_session_says_cannot_drive_the_terminal(make, server, person):
     assert not aegis.UNSAFE.search(one.drawn.replace("\r\n", "\n")), one.drawn
 
 
+@alone
 def test_output_that_cannot_be_written_ends_a_command_quietly(server):
     ours, theirs = os.pipe()
     os.close(ours)
@@ -11809,6 +11813,7 @@ def test_a_refusal_is_one_line_and_an_exit_code(server, strict, talk):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+@alone
 def test_a_server_behind_tls_is_reached_by_the_script_itself(server, tmp_path):
     import ssl
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -12044,6 +12049,7 @@ def test_send_waits_and_tells_only_what_is_new(server, make):
     assert cli(server, "send", "nobody", "x").returncode == 1
 
 
+@alone
 def test_tail_follows_a_session_to_its_end(server, make):
     talk = make("[[say first]]")
     talk.read()
@@ -12094,6 +12100,7 @@ def test_ls_watch_stays_true_fits_the_terminal_and_gives_it_back(server, make, p
     assert one.leaves() == 130 and "\x1b[?25h\x1b[?1049l" in one.drawn
 
 
+@alone
 def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
     talk = make(labels={"piped": "yes"})
     with cli_process(server, "ls", "-w", "-a", "--label", "piped", "--json") as watching:
@@ -12185,25 +12192,23 @@ BEFORE = {"bash": "", "zsh": "compdef() { :; }; _files() { :; }\n"
                              "compadd() { shift; print -rn -- ${(M)@:#${words[CURRENT]}*}; }\n"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_completes_commands_flags_and_what_lives(server, make, shell):
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+@alone
+def test_completion_completes_commands_flags_and_what_lives(server, make):
     odd, name = make(name="$(touch pwned) x"), f"tab-{uuid.uuid4().hex[:6]}"
     talk = make(name=name)
     lines = {"aegis re": ["read", "reject", "resume"], "aegis pipeline c": ["create", "cancel"],
-             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name], f"aegis kill {odd.id[:8]}": [odd.id],
-             f"aegis read {talk.id[:6]}": [talk.id], "aegis pipeline create --par": ["--parallel"],
+             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name],
+             f"aegis kill {odd.id[:8]}": [odd.id], "aegis pipeline create --par": ["--parallel"],
              "aegis run --perm": ["--permission-mode", "--permissions", "--permission-profile"]}
-    script = BEFORE[shell] + f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
-    for line in lines:
-        words = line.split()
-        script += COMPLETES[shell].format(words=line, last=len(words) - 1)
-    done = subprocess.run([shell, "-c", script], env=server.env, cwd=str(server.work), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60)
-    found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
-    assert found == [sorted(one) for one in lines.values()], done
-    assert not (server.work / "pwned").exists()
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        script = f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
+        for line in lines:
+            script += COMPLETES[shell].format(words=line, last=len(line.split()) - 1)
+        done = subprocess.run([shell, "-c", BEFORE[shell] + script], env=server.env, cwd=str(server.work),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
+        assert found == [sorted(one) for one in lines.values()], done
+    assert talk.status == "idle" and not (server.work / "pwned").exists()
 
 
 # ============================================================================
@@ -13407,3 +13412,35 @@ def test_real_client_drives_another_through_mcp(claude, start, wire, tmp_path):
     assert f"Echo: hello over {wire}" in answers[1] and "Echo: and once more" in answers[3]
     driven = [one for one in claude.ask("GET /v1/sessions?limit=50")["sessions"] if one["name"] == f"inner-{wire}"]
     assert [(one["status"], one["turns"], one["agent"]) for one in driven] == [("killed", 2, "claude")]
+
+
+@real_client
+def test_real_run_at_a_terminal_asks_and_prints_the_answer(claude):
+    one = Person(claude, "run", "[[bash touch by-cli]] [[ask]] [[bash touch not-by-cli]] [[say that is all]]", "--rm")
+    try:
+        one.sees(r"Bash asks for permission[\s\S]*│ command: touch by-cli[\s\S]*y yes")
+        one.types("y\n")
+        one.sees(r"Which colour\?[\s\S]*2\. Green[\s\S]*└")
+        one.types("2\n")
+        one.sees(r"│ command: touch not-by-cli[\s\S]*y yes")
+        one.types("n use make\n")
+        assert one.leaves() == 0 and "that is all" in one.drawn, one.drawn
+        assert (claude.work / "by-cli").exists() and not (claude.work / "not-by-cli").exists()
+    finally:
+        one.close()
+        with contextlib.suppress(OSError):
+            (claude.work / "by-cli").unlink()
+
+
+@real_client
+def test_real_run_without_a_terminal_stops_at_a_request_and_goes_on_with_send(claude):
+    done = cli(claude, "run", "[[bash touch later]] [[say well]]", "--json", "--work-dir", str(claude.work))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"], result["pendingPermission"]["tool"]) == (6, "waiting", "Bash"), done
+    session = result["sessionId"]
+    assert told(claude, "approve", session)["decision"] == "approved"
+    assert told(claude, "read", session, "--wait")["output"] == "well"
+    done = cli(claude, "send", session, "[[say again]]", "--wait")
+    assert (done.returncode, done.stdout) == (0, "again\n"), done
+    told(claude, "kill", session)
+    (claude.work / "later").unlink()
