@@ -45,7 +45,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     VERDICTS      what reviewers say, and what follows from it
     CONSENSUS     reviewers that know nothing of one another
     SWARM         who works together, and who waits for whom
-    METRICS       what was used, how long it took, and the same for Prometheus
+    METRICS       what was used, and how long it took
+    PROMETHEUS    the same figures in its text format, and as OpenMetrics
     OUTBOUND      requests to other servers, guarded
     WEBHOOKS      events for other servers, signed and in order
     COURIERS      who brings the webhooks their events
@@ -88,8 +89,8 @@ aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-i
 aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).  A command
 that follows events has aegis-feed.
 
-Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
-Webhooks.lock -> Store.lock;
+Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock, Mcp.lock, Keys.lock and Tickets.lock are leaves.  A session's lock is
 never held while tmux or a socket is waited for.
 """
@@ -490,7 +491,7 @@ def _short_int(digits: str) -> int:
 
 
 REPORT_NAME = re.compile(rb'"hook_event_name"\s*:\s*"(\w{1,40})"')   # it stands before what a model could write
-UNREAD = "unread"    # in a report that cannot be read: why
+UNREADABLE = "unread"    # in a report that cannot be read: why
 
 
 def parse_report(raw: bytes) -> Json:
@@ -503,7 +504,7 @@ def parse_report(raw: bytes) -> Json:
     except (ValueError, RecursionError) as error:
         why = f"it is no JSON that can be read: {error}"
     named = REPORT_NAME.search(raw)
-    return {"hook_event_name": named.group(1).decode() if named else "", UNREAD: why}
+    return {"hook_event_name": named.group(1).decode() if named else "", UNREADABLE: why}
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
@@ -536,6 +537,9 @@ SECRET = re.compile(r"(aegis_(?:sse_)?[\w-]{6})[\w-]{10,}|(?<=token=)[^&\s'\"]+|
 
 def masked(text: str) -> str:
     """Take secrets out of a text that is logged or told."""
+    small = text.lower()
+    if "aegis_" not in small and "token" not in small:   # nearly always, and cheaper to see than by the pattern
+        return text
     return SECRET.sub(lambda found: f"{found[1] or ''}…", text)
 
 
@@ -1272,7 +1276,7 @@ class SentRow(NamedTuple):
     text: str
     chosen: Dict[str, List[int]]   # options marked so far, by the question's place
 class ConsensusRow(NamedTuple):
-    """One consensus review."""
+    """One consensus review; what its reviewers are given is long, and stays in the database."""
 
     id: str
     session: str                   # whose work is reviewed
@@ -1282,7 +1286,6 @@ class ConsensusRow(NamedTuple):
     verdict: Optional[str]         # approved, rejected
     criteria: List[str]
     spec: Json                     # rule, weights, quorum, timeout, wanted, change
-    text: str                      # what all reviewers are given
     keep: int                      # 1: the reviewers' sessions live on
     idempotency: Optional[str]
     wanted: str                    # the body's digest, for a repeated idempotency key
@@ -1992,15 +1995,27 @@ class Keys:
             row, now = self.find(key_id), time.time()
             if row.expires_at is not None and row.expires_at <= now:
                 raise ApiError(409, "KEY_EXPIRED", f"key {key_id} expired at {iso(row.expires_at)}: make another one")
-            ours = self.admin_row()
-            if ours and ours.id == key_id:
-                write_private(self.admin_file, secret + "\n")
             changes = {"hash": digest_of(secret), "prefix": secret[:SHOWN_PREFIX], "rotated_at": now,
                        "old_hash": row.hash if grace else None, "old_until": now + grace if grace else None}
-            self.change(update("keys", key_id, changes), entry)
+            with self._in_admin_file(key_id, secret):
+                self.change(update("keys", key_id, changes), entry)
         if not grace:
             self.end_uses(key_id)
         return self.find(key_id)
+
+    @contextlib.contextmanager
+    def _in_admin_file(self, key_id: str, secret: str) -> Iterator[None]:
+        """Have the admin file, if this key stands in it, hold the new secret, unless the change fails."""
+        ours = self.admin_row()
+        known = self.admin_file.read_text("utf-8") if ours and ours.id == key_id else None
+        if known is not None:
+            write_private(self.admin_file, secret + "\n")
+        try:
+            yield
+        except BaseException:
+            if known is not None:
+                write_private(self.admin_file, known)
+            raise
 
     def admin_row(self) -> Optional[KeyRow]:
         """Find the key whose secret stands in the admin file."""
@@ -2096,16 +2111,21 @@ class Buckets:
     def __init__(self) -> None:
         self.levels: Dict[Any, Tuple[float, float]] = {}   # name -> requests left, and when that was so
 
-    def take(self, name: Any, rate: int, now: float, cost: float = 1.0) -> Level:
-        """Take from a bucket of `rate` requests a minute, if enough is in it; cost 0 only looks."""
-        left, at = self.levels.get(name, (rate, now))
-        left = min(rate, left + (now - at) * rate / 60)
-        allowed = left >= max(cost, 1.0)
-        if allowed:
-            left -= cost
-        if len(self.levels) >= MAX_BUCKETS and name not in self.levels:
+    def spend(self, name: Any, rate: int, now: float) -> bool:
+        """Take one request from a bucket of `rate` a minute; False when it is empty."""
+        left, at = self.levels.get(name) or (rate, now)
+        left += (now - at) * rate / 60
+        left = rate if left > rate else left
+        if name not in self.levels and len(self.levels) >= MAX_BUCKETS:
             self._forget()
-        self.levels[name] = (left, now)
+        allowed = left >= 1
+        self.levels[name] = (left - 1 if allowed else left, now)
+        return allowed
+
+    def take(self, name: Any, rate: int, now: float) -> Level:
+        """Take one request, and tell how full the bucket is."""
+        allowed = self.spend(name, rate, now)
+        left = self.levels[name][0]
         return Level(allowed, rate, int(left), math.ceil((rate - left) * 60 / rate),
                      0 if allowed else max(1, math.ceil((1 - left) * 60 / rate)))
 
@@ -3248,7 +3268,7 @@ def usage_amounts(usage: Json) -> Dict[str, int]:
     """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
     amounts = {key: usage[key] for key in USAGE_KEYS if _is_amount(usage.get(key))}
     written = usage.get("cache_creation")
-    hour = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
+    hour: Any = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
     return {**amounts, "hour": hour} if _is_amount(hour) else amounts
 
 
@@ -4779,9 +4799,17 @@ def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[
     return "\n".join(lines) + "\n"
 
 
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+
+
+def typable(text_: str) -> str:
+    """Leave out what agents drop anyway, and what would end a paste so that the rest is taken for keys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", ESCAPES.sub("", text_))
+
+
 def canonical(sent: str) -> str:
     """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
-    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent) if "\x1b" in sent else sent
+    bare = ESCAPES.sub("", sent) if "\x1b" in sent else sent
     bare = re.sub(r"</?pasted_content[^>]*>", "", bare) if "pasted_content" in bare else bare
     bare = unicodedata.normalize("NFC", bare)
     return bare.translate(dict.fromkeys(   # by the few characters that differ, not by the million that there may be
@@ -4977,6 +5005,8 @@ class Context:
         self.panel: Any = None                         # see CONSENSUS
         self.keys: Keys
         self.access: Any = None                        # see ACCESS
+        self.kept_head: Tuple[int, str] = (-1, "")     # of the audit log, as its file has it
+        self.used_kept = 0.0                           # when the last use of keys was written
         self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
@@ -5629,6 +5659,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
         return [Stroke(text_), ENTER]
+    text_ = typable(text_)
     if prompt.kind == "command":
         return [Stroke(text_), ENTER]
     if prompt.kind == "bash":
@@ -6089,7 +6120,7 @@ def closed_answer(session: Session, report: Json) -> Optional[Json]:
     if name not in ("PreToolUse", "PermissionRequest") or session.policy == Policy(profile=session.policy.profile):
         return None
     said = Decision("deny", "its report cannot be read")
-    if UNREAD not in report:
+    if UNREADABLE not in report:
         with contextlib.suppress(RecursionError, ValueError, TypeError, AttributeError):
             request = request_of(session, report)
             said = ask_policy(session, request)
@@ -7029,10 +7060,10 @@ def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None
     if not re.fullmatch(r"[\w-]{1,100}", agent_id):
         return
     with session.lock:
-        known = session.subagents.get(agent_id) or Subagent(
-            agent_id, clip(kind, 100) if isinstance(kind, str) and kind else None, time.time(), None, new_ledger())
-        ended = time.time() if name == "SubagentStop" else None
-        session.subagents[agent_id] = known._replace(ended=ended, type=known.type or kind or None)
+        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None, new_ledger())
+        ended = {"SubagentStop": time.time(), "SubagentStart": None}.get(name, known.ended)   # others may come late
+        word = clip(kind, 100) if isinstance(kind, str) and kind else None
+        session.subagents[agent_id] = known._replace(ended=ended, type=word or known.type)
         while len(session.subagents) > SUBAGENTS_KEPT:
             session.subagents.pop(next(iter(session.subagents)))
 
@@ -7328,7 +7359,7 @@ def exit_status(context: Context, pane_id: str) -> Optional[int]:
     return None
 
 
-def forget_files(context: Context, session_id: str) -> None:
+def forget_launch(context: Context, session_id: str) -> None:
     """Remove what an agent was launched with; its secret stands there."""
     for kind in ("launch", "hooks", "stderr"):
         with contextlib.suppress(OSError):
@@ -7351,7 +7382,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         if not session.live:
             return
         pane, window = session.row.pane, session.row.window
-        forget_files(context, session.row.id)   # before anybody can resume it, and write them anew
+        forget_launch(context, session.row.id)   # before anybody can resume it, and write them anew
         with session.changing("process", status, reason) as change:
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
@@ -7652,8 +7683,8 @@ def find_repository(work_dir: str) -> Optional[Repository]:
             return None
     told = run_git(work_dir, "rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-path", "objects",
                    "--show-object-format").split("\n")
-    if len(told) != 4:
-        raise ApiError(409, "GIT_FAILED", "git does not say where its files are")
+    if len(told) != 4 or os.path.realpath(told[0]) != os.path.realpath(place):
+        raise ApiError(409, "GIT_FAILED", "its work tree is not where its .git is")
     try:
         head: Optional[str] = run_git(work_dir, "rev-parse", "-q", "--verify", "HEAD^{commit}")
     except ApiError as error:
@@ -7680,7 +7711,7 @@ class Apart:
         others = [repository.objects, *map(str, objects)]
         (folder / "objects/info/alternates").write_bytes(os.fsencode("\n".join(others) + "\n"))
         with contextlib.suppress(OSError):   # what they ignore themselves is data, and runs nothing
-            shutil.copyfile(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
+            copy_data(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
 
     def environment(self) -> Dict[str, str]:
         """Choose what git inherits: nothing that leads to another configuration."""
@@ -7694,7 +7725,7 @@ class Apart:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
         (self.folder / "given").write_bytes(b"".join(one + b"\0" for one in given))
         with open(self.folder / "given", "rb") as paths:
-            process = subprocess.Popen(["git", *words], cwd=self.root, env=self.environment(), stdin=paths,
+            process = subprocess.Popen(["git", "-C", self.root, *words], env=self.environment(), stdin=paths,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             said = self._read(process, most)
@@ -7728,7 +7759,7 @@ class Apart:
     def copy_index(self, repository: Repository) -> None:
         """Begin with what they have staged, and look behind what their index hides."""
         try:
-            shutil.copy2(os.path.join(repository.folder, "index"), self.folder / "index")   # its time counts, too
+            copy_data(os.path.join(repository.folder, "index"), self.folder / "index")
         except FileNotFoundError:
             if repository.head:
                 self.git("read-tree", repository.head)
@@ -7755,6 +7786,14 @@ class Apart:
         if kept:
             self.git("update-index", "--add", "--remove", "-z", "--stdin", given=kept)
         return self.git("write-tree", "--missing-ok").decode().strip(), len(found) - len(kept) - len(kinds["remove"])
+
+
+def copy_data(source: str, target: Path) -> None:
+    """Copy a plain file of a bearable size, with its times, which tell git what may have changed.  Raises OSError."""
+    about = os.stat(source)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LISTED_BYTES:
+        raise OSError(f"{os.path.basename(source)} is no plain file of at most {LISTED_BYTES:,} bytes")
+    shutil.copy2(source, target)
 
 
 def what_to_do(root: bytes, path: bytes) -> str:
@@ -7831,7 +7870,7 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
         about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, files[:FILES_SHOWN], text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -7841,6 +7880,12 @@ def shortened(text_: str) -> Tuple[str, bool]:
     if len(text_) <= CHANGE_SHOWN:
         return text_, False
     return text_[:text_.rfind("\n", 0, CHANGE_SHOWN) + 1] or text_[:CHANGE_SHOWN], True
+
+
+def listed_files(files: Sequence[str]) -> List[str]:
+    """Bound the names of changed files: by their number, and by their length in all."""
+    ends = itertools.accumulate(map(len, files))
+    return [name for name, end in zip(files[:FILES_SHOWN], ends) if end <= CHANGE_SHOWN // 4]
 
 
 def newer_files(work_dir: str, since: float) -> Difference:
@@ -7864,7 +7909,7 @@ def newer_files(work_dir: str, since: float) -> Difference:
     text_, cut = shortened(shown.encode("utf-8", "replace").decode())
     about = "the files that were written since the session began, whole: the directory is no git repository"
     names_ = [os.path.relpath(path, work_dir).encode("utf-8", "replace").decode() for path in files[:FILES_SHOWN]]
-    return Difference(about, [f"W {name}" for name in names_], text_, cut or visited >= VISITED)
+    return Difference(about, listed_files([f"W {name}" for name in names_]), text_, cut or visited >= VISITED)
 
 
 # ============================================================================
@@ -7954,17 +7999,17 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         row = add_worktree(context, row)
     row.launch["base"] = note_base(context, row.id, row.work_dir)
     session = Session(context, row, Facts())
-    known: Any = row
+    other: Optional[SessionRow] = row
     context.sessions[row.id] = session   # first: who hears of it may end it at once
     try:
-        known = store_new(context, session, wanted)
+        other = store_new(context, session, wanted)
     finally:
-        if known:   # it was not made after all
+        if other:   # it was not made after all
             context.sessions.pop(row.id, None)
             remove_worktree(row.worktree, force=True)
             forget_base(context, row.id)
-    if known:
-        return same_session(context, known, wanted)
+    if other:
+        return same_session(context, other, wanted)
     launch_agent(context, session, words, environment)
     return session
 
@@ -8111,7 +8156,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
         context.tmux.close_pane(pane.pane, row.id)
-        forget_files(context, row.id)
+        forget_launch(context, row.id)
         raise
     watch(context, session)
     context.look_later(session, 0.05)
@@ -8306,6 +8351,15 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
     if bound and same_dialog(bound, look(context, session)):
         press_once(context, session, "Escape")
     confirm_claim(session, request.id)
+
+
+def choose_in_dialog(context: Context, session: Session, dialog: Reading, label: str) -> None:
+    """Choose a row of a dialog that no hook told of.  Raises ApiError 409 when it is another one now."""
+    with session.key_lock:
+        after = choose_row(context, session, dialog, lambda row: row.label == label)
+    if after is None:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    inspect(context, session)
 
 
 def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
@@ -9681,25 +9735,25 @@ def await_event(context: Context, types: Sequence[str], until: Callable[[], bool
         context.bus.leave(listener)
 
 
-def wire_check(row: CheckRow) -> Json:
-    """Give a check its shape on the wire."""
+def wire_check(row: CheckRow, brief: bool = False) -> Json:
+    """Give a check its shape on the wire; a list leaves its output out."""
     spent = None if row.started_at is None else max(0.0, (row.ended_at or time.time()) - row.started_at)
     passed = {"passed": True, "failed": False, "timed_out": False}.get(row.state)
     return {"name": row.name, "command": row.command, "state": row.state, "passed": passed, "exitCode": row.exit_code,
-            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "output": row.output,
-            "reason": row.reason, "found": bool(row.found)}
+            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "reason": row.reason,
+            "found": bool(row.found), **({} if brief else {"output": row.output})}
 
 
-def wire_verify(context: Context, row: VerifyRow) -> Json:
+def wire_verify(context: Context, row: VerifyRow, brief: bool = False) -> Json:
     """Give a verification its shape on the wire, with the checks of its last round."""
     checks = context.store.rows(CheckRow, "checks", "verify = ? ORDER BY round, place", row.id)
     rounds = [[one for one in checks if one.round == number_] for number_ in range(row.round + 1)]
     return {
         "id": row.id, "sessionId": row.session, "workDir": row.work_dir, "state": row.state,
         "passed": None if row.ended_at is None else row.state == "passed", "reason": row.reason,
-        "checks": [wire_check(one) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
+        "checks": [wire_check(one, brief) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
         "round": row.round, "promptId": row.prompt,
-        "earlier": [[wire_check(one) for one in round_] for round_ in rounds[:-1]],
+        "earlier": [[wire_check(one, brief) for one in round_] for round_ in rounds[:-1]],
         "startedAt": iso(row.created_at), "endedAt": iso(row.ended_at),
         "seconds": round((row.ended_at or time.time()) - row.created_at, 3),
     }
@@ -9800,6 +9854,8 @@ class Loop:
             self.hungry.pop(run, None)
             self.advance(run)
         except ApiError as error:
+            if error.code in ("PIPELINE_NOT_FOUND", "CONSENSUS_NOT_FOUND"):   # swept away meanwhile
+                return
             self.context.log.note("warning", "a run waits", run=run, error=error)
             self.due[run] = time.time() + AGAIN_SECONDS
         except Exception:
@@ -10686,9 +10742,10 @@ class Panel:
         try:
             told = read_assessment(said, row.criteria)
         except ValueError as wrong:
+            why = "".join(char if char.isprintable() else " " for char in str(wrong))
             if one.again:
-                return over_reviewer(one, "failed", f"its answer could not be read, twice: {wrong}")
-            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {wrong}")
+                return over_reviewer(one, "failed", f"its answer could not be read, twice: {why}")
+            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {why}")
         return over_reviewer(one._replace(assessment=told), "done", None)
 
     def store(self, row: ConsensusRow, before: Sequence[ReviewerRow], after: Sequence[ReviewerRow],
@@ -10717,8 +10774,8 @@ class Panel:
             session = find_live(self.context, one.session or "")
             prompt = enqueue(session, "prompt", again_text(one, total), f"{one.id} again")
         else:
-            session = start_session(self.context, row.spec["wanted"], review_text(row, one, total), reviewer_key(one),
-                                    f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
+            session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
+                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
             prompt = first_prompt(self.context, session.row.id)
         self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
@@ -10798,9 +10855,10 @@ def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool
     return update("consensus", row.id, changes), Draft(kind, row.session, about)
 
 
-def review_text(row: ConsensusRow, one: ReviewerRow, total: int) -> str:
+def review_text(context: Context, one: ReviewerRow, total: int) -> str:
     """Write a reviewer's prompt."""
-    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {row.text}"
+    given = context.store.value("SELECT text FROM consensus WHERE id = ?", one.consensus)
+    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {given}"
 
 
 def again_text(one: ReviewerRow, total: int) -> str:
@@ -10858,7 +10916,7 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
 
-def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> ConsensusRow:
+def store_consensus(context: Context, row: ConsensusRow, given: str, reviewers: int) -> ConsensusRow:
     """Store a review; the same idempotency key gives the same one.  Raises ApiError 409 for another body."""
     rows = [ReviewerRow(new_id("rv-"), row.id, place, "waiting", None, 1, 0, None, None, None, None, None)
             for place in range(reviewers)]
@@ -10867,7 +10925,8 @@ def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> Cons
         known = same_consensus(context, row)
         if known:
             return known
-        context.bus.commit([insert("consensus", row._asdict()), *(insert("reviewers", one._asdict()) for one in rows)],
+        whole_ = insert("consensus", {**row._asdict(), "text": given})
+        context.bus.commit([whole_, *(insert("reviewers", one._asdict()) for one in rows)],
                            [Draft("consensus.started", row.session, told)])
     return row
 
@@ -10997,7 +11056,7 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
     for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
         stages = stages_of(context, row.id)
         over = {one.name for one in stages if one.ended_at is not None}
-        waits = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
                  for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
@@ -11130,7 +11189,7 @@ def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], e
     """Give a group its shape on the wire; what a reviewed session used is not the review's."""
     rows = {one: live.get(one) or ended.get(one) for one in group.members}
     members = [wire_member(context, row, group.members[one], live) for one, row in rows.items() if row]
-    counted = [each for one in members if one["role"] != "reviewed" for each in (one, *one["subagents"])]
+    counted = [one for one in members if one["role"] != "reviewed"]   # a session's usage holds its subagents'
     costs = [one["costUsd"] for one in counted]
     waits = group.waits + [{"who": one["sessionId"], **each} for one in members for each in one["waitsFor"]]
     over = sum(one["status"] in ("idle", *ENDED) for one in members)
@@ -11143,12 +11202,12 @@ def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], e
             "ageSeconds": round(max(0.0, time.time() - group.created_at), 3)}
 
 
-def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Tuple[List[Json],
-                                                                                                       int]:
-    """Give a page of groups, newest first, and how many there are."""
-    live = live_rows(context)
+def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int,
+               sees: Callable[[str], bool]) -> Tuple[List[Json], int]:
+    """Give a page of groups, newest first, and how many there are; only of sessions that the caller sees."""
+    live = {id: row for id, row in live_rows(context).items() if sees(id)}
     groups = [group for name, grouper in GROUPERS.items() if kind in (None, name) for group in grouper(context, live)
-              if state is None or group_state(group, live) == state]
+              if (state is None or group_state(group, live) == state) and all(map(sees, group.members or [""]))]
     groups.sort(key=lambda one: -one.created_at)
     shown = groups[(page - 1) * limit:page * limit]
     gone = sorted({one for group in shown for one in group.members if one not in live})
@@ -11161,16 +11220,14 @@ def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page
 
 
 # ============================================================================
-# METRICS. What was used, how long it took, and the same for Prometheus.
+# METRICS. What was used, and how long it took.
 # ============================================================================
 # Usage and times are durable: they stand in tables that are kept in the
 # transactions of what they count, so a restart neither loses nor repeats any.
 # They are summed by UTC day and model, never over sessions or events.  API
-# counts are this process's own and begin anew with it.  To add a figure for
-# Prometheus: a Family in metric_families().
+# counts are this process's own and begin anew with it.
 
 HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
 TOKEN_KINDS = (("input", "input"), ("output", "output"), ("cache_read", "cacheRead"), ("cache_write", "cacheWrite"))
 USAGE_SUMS = ", ".join(f"sum({name})" for name in USAGE_COLUMNS)
 FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
@@ -11216,13 +11273,13 @@ class Times(NamedTuple):
     total: float
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many there were."""
         return sum(self.counts)
 
     def quantile(self, share: float) -> Optional[float]:
         """Estimate the time within which a share of them was done, evenly spread within a bucket."""
-        below, wanted = 0, share * self.count
+        below, wanted = 0, share * self.number
         for place, count in enumerate(self.counts):
             if count and below + count >= wanted:
                 low = self.bounds[place - 1] if place else 0.0
@@ -11234,8 +11291,8 @@ class Times(NamedTuple):
     def wire(self) -> Json:
         """Give them their shape on the wire; quantiles are estimates from buckets."""
         quantiles = {f"p{percent}Seconds": self.quantile(percent / 100) for percent in (50, 90, 99)}
-        told = {"avgSeconds": self.total / self.count if self.count else None, **quantiles}
-        return {"count": self.count, "totalSeconds": round(self.total, 6),
+        told = {"avgSeconds": self.total / self.number if self.number else None, **quantiles}
+        return {"count": self.number, "totalSeconds": round(self.total, 6),
                 **{name: None if value is None else round(value, 6) for name, value in told.items()}}
 
 
@@ -11254,11 +11311,22 @@ class Span(NamedTuple):
     last: str = LAST_DAY
     session: Optional[str] = None
     model: Optional[str] = None
+    owner: Optional[str] = None    # only this key's sessions
 
     @property
     def narrow(self) -> bool:
         """Tell whether it leaves out days or models."""
         return (self.first, self.last, self.model) != (FIRST_DAY, LAST_DAY, None)
+
+    def whose(self) -> Tuple[str, Tuple[str, ...]]:
+        """Write the condition of rows about its sessions, and its values; '' are the sums of all."""
+        if self.session is None and self.owner is not None:
+            return "session IN (SELECT id FROM sessions WHERE owner = ?)", (self.owner,)
+        return "session = ?", (self.session or "",)
+
+    def sees(self, row: SessionRow) -> bool:
+        """Tell whether a session is within it."""
+        return self.session in (None, row.id) and self.owner in (None, row.owner)
 
 
 Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
@@ -11266,8 +11334,7 @@ Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
 
 def usage_by(store: Store, span: Span, group: str, where: str = "1", *args: Any) -> List[Tuple[str, List[Usage]]]:
     """Sum usage by day, session or nothing, and by model below that."""
-    whose = "session <> ''" if group == "session" else "session = ?"
-    mine = () if group == "session" else (span.session or "",)
+    whose, mine = ("session <> ''", ()) if group == "session" else span.whose()
     rows = store.pairs(
         f"SELECT {group}, model, {USAGE_SUMS} FROM usage WHERE {whose} AND day BETWEEN ? AND ? "
         f"AND (? IS NULL OR model = ?) AND {where} GROUP BY 1, 2 ORDER BY 1, 2",
@@ -11303,14 +11370,15 @@ def tokens_of(counts: Mapping[str, int]) -> int:
 def times_by_label(store: Store, span: Span) -> Dict[Tuple[str, str], Times]:
     """Give durable times by name and label: of all from the tallies, of one session from its own rows."""
     bounds = [row[0] for row in store.pairs("SELECT upto FROM bounds ORDER BY bucket")][:-1]
-    if span.session is None:
+    whose, mine = span.whose()
+    if mine == ("",):
         rows = store.pairs("SELECT name, label, bucket, sum(count), sum(total) FROM tallies WHERE day BETWEEN ? AND ? "
                            "GROUP BY 1, 2, 3", span.first, span.last)
     else:
         rows = [row for view in ("prompt_times", "permission_times") for row in store.pairs(
             "SELECT name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place, count(*), "
-            f"sum(seconds) FROM {view} WHERE session = ? AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
-            span.session, span.first, span.last)]
+            f"sum(seconds) FROM {view} WHERE {whose} AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
+            *mine, span.first, span.last)]
     found: Dict[Tuple[str, str], Times] = {}
     for name, label, place, count, total in rows:
         known = found.setdefault((name, label), Times(bounds, [0] * (len(bounds) + 1), 0.0))
@@ -11332,15 +11400,16 @@ def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> J
     store, prices = context.store, context.prices
     models = [one for _, used in usage_by(store, span, "''") for one in used]
     sessions, total = metered_sessions(context, span, page, limit)
+    states = live_states(context, span.owner)
     return {
         "generatedAt": iso(time.time()), "timezone": "UTC", **span_view(span), **bill(models, prices),
         "byModel": [{"model": one[0], **bill([one], prices), "price": price_view(one[0], prices)} for one in models],
         "byDay": metered_days(context, span, days), "bySession": sessions,
         "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)},
-        "sessions": {"active": len(context.sessions), "total": store.value("SELECT count(*) FROM sessions"),
-                     "byStatus": dict(live_states(context))},
-        **times_view(context, times_by_label(store, span)),
-        "api": traffic_view(context),
+        "sessions": {"active": sum(states.values()), "byStatus": dict(states), "total": store.value(
+            "SELECT count(*) FROM sessions WHERE (? IS NULL OR owner = ?)", span.owner, span.owner)},
+        **times_view(context, times_by_label(store, span), span),
+        "api": traffic_view(context) if span.owner is None else None,
         "prices": {"date": PRICES_DATE, "unit": "USD per million tokens", "own": len(prices) - len(PRICES)},
     }
 
@@ -11357,21 +11426,22 @@ def price_view(model: str, prices: Sequence[Price]) -> Optional[Json]:
     return None if price is None else {"input": price[1], "output": price[2]}
 
 
-def live_states(context: Context) -> "collections.Counter[str]":
-    """Count live sessions by state."""
-    return collections.Counter(session.row.status for session in list(context.sessions.values()))
+def live_states(context: Context, owner: Optional[str] = None) -> "collections.Counter[str]":
+    """Count live sessions by state: all, or those of one key."""
+    return collections.Counter(session.row.status for session in list(context.sessions.values())
+                               if owner in (None, session.row.owner))
 
 
 def metered_days(context: Context, span: Span, days: int) -> List[Json]:
     """Give usage and turns by day: the last days of the span on which there was any, oldest first."""
-    store, whose = context.store, span.session or ""
+    store, (whose, mine) = context.store, span.whose()
     turned: Dict[str, int] = dict(store.pairs(
         "SELECT day, sum(count) FROM tallies WHERE name = 'turn' AND day BETWEEN ? AND ? GROUP BY day"
-        if span.session is None else
-        "SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND session = ? "
-        "GROUP BY day", *(span.first, span.last, *([whose] if span.session else []))))
-    used = {row[0] for row in store.pairs("SELECT DISTINCT day FROM usage WHERE session = ? AND day BETWEEN ? AND ?",
-                                          whose, span.first, span.last)}
+        if mine == ("",) else
+        f"SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND {whose} GROUP BY day",
+        span.first, span.last, *(mine if mine != ("",) else ())))
+    used = {row[0] for row in store.pairs(f"SELECT DISTINCT day FROM usage WHERE {whose} AND day BETWEEN ? AND ?",
+                                          *mine, span.first, span.last)}
     shown = sorted({*used, *turned})[-days:]
     if not shown:
         return []
@@ -11382,14 +11452,15 @@ def metered_days(context: Context, span: Span, days: int) -> List[Json]:
 def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tuple[List[Json], int]:
     """Give one page of usage by session, newest first, and how many there are: with usage in the span, or all."""
     store = context.store
-    used = "FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?)"
-    args: Tuple[Any, ...] = (
-        (span.session,) if span.session else (span.first, span.last, span.model, span.model) if span.narrow else ())
-    where = "id = ?" if span.session else f"id IN (SELECT session {used})" if span.narrow else "1"
+    conditions: List[Tuple[str, Tuple[Any, ...]]] = [
+        ("id = ?", (span.session,)) if span.session else ("1", ()),
+        ("owner = ?", (span.owner,)) if span.owner is not None else ("1", ()),
+        ("id IN (SELECT session FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?))",
+         (span.first, span.last, span.model, span.model)) if span.narrow and not span.session else ("1", ())]
+    where, args = " AND ".join(sql for sql, _ in conditions), [one for _, values in conditions for one in values]
     rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
                        "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit, (page - 1) * limit)
-    counted = "1" if span.session else f"count(DISTINCT session) {used}" if span.narrow else "count(*) FROM sessions"
-    total = store.value(f"SELECT {counted}", *(() if span.session else args))
+    total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     marks, ids = ", ".join("?" * len(rows)), [row[0] for row in rows]
     found = dict(usage_by(store, span, "session", f"session IN ({marks})", *ids))
     turned = dict(store.pairs(
@@ -11400,21 +11471,22 @@ def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tup
              **bill(found.get(row[0], []), context.prices)} for row in rows], total
 
 
-def times_view(context: Context, found: Mapping[Tuple[str, str], Times]) -> Json:
+def times_view(context: Context, found: Mapping[Tuple[str, str], Times], span: Span) -> Json:
     """Give turns, latencies and permission times their shape on the wire."""
     bounds = next(iter(found.values())).bounds if found else ()
     named = {name: together((one for (kind, _), one in found.items() if kind == name), bounds)
              for name in ("turn", "send", "type", "decision")}
     turns = {label: one for (name, label), one in found.items() if name == "turn"}
-    asked = [one.asked_at for session in list(context.sessions.values()) for one in session.facts.pending]
+    asked = [one.asked_at for session in list(context.sessions.values()) if span.sees(session.row)
+             for one in session.facts.pending]
     return {
-        "turns": {"total": named["turn"].count,
-                  "byOutcome": {name: turns[name].count if name in turns else 0
+        "turns": {"total": named["turn"].number,
+                  "byOutcome": {name: turns[name].number if name in turns else 0
                                 for name in ("done", "interrupted", "error")}},
         "latencies": {"turn": named["turn"].wire(), "sendToSubmitted": named["send"].wire(),
                       "typedToSubmitted": named["type"].wire(), "hookToDecision": named["decision"].wire()},
         "permissions": {"pending": len(asked), "oldestPendingSeconds": max(map(age, asked), default=None),
-                        "decided": named["decision"].count, "waiting": named["decision"].wire(),
+                        "decided": named["decision"].number, "waiting": named["decision"].wire(),
                         "decisions": [{**decision_labels(label), **one.wire()}
                                       for (name, label), one in sorted(found.items()) if name == "decision"]},
     }
@@ -11431,11 +11503,22 @@ def traffic_view(context: Context) -> Json:
     routes: Dict[str, Dict[int, Times]] = {}
     for (route, status), times in context.traffic.counts().items():
         routes.setdefault(route, {})[status] = times
-    shown = [{"route": route or None, "byStatus": {str(status): one.count for status, one in sorted(statuses.items())},
+    shown = [{"route": route or None, "byStatus": {str(status): one.number for status, one in sorted(statuses.items())},
               **together(statuses.values(), HTTP_BOUNDS).wire()} for route, statuses in sorted(routes.items())]
-    failed = sum(one.count for statuses in routes.values() for status, one in statuses.items() if status >= 500)
+    failed = sum(one.number for statuses in routes.values() for status, one in statuses.items() if status >= 500)
     return {"since": iso(context.started_at), "requests": sum(one["count"] for one in shown), "serverErrors": failed,
             "byRoute": shown}
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+# A Family is one metric with its samples.  Every value of a label is a series
+# that a Prometheus keeps for months, so their number is bounded: only live
+# sessions have series of their own.  To add a metric: a Family in one of the
+# functions below metric_families().
+
+SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # series of their own; further models are one, further sessions have none
 
 
 class Family(NamedTuple):
@@ -11468,7 +11551,7 @@ def family_lines(family: Family, open_metrics: bool) -> Iterator[str]:
         for bound, count in zip((*value.bounds, math.inf), itertools.accumulate(value.counts)):
             yield f"{name}_bucket{label_text({**labels, 'le': number_text(float(bound))})} {count}"
         yield f"{name}_sum{label_text(labels)} {number_text(value.total)}"
-        yield f"{name}_count{label_text(labels)} {value.count}"
+        yield f"{name}_count{label_text(labels)} {value.number}"
 
 
 def label_text(labels: Mapping[str, str]) -> str:
@@ -11549,14 +11632,14 @@ def time_families(context: Context) -> List[Family]:
         del labels["decidedBy"]
     return [
         Family("aegis_turns_total", "counter", "Turns that ended, by outcome.",
-               [(labels, times.count) for labels, times in of("turn", "outcome")]),
+               [(labels, times.number) for labels, times in of("turn", "outcome")]),
         Family("aegis_turn_duration_seconds", "histogram", "How long turns took, by outcome.", of("turn", "outcome")),
         Family("aegis_prompt_submit_seconds", "histogram", "From a prompt's acceptance to the agent's report of it.",
                of("send", "kind")),
         Family("aegis_prompt_delivery_seconds", "histogram", "From typing a prompt to the agent's report of it.",
                of("type", "kind")),
         Family("aegis_permission_decisions_total", "counter", "Decided requests, by kind, state and who decided.",
-               [(labels, times.count) for labels, times in decided]),
+               [(labels, times.number) for labels, times in decided]),
         Family("aegis_permission_wait_seconds", "histogram", "How long requests waited for their decision.", decided),
     ]
 
@@ -11569,7 +11652,7 @@ def traffic_families(context: Context) -> List[Family]:
         routes.setdefault(route, []).append(times)
     return [
         Family("aegis_http_requests_total", "counter", "API requests answered, by route and status.",
-               [({"route": route, "status": str(status)}, times.count) for (route, status), times in counts]),
+               [({"route": route, "status": str(status)}, times.number) for (route, status), times in counts]),
         Family("aegis_http_request_duration_seconds", "histogram", "How long answers took, waits included.",
                [({"route": route}, together(times, HTTP_BOUNDS)) for route, times in routes.items()]),
     ]
@@ -12163,8 +12246,7 @@ class Courier(Listener):
             self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
                                                             "reason": outcome.said}),
                          update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
-        with self.context.webhooks.letters:
-            self.context.webhooks.letters.notify_all()
+        self.context.webhooks.stir()
         return 0.0
 
 
@@ -12237,6 +12319,11 @@ class Webhooks:
         courier = self.couriers.get(webhook_id)
         if courier:
             courier.some.set()
+
+    def stir(self) -> None:
+        """Have whoever waits for a retried letter look again."""
+        with self.letters:
+            self.letters.notify_all()
 
     def close(self) -> None:
         """Stop the couriers; what they are sending is waited for, but not for long."""
@@ -12571,6 +12658,7 @@ class Telegram(Listener):
         settings = context.settings
         super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
         self.context, self.some = context, threading.Event()
+        self.sending = threading.Lock()                 # from before a note is done until that is stored
         self.chats = frozenset(map(int, settings.telegram_chats))
         self.users = frozenset(map(int, settings.telegram_users))
         self.on = bool(settings.telegram_token and self.chats)
@@ -12585,7 +12673,8 @@ class Telegram(Listener):
     def start(self) -> None:
         """Go on behind the last event that was told; without a token or a chat, hold no event back."""
         if not self.on:
-            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            if self.context.store.value("SELECT 1 FROM readers WHERE id = 'telegram'"):
+                self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
             return
         if not stored_place(self.context, "telegram"):
             self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
@@ -12690,7 +12779,8 @@ class Telegram(Listener):
                                                            *say(chat, f"{name} was brought back.", event.session))]
         if not is_state(event):
             return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
-        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+        text_, more = state_text(name, event), dialog_buttons(self.context, event)
+        return [one for chat in self.chats for one in state_notes(chat, text_, event, **more)]
 
     def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
         """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
@@ -12705,6 +12795,11 @@ class Telegram(Listener):
     def deliver(self, note_: NoteRow) -> None:
         """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
         done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        with self.sending:
+            self.context.bus.commit(self.attempt(note_, done))
+
+    def attempt(self, note_: NoteRow, done: List[Statement]) -> List[Statement]:
+        """Do what a note says; gives what is to be stored."""
         try:
             done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
         except TelegramError as error:
@@ -12717,7 +12812,7 @@ class Telegram(Listener):
                 done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
                          (time.time() + max(error.wait, pause), note_.seq))]
             self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
-        self.context.bus.commit(done)
+        return done
 
     def do_say(self, note_: NoteRow) -> List[Statement]:
         """Send a message."""
@@ -12735,7 +12830,7 @@ class Telegram(Listener):
         """Write a verdict under a message, and take its buttons away."""
         for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
                                             note_.request):
-            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 500)[0]}\n\n{note_.body['text']}"
             self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
                         link_preview_options={"is_disabled": True})
         return []
@@ -12889,11 +12984,30 @@ def is_state(event: Event) -> bool:
     return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
 
 
-def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+def dialog_of(context: Context, session_id: Optional[str]) -> Tuple[Optional[Session], Optional[Reading], str]:
+    """Find the dialog that a session shows and no hook told of, and a mark that tells it from every other one."""
+    session = context.sessions.get(session_id or "")
+    dialog = session.facts.dialog if session and not session.facts.pending else None
+    if dialog is None or not dialog.options:
+        return session, None, ""
+    labels = [dialog.title or "", *(option.label for option in dialog.options)]
+    return session, dialog, hashlib.sha256(dump([session_id, labels]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def dialog_buttons(context: Context, event: Event) -> Json:
+    """Give the rows of the dialog that a session asks by, as the buttons of its notice."""
+    _, dialog, mark = dialog_of(context, event.session) if event.type == "session.asking" else (None, None, "")
+    if dialog is None:
+        return {}
+    rows = [[(option.label, f"d:{event.session}:{mark}:{index}")] for index, option in enumerate(dialog.options[:20])]
+    return {"request": f"dialog:{event.session}:{mark}", "markup": keyboard(rows)}
+
+
+def state_notes(chat: int, text_: str, event: Event, **more: Any) -> List[Statement]:
     """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
     ended = event.type.partition(".")[2] in ENDED
     return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
-            *say(chat, text_, event.session, kind="state"),
+            *say(chat, text_, event.session, kind="state", **more),
             *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
 
 
@@ -12981,7 +13095,8 @@ def on_message(heard: Heard) -> List[Statement]:
         act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
         return act(heard, (command.group(3) or "").strip(), session_id)
     if session_id is None:
-        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+        addressed = heard.private or is_ours(heard, heard.message.get("reply_to_message") or {})
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if addressed else []
     request = sent.request if sent else None
     if request and is_question(heard, request):
         return answer_in_words(heard, session_id, request, text_)
@@ -12989,10 +13104,24 @@ def on_message(heard: Heard) -> List[Statement]:
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
-    """Find the message of ours that a message replies to."""
-    message = heard.message.get("reply_to_message") or {}
-    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                                       message.get("message_id"))
+    """Find the message of ours that a message replies to; one that was sent this moment is waited for."""
+    message = heard.message.get("reply_to_message")
+    if not message:
+        return None
+
+    def known() -> Optional[SentRow]:
+        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                           message["message_id"])
+    found = known()
+    if found is None and is_ours(heard, message):
+        with heard.bot.sending:
+            found = known()
+    return found
+
+
+def is_ours(heard: Heard, message: Json) -> bool:
+    """Tell whether the bot itself wrote a message."""
+    return str((message.get("from") or {}).get("username") or "").lower() == heard.bot.name.lower() != ""
 
 
 def topic_session(heard: Heard) -> Optional[str]:
@@ -13084,6 +13213,17 @@ def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bo
     return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
 
 
+def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[List[Statement], str]:
+    """Choose a row of the dialog that the button was made for."""
+    session, dialog, now = dialog_of(heard.bot.context, session_id)
+    if session is None or dialog is None or now != mark:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    label = dialog.options[int(index)].label
+    choose_in_dialog(heard.bot.context, session, dialog, label)
+    told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}
+    return [note(heard.chat, "edit", session_id, f"dialog:{session_id}:{mark}", told)], f"answered: {label}"
+
+
 def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
     """Answer a question by the options that are marked."""
     context, row = heard.bot.context, find_asked(heard, request_id)
@@ -13113,7 +13253,7 @@ def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List
 PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
     "a": lambda heard, request: press_decide(heard, request, "approved"),
     "r": lambda heard, request: press_decide(heard, request, "rejected"),
-    "o": press_option, "s": press_send, "k": press_kill,
+    "o": press_option, "s": press_send, "k": press_kill, "d": press_dialog,
 }
 
 
@@ -13462,6 +13602,7 @@ class App:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
         context = self.context
         context.stopping.set()
+        context.webhooks.stir()
         for session in list(context.sessions.values()):
             session.stir()
             for hold in list(session.holds.values()):
@@ -13498,10 +13639,13 @@ def keep_books(context: Context) -> None:
 
 def write_books(context: Context) -> None:
     """Write when keys were last used, and the head of the audit log beside it."""
-    file, head = context.state_dir / HEAD_FILE, head_text(*context.bus.head) + "\n"
-    if read_tail(file) != head:
-        write_private(file, head)
-    context.keys.write_used()
+    head = context.bus.head
+    if context.kept_head != head:
+        write_private(context.state_dir / HEAD_FILE, head_text(*head) + "\n")
+        context.kept_head = head
+    if time.time() - context.used_kept > USED_SECONDS or context.stopping.is_set():
+        context.used_kept = time.time()
+        context.keys.write_used()
 
 
 def note_head(context: Context) -> None:
@@ -13628,6 +13772,12 @@ class Tickets:
                 ticket.end, ticket.dead_at = None, now + TICKET_OPEN_SECONDS
 
 
+def presented(headers: Mapping[str, str]) -> Optional[str]:
+    """Give the bearer token that a request shows, or None."""
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if kind.lower() == "bearer" else None
+
+
 class Access:
     """The checks every request passes before anything else is looked at."""
 
@@ -13662,10 +13812,10 @@ class Access:
 
     def identify(self, headers: Mapping[str, str], address: str) -> Who:
         """Tell who asks; what is presented is checked, needed or not.  Raises ApiError 401, or 429."""
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
+        given = presented(headers)
+        if given is None:
             return self.nobody
-        who, why = self.holder(given.strip())
+        who, why = self.holder(given)
         if who is None:
             raise self.failed(address, why)
         return who
@@ -13713,26 +13863,27 @@ class Access:
 
     def record(self, entry: AuditEntry) -> None:
         """Record a refusal, as long as there are not too many: then the next row says how many have none."""
-        if not self.buckets.take("recorded refusals", REFUSALS_RECORDED, time.monotonic()).allowed:
+        if not self.buckets.spend("recorded refusals", REFUSALS_RECORDED, time.monotonic()):
             self.unrecorded += 1
             return
         about, self.unrecorded = {**entry.about, **({"unrecorded": self.unrecorded} if self.unrecorded else {})}, 0
         with contextlib.suppress(ApiError):
             self.context.bus.commit((), (), [entry._replace(about=about)])
 
-    def count(self, who: Who, address: str) -> Optional[Level]:
-        """Count a request against its key's rate, or its address'.  Raises ApiError 429."""
+    def count(self, who: Who, bucket: str) -> Optional[Level]:
+        """Count a request against its key's rate, or its address' bucket.  Raises ApiError 429."""
+        now = time.monotonic()
         if who.key:
             self.keys.used[who.key] = time.time()
-            rate, name = who.rate or self.settings.key_rate, who.key
-        else:
-            rate, name = self.settings.address_rate, bucket_address(address)
-        if not rate:
-            return None
-        level = self.buckets.take(name, rate, time.monotonic())
-        if not level.allowed:
-            raise too_many(level, "this key asks too often" if who.key else "this address asks too often")
-        return level if who.key else None
+            rate = who.rate or self.settings.key_rate
+            level = self.buckets.take(who.key, rate, now) if rate else None
+            if level and not level.allowed:
+                raise too_many(level, "this key asks too often")
+            return level
+        rate = self.settings.address_rate
+        if rate and not self.buckets.spend(bucket, rate, now):
+            raise too_many(self.buckets.take(bucket, rate, now), "this address asks too often")
+        return None
 
     def open_ticket(self, secret: str, address: str, again: bool, end: Callable[[], Any]) -> Ticket:
         """Let a stream in that shows a ticket.  Raises ApiError 401, or 429."""
@@ -13833,6 +13984,7 @@ PROBE_AGAIN = 600.0        # seconds after which one that told none is asked aga
 PATIENCE_FOR_PROBE = 2.0   # what one answer waits for versions that are being asked for
 DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the first, act below the second
 TMUX_AT_LEAST = (3, 0)
+NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
            "aegis-consensus")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
@@ -14065,7 +14217,7 @@ def find_in_server(context: Context, agents: Json, full: bool) -> List[Finding]:
         *find_login(context.settings), find_state_dir(str(context.state_dir)), find_disk(str(context.state_dir)),
         find_locale(), find_files_limit(),
         *([find_database(context.store.path)] if full else []),
-        find_clock(context.store.value("SELECT max(at) FROM events")),
+        find_clock(context.store.value(NEWEST_EVENT)),
         Finding("workers", "problem", f"{', '.join(dead)} ended: restart Aegis, the agents go on")
         if dead else Finding("workers", "ok", f"{len(WORKERS)} alive"),
     ]
@@ -14084,7 +14236,7 @@ def find_locally(settings: Settings, port_says: Finding) -> List[Finding]:
         found.append(find_agent(settings, told["version"], told["error"]))
     else:
         found.append(find_other_agent(settings))
-    newest = read_only(path, "SELECT max(at) FROM events") if path.exists() else None
+    newest = read_only(path, NEWEST_EVENT) if path.exists() else None
     return [*found, *find_login(settings), port_says, find_state_dir(settings.state_dir),
             find_disk(settings.state_dir), find_locale(), find_files_limit(),
             *([find_database(path)] if path.exists() else []),
@@ -14958,11 +15110,7 @@ def answer_dialog(context: Context, session: Session, dialog: Reading, answer: A
     label = read_labels({"options": rows, "multiSelect": False}, answer, "answer")[0]
 
     def work() -> Json:
-        with session.key_lock:
-            after = choose_row(context, session, dialog, lambda row: row.label == label)
-        if after is None:
-            raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
-        inspect(context, session)
+        choose_in_dialog(context, session, dialog, label)
         return {"id": session.row.id, "questionId": None, "state": "approved", "answers": [[label]],
                 "status": session.row.status}
     return Later(work)
@@ -15394,13 +15542,13 @@ def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
 
 
 def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
-    """List a session's verifications, newest first."""
+    """List a session's verifications, newest first; a list leaves the checks' output out."""
     find_session(ask.context, id)
     return Later(lambda: verifies_page(ask, id, None, page, limit))
 
 
 def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
-    """List verifications, newest first."""
+    """List verifications, newest first; a list leaves the checks' output out."""
     return Later(lambda: verifies_page(ask, None, state, page, limit))
 
 
@@ -15413,7 +15561,8 @@ def verifies_page(ask: Ask, session_id: Optional[str], state: Optional[str], pag
     total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
     rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                               limit, (page - 1) * limit)
-    return {"verifies": [wire_verify(context, row) for row in rows], "pagination": pagination(page, limit, total)}
+    return {"verifies": [wire_verify(context, row, brief=True) for row in rows],
+            "pagination": pagination(page, limit, total)}
 
 
 def get_verify(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
@@ -15620,7 +15769,7 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     spec = {"rule": rule, "weights": read_weights(rule, weights, names, count), "timeout": timeout,
             "quorum": read_quorum(quorum, count)}
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
-    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, "", int(keep),
+    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, int(keep),
                        ask.idempotency_key, digest.hexdigest()[:32], time.time(), None)
 
     def work() -> Json:
@@ -15629,8 +15778,8 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
             spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
             change = change_since(context, session)
             spec["change"] = {"about": change.about, "files": change.files, "truncated": change.cut}
-            text_ = reviewed_text(task_of(context, id), change, names, instructions)
-            made = store_consensus(context, row._replace(text=text_), count)
+            given = reviewed_text(task_of(context, id), change, names, instructions)
+            made = store_consensus(context, row, given, count)
             context.panel.loop.inbox.poke(made.id)
         return wire_consensus(context, made)
     return Later(work)
@@ -15680,8 +15829,10 @@ def read_quorum(given: Optional[int], reviewers: int) -> int:
 def list_consensus(ask: Ask, state: Optional[str], session: Optional[str], page: int, limit: int) -> Any:
     """List consensus reviews, newest first, of all sessions or of one."""
     def work() -> Json:
-        store, where = ask.context.store, "(? IS NULL OR state = ?) AND (? IS NULL OR session = ?)"
-        args = (state, state, session, session)
+        store, (mine, key) = ask.context.store, owned(ask.who)
+        where = ("(? IS NULL OR state = ?) AND (? IS NULL OR session = ?) AND "
+                 f"session IN (SELECT id FROM sessions WHERE {mine})")
+        args = (state, state, session, session, *key)
         total = store.value(f"SELECT count(*) FROM consensus WHERE {where}", *args)
         rows = store.rows(ConsensusRow, "consensus", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                           limit, (page - 1) * limit)
@@ -15717,7 +15868,9 @@ def cancel_consensus(ask: Ask, id: str) -> Any:
 def get_swarm(ask: Ask, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Any:
     """List the groups of sessions that work together: members, who waits for whom, progress, tokens, cost, age."""
     def work() -> Json:
-        groups, total = swarm_page(ask.context, kind, state, page, limit)
+        context, only = ask.context, ask.who.only
+        groups, total = swarm_page(context, kind, state, page, limit, lambda id: only is None or owner_of(
+            context, "/v1/sessions/:id", id)[1] == only)
         return {"groups": groups, "pagination": pagination(page, limit, total)}
     return Later(work)
 
@@ -15759,10 +15912,13 @@ def get_metrics(ask: Ask, **given: Any) -> Any:
     if first and last and first > last:
         raise ApiError(400, "INVALID_REQUEST", f"from ({first}) is after to ({last})", fields={"from": "is after to"})
     if session is not None:
+        check_session(context, ask.who, session)
         find_session(context, session)
     if ask.form != "json":
+        if ask.who.only is not None:
+            ask.who.need("sessions:all")   # it tells of everybody's
         return Later(lambda: Encoded(exposition(context, ask.form == "openmetrics"), TEXT_KINDS[ask.form]))
-    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"])
+    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"], ask.who.only)
     return Later(lambda: metrics(context, span, given["days"], given["page"], given["limit"]))
 
 
@@ -15998,8 +16154,8 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
     try:
-        if UNREAD in report:
-            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREAD]}")
+        if UNREADABLE in report:
+            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREADABLE]}")
         if report.get("hook_event_name") != "PermissionRequest":
             return receive_hook(session, report)
         answer = decide_by_policy(session, report)
@@ -16296,7 +16452,8 @@ METRICS_SHAPE = record({
     "byModel": listing(record({"model": TEXT, **BILL, "price": maybe(record(each("input output", AMOUNT)))})),
     "byDay": listing(record({"day": WORD, **BILL, "turns": COUNT})),
     "bySession": listing(record({**each("id name agent status", WORD), "createdAt": TIME, "turns": COUNT, **BILL})),
-    "pagination": PAGINATION, **each("sessions turns latencies permissions api prices", OBJECT)})
+    "pagination": PAGINATION, **each("sessions turns latencies permissions prices", OBJECT),
+    "api": maybe(OBJECT)})
 DIAGNOSTICS_SHAPE = record({
     "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
     **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
@@ -16318,7 +16475,7 @@ class Route(NamedTuple):
 
     route: str                          # "POST /v1/sessions/:id/send"
     handler: Callable[..., Any]         # its docstring is the summary, its parameters are the fields
-    scope: Optional[str]                # what a key must be allowed; None is open to anyone
+    scope: Optional[str]                # what a key must be allowed; any: nothing more; None is open to anyone
     takes: Mapping[str, Field] = {}     # path, query and body fields together
     status: int = 200                   # of a successful answer
     tool: Optional[str] = None          # the name under which agents are offered it
@@ -17067,7 +17224,8 @@ def allowed_methods(node: Node) -> List[str]:
 
 def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
     """Check scope and owner, validate what was given, call the handler, record it: the one door for every face."""
-    ask.who.need(route.scope if route.scope != "hook" else None)
+    if route.scope not in ask.who.scopes and route.scope != "hook":   # the common case first: this is asked often
+        ask.who.need(route.scope)
     empty: Any = "" if route.raw else {}
     given: Json = {route.whole_body: empty if body is None else body} if route.whole_body else dict(body or {})
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
@@ -17076,10 +17234,10 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
-    work = functools.partial(route.handler, ask, **{snake(name): value for name, value in values.items()})
-    if route.route.startswith("GET ") or not route.recorded or route.scope == "hook":
-        return work()
-    return recorded(route, ask, values, work)
+    named = {snake(name): value for name, value in values.items()}
+    if not route.recorded or route.scope == "hook" or route.route.startswith("GET "):
+        return route.handler(ask, **named)
+    return recorded(route, ask, values, functools.partial(route.handler, ask, **named))
 
 
 SHOWN = frozenset(("workDir", "agent", "permissionMode", "permissionProfile", "profile", "always", "children",
@@ -18352,7 +18510,7 @@ class Connection:
     """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
 
     def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock, self.address = sock, address
+        self.sock, self.address, self.bucket = sock, address, bucket_address(address)
         self.who = NOBODY                 # of the current request
         self.level: Optional[Level] = None     # how much of its key's rate is left
         self.ticket: Optional[Ticket] = None   # that the current request showed
@@ -18696,7 +18854,7 @@ class Server(ThreadingHTTPServer):
         """Count a request against its caller's rate.  Raises ApiError 429."""
         route, connection.level = connection.route, None
         if route and route.limited and route.scope != "hook":
-            connection.level = self.access.count(connection.who, connection.address)
+            connection.level = self.access.count(connection.who, connection.bucket)
 
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
@@ -18730,10 +18888,9 @@ class Server(ThreadingHTTPServer):
         who = connection.who
         if key and who.key:   # one caller's key means nothing to another
             key = f"{who.key} {key}"
-        kind, _, given = head.headers.get("authorization", "").partition(" ")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
                   connection.caller, who, connection.address, connection.request_id,
-                  given.strip() if kind.lower() == "bearer" else "", head.headers,
+                  presented(head.headers) or "" if route.scope is None else "", head.headers,
                   wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
@@ -21995,12 +22152,14 @@ class News:
                 self.put("lost", error)
         spawn("aegis-feed", feed)
 
-    def heed(self) -> None:
-        """Take Ctrl-C as news; a second one is a KeyboardInterrupt, for whatever waits then."""
+    def heed(self, words: str) -> None:
+        """Take Ctrl-C as news and say so at once; a second one is a KeyboardInterrupt, for whatever waits then."""
         def pressed(number_: int, stack: Any) -> None:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):
+                os.write(2, f"{words}\n".encode())   # not by print: it may be what was interrupted
             self.put("interrupt")
         signal.signal(signal.SIGINT, pressed)
 
@@ -22258,21 +22417,25 @@ def every(client: Client, collection: str, **query: str) -> Iterator[Json]:
 
 
 def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
-    """Print an answer: JSON for programs; for people a table of what it lists, or its fields."""
+    """Print an answer: JSON for programs; for people a table of what it lists, a line of columns, or its fields."""
+    first = next(iter(answer.values()), None) if isinstance(answer, dict) else None
     if terminal.as_json:
-        return terminal.result(answer)
-    listed_ = next((value for value in answer.values() if isinstance(value, list)
-                    and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
-        if isinstance(answer, dict) and (columns or "pagination" in answer) else None
-    if listed_ is None and columns:
-        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
-    if listed_ is None:
-        return show_fields(terminal, answer)
-    names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
-    lines = terminal.table([kebab(name).upper() for name in names], [[one.get(name) for name in names]
-                                                                     for one in listed_])
-    terminal.say("\n".join(lines))
-    page = answer.get("pagination") or {}
+        terminal.result(answer)
+    elif isinstance(first, list) and all(isinstance(one, dict) for one in first):
+        show_list(terminal, first, columns, answer.get("pagination") or {})
+    elif columns:
+        terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
+    else:
+        show_fields(terminal, answer)
+
+
+def show_list(terminal: Terminal, items: Sequence[Json], columns: Sequence[str], page: Json) -> None:
+    """Print a table of what an answer lists, and tell what it leaves out."""
+    if not items:
+        return terminal.note("none", "dim")
+    names = columns or [name for name, value in items[0].items() if not isinstance(value, (dict, list))][:6]
+    rows = [[one.get(name) for name in names] for one in items]
+    terminal.say("\n".join(terminal.table([kebab(name).upper() for name in names], rows)))
     if page.get("totalPages", 1) > page.get("page", 1):
         terminal.note(f"{page['total']} in all; --page {page['page'] + 1} shows the next", "dim")
     return None
@@ -22298,7 +22461,7 @@ def show_fields(terminal: Terminal, answer: Any, indent: str = "") -> None:
 def do_row(job: Job) -> None:
     """Make the request of a verb's row and show the answer."""
     values = job.values()
-    show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
+    show(job.terminal, job.ask(values, waiting_time(job.row(), values)), job.verb.columns)
 
 
 def do_create(job: Job) -> None:
@@ -22309,10 +22472,11 @@ def do_create(job: Job) -> None:
     show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
 
 
-def waiting_time(values: Mapping[str, Any]) -> float:
-    """Tell how long an answer may take that was told to wait."""
-    told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
-    return CALL_SECONDS + max(told or [3600.0])
+def waiting_time(row: Route, values: Mapping[str, Any]) -> float:
+    """Tell how long an answer may take: what it may wait, and what any answer may."""
+    known = [name for name in ("timeout", "waitSeconds") if name in row.takes]
+    told = [values.get(name, row.takes[name].get("default")) for name in known]
+    return CALL_SECONDS + max([one for one in told if isinstance(one, (int, float))] or [0.0])
 
 
 def call_any_tool(job: Job) -> Optional[int]:
@@ -22330,7 +22494,7 @@ def call_any_tool(job: Job) -> Optional[int]:
              and kinds_of(row.takes[field]) != ["object"] else value
              for field, value in merged_words("fields", job.options.fields).items()}
     values = with_ids(job.client, row, given)
-    show(job.terminal, job.client.ask(row, values, waiting_time(values)))
+    show(job.terminal, job.client.ask(row, values, waiting_time(row, values)))
     return None
 
 
@@ -22440,6 +22604,14 @@ class Dialogue:
                 self.terminal.say(safe_json({"type": "message", "sessionId": self.id, **message}))
             elif self.loud:
                 self.progress(message)
+        if self.asking is not None and self.asking != self.asked():
+            self.terminal.note("(decided)", "dim")
+            self.asking = None
+
+    def asked(self) -> Optional[str]:
+        """Name the request that waits, if one does."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        return permission["id"] if permission else (question["id"] or dump(question)) if question else None
 
     def progress(self, message: Json) -> None:
         """Show a message; the agent's words only when something follows them, for the last ones are the answer."""
@@ -22482,7 +22654,6 @@ class Dialogue:
         elif kind == "lost":
             raise what
         elif kind == "interrupt":
-            self.terminal.note(f"interrupting the turn; Ctrl-C again leaves session {self.id} as it is", "yellow")
             self.interrupt(prompt)
         elif kind == "line":
             return self.typed(what)
@@ -22492,13 +22663,9 @@ class Dialogue:
 
     def attend(self) -> Optional[Ending]:
         """See to what waits for a decision."""
-        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        permission, question, key = self.known["pendingPermission"], self.known["pendingQuestion"], self.asked()
         if self.known["status"] in ("stalled", "rate_limited"):
             self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
-        key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
-        if key != self.asking and self.asking is not None:
-            self.terminal.note("(decided)", "dim")
-            self.asking = None
         if key is None or key in self.settled or key == self.asking:
             return None
         if permission and self.way in ("approve", "reject"):
@@ -22588,6 +22755,8 @@ class Dialogue:
 
 def progress_line(message: Json) -> str:
     """Say in one line what an agent does."""
+    if message.get("tool") in QUESTION_TOOLS:
+        return ""                          # shown as what it asks
     if message.get("tool"):
         given = message.get("input") or {}
         what = next((given[name] for name in ("command", "file_path", "path", "pattern", "url", "description", "prompt")
@@ -22697,7 +22866,7 @@ def send_prompt(job: Job) -> Optional[int]:
 
 def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, keep: Optional[bool]) -> int:
     """Follow the prompt that `begin` sends, tell the outcome, and end the session unless it is to be kept."""
-    dialogue.news.heed()
+    dialogue.news.heed(f"interrupting the turn; Ctrl-C again leaves session {dialogue.id} as it is")
     try:
         prompt_id = begin()
         outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
@@ -22891,7 +23060,7 @@ def session_cells(one: Json, now: float) -> List[Any]:
 def read_output(job: Job) -> Optional[int]:
     """Print a session's last answer, or its messages."""
     values = job.values()
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
     elif job.options.messages:
@@ -22949,7 +23118,7 @@ def kill_named(job: Job) -> Optional[int]:
 def verify_work(job: Job) -> Optional[int]:
     """Verify a session's work, and print what passed."""
     values = job.values()
-    told = job.ask(values, waiting_time(values), key=new_id("cli-"))
+    told = job.ask(values, waiting_time(job.row(), values), key=new_id("cli-"))
     if job.terminal.as_json:
         job.terminal.result(told)
     else:
@@ -22989,7 +23158,7 @@ def show_pipeline(job: Job) -> int:
     values = job.values()
     if job.options.watch:
         return watch_pipeline(job, values["id"])
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
         return 0
@@ -23415,6 +23584,7 @@ def print_names(collection: str) -> int:
 # what to do, and an exit status of their own.
 
 EXIT_SETTINGS, EXIT_BUSY, EXIT_START = 2, 3, 4
+SHORT_TOKEN = 16   # characters: 64 bits of hexadecimal digits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23507,6 +23677,8 @@ def serve(argv: Sequence[str]) -> int:
     log.start()
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
     write_private(Path(settings.state_dir) / "address", agents_url(settings, server.server_port) + "\n")
+    if 0 < len(settings.auth_token) < SHORT_TOKEN:
+        log.note("warning", f"AEGIS_AUTH_TOKEN has less than {SHORT_TOKEN} characters: a short one can be guessed")
     log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
              state=settings.state_dir, sessions=len(app.context.sessions))
     give_back_memory()
@@ -23550,12 +23722,17 @@ def doctor(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    named = chosen.url or os.environ.get("AEGIS_URL") or ""
-    token = chosen.token or os.environ.get("AEGIS_TOKEN") or settings.auth_token
-    if not named and not is_served(settings.state_dir):
-        token = ""   # who listens there is not known: nobody gets it
-    url = named or agents_url(settings, settings.port)
-    answer, server = ask_server(url, token, bool(named))
+    named = bool(chosen.url or os.environ.get("AEGIS_URL"))
+    about = {"AEGIS_STATE_DIR": settings.state_dir, "AEGIS_AUTH_TOKEN": settings.auth_token}
+    try:
+        client = reach(chosen.url or "", chosen.token or "", {**os.environ, **about})
+        if not named and not own_address(settings.state_dir):   # who listens there is not known: nobody gets the token
+            client = Client(agents_url(settings, settings.port))
+    except ApiError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    answer, server = ask_server(client, named)
+    url = client.url
     findings = ([server, *told_findings(answer)] if answer else [server] if named else find_locally(settings, server))
     bad = [one for one in findings if one.state == "problem"]
     if chosen.json:
@@ -23566,54 +23743,28 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def is_served(state_dir: str) -> bool:
-    """Tell whether a server runs on a state directory, without touching its lock."""
-    said = read_tail(Path(state_dir) / "lock", 20).strip()
-    return said.isdigit() and alive(int(said))
-
-
 def told_findings(answer: Json) -> List[Finding]:
     """Read the findings in a server's diagnostics; it may be of another version."""
     return [Finding(str(one.get("name")), str(one.get("state")), str(one.get("message"))) for one in answer["checks"]
             if isinstance(one, dict)]
 
 
-def ask_server(url: str, token: str, named: bool) -> Tuple[Optional[Json], Finding]:
+def ask_server(client: Client, named: bool) -> Tuple[Optional[Json], Finding]:
     """Ask a server for its diagnostics; gives what it said, and what to say of the server itself."""
-    import http.client
-
-    def problem(what: str) -> Tuple[None, Finding]:
-        return None, Finding("server", "problem", what)
-    place = urllib.parse.urlsplit(url)
     try:
-        usual = {"http": 80, "https": 443}[place.scheme]
-        line = http.client.HTTPConnection(place.hostname or "", place.port or usual, timeout=30.0)
-    except (ValueError, KeyError):
-        return problem(f"{url} is no URL of a server: give one like http://127.0.0.1:9100")
-    try:
-        if place.scheme == "https":
-            import ssl
-            line.connect()
-            line.sock = ssl.create_default_context().wrap_socket(line.sock, server_hostname=place.hostname)
-        line.request("GET", f"{place.path.rstrip('/')}/v1/diagnostics?full=true",
-                     headers={"Authorization": f"Bearer {token}"} if token else {})
-        got = line.getresponse()
-        told = json.loads(got.read(16_000_000))
-    except ConnectionRefusedError:
-        if named:
-            return problem(f"nothing listens at {url}: start Aegis there")
-        return None, Finding("server", "ok", f"none runs, and {url} is free for one")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return problem(f"what is at {url} does not answer as Aegis does ({error or type(error).__name__}): "
-                       "choose another --port")
+        told = client.call("GET", "/v1/diagnostics?full=true", seconds=60.0)
+    except ApiError as error:
+        if error.code == "NO_SERVER" and not named:
+            return None, Finding("server", "ok", f"none runs, and {client.url} is free for one")
+        advice = (": give its token, or a key of the scope admin, as AEGIS_TOKEN" if error.status in (401, 403)
+                  else "" if named or error.code == "NO_SERVER" else "; or choose another --port for yours")
+        return None, Finding("server", "problem", f"{error}{advice}")
     finally:
-        line.close()
-    if got.status == 200 and isinstance(told, dict) and isinstance(told.get("checks"), list):
-        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {url}")
-    if got.status in (401, 403):
-        return problem(f"the server at {url} refuses ({got.status}): give its token, or a key of the scope admin, as "
-                       "AEGIS_TOKEN")
-    return problem(f"what is at {url} answers {got.status}: it is no Aegis of this version; choose another --port")
+        client.close()
+    if isinstance(told, dict) and isinstance(told.get("checks"), list):
+        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {client.url}")
+    return None, Finding("server", "problem", f"what answers at {client.url} is no Aegis of this version"
+                         + ("" if named else ": choose another --port"))
 
 
 def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:
