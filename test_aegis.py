@@ -9790,6 +9790,9 @@ def test_every_route_wants_a_key_of_its_scope(guarded, ring, route):
         answer = guarded.call(*given, headers=bad, auth=False)
         assert (answer.status, answer.json["code"]) == (401, "UNAUTHORIZED") and answer.headers["WWW-Authenticate"]
         check_envelope(answer)
+    if route.scope == "any":
+        assert all(guarded.call(*given, headers=ring[scope]).status == 400 for scope in ("memory:read", "admin"))
+        return
     answer = guarded.call(*given, headers=ring[f"not {route.scope}"])
     assert (answer.status, answer.json["code"], answer.json["missingScope"]) == (403, "MISSING_SCOPE", route.scope)
     assert route.scope in answer.json["error"] and route.scope in answer.headers["WWW-Authenticate"]
@@ -10277,6 +10280,39 @@ def test_post_mcp_wants_the_token_and_opens_no_tool_without_it(strict):
     told = strict.call("POST /mcp", rpc("tools/call", name="list_sessions"), auth=False)
     assert (told.status, told.json["code"]) == (401, "UNAUTHORIZED")
     assert Mcp(strict, NEWEST).tool("list_sessions")["sessions"] == []
+
+
+def test_post_mcp_lets_a_key_do_what_its_scopes_allow_and_to_its_own(guarded, two, ring):
+    mine, _, ours, theirs = two
+
+    def told(key: Json, method: str, **params: Any) -> Json:
+        return guarded.call("POST /mcp", rpc(method, **params), key).json
+
+    def code(holder: Json, tool: str, **arguments: Any) -> Optional[str]:
+        return told(holder, "tools/call", name=tool, arguments=arguments)["result"]["structuredContent"].get("code")
+    assert code(ring["memory:read"], "list_sessions") == "MISSING_SCOPE"
+    assert code(ring["memory:read"], "set_memory", key="k", value=1) == "MISSING_SCOPE"
+    assert code(ring["memory:read"], "list_memory") is None
+    assert [one["uri"] for one in told(ring["memory:read"], "resources/list")["result"]["resources"]] == [
+        "aegis://health", "aegis://sessions"]
+    assert code(mine, "get_session", id=ours.id) is None
+    assert code(mine, "get_session", id=theirs.id) == "SESSION_NOT_FOUND"
+    assert code(mine, "kill_session", id=theirs.id) == "SESSION_NOT_FOUND"
+    assert told(mine, "resources/read", uri=f"aegis://sessions/{theirs.id}/pane")["error"]["code"] == -32002
+    seen = [one["uri"] for one in told(mine, "resources/list")["result"]["resources"]]
+    assert f"aegis://sessions/{ours.id}" in seen and f"aegis://sessions/{theirs.id}" not in seen
+    watch = rpc("resources/subscribe", uri=f"aegis://sessions/{theirs.id}")
+    assert guarded.call("POST /mcp", watch, {**mine, "Mcp-Session-Id": "s"}).json["error"]["code"] == -32002
+
+
+def test_post_mcp_stands_in_the_audit_log_as_the_call_that_it_made(guarded, two):
+    mine, _, ours, _ = two
+    call = rpc("tools/call", name="send_prompt", arguments={"id": ours.id, "text": "[[say secret]]"})
+    answer = guarded.call("POST /mcp", call, mine)
+    request = answer.headers["X-Request-Id"]
+    entries = [one for one in guarded.ask("GET /v1/audit?limit=50")["entries"] if one["requestId"] == request]
+    assert [(one["action"], one["sessionId"]) for one in entries] == [("POST /v1/sessions/:id/send", ours.id)]
+    assert entries[0]["target"] == answer.json["result"]["structuredContent"]["promptId"]
 
 
 @pytest.mark.parametrize("version", ["2025-06-18", NEWEST])
