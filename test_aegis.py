@@ -8899,6 +8899,27 @@ def test_real_question_is_asked_and_answered(start):
 
 
 @real_client
+def test_real_permissions_and_questions_are_decided_in_telegram(model):
+    fake = FakeTelegram()
+    own = lab(model, **telegram_settings(fake)).start()
+    try:
+        talk = own.open("[[bash touch told]] [[ask]] [[say after]]")
+        fake.press("Approve", fake.said("asks for your permission.\nBash: touch told"))
+        fake.press("Blue", fake.said("asks:\nWhich colour"))
+        fake.reply(fake.said("is idle.\nafter"), "[[say done]]")
+        fake.said("is idle.\ndone")
+        own.open("[[plan Paint it.]] [[say painted]]", permissionMode="plan")
+        fake.press("Yes, manually approve edits", fake.said("asks:.*No, keep planning"))
+        fake.said("is idle.\npainted")
+        assert (own.work / "told").exists()
+        assert any("Blue" in one["text"] for one in talk.read("limit=20")["messages"] if one["role"] == "tool")
+        fake.said(f"touch told.*Approved by telegram:{ANN}")
+    finally:
+        own.close()
+        fake.close()
+
+
+@real_client
 def test_real_approval_may_change_the_input_and_may_be_for_always(start):
     talk = start("[[bash touch not-this]] [[say after]]")
     talk.wait("permission.requested")
