@@ -19,11 +19,16 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import fcntl
+import functools
 import hashlib
 import hmac
 import http.client
 import inspect
+import io
 import json
+import mmap
+import multiprocessing
 import os
 import random
 import re
@@ -33,13 +38,16 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import subprocess
 import symtable
 import sys
 import sysconfig
 import tempfile
+import termios
 import threading
 import time
+import types
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -50,6 +58,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 import aegis
 
@@ -59,6 +68,7 @@ HERE = Path(__file__).resolve().parent
 AEGIS = HERE / "aegis.py"
 README = HERE / "README.md"
 WITHIN = 20.0        # seconds until something that should happen at once counts as lost
+PROCESSES = int(os.environ.get("AEGIS_TEST_PROCESSES", "2"))
 LANES = 5             # tests marked alone that run at once, beside the others: most of the time they wait
 OUTSIDE = dict(os.environ)    # as it was: a test may change its own, PATH for one, while others start programs
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
@@ -306,9 +316,21 @@ class Server:
             line.request(method, path, raw, sent)
             answer = line.getresponse()
             text = answer.read()
-            return Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            told = Answer(answer.status, json.loads(text) if text else None, answer.headers, text)
+            check_shape(method, path, told)
+            return told
+        except http.client.RemoteDisconnected as error:
+            error.args = (f"{error}; the server's exit code is {self.process.poll()}; its log: {self.tail()}",)
+            raise
         finally:
             line.close()
+
+    def tail(self) -> str:
+        """Give the end of the server's log, or what became of that."""
+        try:
+            return self.log.read_text("utf-8", "replace")[-2_000:]
+        except OSError as error:
+            return str(error)
 
     def ask(self, route: str, body: Any = None, headers: Optional[Json] = None) -> Any:
         """Make one request that must succeed, and give its JSON."""
@@ -347,6 +369,49 @@ def clean_environment(root: Path) -> Dict[str, str]:
     (root / "home").mkdir(exist_ok=True)
     return {"PATH": OUTSIDE["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8", "TERM": "xterm-256color",
             "TMUX_TMPDIR": str(root), "AEGIS_STATE_DIR": str(root / "s")}
+
+
+def check_shape(method: str, path: str, answer: Answer) -> None:
+    """Hold an answer against what its row says that it gives, and a refusal against the published one."""
+    if answer.json is None or method in ("OPTIONS", "TRACE") or "/mcp" in path:
+        return
+    if answer.status >= 400:
+        wrong = list(misshapen(aegis.ERROR, answer.json, "answer", open_ended=True))
+    else:
+        route, _ = aegis.find_route(method, path.partition("?")[0])
+        wrong = list(misshapen(route.gives, answer.json, "answer")) if route.gives else []
+    assert wrong == [], f"{method} {path}: {wrong}"
+
+
+def misshapen(shape: Json, value: Any, where: str, open_ended: bool = False) -> Iterator[str]:
+    """List where a value departs from a published shape: JSON Schema, as far as the shapes use it.
+
+    Stricter than the schema: a field that is not described is told too, unless it is open-ended.
+    """
+    shape = aegis.SHAPES[shape["$ref"].rpartition("/")[2]] if "$ref" in shape else shape
+    if "anyOf" in shape:
+        found = [list(misshapen(one, value, where, open_ended)) for one in shape["anyOf"]]
+        yield from min(found, key=len)
+    kinds = shape.get("type", list(aegis.TYPES))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(aegis.TYPES[kind][0](value) for kind in kinds):
+        yield f"{where} is {value!r:.60}, not {' or '.join(kinds)}"
+        return
+    for word, holds in (("enum", lambda known: value in known), ("minimum", lambda low: value >= low),
+                        ("minLength", lambda low: len(value) >= low),
+                        ("format", lambda _: re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value))):
+        if word in shape and value is not None and not holds(shape[word]):
+            yield f"{where} is {value!r:.60}: {word} is {shape[word]}"
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from misshapen(shape.get("items", {}), item, f"{where}[{number}]", open_ended)
+    if isinstance(value, dict) and "properties" in shape:
+        yield from (f"{where}.{name} is missing" for name in shape.get("required", ()) if name not in value)
+        for name, item in value.items():
+            if name in shape["properties"]:
+                yield from misshapen(shape["properties"][name], item, f"{where}.{name}", open_ended)
+            elif not open_ended:
+                yield f"{where}.{name} is not described"
 
 
 def check_envelope(answer: Answer) -> None:
@@ -581,6 +646,9 @@ def ahead(request: Any) -> Iterator[Dict[str, Any]]:
     wanted = [name for item in request.session.items for name in (item.name, *getattr(item, "fixturenames", ()))]
     chosen = [ALONE[name] for name in dict.fromkeys(wanted) if name in ALONE]
     needed = {name for work in chosen for name in inspect.signature(work).parameters}
+    shards = request.config.pluginmanager.getplugin("aegis-shards")
+    if shards and shards.here:   # a child takes none of these
+        chosen, needed = [], set()
     server = request.getfixturevalue("server") if needed & {"server", "make"} else None
     pool = concurrent.futures.ThreadPoolExecutor(LANES)
     begun = {work.__name__: pool.submit(run_alone, work, server) for work in chosen}
@@ -589,6 +657,112 @@ def ahead(request: Any) -> Iterator[Dict[str, Any]]:
         if not one.cancel() and isinstance(one.exception() or one.result(), Reborn):
             one.result().server.close()
     pool.shutdown()
+
+
+# -- two processes: this one takes tests from the front, its children from the back
+
+
+class Shards:
+    """Runs tests in several processes, each with servers of its own; tells them in their order, as one run."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.items = config, []  # type: Any, List[Any]
+        self.claims, self.lock = mmap.mmap(-1, 65_536), multiprocessing.get_context("fork").Lock()
+        self.told: Dict[int, List[Any]] = {}     # what children reported of an item, by its place
+        self.news, self.readers = threading.Condition(), []  # type: threading.Condition, List[threading.Thread]
+        self.here = False                        # in a child
+
+    def claim(self, place: int) -> bool:
+        """Take one test, unless another process has it."""
+        with self.lock:
+            free = self.claims[place] == 0
+            self.claims[place] = 1
+            return free
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtestloop(self, session: Any) -> Iterator[None]:
+        """Start the children before the loop, and wait for them behind it."""
+        self.items = session.items[: len(self.claims)]
+        if len(self.items) > 40 and not self.config.option.collectonly and not hasattr(self.config, "workerinput"):
+            for _ in range(PROCESSES - 1):
+                self.fork(session)
+        yield
+        self.claims[:] = b"\1" * len(self.claims)   # after a stop nobody begins anything more
+        for reader in self.readers:
+            reader.join()
+
+    def fork(self, session: Any) -> None:
+        """Start one child, and a thread that hears it."""
+        hear, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(hear)
+            self.be_child(session, tell)
+        os.close(tell)
+        self.readers.append(threading.Thread(target=self.read, args=(pid, hear)))
+        self.readers[-1].start()
+
+    def be_child(self, session: Any, tell: int) -> None:
+        """Run tests from the back, and leave the process."""
+        self.here = True
+        try:
+            capture = self.config.pluginmanager.getplugin("capturemanager")
+            capture.stop_global_capturing()      # its file is the parent's, too
+            capture.start_global_capturing()
+            with open(tell, "w", encoding="utf-8") as out:
+                for place in reversed(range(1, len(self.items))):
+                    item = self.items[place]
+                    if not ALONE.keys() & {item.name, *item.fixturenames} and self.claim(place):
+                        reports = runtestprotocol(item, log=False, nextitem=self.items[0])
+                        data = [self.config.hook.pytest_report_to_serializable(config=self.config, report=one)
+                                for one in reports]
+                        print(json.dumps([place, data]), file=out, flush=True)
+            state = session._setupstate
+            state.teardown_exact(*[None] * len(inspect.signature(state.teardown_exact).parameters))
+            os._exit(0)
+        finally:
+            os._exit(1)
+
+    def read(self, pid: int, hear: int) -> None:
+        """Hear what a child reports, until it leaves."""
+        with open(hear, encoding="utf-8") as lines:
+            for line in lines:
+                place, data = json.loads(line)
+                with self.news:
+                    self.told[place] = [self.config.hook.pytest_report_from_serializable(config=self.config, data=one)
+                                        for one in data]
+                    self.news.notify_all()
+        os.waitpid(pid, 0)
+        with self.news:
+            self.news.notify_all()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Optional[bool]:
+        """Tell what a child reported of a test that it took; a test whose child died is run here."""
+        place = self.places().get(item.nodeid) if self.readers and not self.here else None
+        if place is None or self.claim(place):
+            return None
+        with self.news:
+            self.news.wait_for(lambda: place in self.told or not any(one.is_alive() for one in self.readers), 600)
+        if place not in self.told:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report_ in self.told[place]:
+            item.ihook.pytest_runtest_logreport(report=report_)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    @functools.lru_cache(None)
+    def places(self) -> Dict[str, int]:
+        """Find tests by their ids."""
+        return {item.nodeid: place for place, item in enumerate(self.items)}
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """Have the tests run in several processes: the one hook that a test file may have of its own."""
+    plugins = metafunc.config.pluginmanager
+    if not plugins.has_plugin("aegis-shards"):
+        plugins.register(Shards(metafunc.config), "aegis-shards")
 
 
 def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, **env: str) -> Any:
@@ -913,6 +1087,98 @@ def test_a_full_disk_is_a_503_and_is_recovered_from_without_a_restart(house):
 
 
 # ============================================================================
+# AUDIT. Who changed what: append-only, each row sealed by the one before.
+# ============================================================================
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Iterator[Any]:
+    """A bus on a database of its own."""
+    store = aegis.Store(tmp_path / "aegis.db")
+    yield aegis.Bus(store, 1000)
+    store.close()
+
+
+def entry(action: str = "thing.done", **more: Any) -> Any:
+    """Make an entry of the audit log."""
+    return aegis.AuditEntry(action, "key-1", **more)
+
+
+def test_audit_rows_are_sealed_one_by_the_other(sealed):
+    for number in range(5):
+        sealed.commit((), (), [entry(target=f"t{number}", about={"n": number})])
+    rows = sealed.store.rows(aegis.AuditRow, "audit", "1 ORDER BY seq")
+    assert [row.seq for row in rows] == [1, 2, 3, 4, 5] and rows[0].prev == aegis.GENESIS
+    assert [row.prev for row in rows[1:]] == [row.hash for row in rows[:-1]]
+    assert all(row.hash == aegis.seal(row) for row in rows) and sealed.head == (5, rows[-1].hash)
+    assert aegis.verify_audit(sealed.store.db, [sealed.head]) == (5, rows[-1].hash, None)
+    assert aegis.Bus(sealed.store, 10).head == sealed.head
+
+
+def test_an_audit_row_is_of_the_change_or_is_not(sealed):
+    with pytest.raises(aegis.ApiError):
+        sealed.commit([("INSERT INTO nowhere VALUES (1)", ())], (), [entry()])
+    assert sealed.store.value("SELECT count(*) FROM audit") == 0 and sealed.head == (0, aegis.GENESIS)
+
+
+@pytest.mark.parametrize("sql", ["UPDATE audit SET who = 'me' WHERE seq = 2", "DELETE FROM audit WHERE seq = 3",
+                                 "DELETE FROM audit", "INSERT OR REPLACE INTO audit SELECT * FROM audit WHERE seq = 1",
+                                 "INSERT INTO audit SELECT 0, at, action, who, name, address, session, target, status, "
+                                 "request, about, prev, hash FROM audit WHERE seq = 1"])
+def test_the_audit_log_takes_no_change_and_no_deletion(sealed, sql):
+    for _ in range(3):
+        sealed.commit((), (), [entry()])
+    with pytest.raises(sqlite3.Error, match="append-only"):
+        sealed.store.db.execute(sql)
+    assert aegis.verify_audit(sealed.store.db, [sealed.head])[2] is None
+
+
+TAMPERED = [
+    ("UPDATE audit SET who = 'me' WHERE seq = 2", 1, "row 2 was changed"),
+    ("UPDATE audit SET at = at + 1 WHERE seq = 4", 3, "row 4 was changed"),
+    ("DELETE FROM audit WHERE seq = 3", 2, "row 3 is missing"),
+    ("DELETE FROM audit WHERE seq = 1", 0, "row 1 is missing"),
+    ("DELETE FROM audit WHERE seq > 3", 3, "the end was cut off, there were 5 rows"),
+    ("UPDATE audit SET prev = 'x' || prev WHERE seq = 5", 4, "row 5 does not follow"),
+]
+
+
+@pytest.mark.parametrize("sql, whole, wrong", TAMPERED, ids=[sql for sql, _, _ in TAMPERED])
+def test_tampering_with_the_audit_log_is_found(sealed, sql, whole, wrong):
+    for number in range(5):
+        sealed.commit((), (), [entry(target=f"t{number}")])
+    for trigger in ("audit_no_update", "audit_no_delete"):
+        sealed.store.db.execute(f"DROP TRIGGER {trigger}")
+    sealed.store.db.execute(sql)
+    found = aegis.verify_audit(sealed.store.db, [])
+    assert found[0] == whole and wrong in found[2]
+
+
+def test_an_audit_log_that_was_made_anew_shows_against_a_noted_head(sealed, tmp_path):
+    for number in range(3):
+        sealed.commit((), (), [entry(target=f"t{number}")])
+    other = aegis.Store(tmp_path / "other.db")
+    forged = aegis.Bus(other, 10)
+    for number in range(3):
+        forged.commit((), (), [entry(target=f"t{2 - number}")])
+    assert aegis.verify_audit(other.db, [])[2] is None
+    assert "made anew" in aegis.verify_audit(other.db, [sealed.head])[2]
+    other.close()
+
+
+def test_an_act_is_recorded_with_its_first_own_commit(sealed):
+    act = aegis.Act(entry("POST /v1/things", status=201))
+    with aegis.acting(act):
+        sealed.commit([], [aegis.Draft("session.idle", "s0", {})], own=False)
+        assert not act.written
+        sealed.commit([], [aegis.Draft("session.created", "s1", {"promptId": "p1"})])
+        sealed.commit([], [aegis.Draft("prompt.queued", "s1", {})])
+    sealed.commit([], [aegis.Draft("session.idle", "s1", {})])
+    rows = sealed.store.rows(aegis.AuditRow, "audit")
+    assert [(row.session, row.target, row.status) for row in rows] == [("s1", "p1", 201)]
+
+
+# ============================================================================
 # EVENTS. Who wants to know, and what they missed.
 # ============================================================================
 
@@ -1070,6 +1336,262 @@ def test_stream_events_to_clients_that_never_read_harm_nobody(server, talk):
     assert time.monotonic() - began < 5
     for line in stuck:
         line.close()
+
+
+# ============================================================================
+# KEYS. API keys, scopes, and who is asking.
+# ============================================================================
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[Server]:
+    """A server that needs keys, and has none but the admin key it minted."""
+    shared = Server("--auth", "on", "--failed-auth-rate", "0", "--log-level", "debug", "--heartbeat-seconds", "0.2",
+                    script=True).start()
+    shared.auth = {"Authorization": f"Bearer {(shared.state / 'admin.key').read_text().strip()}"}
+    yield shared
+    shared.close()
+
+
+def bearer(minted: Json) -> Json:
+    """Give the header that shows a key."""
+    return {"Authorization": f"Bearer {minted['key']}"}
+
+
+def mint(server: Server, *scopes: str, **more: Any) -> Json:
+    """Mint a key."""
+    return server.ask("POST /v1/auth/keys", {"name": f"k-{uuid.uuid4().hex[:8]}", "scopes": list(scopes), **more})
+
+
+SPELLED = [
+    (["admin"], set(aegis.SCOPES)),
+    (["sessions:*"], {"sessions:read", "sessions:write", "sessions:all"}),
+    (["memory:*", "sessions:read"], {"memory:read", "memory:write", "sessions:read"}),
+    (["permissions:*"], {"permissions:decide"}),
+    (["sessions:read"], {"sessions:read"}),
+    ([], set()),
+]
+
+
+@pytest.mark.parametrize("words, wanted", SPELLED, ids=str)
+def test_scopes_are_spelled_out(words, wanted):
+    assert aegis.spelled_out(words) == wanted
+
+
+def test_create_key_shows_the_secret_once_and_stores_a_hash(guarded):
+    made = guarded.ask("POST /v1/auth/keys", {"name": "ci-bot", "scopes": ["sessions:read", "sessions:write"]})
+    assert re.fullmatch(r"key-[0-9a-f]{12}", made["id"]) and re.fullmatch(r"aegis_[\w-]{43}", made["key"])
+    assert made["key"].startswith(made["prefix"]) and len(made["prefix"]) == 12 and made["authRequired"] is True
+    assert (made["expiresAt"], made["lastUsedAt"], made["rateLimit"]) == (None, None, None)
+    listed = guarded.call("GET /v1/auth/keys")
+    assert made["key"].encode() not in listed.raw and made["id"].encode() in listed.raw
+    secret = made["key"].encode()
+    for file in guarded.state.rglob("*"):
+        if file.is_file():
+            assert secret not in file.read_bytes(), file
+    assert secret not in guarded.log.read_bytes() and made["key"] not in command_lines()
+
+
+WRONG_KEYS = [
+    ({"scopes": ["admin"]}, "name"),
+    ({"name": "x"}, "scopes"),
+    ({"name": "x", "scopes": []}, "scopes"),
+    ({"name": "x", "scopes": ["moon:read"]}, "scopes"),
+    ({"name": "x", "scopes": ["*"]}, "scopes"),
+    ({"name": "x", "scopes": ["admin:*"]}, "scopes"),
+    ({"name": "x\n", "scopes": ["admin"]}, "name"),
+    ({"name": "x", "scopes": ["admin"], "expiresAt": "tomorrow"}, "expiresAt"),
+    ({"name": "x", "scopes": ["admin"], "expiresAt": "2020-01-01T00:00:00Z"}, "expiresAt"),
+    ({"name": "x", "scopes": ["admin"], "expiresAt": "2099-01-01T00:00:00Z", "ttlSeconds": 5}, "expiresAt"),
+    ({"name": "x", "scopes": ["admin"], "ttlMs": 5, "ttlSeconds": 5}, "ttlSeconds"),
+    ({"name": "x", "scopes": ["admin"], "rateLimit": 0}, "rateLimit"),
+]
+
+
+@pytest.mark.parametrize("body, field", WRONG_KEYS, ids=lambda value: json.dumps(value))
+def test_create_key_names_what_is_wrong(guarded, body, field):
+    answer = guarded.call("POST /v1/auth/keys", body)
+    assert answer.status == 400 and field in answer.json["fields"], answer.raw
+
+
+def test_create_key_on_an_open_server_says_that_auth_is_off(server):
+    made = server.ask("POST /v1/auth/keys", {"name": "open", "scopes": ["sessions:read"]})
+    assert made["authRequired"] is False and "auth is off" in made["warning"]
+    assert server.call("GET /v1/sessions", headers=bearer(made)).status == 200
+    assert server.refusal("POST /v1/sessions", {}, bearer(made)) == (403, "MISSING_SCOPE")
+    assert server.refusal("GET /v1/sessions", headers={"Authorization": "Bearer nonsense"}) == (401, "UNAUTHORIZED")
+    server.ask(f"DELETE /v1/auth/keys/{made['id']}")
+    assert server.refusal("GET /v1/sessions", headers=bearer(made)) == (401, "UNAUTHORIZED")
+    assert server.call("GET /v1/sessions").status == 200
+
+
+def test_create_key_gives_no_scope_away_that_its_maker_lacks(guarded):
+    low = mint(guarded, "sessions:*")
+    assert guarded.refusal("POST /v1/auth/keys", {"name": "up", "scopes": ["admin"]}, bearer(low)) == (
+        403, "MISSING_SCOPE")
+    short = mint(guarded, "admin", ttlSeconds=600)
+    assert guarded.refusal("POST /v1/auth/keys", {"name": "up", "scopes": ["admin"]}, bearer(short)) == (
+        403, "OUTLIVES_KEY")
+    child = guarded.ask("POST /v1/auth/keys", {"name": "ok", "scopes": ["admin"], "ttlSeconds": 60}, bearer(short))
+    assert child["createdBy"] == short["id"]
+
+
+def test_list_keys_tells_when_each_was_used_last(guarded):
+    made = mint(guarded, "sessions:read")
+    guarded.call("GET /v1/sessions", headers=bearer(made))
+    found = next(one for one in guarded.ask("GET /v1/auth/keys")["keys"] if one["id"] == made["id"])
+    assert found["lastUsedAt"] >= found["createdAt"] and "key" not in found and "hash" not in found
+    stored = "SELECT used_at FROM keys WHERE id = ?"
+    with contextlib.closing(sqlite3.connect(str(guarded.state / "aegis.db"))) as db:
+        assert eventually(lambda: db.execute(stored, (made["id"],)).fetchone()[0])
+
+
+def test_delete_key_is_dead_at_once_also_where_it_waits_and_streams(guarded):
+    made = mint(guarded, "sessions:*")
+    line = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=WITHIN)   # one that the server remembers
+    for _ in range(3):
+        line.request("GET", "/v1/sessions", headers=bearer(made))
+        answer = line.getresponse()
+        assert answer.read() and answer.status == 200
+    session = guarded.ask("POST /v1/sessions", {"workDir": str(guarded.work), "prompt": "[[hang]]"}, bearer(made))
+    stream = Page(guarded, "", **bearer(made))
+    assert stream.status == 200
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        wait = pool.submit(guarded.call, f"GET /v1/sessions/{session['id']}/read?wait=idle&timeout=60", None,
+                           bearer(made))
+        guarded.ask("GET /v1/health")
+        assert guarded.ask(f"DELETE /v1/auth/keys/{made['id']}")["revoked"] is True
+        assert wait.result(WITHIN).status == 401
+    line.request("GET", "/v1/sessions", headers=bearer(made))
+    answer = line.getresponse()
+    assert answer.read() and answer.status == 401
+    line.close()
+    guarded.ask(f"DELETE /v1/sessions/{session['id']}")
+    with pytest.raises(AssertionError, match="the stream ended"):
+        stream.wait_for("session.killed", session["id"])
+    stream.close()
+    assert guarded.refusal(f"DELETE /v1/auth/keys/{made['id']}") == (404, "KEY_NOT_FOUND")
+
+
+def test_rotate_key_keeps_the_id_and_ends_the_old_secret(guarded):
+    made = mint(guarded, "sessions:read")
+    turned = guarded.ask(f"POST /v1/auth/keys/{made['id']}/rotate")
+    assert turned["id"] == made["id"] and turned["key"] != made["key"]
+    assert guarded.refusal("GET /v1/sessions", headers=bearer(made)) == (401, "UNAUTHORIZED")
+    assert guarded.call("GET /v1/sessions", headers=bearer(turned)).status == 200
+    again = guarded.ask(f"POST /v1/auth/keys/{made['id']}/rotate", {"graceSeconds": 0.5})
+    assert guarded.call("GET /v1/sessions", headers=bearer(again)).status == 200
+    grace = [guarded.call("GET /v1/sessions", headers=bearer(turned)).status]
+    eventually(lambda: guarded.call("GET /v1/sessions", headers=bearer(turned)).status == 401)
+    assert grace == [200]
+    assert guarded.call("GET /v1/sessions", headers=bearer(again)).status == 200
+    guarded.ask(f"DELETE /v1/auth/keys/{made['id']}")
+    assert guarded.refusal("GET /v1/sessions", headers=bearer(again)) == (401, "UNAUTHORIZED")
+    assert guarded.refusal(f"POST /v1/auth/keys/{made['id']}/rotate") == (404, "KEY_NOT_FOUND")
+
+
+def test_rotate_key_of_one_that_expired_is_refused(guarded):
+    made = mint(guarded, "sessions:read", ttlMs=1)
+    eventually(lambda: guarded.call("GET /v1/sessions", headers=bearer(made)).status == 401)
+    assert guarded.refusal(f"POST /v1/auth/keys/{made['id']}/rotate") == (409, "KEY_EXPIRED")
+
+
+def test_verify_key_tells_what_a_token_may_do(guarded, server):
+    made = mint(guarded, "sessions:*", rateLimit=500)
+    for headers, body in ((bearer(made), {}), ({}, {"token": made["key"]})):
+        told = guarded.call("POST /v1/auth/verify", body, headers, auth=False).json
+        assert (told["valid"], told["id"], told["scopes"], told["rateLimit"], told["authRequired"]) == (
+            True, made["id"], ["sessions:*"], 500, True)
+    for headers, body in (({}, {}), ({}, {"token": "aegis_wrong"}), ({"Authorization": "Bearer no"}, {})):
+        answer = guarded.call("POST /v1/auth/verify", body, headers, auth=False)
+        assert (answer.status, answer.json["valid"], answer.json["scopes"]) == (200, False, [])
+    assert server.ask("POST /v1/auth/verify")["authRequired"] is False
+
+
+@alone
+def test_the_first_admin_key_is_minted_into_a_private_file(house):
+    own = house("--auth", "on")
+    file = own.state / "admin.key"
+    assert file.stat().st_mode & 0o777 == 0o600
+    secret = file.read_text().strip()
+    own.auth = {"Authorization": f"Bearer {secret}"}
+    assert own.refusal("GET /v1/sessions", auth=False) == (401, "UNAUTHORIZED")
+    assert own.call("GET /v1/health", auth=False).status == 200 and own.call("GET /v1/audit").status == 200
+    admin = own.ask("GET /v1/auth/keys")["keys"][0]
+    assert own.refusal(f"DELETE /v1/auth/keys/{admin['id']}") == (409, "LAST_ADMIN")
+    own.crash().start()
+    assert file.read_text().strip() == secret and len(own.ask("GET /v1/auth/keys")["keys"]) == 1
+    turned = own.ask(f"POST /v1/auth/keys/{admin['id']}/rotate")
+    assert file.read_text().strip() == turned["key"] and file.stat().st_mode & 0o777 == 0o600
+    own.auth = bearer(turned)
+    second = mint(own, "admin")
+    assert own.ask(f"DELETE /v1/auth/keys/{admin['id']}")["revoked"] is True
+    own.auth = bearer(second)
+    assert own.ask(f"DELETE /v1/auth/keys/{second['id']}?force=true")["revoked"] is True
+    own.crash().start()
+    own.auth = {"Authorization": f"Bearer {file.read_text().strip()}"}
+    assert own.call("GET /v1/auth/keys").status == 200
+    for secret in (secret, turned["key"], second["key"], own.auth["Authorization"][7:]):
+        assert secret.encode() not in own.log.read_bytes()
+
+
+# ============================================================================
+# LIMITS. Token buckets.
+# ============================================================================
+
+
+def test_a_bucket_holds_a_minutes_worth_and_fills_steadily():
+    buckets = aegis.Buckets()
+    levels = [buckets.take("a", 60, 100.0) for _ in range(61)]
+    assert [level.allowed for level in levels] == [True] * 60 + [False]
+    assert [level.left for level in levels[:2]] == [59, 58] and levels[-1].retry == 1 and levels[-1].reset == 60
+    assert buckets.take("b", 60, 100.0).allowed
+    assert not buckets.take("a", 60, 100.5).allowed and buckets.take("a", 60, 101.0).allowed
+    assert sum(buckets.take("a", 60, 1000.0).allowed for _ in range(100)) == 60
+    assert aegis.Buckets().take("slow", 1, 0.0).allowed
+
+
+def test_buckets_are_bounded_and_the_busy_ones_are_kept():
+    buckets = aegis.Buckets()
+    for number in range(3 * aegis.MAX_BUCKETS):
+        buckets.take(number, 60, float(number))
+        buckets.take("busy", 10 ** 6, float(number))
+    assert len(buckets.levels) <= aegis.MAX_BUCKETS and "busy" in buckets.levels
+
+
+@pytest.mark.parametrize("address, wanted", [
+    ("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.9", "10.0.0.9"), ("2001:db8::1:2:3:4", "2001:db8::/64"),
+    ("fe80::1%eth0", "fe80::/64"), ("::1", "::/64")])
+def test_addresses_of_one_network_share_a_bucket(address, wanted):
+    assert aegis.bucket_address(address) == wanted
+
+
+@alone
+def test_a_key_that_asks_too_often_is_told_when_to_come_back(house):
+    own = house("--auth", "on", "--failed-auth-rate", "5", "--address-rate", "40")
+    own.auth = {"Authorization": f"Bearer {(own.state / 'admin.key').read_text().strip()}"}
+    busy, calm = mint(own, "sessions:read", rateLimit=5), mint(own, "sessions:read")
+    answers = [own.call("GET /v1/sessions", headers=bearer(busy)) for _ in range(8)]
+    assert [one.status for one in answers] == [200] * 5 + [429] * 3
+    assert [one.headers["RateLimit-Remaining"] for one in answers[:5]] == list("43210")
+    refused = answers[-1]
+    check_envelope(refused)
+    assert refused.json["code"] == "RATE_LIMITED" and 1 <= int(refused.headers["Retry-After"]) <= 12
+    assert (refused.headers["RateLimit-Limit"], refused.headers["RateLimit-Remaining"]) == ("5", "0")
+    assert 1 <= int(refused.headers["RateLimit-Reset"]) <= 60
+    assert own.call("GET /v1/sessions", headers=bearer(calm)).status == 200
+    wrong = [own.call("GET /v1/sessions", headers={"Authorization": f"Bearer x{n}"}, auth=False) for n in range(9)]
+    assert [one.status for one in wrong] == [401] * 5 + [429] * 4 and wrong[-1].headers["Retry-After"]
+    assert own.refusal("POST /v1/auth/verify", {"token": "x"}, auth=False) == (429, "RATE_LIMITED")
+    asked = [own.call("POST /v1/auth/verify", {}, auth=False).status for _ in range(60)]
+    assert set(asked) == {200, 429} and asked.count(200) <= 41
+    assert [own.call("GET /v1/health", headers=bearer(busy)).status for _ in range(100)] == [200] * 100
+    assert own.call("GET /v1/sessions", headers=bearer(calm)).status == 200
+    assert own.refusal("GET /v1/audit", headers=bearer(calm)) == (403, "MISSING_SCOPE")
+    refused = own.ask("GET /v1/audit?action=auth.refused")["entries"][0]
+    assert (refused["who"], refused["target"], refused["details"]["missing"]) == (calm["id"], "GET /v1/audit", "admin")
+    failures = own.ask("GET /v1/audit?action=auth.failed&limit=200")["entries"]
+    assert 5 <= len(failures) <= aegis.REFUSALS_RECORDED and failures[0]["address"] == "127.0.0.1"
 
 
 # ============================================================================
@@ -2270,7 +2792,7 @@ def test_all_faults_are_named_at_once_and_profiles_by_name():
     with pytest.raises(aegis.ApiError, match="profile mine: "):
         aegis.read_profiles({"mine": {"allowRead": 3}})
     with pytest.raises(aegis.ApiError):
-        aegis.policy_from_json([], {})
+        aegis.policy_from_json("x", {})
 
 
 CLIENT = [
@@ -3223,6 +3745,16 @@ def test_an_agent_that_loses_its_box_is_an_error_until_it_is_back(house):
     eventually(lambda: "hello" in talk.ask("GET pane")["text"])
 
 
+def test_send_text_never_lets_a_text_end_its_own_paste(talk):
+    """What a file, a stage or a reviewer said may be part of a prompt: it must not come to be keys."""
+    hostile = "look:\x1b[201~\r!touch x\r\x1b[20\x1b[201~1~\x9b201~\x03 [[say heard]]"
+    talk.settle()
+    assert talk.say(hostile)["output"] == "heard"
+    assert talk.prompts()[-1].split("\n") == ["look:", "!touch x", "[201~201~ [[say heard]]"]
+    long = hostile * 400
+    assert talk.say(long)["output"] == "heard" and talk.prompts()[-1].count("!touch x") == 400
+
+
 # ============================================================================
 # DECISIONS. Permission requests and questions.
 # ============================================================================
@@ -3823,6 +4355,23 @@ def test_receive_hook_takes_late_and_repeated_reports_calmly(talk):
     assert talk.read()["output"] == "one" and talk.get()["turns"] == turns + 1
 
 
+def test_a_stop_ends_the_shell_line_that_was_typed_and_nothing_that_waits():
+    def prompt(kind: str, state: str = "queued", typed: Optional[float] = None, agent_id: str = "") -> Any:
+        return types.SimpleNamespace(kind=kind, state=state, typed_at=typed, agent_id=agent_id or None)
+    shell, waiting = prompt("bash", typed=1.0), prompt("prompt", typed=1.0)
+    open_ = prompt("prompt", "started", 1.0, "a")
+    cases = [((shell, waiting), "new", [shell]), ((prompt("bash"), waiting), "new", []), ((waiting,), "new", []),
+             ((open_, shell), "a", [open_]), ((open_, shell), "new", []), ((open_,), "", [open_])]
+    for prompts, told, ended in cases:
+        assert aegis.ending_with(aegis.Facts(prompts=prompts), told) == ended, (prompts, told)
+
+
+def test_a_turn_that_shows_late_and_then_draws_without_a_rest_has_started(talk):
+    talk.send("[[late 0.2]] [[hang]]")
+    talk.wait("prompt.started")
+    assert talk.ask("POST interrupt")["interrupted"] is True
+
+
 @alone
 def test_a_conversation_that_is_gone_back_to_is_read_on_where_it_was_left(make):
     talk = make()
@@ -3960,6 +4509,129 @@ def test_a_worktree_outside_a_repository_is_refused(server, tmp_path):
 
 
 # ============================================================================
+# CHANGES. What became of a directory since a session began.
+# ============================================================================
+
+
+class Place(NamedTuple):
+    """A state directory, as far as changes need one."""
+
+    state_dir: Path
+    run_dir: Path
+
+
+def told_change(root: Path, work_dir: Path, before: Callable[[], Any], work: Callable[[], Any]) -> aegis.Difference:
+    """Note what a directory holds, work in it, and tell the change."""
+    place = Place(root / "state", root / "state" / "run")
+    place.run_dir.mkdir(parents=True, exist_ok=True)
+    before()
+    began, base = time.time(), aegis.note_base(place, "s1", str(work_dir))
+    work()
+    row = collections.namedtuple("Row", "id work_dir launch created_at")("s1", str(work_dir), {"base": base}, began)
+    change = aegis.change_since(place, row)
+    assert list(place.run_dir.iterdir()) == [], "nothing is left of the looking"
+    return change
+
+
+def added(change: aegis.Difference) -> List[str]:
+    """List the lines that a change adds and takes away."""
+    return [one for one in change.text.split("\n") if re.match(r"[+-](?![+-])", one)]
+
+
+def test_a_change_is_what_was_done_since_however_it_was_committed(repository, tmp_path):
+    sub = repository / "sub"
+
+    def before() -> None:
+        (sub / "a.txt").write_text("a\nnot committed\n")
+        (sub / "mine.txt").write_text("mine\n")
+        (repository / "staged.txt").write_text("staged\n")
+        git(repository, "add", "staged.txt")
+
+    def work() -> None:
+        (sub / "a.txt").write_text("a\nnot committed\nby the agent\n")
+        git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "all of it")
+        (sub / "mine.txt").write_text("mine\nand theirs\n")
+        (sub / "ünew.txt").write_text("new\n")
+        (repository / "staged.txt").unlink()
+    change = told_change(tmp_path, repository, before, work)
+    assert sorted(added(change)) == ["+and theirs", "+by the agent", "+new", "-staged"] and not change.cut
+    assert sorted(change.files) == ["A sub/ünew.txt", "D staged.txt", "M sub/a.txt", "M sub/mine.txt"]
+    commit = lambda: (git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "more"))  # noqa: E731
+    nothing = told_change(tmp_path / "second", repository, commit, lambda: None)
+    assert (nothing.files, nothing.text) == ([], "") and not list((tmp_path / "second").rglob("objects"))
+
+
+def test_a_change_is_told_before_the_first_commit_and_without_git(tmp_path):
+    bare, plain = tmp_path / "bare", tmp_path / "plain"
+    bare.mkdir(), plain.mkdir()
+    git(bare, "init", "-q")
+    (bare / "old").write_text("old\n")
+    change = told_change(tmp_path, bare, lambda: None, lambda: (bare / "new").write_text("new\n"))
+    assert (added(change), change.files) == (["+new"], ["A new"])
+    (plain / "old").write_text("old\n"), os.utime(plain / "old", (1, 1))
+    (plain / "link").symlink_to("/etc/hostname"), os.mkfifo(plain / "pipe")
+    change = told_change(tmp_path, plain, lambda: None, lambda: (plain / "new").write_text("new\n"))
+    assert change.files == ["W new"] and change.text == "=== new\nnew\n\n" and "no git repository" in change.about
+
+
+HOSTILE_GIT = ("core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
+           "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
+
+
+def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, tmp_path):
+    def before() -> None:
+        (repository / ".gitattributes").write_text("* filter=x diff=x merge=x\n")
+        inner = repository / "inner"
+        inner.mkdir()
+        git(inner, "init", "-q"), git(inner, "commit", "-q", "--allow-empty", "-m", "one")
+        git(repository, "add", "-A")
+        git(inner, "config", "core.fsmonitor", f"touch {tmp_path}/ran-inner; false")
+        (inner / "loose").write_text("x")
+        for name in HOSTILE_GIT:
+            git(repository, "config", name, f"touch {tmp_path}/ran-{name}; cat")
+        for name in ("post-index-change", "reference-transaction", "pre-commit"):
+            hook = repository / ".git" / "hooks" / name
+            hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran-{name}\n"), hook.chmod(0o755)
+        for ran in tmp_path.glob("ran-*"):   # by our own git
+            ran.unlink()
+
+    def work() -> None:
+        (repository / "sub" / "a.txt").write_text("changed\n")
+        (repository / "link").symlink_to("/etc/hostname"), os.mkfifo(repository / "pipe")
+    change = told_change(tmp_path, repository, before, work)
+    assert [one.name for one in tmp_path.glob("ran-*")] == []
+    assert {"M sub/a.txt", "A link"} <= set(change.files) and "+changed" in change.text
+
+
+def test_a_change_hides_nothing_and_has_its_bounds(repository, tmp_path):
+    def work() -> None:
+        for name, how in (("sub/a.txt", "--assume-unchanged"), ("b.txt", "--skip-worktree")):
+            git(repository, "update-index", how, name)
+            (repository / name).write_text("hidden\n")
+        (repository / "huge").write_bytes(b"x" * 3_000_000)
+        (repository / "z-long").write_text("".join(f"line {number}\n" for number in range(30_000)))
+        (repository / "sub2").mkdir(), (repository / "gone").unlink(), (repository / "gone").symlink_to("sub2")
+        (repository / "sub2" / "in").write_text("x\n")
+
+    def before() -> None:
+        (repository / "b.txt").write_text("b\n"), (repository / "gone").mkdir()
+        (repository / "gone" / "in").write_text("x\n")
+        git(repository, "add", "-A"), git(repository, "commit", "-q", "-m", "two")
+        shutil.rmtree(repository / "gone"), (repository / "gone").write_text("x")
+    change = told_change(tmp_path, repository, before, work)
+    assert {"M sub/a.txt", "M b.txt", "A z-long", "A sub2/in"} <= set(change.files) and "A huge" not in change.files
+    assert "1 files are left out" in change.about and change.cut and len(change.text) <= aegis.CHANGE_SHOWN
+    assert change.text.endswith("\n") and change.text.count("+hidden") == 2
+    elsewhere = lambda: git(repository, "config", "core.worktree", "/")  # noqa: E731
+    away = told_change(tmp_path / "third", repository, elsewhere, lambda: None)
+    assert "not where its .git is" in away.about and away.text == ""
+    git(repository, "config", "--unset", "core.worktree")
+    broken = told_change(tmp_path / "second", repository, lambda: None,
+                         lambda: (repository / ".git" / "HEAD").write_text("nonsense"))
+    assert "cannot be told" in broken.about and broken.files == []
+
+
+# ============================================================================
 # LIFE. Create, adopt after a restart, kill.
 # ============================================================================
 
@@ -3996,6 +4668,20 @@ def test_kill_session_takes_the_whole_process_family(house):
     child = int(eventually(lambda: (own.work / "child").read_text().strip()))
     talk.kill()
     assert not alive(child) and not alive(talk.get()["pid"])
+
+
+def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
+    try:
+        aegis.end_agent(types.SimpleNamespace(row=known))
+        assert stranger.poll() is None
+        known.launch["birth"] = aegis.birth_of(stranger.pid)
+        aegis.end_agent(types.SimpleNamespace(row=known))
+        assert stranger.wait(WITHIN) == -signal.SIGHUP
+    finally:
+        stranger.kill()
+    assert aegis.birth_of(stranger.pid) is None
 
 
 def test_kill_session_by_many_at_once_kills_once(make):
@@ -4260,12 +4946,18 @@ class Diary:
         self.killed: List[str] = []                   # sessions that somebody tried to end
         self.lock, self.stop = threading.Lock(), threading.Event()
 
+    def sessions(self) -> List[Json]:
+        """List all sessions; there may be more than a page holds."""
+        pages = self.own.ask("GET /v1/sessions?limit=100")["pagination"]["totalPages"]
+        return [one for page in range(1, pages + 1)
+                for one in self.own.ask(f"GET /v1/sessions?limit=100&page={page}")["sessions"]]
+
     def act(self) -> None:
         """Ask for one thing, any thing; the server may die meanwhile."""
         with self.lock:
             rng, self.serial = random.Random(self.rng.random()), self.serial + 1
             number = self.serial
-        live = [one for one in self.own.ask("GET /v1/sessions?limit=100")["sessions"] if one["endedAt"] is None]
+        live = [one for one in self.sessions() if one["endedAt"] is None]
         one = rng.choice(live)
         path, wish = f"/v1/sessions/{one['id']}", rng.random()
         if one["pendingPermission"] and wish < 0.8:
@@ -4301,7 +4993,7 @@ class Diary:
 
     def rested(self) -> List[Json]:
         """Decide what waits, and give all sessions once those that live are idle."""
-        found = self.own.ask("GET /v1/sessions?limit=100")["sessions"]
+        found = self.sessions()
         for one in found:
             if one["pendingPermission"]:
                 self.own.call(f"POST /v1/sessions/{one['id']}/{self.rng.choice(['approve', 'reject'])}", {})
@@ -5405,6 +6097,7 @@ def test_an_output_is_reduced_to_its_last_lines(said, shown):
 # VERIFY. Rounds of checks, and mending between them.
 # ============================================================================
 
+PIPELINES = int(os.environ.get("AEGIS_TEST_PIPELINES", "2"))   # of five stages, all at once
 CRASHES = int(os.environ.get("AEGIS_TEST_CRASHES", "2"))   # rounds of kill -9 in the middle of each long-lived thing
 
 
@@ -5656,7 +6349,92 @@ def test_a_check_that_vanished_with_its_box_is_run_again(house):
 
 
 # ============================================================================
-# PIPELINES. Stages of work, each when what it depends on is done.
+# RUNS. What pipelines and consensus reviews have in common.
+# ============================================================================
+
+
+@alone
+def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
+    own = house("--keep-runs", "2")
+    talk = own.open()
+    gate = {"checks": [check(f"while ! test -e {tmp_path}/go; do sleep 0.05; done")]}
+    live = [pipeline(own, {"prompt": "[[hang]]"}),
+            pipeline(own, {"name": "gated", "prompt": "[[say x]]", "verify": gate})]
+    gated = own.events.wait_for("pipeline.stage", stage="gated", state="verifying")["pipelineId"]
+    made = {"pipelines": [finished(own, pipeline(own, {"prompt": "[[say x]]"}))["id"] for _ in range(4)],
+            "verify": [verify(talk, check("true"))["id"] for _ in range(4)],
+            "consensus": [ruled(own, review(talk, reviewers=1))["id"] for _ in range(4)]}
+    assert all(own.call(f"GET /v1/{kind}/{one}").status == 200 for kind, ids in made.items() for one in ids)
+    own.crash().start()
+    for kind, ids in made.items():
+        eventually(lambda: [own.call(f"GET /v1/{kind}/{one}").status for one in ids] == [404, 404, 200, 200])
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    counts = [database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+              for table in ("stages", "checks", "reviewers")]
+    database.close()
+    assert counts == [4, 3, 2], "their parts went with them"
+    (tmp_path / "go").touch()
+    assert gated == live[1]["id"] and finished(own, live[1])["state"] == "done"
+    assert own.ask(f"GET /v1/pipelines/{live[0]['id']}")["state"] == "running"
+
+
+@alone
+def test_what_ended_in_time_counts_though_aegis_was_away_until_long_after(house):
+    own = house()
+    talk = own.open()
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]", "timeout": 6})
+    judged = review(talk, "wait 1 approve", reviewers=1, timeout=6)
+    paths = [eventually(lambda: own.ask(f"GET /v1/sessions/{find()}")["transcriptPath"]) for find in (
+        lambda: own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"],
+        lambda: own.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"][0]["sessionId"])]
+    own.crash()
+    assert all(eventually(lambda: ended_turn(path)) for path in paths)
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    for table in ("stages", "reviewers"):
+        assert database.execute(f"UPDATE {table} SET started_at = started_at - 60").rowcount == 1
+    database.commit(), database.close()
+    own.start()
+    assert said_by(finished(own, made)) == {"a": "a"} and ruled(own, judged)["verdict"] == "approved"
+
+
+@alone
+def test_sessions_of_any_attempt_that_a_crash_left_over_are_ended(house):
+    own = house()
+    talk = own.open()
+    made = finished(own, pipeline(own, {"prompt": "[[error 500]]", "retries": 1}, keep=True))
+    kept = finished(own, pipeline(own, {"prompt": "[[say x]]"}, keep=True))
+    judged = ruled(own, review(talk, reviewers=2, keep=True))
+    own.crash()
+    database = sqlite3.connect(str(own.state / "aegis.db"))
+    for table, run in (("pipelines", made), ("consensus", judged)):
+        assert database.execute(f"UPDATE {table} SET keep = 0 WHERE id = ?", (run["id"],)).rowcount == 1
+    database.commit(), database.close()
+    own.start()
+    for label, count in ((f"pipeline={made['id']}", 2), (f"consensus={judged['id']}", 2)):
+        eventually(lambda: [one["status"] for one in own.ask(f"GET /v1/sessions?label={label}")["sessions"]] == [
+            "killed"] * count)
+    assert own.ask(f"GET /v1/sessions/{kept['stages'][0]['sessionId']}")["status"] == "idle"
+
+
+def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
+    settings = aegis.Settings({"state_dir": str(tmp_path), "keep_runs_days": "2", "keep_runs": "0"})
+    context = aegis.Context(settings, aegis.Log())
+    context.store = aegis.Store(tmp_path / "aegis.db")
+    context.bus = aegis.Bus(context.store, 10)
+    for day, ended in enumerate((1.0, 100_000.0, 200_000.0, None)):
+        context.bus.commit([aegis.insert("pipelines", aegis.PipelineRow(
+            f"pl-{day}", "x", "done", None, 1, 0, None, "", 0.0, ended)._asdict())])
+        (tmp_path / "bases" / f"s{day}" / "objects").mkdir(parents=True)
+        os.utime(tmp_path / "bases" / f"s{day}", (ended or 200_000, ended or 200_000))
+    assert aegis.prune_runs(context, 200_000.0) == 1
+    aegis.prune_bases(context, 200_000.0)
+    assert context.store.pairs("SELECT id FROM pipelines ORDER BY id") == [("pl-1",), ("pl-2",), ("pl-3",)]
+    assert sorted(one.name for one in (tmp_path / "bases").iterdir()) == ["s1", "s2", "s3"]
+    context.store.close()
+
+
+# ============================================================================
+# STAGES. The plan of a pipeline.
 # ============================================================================
 
 W, R, V, D, F, S = "waiting", "running", "verifying", "done", "failed", "skipped"
@@ -5752,6 +6530,11 @@ def test_any_graph_with_any_failures_comes_to_its_end():
             graph[names[one]] = [*graph[names[one]], names[other]]
             graph[names[other]] = [*graph[names[other]], names[one]]
             assert aegis.graph_faults(graph)
+
+
+# ============================================================================
+# PIPELINES. Stages of work, each when what it depends on is done.
+# ============================================================================
 
 
 def pipeline(server: Server, *stages: Json, **more: Any) -> Json:
@@ -5916,6 +6699,8 @@ def test_create_pipeline_tries_again_as_often_as_told(server, key):
     told = finished(server, pipeline(server, {"name": "bad", "prompt": "[[error 500]]", "retries": 2}))
     assert told["state"] == "failed" and told["stages"][0]["attempt"] == 3
     killed = server.ask(f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]
+    assert told["stages"][0]["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in killed)
+                                               for name in told["tokenUsage"]} == told["tokenUsage"]
     assert len(killed) == 3 and eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=pipeline={told['id']}")["sessions"]} == {"killed"})
     made = pipeline(server, {"name": "late", "prompt": "[[say {{memory.%sx}}]]" % key, "retries": 2})
@@ -6005,6 +6790,19 @@ def test_cancel_pipeline_ends_all_that_works_for_it(server):
     assert server.ask(f"DELETE /v1/pipelines/{made['id']}")["state"] == "cancelled", "while it starts"
     eventually(lambda: {one["status"] for one in server.ask(
         f"GET /v1/sessions?label=pipeline={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_many_pipelines_end_and_cost_little(house):
+    own = house()
+    spent, began = aegis.cpu_seconds(own.process.pid), time.monotonic()
+    made = [pipeline(own, *[{"prompt": "[[say x]]"}] * 5) for _ in range(PIPELINES)]
+    for one in made:   # none holds a connection for longer than a client waits
+        eventually(lambda: not own.ask(f"GET /v1/pipelines/{one['id']}?wait=done&timeout=60")["timedOut"], 3_000)
+    assert {own.ask(f"GET /v1/pipelines/{one['id']}")["state"] for one in made} == {"done"}
+    spent, took = aegis.cpu_seconds(own.process.pid) - spent, time.monotonic() - began
+    print(f"{PIPELINES} pipelines: {took:.1f} s, {spent:.2f} s of CPU, {100 * spent / took:.1f} % of a core")
+    assert spent / took < (0.1 if PIPELINES >= 100 else 0.5), f"{spent:.2f} s of CPU in {took:.1f} s"
 
 
 @alone
@@ -6132,6 +6930,824 @@ def test_a_pipeline_gives_a_stage_to_one_agent_though_aegis_dies_while_it_starts
         begun = [one for one in (own.ask(f"GET /v1/sessions/{each}") for each in ids) if one["pid"] or one["turns"]]
         assert sorted((one["labels"]["stage"], one["turns"]) for one in begun) == [("a", 1), ("b", 1)]
         assert len(ids) - len(begun) <= 1, "one may have died before its agent was started"
+
+
+# ============================================================================
+# VERDICTS. What reviewers say, and what follows from it.
+# ============================================================================
+
+
+def assessment(verdict: str = "approve", *findings: Json, **criteria: str) -> Json:
+    """Make an assessment: the vote, and votes by criterion; the first one has the findings."""
+    marks = [{"name": name, "verdict": vote, "score": 9 if vote == "approve" else 2, "findings": []}
+             for name, vote in (criteria or {"a": verdict, "b": verdict}).items()]
+    marks[0]["findings"] = list(findings)
+    return {"verdict": verdict, "summary": "", "criteria": marks}
+
+
+def fenced(value: Any) -> str:
+    """Write an answer as reviewers do."""
+    return f"Some words.\n```json\n{value if isinstance(value, str) else json.dumps(value)}\n```\n"
+
+
+APPROVAL = json.dumps(assessment())
+UNREADABLE = [
+    ("", "0 blocks"), ("approve", "0 blocks"), (APPROVAL, "0 blocks"), (f"```\n{APPROVAL}\n```", "0 blocks"),
+    (fenced(APPROVAL) + fenced(APPROVAL), "2 blocks"), (f"```json\n{APPROVAL}", "0 blocks"),
+    (fenced(APPROVAL[:-1]), "Expecting"),
+    (fenced("[" * 100_000), "nested too deeply"), (fenced("[]"), "no object"), (fenced("NaN"), "no JSON"),
+    (fenced('{"verdict": "approve", "verdict": "reject"}'), "twice"),
+    (fenced('{"a": ' + "9" * 5_000 + "}"), "too large"),
+    (fenced({**assessment(), "verdict": "splendid"}), "verdict must be one of"),
+    (fenced({**assessment(), "more": 1}), "more is not a field"),
+    (fenced({**assessment(), "\ud800": 1}), "not a field"),
+    (fenced({**assessment(), "summary": "\ud800"}), None),
+    (fenced({**assessment(), "criteria": []}), "at least 1"), (fenced({**assessment(), "criteria": [1]}), "an object"),
+    (fenced(assessment(a="approve")), "leaves out b"), (fenced(assessment(a="approve", c="approve")), "not asked for"),
+    (fenced(assessment(a="approve", A="approve")), "given already"),
+    (fenced(assessment(a="approve", b="perhaps")), "criterion 2: verdict"),
+    (fenced(APPROVAL.replace("9", "11")), "score must be at most 10"),
+    (fenced(APPROVAL.replace("9", "1e999")), "at most 10"),
+    (fenced(APPROVAL.replace("9", "true")), "score must be a number"),
+    (fenced(assessment("approve", {"message": ""})), "finding 1 of a"),
+    (fenced(assessment("approve", {"message": "x", "line": 0})), "line must be at least 1"),
+    (fenced(assessment("approve", {"message": "x", "severity": "fatal"})), "severity"),
+    (fenced(assessment("approve", "boom")), "findings item 0 must be an object"),
+    (fenced(assessment("approve", *[{"message": "x"}] * 101)), "at most 100 items"),
+    ("x" * 300_000 + fenced(APPROVAL), "more than 262,144"),
+    (fenced(APPROVAL).replace("json", "JSON").replace("```", "  ```"), None),
+    (fenced(APPROVAL).replace("\n", "\r\n"), None),
+    (fenced(assessment(b="reject", A="approve")), None),
+]
+
+
+@pytest.mark.parametrize("said, wrong", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_an_answer_is_read_strictly(said, wrong):
+    if wrong is None:
+        told = aegis.read_assessment(said, ["a", "b"])
+        assert [one["name"] for one in told["criteria"]] == ["a", "b"]
+        json.dumps(told, ensure_ascii=False).encode("utf-8")
+        return
+    with pytest.raises(ValueError, match=re.escape(wrong)) as refused:
+        aegis.read_assessment(said, ["a", "b"])
+    assert len(str(refused.value)) < 500 and str(refused.value).encode("utf-8")
+
+
+def test_no_answer_whatever_breaks_the_reading():
+    rng = random.Random(7)
+    parts = ["```json", "```", "{", "}", "[", "]", '"', "verdict", "approve", "criteria", ":", ",", "\n", "\\ud800",
+             "9", "\x00", "é", "null", "-", "1e9999", *APPROVAL.split(" ")]
+    for _ in range(3_000):
+        said = "".join(rng.choice(parts) for _ in range(rng.randint(0, 60)))
+        if rng.random() < 0.5:
+            raw = list(APPROVAL)
+            for _ in range(rng.randint(1, 4)):
+                raw[rng.randrange(len(raw))] = rng.choice(parts)
+            said = fenced("".join(raw))
+        try:
+            told = aegis.read_assessment(said, ["a", "b"])
+        except ValueError:
+            continue
+        assert told["verdict"] in aegis.VOTES and [one["name"] for one in told["criteria"]] == ["a", "b"]
+
+
+Y, N = assessment("approve"), assessment("reject")
+HALF = assessment("reject", a="approve", b="reject")
+VERDICTS = [   # rule, weights, quorum, assessments by place -> the verdict
+    ("majority", None, 1, {0: Y}, "approved"), ("majority", None, 1, {0: N}, "rejected"),
+    ("majority", None, 2, {0: Y, 1: Y, 2: N}, "approved"), ("majority", None, 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("majority", None, 2, {0: Y, 2: N}, "rejected"), ("majority", None, 2, {1: Y}, None),
+    ("majority", None, 1, {}, None),
+    ("unanimous", None, 2, {0: Y, 1: Y, 2: Y}, "approved"), ("unanimous", None, 2, {0: Y, 1: Y, 2: N}, "rejected"),
+    ("unanimous", None, 2, {0: Y, 2: Y}, "approved"), ("unanimous", None, 3, {0: Y, 2: Y}, None),
+    ("weighted", [3, 1, 1], 2, {0: Y, 1: N, 2: N}, "approved"),
+    ("weighted", [2, 1, 1], 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("weighted", [2, 1, 1], 2, {0: Y, 1: N}, "approved"), ("weighted", [0, 1, 0], 1, {0: Y, 2: Y}, "rejected"),
+    ("weighted", {"a": 2, "b": 1}, 1, {0: HALF}, "approved"), ("weighted", {"a": 1, "b": 1}, 1, {0: HALF}, "rejected"),
+    ("weighted", {"a": 1, "b": 3}, 2, {0: HALF, 1: Y}, "approved"), ("weighted", {"a": 0, "b": 3}, 2, {0: HALF, 1: N},
+                                                                     "rejected"),
+]
+
+
+@pytest.mark.parametrize("rule, weights, quorum, told, wanted", VERDICTS, ids=range(len(VERDICTS)))
+def test_the_verdict_follows_from_the_votes_by_the_rule(rule, weights, quorum, told, wanted):
+    verdict, reason = aegis.reach_verdict(rule, weights, quorum, told)
+    assert verdict == wanted and reason
+    if wanted and rule != "weighted":   # nobody's place counts
+        shuffled = dict(zip(random.Random(1).sample(range(9), len(told)), told.values()))
+        assert aegis.reach_verdict(rule, weights, quorum, shuffled)[0] == wanted
+
+
+def test_another_approval_never_turns_a_verdict_down():
+    rng, order = random.Random(3), {None: 0, "rejected": 1, "approved": 2}
+    for _ in range(3_000):
+        count, rule = rng.randint(1, 9), rng.choice(aegis.REVIEW_RULES)
+        weights = rng.choice(([rng.randint(0, 3) for _ in range(count - 1)] + [1], {"a": rng.randint(0, 3), "b": 1}))
+        told = {place: assessment(rng.choice(aegis.VOTES), a=rng.choice(aegis.VOTES), b=rng.choice(aegis.VOTES))
+                for place in range(count) if rng.random() < 0.8}
+        quorum = rng.randint(1, count)
+        before, reason = aegis.reach_verdict(rule, weights, quorum, told)
+        assert (before is None) == (len(told) < quorum) and reason
+        if told:
+            better = {**told, rng.choice(sorted(told)): Y}
+            assert order[aegis.reach_verdict(rule, weights, quorum, better)[0]] >= order[before], (rule, weights, told)
+        merged = aegis.merge_findings({place: assessment("reject", *[
+            {"file": rng.choice("xy"), "line": rng.randint(1, 2), "severity": "low", "message": "m"}
+            for _ in range(rng.randint(0, 4))]) for place in told}, "/w")
+        assert len({(one["file"], one["line"]) for one in merged}) == len(merged) <= 4
+        assert all(one["seenBy"] == len(set(one["reviewers"])) <= count for one in merged)
+
+
+def test_findings_in_the_same_place_are_merged_and_what_most_saw_stands_first():
+    here = {"file": "src/x.py", "line": 3, "severity": "low", "message": "off by one"}
+    told = {0: assessment("reject", here, {"file": None, "line": None, "severity": "medium", "message": "No  tests"}),
+            1: assessment("reject", {**here, "file": "./src/../src/x.py", "severity": "critical",
+                                      "message": "wrong end"}),
+            4: assessment("reject", {**here, "file": "/w/src/x.py"}, {**here, "line": 4}, here,
+                          {"file": "/etc/passwd", "line": 1, "severity": "high", "message": "elsewhere"},
+                          {"file": "", "line": 7, "severity": "low", "message": "no tests"})}
+    found = aegis.merge_findings(told, "/w")
+    assert [(one["file"], one["line"], one["reviewers"], one["severity"]) for one in found] == [
+        ("src/x.py", 3, [1, 2, 5], "critical"), (None, None, [1, 5], "medium"), ("/etc/passwd", 1, [5], "high"),
+        ("src/x.py", 4, [5], "low")]
+    assert found[0]["messages"] == ["off by one", "wrong end"] and found[0]["seenBy"] == 3
+    assert aegis.agreement_on(["a", "b"], [Y, Y, N])[0] == {
+        "name": "a", "approve": 2, "reject": 1, "agreement": 0.667, "score": 6.67, "lowest": 2, "highest": 9}
+    assert aegis.agreement_on(["a"], [])[0]["agreement"] is None
+
+
+# ============================================================================
+# CONSENSUS. Reviewers that know nothing of one another.
+# ============================================================================
+
+
+def review(talk: Talk, play: str = "approve", **body: Any) -> Json:
+    """Have a session's work reviewed by demo agents that play as told."""
+    answer = talk.call("POST consensus", {"instructions": f"[[review {play}]]", **body})
+    assert answer.status == 201, answer.raw
+    return answer.json
+
+
+def ruled(server: Server, made: Json, within: float = 60) -> Json:
+    """Wait for a review's end."""
+    told = server.ask(f"GET /v1/consensus/{made['id']}?wait=done&timeout={within}")
+    assert told["timedOut"] is False, told
+    return told
+
+
+def ballots(told: Json) -> List[Tuple[str, Optional[str]]]:
+    """Reduce a review to what its reviewers came to."""
+    return [(one["state"], one["verdict"]) for one in told["reviewers"]]
+
+
+@alone
+def test_review_session_asks_reviewers_that_know_the_task_and_the_change(server, make, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+    git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+    (work / "before.txt").write_text("was there\n")
+    talk = make("[[say mended]]", workDir=str(work))
+    talk.wait("prompt.done")
+    (work / "a.txt").write_text("a\nby the agent\n"), (work / "new.txt").write_text("new\n")
+    made = review(talk, "write evil approve | again reject a.txt:2 no good | nonsense",
+                  criteria=["correctness", "style"])
+    assert (made["state"], made["quorum"], len(made["reviewers"])) == ("running", 2, 3)
+    told = ruled(server, made)
+    assert (told["state"], told["verdict"], told["reason"]) == ("done", "rejected", "majority: 50 % approve")
+    assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
+    assert [one["askedAgain"] for one in told["reviewers"]] == [False, True, True]
+    assert "twice" in told["reviewers"][2]["reason"] and not (work / "evil").exists()
+    assert told["findings"] == [{"criterion": "correctness", "file": "a.txt", "line": 2, "severity": "high",
+                                 "messages": ["no good"], "reviewers": [2], "seenBy": 1}]
+    assert [(one["name"], one["approve"], one["reject"]) for one in told["agreement"]] == [
+        ("correctness", 1, 1), ("style", 1, 1)]
+    assert told["change"] == {"about": "every change since the session began", "files": ["M a.txt", "A new.txt"],
+                              "truncated": False}
+    reviewers = [Talk(server, server.ask(f"GET /v1/sessions/{one['sessionId']}")) for one in told["reviewers"]]
+    for number, one in enumerate(reviewers, 1):
+        eventually(lambda: one.status == "killed")
+        found, asked = one.get(), one.prompts()
+        assert (found["permissionProfile"], found["permissionMode"], found["parentId"]) == (
+            "restricted", "default", None)
+        assert found["labels"] == {"consensus": told["id"]} and found["workDir"] == str(work)
+        assert asked[0].startswith(f"You are reviewer {number} of 3.") and len(asked) == (1 if number == 1 else 2)
+        assert "[[say mended]]" in asked[0] and "+by the agent" in asked[0] and "+new" in asked[0]
+        assert "was there" not in asked[0] and "- style" in asked[0]
+    refused = reviewers[0].ask("GET permissions")["history"]
+    assert [(one["tool"], one["state"], one["decidedBy"]) for one in refused] == [("Write", "rejected", "policy")]
+    assert sum(one["tokenUsage"]["output"] for one in told["reviewers"]) == told["tokenUsage"]["output"] > 0
+    server.events.wait_for("consensus.completed", consensusId=told["id"])
+    events = [(one["type"], one.get("reviewer"), one.get("state")) for one in server.events.heard
+              if one.get("consensusId") == told["id"]]
+    assert events[0][0] == "consensus.started" and events[-1] == ("consensus.completed", None, "done")
+    assert sorted(events[1:-1]) == sorted(("consensus.reviewer", number, state) for number, states_ in (
+        (1, ("reviewing", "done")), (2, ("reviewing", "reviewing", "done")), (3, ("reviewing", "reviewing", "failed")))
+        for state in states_)
+
+
+@alone
+def test_review_session_decides_by_the_rule_it_was_given(server, make):
+    talk = make()
+    made = [review(talk, "approve | reject x:1 y", reviewers=2, rule="weighted", weights=[2, 1]),
+            review(talk, "approve | error 500", reviewerCount=2, focusAreas=["speed"], rule="unanimous"),
+            review(talk, "approve | error 500", reviewers=2, rule="unanimous", quorum=1, agent="demo"),
+            review(talk, "hang", reviewers=1, timeout=1.5)]
+    told = [ruled(server, one) for one in made]
+    assert [(one["state"], one["verdict"]) for one in told] == [
+        ("done", "approved"), ("failed", None), ("done", "approved"), ("failed", None)]
+    assert told[1]["reason"] == "1 of the 2 reviewers that it takes have answered" and told[1]["criteria"] == ["speed"]
+    assert told[0]["criteria"] == list(aegis.DEFAULT_CRITERIA) and told[0]["findings"][0]["file"] == "x"
+    assert "1.5 s" in told[3]["reviewers"][0]["reason"]
+    for one in told:
+        for each in one["reviewers"]:
+            eventually(lambda: server.ask(f"GET /v1/sessions/{each['sessionId']}")["status"] == "killed")
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"reviewers": 0}, "reviewers"), ({"reviewers": 10}, "reviewers"), ({"criteria": []}, "criteria"),
+    ({"criteria": ["a", " A "]}, "criteria"), ({"criteria": ["  "]}, "criteria"), ({"criteria": ["a\nb"]}, "criteria"),
+    ({"criteria": ["a"], "focusAreas": ["a"]}, "focusAreas"), ({"reviewers": 1, "reviewerCount": 1}, "reviewerCount"),
+    ({"rule": "luck"}, "rule"), ({"rule": "weighted"}, "weights"), ({"weights": [1, 1, 1]}, "weights"),
+    ({"rule": "weighted", "weights": [1, 1]}, "weights"), ({"rule": "weighted", "weights": [0, 0, 0]}, "weights"),
+    ({"rule": "weighted", "weights": [1, -1, 1]}, "weights"), ({"rule": "weighted", "weights": [1, "x", 1]}, "weights"),
+    ({"rule": "weighted", "weights": {"correctness": 1}}, "weights"), ({"quorum": 4}, "quorum"),
+    ({"agent": "shell"}, "agent"),
+    ({"timeout": 0}, "timeout"), ({"instructions": " "}, "instructions"), ({"nonsense": 1}, "nonsense"),
+])
+def test_review_session_names_what_is_wrong(talk, body, field):
+    answer = talk.call("POST consensus", body)
+    assert (answer.status, answer.json["code"], list(answer.json["fields"])) == (400, "INVALID_REQUEST", [field])
+
+
+def test_review_session_with_an_idempotency_key_reviews_once_and_an_ended_session_too(server, make, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    talk = make(workDir=str(place))
+    talk.kill()
+    body = {"reviewers": 1, "instructions": "[[review approve]]"}
+    one, two = (talk.call("POST consensus", body, Idempotency_Key="once").json for _ in range(2))
+    assert one["id"] == two["id"] and ruled(server, one)["verdict"] == "approved"
+    other = talk.call("POST consensus", {**body, "keep": True}, Idempotency_Key="once")
+    assert (other.status, other.json["code"]) == (409, "IDEMPOTENCY_CONFLICT")
+    place.rmdir()
+    assert talk.refusal("POST consensus", body) == (409, "WORKDIR_GONE")
+    assert server.refusal("POST /v1/sessions/nobody/consensus", body) == (404, "SESSION_NOT_FOUND")
+
+
+def test_get_consensus_holds_until_it_is_over_and_keeps_sessions_when_told(server, make):
+    made = review(make(), "wait 0.6 approve", reviewers=1, keep=True)
+    early = server.ask(f"GET /v1/consensus/{made['id']}?wait=done&timeout=0.1")
+    assert (early["timedOut"], early["state"], early["verdict"]) == (True, "running", None)
+    told = ruled(server, made)
+    kept = server.ask(f"GET /v1/sessions/{told['reviewers'][0]['sessionId']}")
+    assert told["verdict"] == "approved" and kept["status"] == "idle"
+    server.ask(f"DELETE /v1/sessions/{kept['id']}")
+    assert server.refusal("GET /v1/consensus/nobody") == (404, "CONSENSUS_NOT_FOUND")
+
+
+def test_list_consensus_pages_newest_first(server, make):
+    talk = make()
+    ids = [ruled(server, review(talk, play, reviewers=1))["id"] for play in ("approve", "error 500")]
+    listed = server.ask(f"GET /v1/consensus?session={talk.id}")
+    assert [one["id"] for one in listed["consensus"]] == ids[::-1] and listed["pagination"]["total"] == 2
+    assert "findings" not in listed["consensus"][0] and listed["consensus"][1]["reviewers"][0]["verdict"] == "approve"
+    failed = server.ask(f"GET /v1/consensus?session={talk.id}&state=failed&limit=1")["consensus"]
+    assert [one["id"] for one in failed] == ids[1:] and not server.ask("GET /v1/consensus?session=nobody")["consensus"]
+    assert server.refusal("GET /v1/consensus?state=sleepy") == (400, "INVALID_REQUEST")
+
+
+def test_cancel_consensus_ends_its_reviewers(server, make):
+    made = review(make(), "hang")
+    eventually(lambda: all(one["sessionId"] for one in server.ask(f"GET /v1/consensus/{made['id']}")["reviewers"]))
+    told = server.ask(f"DELETE /v1/consensus/{made['id']}")
+    assert (told["state"], told["verdict"], told["cancelled"]) == ("cancelled", None, True)
+    assert ballots(told) == [("cancelled", None)] * 3
+    for one in told["reviewers"]:
+        eventually(lambda: server.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+    assert server.ask(f"DELETE /v1/consensus/{made['id']}")["cancelled"] is False
+    server.events.wait_for("consensus.cancelled", consensusId=made["id"])
+    made = review(make(), "hang")
+    assert server.ask(f"DELETE /v1/consensus/{made['id']}")["state"] == "cancelled", "while it starts"
+    eventually(lambda: {one["status"] for one in server.ask(
+        f"GET /v1/sessions?label=consensus={made['id']}")["sessions"]} <= {"killed"})
+
+
+@alone
+def test_review_session_reviews_a_worktree_too_where_directories_are_limited(house, tmp_path):
+    path = tmp_path / "repo"
+    path.mkdir()
+    git(path, "init", "-q"), (path / "a.txt").write_text("a\n")
+    git(path, "add", "-A"), git(path, "commit", "-q", "-m", "one")
+    own = house(AEGIS_WORK_DIRS=str(tmp_path))
+    talk = own.open(workDir=str(path), worktree=True)
+    tree = Path(talk.get()["workDir"])
+    (tree / "a.txt").write_text("a\nin the tree\n"), (path / "a.txt").write_text("a\nelsewhere\n")
+    told = ruled(own, review(talk, reviewers=1))
+    assert (told["verdict"], told["change"]["files"], told["workDir"]) == ("approved", ["M a.txt"], str(tree))
+    asked = Talk(own, own.ask(f"GET /v1/sessions/{told['reviewers'][0]['sessionId']}")).prompts()
+    assert "+in the tree" in asked[0] and "elsewhere" not in asked[0]
+    assert own.refusal("POST /v1/sessions", {"workDir": "/tmp"}) == (403, "WORKDIR_NOT_ALLOWED")
+
+
+@alone
+def test_all_reviews_together_keep_to_the_limit(house):
+    own = house("--consensus-reviewers", "2")
+    made = [review(own.open(), "wait 0.2 approve", reviewers=3) for _ in range(2)]
+    assert [ruled(own, one)["verdict"] for one in made] == ["approved"] * 2
+    for one in made:
+        own.events.wait_for("consensus.completed", consensusId=one["id"])
+    at_work, most = set(), 0
+    for one in own.events.heard:
+        if one["type"] == "consensus.reviewer":
+            (at_work.add if one["state"] == "reviewing" else at_work.discard)((one["consensusId"], one["reviewer"]))
+            most = max(most, len(at_work))
+    assert most == 2
+
+
+def asked_of(own: Server, made: Json) -> List[str]:
+    """List the prompts that a review's agents were given, whoever they are."""
+    found = own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]
+    paths = [own.ask(f"GET /v1/sessions/{one['id']}")["transcriptPath"] for one in found]
+    return sorted(text.split(". ")[0] + (" again" if "could not be taken" in text else "") for path in paths
+                  if path and Path(path).exists() for kind, text in transcript(path) if kind == "prompt")
+
+
+ALL_ASKED = ["You are reviewer 1 of 3", "You are reviewer 2 of 3", "You are reviewer 2 of 3 again",
+         "You are reviewer 3 of 3", "You are reviewer 3 of 3 again"]
+
+
+@alone
+def test_a_review_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
+    own, rng = house(), random.Random(9)
+    for _ in range(CRASHES):
+        talk = own.open()
+        made = review(talk, "wait 0.4 approve | again wait 0.3 reject a:1 b | wait 0.2 nonsense")
+        threading.Event().wait(rng.uniform(0, 2.5))
+        own.crash()
+        threading.Event().wait(rng.choice((0, 0.5)))
+        own.start()
+        told = ruled(own, made)
+        assert (told["state"], told["verdict"]) == ("done", "rejected"), told
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
+        ids = {one["id"] for one in own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]}
+        eventually(lambda: {own.ask(f"GET /v1/sessions/{one}")["status"] for one in ids} <= {"killed", "exited"})
+        assert asked_of(own, made) == ALL_ASKED, "nobody was asked twice"
+        own.events.wait_for("consensus.completed", consensusId=made["id"])
+        assert len([one for one in own.events.heard if one["type"] == "consensus.completed"
+                    and one["consensusId"] == made["id"]]) == 1
+        talk.kill()
+
+
+@alone
+def test_a_review_finds_what_was_begun_and_not_noted_and_begins_again_what_never_ran(house):
+    own = house()
+    made = review(own.open(), "again wait 1 approve", reviewers=1)
+    own.events.wait_for("prompt.started", after=own.events.wait_for("consensus.reviewer", state="reviewing")["id"])
+    eventually(lambda: own.ask(f"GET /v1/consensus/{made['id']}")["reviewers"][0]["sessionId"])
+    eventually(lambda: own.ask(f"GET /v1/consensus/{made['id']}")["reviewers"][0]["askedAgain"])
+    eventually(lambda: asked_of(own, made)[-1].endswith("again"))
+    forget_note(own, "UPDATE reviewers SET prompt = NULL WHERE consensus = ?", made["id"])
+    assert ruled(own, made)["verdict"] == "approved"
+    assert asked_of(own, made) == ["You are reviewer 1 of 1", "You are reviewer 1 of 1 again"]
+
+
+# ============================================================================
+# SWARM. Who works together, and who waits for whom.
+# ============================================================================
+
+
+def swarm(server: Server, query: str = "") -> Dict[str, Json]:
+    """Give the groups by id."""
+    return {one["id"]: one for one in server.ask(f"GET /v1/swarm?limit=200{query}")["groups"]}
+
+
+def waits(group: Json) -> List[Tuple[str, str, Any]]:
+    """Reduce a group to who waits for whom."""
+    return sorted((one["kind"], one["who"], one["for"]) for one in group["waits"])
+
+
+def test_get_swarm_tells_of_a_family_and_of_what_it_waits_for(server, make):
+    talk = make()
+    assert talk.id not in swarm(server)
+    child, other = (Talk(server, talk.server.ask(f"POST /v1/sessions/{talk.id}/spawn", {"prompt": prompt}))
+                    for prompt in ("[[bash touch x]] [[say after]]", "[[say done]]"))
+    asked = child.wait("permission.requested")["permission"]["id"]
+    other.wait("prompt.done"), eventually(lambda: other.status == "idle")
+    group = swarm(server, "&kind=family&state=waiting")[talk.id]
+    assert [(one["sessionId"], one["role"], one["status"]) for one in group["members"]] == [
+        (talk.id, "parent", "idle"), (child.id, "child", "permission_prompt"), (other.id, "child", "idle")]
+    assert waits(group) == [("child", talk.id, child.id), ("permission", child.id, asked)]
+    assert (group["state"], group["progress"], group["runState"]) == ("waiting", {"total": 3, "over": 2}, None)
+    child.ask("POST approve", {})
+    child.wait("prompt.done"), eventually(lambda: child.status == "idle")
+    other.kill()
+    group = eventually(lambda: swarm(server, "&state=idle").get(talk.id))
+    assert [one["status"] for one in group["members"]] == ["idle", "idle", "killed"] and group["waits"] == []
+    assert group["tokenUsage"]["output"] == sum(one.get()["tokenUsage"]["output"] for one in (talk, child, other)) > 0
+    assert group["ageSeconds"] >= 0 and group["costUsd"] is None, "the demo's model has no price"
+
+
+@alone
+def test_get_swarm_tells_of_an_agents_own_subagents_also_after_a_restart(house):
+    own = house()
+    talk = own.open("[[agents touch a ;; touch b]] [[say after]]")
+    asked = [talk.wait("permission.requested")["permission"] for _ in range(2)]
+    group = eventually(lambda: swarm(own, "&kind=family")[talk.id])
+    helpers = group["members"][0]["subagents"]
+    assert [(one["type"], one["state"]) for one in helpers] == [("general-purpose", "working")] * 2
+    assert {one["id"] for one in helpers} == {one["subagentId"] for one in asked}
+    assert waits(group) == sorted([*(("permission", talk.id, one["id"]) for one in asked),
+                                   *(("subagent", talk.id, one["id"]) for one in helpers)])
+    own.crash().start()
+    eventually(lambda: {one["id"]: one["state"] for one in swarm(own)[talk.id]["members"][0]["subagents"]} == {
+        one["id"]: "working" for one in helpers})
+    for _ in asked:
+        eventually(lambda: talk.call("POST approve", {"permissionId": talk.get()["pendingPermissions"][0]["id"]}
+                                     ).status == 200)
+    assert talk.read()["status"] == "idle"
+    group = eventually(lambda: swarm(own, "&state=idle").get(talk.id))
+    shown = group["members"][0]["subagents"]
+    assert [one["state"] for one in shown] == ["ended", "ended"] and all(one["tokenUsage"]["output"] for one in shown)
+    helped = sum(one["tokenUsage"]["output"] for one in shown)
+    assert group["tokenUsage"] == group["members"][0]["tokenUsage"], "a subagent's usage is its session's already"
+    eventually(lambda: swarm(own)[talk.id]["tokenUsage"]["output"] > helped)
+    assert not [one for one in group["waits"] if one["kind"] == "subagent"]
+
+
+def test_get_swarm_tells_of_runs_and_labels_page_by_page(server, make):
+    label = {"team": uuid.uuid4().hex[:8]}
+    pair = [make("[[hang]]", labels=label), make(labels=label)]
+    gated = pipeline(server, {"name": "a", "prompt": "[[hang]]"}, {"name": "b", "prompt": "[[say x]]"},
+                     {"name": "c", "prompt": "[[say x]]", "dependsOn": ["a", "b"]})
+    judged = review(pair[1], "hang | approve", reviewers=2)
+    eventually(lambda: [one["state"] for one in server.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"]] == [
+        "reviewing", "done"])
+    eventually(lambda: server.ask(f"GET /v1/pipelines/{gated['id']}")["stages"][0]["sessionStatus"] == "working")
+    groups = swarm(server)
+    found = groups[gated["id"]]
+    assert (found["kind"], found["state"], found["progress"]) == ("pipeline", "working", {"total": 3, "over": 0})
+    assert waits(found) == [("stage", "b", "a"), ("stage", "c", "a"), ("stage", "c", "b")]
+    assert [one["role"] for one in found["members"]] == ["a"]
+    found = groups[judged["id"]]
+    assert [one["role"] for one in found["members"]] == ["reviewed", "reviewer 1", "reviewer 2"]
+    assert waits(found) == [("reviewer", judged["id"], found["members"][1]["sessionId"])]
+    assert (found["state"], found["progress"]) == ("working", {"total": 2, "over": 1})
+    found = groups[f"team={label['team']}"]
+    assert {one["sessionId"]: one["status"] for one in found["members"]} == {pair[0].id: "working", pair[1].id: "idle"}
+    assert not any(one.startswith(("pipeline=", "consensus=", "stage=")) for one in groups)
+    assert {one["kind"] for one in swarm(server, "&kind=label").values()} == {"label"}
+    pages = [server.ask(f"GET /v1/swarm?limit=1&page={page}") for page in (1, 2)]
+    assert [len(one["groups"]) for one in pages] == [1, 1] and pages[0]["pagination"]["total"] >= 3
+    assert pages[0]["groups"][0]["createdAt"] >= pages[1]["groups"][0]["createdAt"]
+    assert server.refusal("GET /v1/swarm?kind=flock") == (400, "INVALID_REQUEST")
+    server.ask(f"DELETE /v1/pipelines/{gated['id']}"), server.ask(f"DELETE /v1/consensus/{judged['id']}")
+    eventually(lambda: gated["id"] not in swarm(server) and judged["id"] not in swarm(server))
+
+
+# ============================================================================
+# METRICS. What was used, and how long it took.
+# ============================================================================
+
+
+def used_in(*paths: str) -> Json:
+    """Sum a conversation's usage from the files that the agent wrote, subagents' included: once for each message."""
+    last: Dict[str, Json] = {}
+    for path in paths:
+        for file in [Path(path), *Path(path).with_suffix("").glob("subagents/*.jsonl")]:
+            for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if entry.get("type") == "assistant" and entry["message"].get("model") != "<synthetic>":
+                    last[entry["message"]["id"]] = entry["message"]["usage"]
+    names = {"input": "input_tokens", "output": "output_tokens", "cacheRead": "cache_read_input_tokens",
+             "cacheWrite": "cache_creation_input_tokens"}
+    return {name: sum(usage.get(key, 0) for usage in last.values()) for name, key in names.items()}
+
+
+def settled_usage(talk: Talk, *paths: str) -> Json:
+    """Wait until a session's usage is what stands in its files, and give that."""
+    talk.read("limit=0")     # waits for the last lines of a turn that has just ended
+    return eventually(lambda: (used_in(*paths) == talk.get()["tokenUsage"]) and used_in(*paths))
+
+
+def test_usage_is_booked_under_the_utc_day_of_its_message():
+    late, early = "2026-03-01T23:59:59.900Z", "2026-03-02T00:00:00.100Z"
+    booked: Any = {}
+    raw = (said("a", 1, timestamp=late), said("b", 1, timestamp=early), said("c", 2, timestamp=early),
+           said("d", 3, {"output_tokens": 7}, timestamp="2999-01-01T00:00:00.000Z"))
+    ledger = aegis.count_usage(aegis.new_ledger(), [one for line in raw for one in aegis.parse_line(line)], booked)
+    days = {day: counts for (day, _), counts in booked.items()}
+    assert days["2026-03-01"]["messages"] == days["2026-03-02"]["messages"] == 1, "a message stays on its first day"
+    assert days["2026-03-01"]["input_tokens"] == days["2026-03-02"]["input_tokens"]
+    assert set(days) == {"2026-03-01", "2026-03-02", time.strftime("%Y-%m-%d", time.gmtime())}, "no day of the future"
+    total = aegis.token_usage(ledger)["output"]
+    assert sum(counts.get("output_tokens", 0) for counts in days.values()) == total > 7
+
+
+@pytest.mark.parametrize("amount", [-5, True, "7", 10 ** 30, None, 1.5, [1]])
+def test_an_amount_that_is_none_counts_for_nothing(amount):
+    found = aegis.token_usage(books(said("a", 1, {"input_tokens": amount, "output_tokens": 3,
+                                                  "cache_creation": amount})))
+    assert found == {"input": 0, "output": 3, "cacheRead": 0, "cacheWrite": 0}
+
+
+def test_the_names_of_models_in_a_transcript_are_bounded():
+    ledger = books(*(said("x", number, model=f"made-up-{number}" + "x" * 300) for number in range(300)))
+    assert len(ledger["models"]) == aegis.MAX_MODELS + 1 and max(map(len, ledger["models"])) <= 100
+    assert aegis.token_usage(ledger)["input"] == 300 * 10
+
+
+def test_a_bill_says_which_part_has_no_price():
+    million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+    told = aegis.bill([("claude-sonnet-4-5-x", million), ("who-knows", {"input_tokens": 5})], aegis.PRICES)
+    assert (told["costUsd"], told["pricedCostUsd"], told["unpricedModels"], told["unpricedTokens"]) == (
+        None, 18.0, ["who-knows"], 5)
+    own = aegis.read_prices({"who": {"input": 2, "output": 4}, "who-knows": {"input": 10, "output": 0.5}})
+    told = aegis.bill([("who-knows", million)], own)
+    assert (told["costUsd"], told["unpricedModels"], told["unpricedTokens"]) == (10.5, [], 0)
+
+
+@pytest.mark.parametrize("wrong", [{"a": 3}, {"a": {"input": 1}}, {"a": {"input": -1, "output": 1}},
+                                   {"": {"input": 1, "output": 1}}, {"a": {"input": "1", "output": 1}},
+                                   {"a": {"input": 1, "output": True}}])
+def test_a_wrong_price_is_refused_by_name(wrong):
+    with pytest.raises(aegis.ApiError, match="AEGIS_PRICES"):
+        aegis.read_prices(wrong)
+
+
+def test_get_metrics_counts_what_the_agents_files_say_once(server, make):
+    talk = make("[[say one]]")
+    talk.wait("session.idle")
+    talk.say("[[model made-up-9]] [[say two]]")
+    first = talk.get()["transcriptPath"]
+    talk.say("/clear", "POST command")
+    talk.say("[[say three]]")
+    paths = {first, talk.get()["transcriptPath"]}
+    used = settled_usage(talk, *paths)
+    assert len(paths) == 2
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert told["tokenUsage"] == used and told["messages"] == 3 and told["bySession"][0]["id"] == talk.id
+    assert [one["model"] for one in told["byModel"]] == ["claude-demo", "made-up-9"]
+    assert told["costUsd"] is None and told["unpricedModels"] == ["claude-demo", "made-up-9"]
+    assert sum(one["totalTokens"] for one in told["byDay"]) == told["totalTokens"] == sum(used.values())
+    assert told["turns"]["byOutcome"]["done"] >= 3 and told["latencies"]["typedToSubmitted"]["count"] >= 3
+    only = server.ask(f"GET /v1/metrics?session={talk.id}&model=made-up-9")
+    assert only["messages"] == 2 and 0 < only["totalTokens"] < told["totalTokens"]
+    talk.kill()
+    assert server.ask(f"GET /v1/metrics?session={talk.id}")["tokenUsage"] == used, "the end takes nothing away"
+
+
+def test_get_metrics_counts_no_copied_history_in_a_fork(server, make):
+    origin = make("[[say the first]]")
+    origin.wait("session.idle")
+    before = settled_usage(origin, origin.get()["transcriptPath"])
+    fork = Talk(server, server.ask(f"POST /v1/sessions/{origin.id}/fork", {}))
+    fork.say("[[say second]]")
+    both = eventually(lambda: used_in(path) if (path := fork.get()["transcriptPath"]) and len(transcript(path)) == 4
+                      else None)
+    own = {name: both[name] - before[name] for name in both}
+    eventually(lambda: fork.get()["tokenUsage"] == own)
+    assert server.ask(f"GET /v1/metrics?session={fork.id}")["tokenUsage"] == own
+    fork.kill()
+
+
+def test_only_what_a_session_used_itself_counts_in_a_conversation_that_it_found(tmp_path):
+    old, fresh = tmp_path / "old.jsonl", tmp_path / "fresh.jsonl"
+    old.write_bytes(said("a", 1) + b"\n")
+    fresh.write_bytes(line("user", "hi") + b"\n")
+    row = aegis.SessionRow(**{**dict.fromkeys(aegis.SessionRow._fields), "parts": ["first"], "updated_at": 40.0,
+                              "launch": {"started": 30.0}})
+    assert aegis.own_since(row, str(old), 50.0) == 50.0 and aegis.own_since(row, str(old), None) == 40.0
+    assert aegis.own_since(row, str(fresh), 50.0) is None and aegis.own_since(row, str(tmp_path / "no"), 50.0) is None
+    assert aegis.own_since(row._replace(parts=[]), str(old), None) is None, "its first one, whoever tells of it"
+    fork = row._replace(parts=[], forked_from="other")
+    assert aegis.own_since(fork, str(fresh), 50.0) == 50.0 and aegis.own_since(fork, str(fresh), None) == 30.0
+
+
+def test_get_metrics_counts_subagents_and_decisions(server, make):
+    talk = make()
+    talk.send("[[agents touch a ;; touch b]] [[say both]]")
+    for answer in ("POST approve", "POST reject"):
+        talk.wait("permission.requested")
+        talk.ask(answer, {"permissionId": talk.get()["pendingPermissions"][0]["id"]})
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    used = settled_usage(talk, path)
+    assert len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 2
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert told["tokenUsage"] == used and told["permissions"]["decided"] == 2
+    assert {(one["state"], one["decidedBy"], one["count"]) for one in told["permissions"]["decisions"]} == {
+        ("approved", "api", 1), ("rejected", "api", 1)}
+    assert told["permissions"]["waiting"]["totalSeconds"] == pytest.approx(
+        sum(one["tookMs"] for one in talk.ask("GET permissions")["history"]) / 1000, abs=0.01)
+
+
+@alone
+def test_get_metrics_survives_a_crash_and_counts_what_was_done_meanwhile(house):
+    own = house("--prices", '{"claude-demo": {"input": 1000, "output": 0}}')
+    talk, gone = own.open("[[say one]]"), own.open("[[agents touch a]] [[say both]]", permissions={"allowBash": True})
+    talk.wait("session.idle"), gone.wait("session.idle")
+    gone_used = settled_usage(gone, gone.get()["transcriptPath"])
+    gone.kill()
+    before = own.ask("GET /v1/metrics")
+    talk.send("[[slow 1]] [[say away]]")
+    talk.wait("turn.started")
+    own.crash()
+    path = next(path for path in own.root.glob("**/projects/*/*.jsonl")
+                if "[[slow 1]]" in path.read_text(encoding="utf-8"))
+    own.start()
+    eventually(lambda: talk.status == "idle")
+    used = settled_usage(talk, str(path))
+    after = own.ask("GET /v1/metrics")
+    both = {name: used[name] + gone_used[name] for name in used}
+    assert after["tokenUsage"] == both and before["tokenUsage"] != both
+    assert {one["id"]: one["tokenUsage"] for one in after["bySession"]} == {talk.id: used, gone.id: gone_used}
+    cost = (both["input"] + 0.1 * both["cacheRead"] + 1.25 * both["cacheWrite"]) / 1000
+    assert after["costUsd"] == pytest.approx(cost) and talk.get()["costUsd"] > 0
+    assert after["turns"]["total"] == before["turns"]["total"] + 1
+    again = own.crash().start().ask("GET /v1/metrics")
+    assert (again["tokenUsage"], again["costUsd"], again["turns"]) == (
+        after["tokenUsage"], after["costUsd"], after["turns"])
+
+
+def test_what_older_versions_counted_is_booked_once(tmp_path):
+    path = tmp_path / "aegis.db"
+    old = next(number for number, script in enumerate(aegis.MIGRATIONS) if "CREATE TABLE usage " in script)
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        for script in aegis.MIGRATIONS[:old]:
+            db.executescript(script)
+        db.execute(f"PRAGMA user_version = {old}")
+        ledger = {"offset": 9, "recent": {}, "models": {"m": {"input_tokens": 5, "output_tokens": 7}}}
+        row = {name: "" for name in aegis.SessionRow._fields}
+        row.update(id="s", launch="{}", parts="[]", ledger=json.dumps(ledger), turns=1, policy="{}", labels="{}",
+                   limits="{}", worktree="null", known="{}", since=0, created_at=0, updated_at=86_400.0 * 365)
+        db.execute(f"INSERT INTO sessions ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        db.execute("INSERT INTO prompts (id, session, kind, text, state, attempts, created_at, typed_at, submitted_at, "
+                   "started_at, ended_at) VALUES ('p', 's', 'prompt', '', 'done', 1, 10, 11, 11.5, 12, 15)")
+        db.execute("INSERT INTO permissions (id, session, tool, input, summary, suggestions, state, decided_by, "
+                   "asked_at, decided_at) VALUES ('r', 's', 'Bash', '{}', '', '[]', 'approved', 'api', 1, 3)")
+    context = aegis.Context(aegis.Settings({"state_dir": str(tmp_path)}), aegis.Log())
+    context.store = store = aegis.Store(path)
+    context.bus, context.tmux, context.traffic = aegis.Bus(store, 100), None, aegis.Traffic()
+    for _ in range(2):
+        aegis.book_earlier_usage(context)
+        told = aegis.metrics(context, aegis.Span(), 90, 1, 50)
+        assert told["tokenUsage"] == {"input": 5, "output": 7, "cacheRead": 0, "cacheWrite": 0}
+        assert [one["day"] for one in told["byDay"]] == ["1970-01-01", "1971-01-01"]
+        assert told["latencies"]["turn"]["totalSeconds"] == 3 and told["permissions"]["waiting"]["totalSeconds"] == 2
+        assert told["latencies"]["sendToSubmitted"]["totalSeconds"] == 1.5
+        mine = aegis.metrics(context, aegis.Span(session="s"), 90, 1, 50)
+        assert (mine["latencies"], mine["permissions"]) == (told["latencies"], told["permissions"])
+    assert aegis.metrics(context, aegis.Span(first="1970-01-02", last="1970-12-31"), 90, 1, 50)["bySession"] == []
+    assert aegis.metrics(context, aegis.Span(first="1971-01-01"), 90, 1, 50)["pagination"]["total"] == 1
+    store.close()
+
+
+@pytest.mark.parametrize("query, status, field", [
+    ("from=2026-13-01", 400, "from"), ("to=yesterday", 400, "to"), ("from=2026-02-02&to=2026-02-01", 400, "from"),
+    ("days=0", 400, "days"), ("limit=201", 400, "limit"), ("session=nobody", 404, None)])
+def test_get_metrics_refuses_what_it_cannot_read(server, query, status, field):
+    answer = server.call(f"GET /v1/metrics?{query}")
+    assert answer.status == status and (field is None or field in answer.json["fields"])
+
+
+def test_get_metrics_pages_through_sessions(server, make):
+    made = [make().id for _ in range(3)]
+
+    def ids(query: str) -> List[str]:
+        return [one["id"] for one in server.ask(f"GET /v1/metrics?{query}")["bySession"]]
+
+    def total(route: str) -> int:
+        return server.ask(route)["pagination"]["total"]
+    assert [one for one in ids("limit=200") if one in made] == made[::-1]   # other tests make sessions meanwhile
+    eventually(lambda: [one for page in (1, 2, 3, 4) for one in ids(f"limit=2&page={page}")] == ids("limit=8"))
+    eventually(lambda: total("GET /v1/metrics") == total("GET /v1/sessions") >= 3)
+    assert server.ask("GET /v1/metrics?to=1999-12-31")["pagination"]["total"] == 0
+
+
+def test_requests_are_counted_by_route_from_every_thread():
+    traffic = aegis.Traffic()
+    for number in range(100):
+        traffic.note(traffic.quick, "GET /a", 200, 0.001 * number)
+    workers = [threading.Thread(target=lambda: [traffic.note_slow("GET /a", 200, 99.0) for _ in range(500)])
+               for _ in range(4)]
+    [one.start() for one in workers], [one.join() for one in workers]
+    found = traffic.counts()["GET /a", 200]
+    assert found.number == 2_100 and found.counts[-1] == 2_000 and found.total == pytest.approx(4.95 + 198_000)
+    assert found.quantile(0.01) <= 0.025 and found.quantile(0.99) == aegis.HTTP_BOUNDS[-1]
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+
+SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)\Z')
+LABEL_PAIR = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|\Z)')
+Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def parse_labels(raw: str) -> Tuple[Tuple[str, str], ...]:
+    """Read the inside of the braces, whole."""
+    found, place = [], 0
+    while place < len(raw):
+        pair = LABEL_PAIR.match(raw, place)
+        assert pair, raw[place:]
+        worth = re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape.group(1), escape.group(1)), pair.group(2))
+        found.append((pair.group(1), worth))
+        place = pair.end()
+    assert len(dict(found)) == len(found), raw
+    return tuple(sorted(found))
+
+
+def parse_exposition(text: str) -> Tuple[Dict[str, str], Series]:
+    """Read text format 0.0.4 strictly: metrics by type, and every series; what the format forbids fails here."""
+    assert text.endswith("\n") and "\n\n" not in text and "\r" not in text
+    kinds: Dict[str, str] = {}
+    series: Series = {}
+    helped = current = ""
+    for one in text.split("\n")[:-1]:
+        if one.startswith("# HELP "):
+            helped = one.split(" ")[2]
+            assert helped not in kinds and len(one.split(" ", 3)[3]) > 5, one
+        elif one.startswith("# TYPE "):
+            _, _, current, kind = one.split(" ")
+            assert current == helped and kind in ("counter", "gauge", "histogram"), one
+            kinds[current] = kind
+        else:
+            found = SAMPLE.match(one)
+            assert found, one
+            name, key = found["name"], (found["name"], parse_labels(found["labels"] or ""))
+            endings = ("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)
+            assert name in [current + ending for ending in endings] and key not in series, one
+            assert ("le" in dict(key[1])) == name.endswith("_bucket"), one
+            series[key] = float(found["value"])
+    for name, kind in kinds.items():
+        check_family(name, kind, {key: value for key, value in series.items() if key[0].startswith(name)})
+    return kinds, series
+
+
+def check_family(name: str, kind: str, series: Series) -> None:
+    """Hold one metric against what its type promises."""
+    assert series and all(value == value for value in series.values()), name
+    if kind == "counter":
+        assert name.endswith("_total") and min(series.values()) >= 0
+    if kind != "histogram":
+        return
+    assert not name.endswith("_total")
+    plain = {labels for which, labels in series if which == name + "_count"}
+    for labels in plain:
+        buckets = [(float(dict(one)["le"]), value) for (which, one), value in series.items()
+                   if which == name + "_bucket" and tuple(pair for pair in one if pair[0] != "le") == labels]
+        assert buckets == sorted(buckets) and [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1] == (float("inf"), series[name + "_count", labels]) and (name + "_sum", labels) in series
+        assert len({bound for bound, _ in buckets}) == len(buckets) > 5
+
+
+def scrape(server: Server, path: str = "/metrics", accept: str = "") -> Tuple[str, str]:
+    """Read metrics as text; gives the content type, too."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    line.request("GET", path, headers={**server.auth, **({"Accept": accept} if accept else {})})
+    answer = line.getresponse()
+    assert answer.status == 200
+    return answer.read().decode("utf-8"), answer.headers["Content-Type"]
+
+
+def test_get_metrics_for_prometheus_is_strictly_well_formed(server, make):
+    awkward = 'a "quoted" \\ name{x="y"} 語'
+    talk = make(name=awkward)
+    talk.say("[[say hi]]")
+    server.call("GET /v1/sessions/nobody")
+    server.call("GET /nowhere")
+    used = settled_usage(talk, talk.get()["transcriptPath"])
+    kinds, series = parse_exposition(scrape(server)[0])
+    mine = tuple(sorted({"session": talk.id, "name": awkward, "kind": "output"}.items()))
+    assert series["aegis_session_tokens_total", mine] == used["output"]
+    assert kinds["aegis_turn_duration_seconds"] == kinds["aegis_http_request_duration_seconds"] == "histogram"
+    assert series["aegis_http_requests_total", (("route", "GET /v1/sessions/:id"), ("status", "404"))] >= 1
+    assert series["aegis_http_requests_total", (("route", ""), ("status", "404"))] >= 1
+    assert {"aegis_tokens_total", "aegis_turns_total", "aegis_sessions", "aegis_permissions_pending",
+            "aegis_prompt_submit_seconds", "process_cpu_seconds_total", "aegis_unpriced_tokens_total"} <= set(kinds)
+    talk.kill()
+    ended = parse_exposition(scrape(server)[0])[1]
+    assert not [key for key in ended if ("session", talk.id) in key[1]], "only live sessions have series of their own"
+
+
+@pytest.mark.parametrize("path, accept, kind", [
+    ("/metrics", "", "text/plain; version=0.0.4"), ("/metrics", "*/*", "text/plain"),
+    ("/metrics", "application/json", "application/json"), ("/v1/metrics", "", "application/json"),
+    ("/v1/metrics", "*/*", "application/json"), ("/v1/metrics", "text/plain", "text/plain; version=0.0.4"),
+    ("/v1/metrics", "text/plain;q=0.5, application/json", "application/json"),
+    ("/metrics", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+     "application/openmetrics-text; version=1.0.0"),
+    ("/metrics", "text/plain;q=0, application/json", "application/json")])
+def test_get_metrics_answers_in_the_form_that_is_asked_for(server, path, accept, kind):
+    said_, type_ = scrape(server, path, accept)
+    assert type_.startswith(kind)
+    if type_.startswith("application/json"):
+        assert json.loads(said_)["timezone"] == "UTC"
+    elif "openmetrics" in type_:
+        assert said_.endswith("\n# EOF\n") and "# TYPE aegis_sessions_created counter" in said_
+    else:
+        parse_exposition(said_)
 
 
 # ============================================================================
@@ -6265,11 +7881,11 @@ def test_what_the_operator_lists_is_allowed():
                                  "http://[::1/", "http://@a.example/", "javascript:alert(1)"])
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(ValueError):
-        aegis.read_url(url)
+        aegis.read_site(url)
 
 
 def test_an_address_is_taken_apart():
-    told = [aegis.read_url(url) for url in ("https://A.example", "http://a.example:8080/b/c?d=e", "http://[::1]:8080")]
+    told = [aegis.read_site(url) for url in ("https://A.example", "http://a.example:8080/b/c?d=e", "http://[::1]:8080")]
     assert [tuple(one) for one in told] == [("https", "a.example", 443, "/"), ("http", "a.example", 8080, "/b/c?d=e"),
                                             ("http", "::1", 8080, "/")]
     assert [one.authority for one in told] == ["a.example", "a.example:8080", "[::1]:8080"]
@@ -6278,7 +7894,7 @@ def test_an_address_is_taken_apart():
 
 def fetch(url: str, guard: Any = None, seconds: float = 5.0) -> Any:
     """Make one guarded request."""
-    return aegis.exchange(aegis.read_url(url), guard or aegis.Guard(("all",)), "POST", {}, b"{}", seconds)
+    return aegis.exchange(aegis.read_site(url), guard or aegis.Guard(("all",)), "POST", {}, b"{}", seconds)
 
 
 def test_the_address_connected_to_is_the_one_that_was_checked(monkeypatch):
@@ -6360,7 +7976,7 @@ import aegis
 del sys.modules["ssl"]
 assert not hasattr(aegis.http.client, "HTTPSConnection") and "_ssl" not in sys.modules
 try:
-    target = aegis.read_url(sys.argv[1])
+    target = aegis.read_site(sys.argv[1])
     print(aegis.exchange(target, aegis.Guard(("all",)), "POST", {}, b"{}", 5).status)
 except aegis.OutboundError as error:
     print(error)
@@ -7266,6 +8882,8 @@ def test_the_commands_of_the_chat(chatty):
     assert "It had ended before" in fake.press(f"Kill {name}", question)["text"]
     fake.reply(question, "are you there?")
     fake.said("No: session .* is killed")
+    rows = own.ask(f"GET /v1/audit?session={talk.id}")["entries"]
+    assert [one["action"] for one in rows if one["who"] == f"telegram:{ANN}"] == ["telegram.press"]
 
 
 @alone
@@ -7393,6 +9011,597 @@ def test_a_server_for_others_checks_the_token(house):
     assert own.call("GET /v1/sessions").status == 200
 
 
+# -- whose things a key sees
+
+
+@pytest.fixture(scope="session")
+def two(guarded: Server) -> Iterator[Tuple[Json, Json, "Talk", "Talk"]]:
+    """Two keys with all scopes but sessions:all and admin, and a session that each of them made."""
+    scopes = ("sessions:read", "sessions:write", "permissions:decide", "memory:read", "memory:write")
+    keys = [bearer(mint(guarded, *scopes)) for _ in range(2)]
+    body = {"workDir": str(guarded.work), "labels": {"of": "two"}}
+    made = [Talk(guarded, guarded.ask("POST /v1/sessions", body, key)) for key in keys]
+    for one in made:
+        one.wait("session.idle")
+    yield keys[0], keys[1], made[0], made[1]
+    for one in made:
+        one.kill()
+
+
+BELOW = [route for route in aegis.ROUTES if re.match(r"\w+ /v1/(sessions|worktrees)/:id", route.route)]
+
+
+@pytest.mark.parametrize("route", BELOW, ids=[route.route for route in BELOW])
+def test_a_session_of_another_key_is_not_there(guarded, two, route):
+    mine, _, _, theirs = two
+    method, path = route.route.split(" ")
+    other = re.sub(r"[:*]\w+", "x", path.replace(":id", theirs.id))
+    nobody = other.replace(theirs.id, "0" * 12)
+    bodies = [None] if method == "GET" else [None, {"text": "x", "command": "/x", "key": "k", "value": 1}]
+    for body in bodies:
+        answers = [guarded.call(f"{method} {one}", body, mine) for one in (other, nobody)]
+        assert [one.status for one in answers] == [404, 404], answers[0].raw
+        assert answers[0].raw.replace(theirs.id.encode(), b"0" * 12) == answers[1].raw
+    assert theirs.get()["status"] == "idle"
+
+
+def test_list_sessions_shows_a_key_its_own_alone(guarded, two):
+    mine, other, ours, theirs = two
+    for query in ("", "?label=of=two", "?status=idle"):
+        for key, own in ((mine, ours), (other, theirs), (mine, ours)):
+            listed = guarded.ask(f"GET /v1/sessions{query}", headers=key)
+            assert [one["id"] for one in listed["sessions"]] == [own.id] and listed["pagination"]["total"] == 1
+        everything = {one["id"] for one in guarded.ask(f"GET /v1/sessions{query}")["sessions"]}
+        assert {ours.id, theirs.id} <= everything
+    assert guarded.ask("GET /v1/sessions/stats", headers=mine)["total"] == 1
+    assert guarded.ask("GET /v1/sessions/stats", headers=mine)["active"] == 1
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    assert guarded.ask("GET /v1/sessions/stats", headers=reader)["total"] >= 2
+    assert guarded.call(f"GET /v1/sessions/{theirs.id}", headers=reader).status == 200
+
+
+def test_get_metrics_tells_a_key_of_its_own_sessions_alone(guarded, two):
+    mine, _, ours, theirs = two
+    for talk in (ours, theirs):
+        sent = guarded.ask(f"POST /v1/sessions/{talk.id}/send", {"text": "[[say hi]]"})
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        settled_usage(talk, talk.get()["transcriptPath"])
+    made = [guarded.ask(f"GET /v1/metrics?limit=200{query}", headers=mine) for query in ("", "&from=2020-01-01")]
+    own = {one["id"] for one in guarded.ask("GET /v1/sessions?limit=200", headers=mine)["sessions"]}
+    for told in made:
+        assert ours.id in own and {one["id"] for one in told["bySession"]} <= own and told["api"] is None
+        assert told["tokenUsage"] == {name: sum(one["tokenUsage"][name] for one in told["bySession"])
+                                      for name in told["tokenUsage"]}
+        assert told["tokenUsage"]["output"] > 0 and told["turns"]["total"] == sum(
+            one["turns"] for one in told["byDay"]) == sum(one["turns"] for one in told["bySession"])
+    everything = guarded.ask("GET /v1/metrics?limit=200")
+    assert everything["tokenUsage"]["output"] > made[0]["tokenUsage"]["output"] and everything["api"]["requests"]
+    assert guarded.refusal(f"GET /v1/metrics?session={theirs.id}", headers=mine) == (404, "SESSION_NOT_FOUND")
+    assert guarded.refusal("GET /metrics", headers=mine) == (403, "MISSING_SCOPE")
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    assert guarded.call("GET /v1/metrics", headers=reader).status == 200
+    assert guarded.refusal("GET /v1/diagnostics", headers=reader) == (403, "MISSING_SCOPE")
+
+
+def test_kill_batch_ends_only_what_the_key_made(guarded, two):
+    mine, _, ours, theirs = two
+    told = guarded.ask("DELETE /v1/sessions/batch", {"ids": [theirs.id, "nobody"]}, mine)
+    assert told["killed"] == 0 and {one["code"] for one in told["errors"]} == {"SESSION_NOT_FOUND"}
+    body = {"workDir": str(guarded.work), "labels": {"by": "label"}}
+    spare, others = Talk(guarded, guarded.ask("POST /v1/sessions", body, mine)), guarded.open(ready=False, **body)
+    assert guarded.ask("DELETE /v1/sessions/batch", {"label": "by"}, mine)["ids"] == [spare.id]
+    assert others.get()["status"] != "killed" and ours.get()["status"] == theirs.get()["status"] == "idle"
+    others.kill()
+
+
+def test_what_comes_of_a_session_belongs_to_its_key(guarded, two):
+    mine, other, ours, _ = two
+    child = guarded.ask(f"POST /v1/sessions/{ours.id}/spawn", {})             # by the admin
+    fork = guarded.ask(f"POST /v1/sessions/{ours.id}/fork", {}, mine)
+    for one in (child, fork):
+        assert guarded.call(f"GET /v1/sessions/{one['id']}", headers=mine).status == 200
+        assert guarded.refusal(f"GET /v1/sessions/{one['id']}", headers=other) == (404, "SESSION_NOT_FOUND")
+        guarded.ask(f"DELETE /v1/sessions/{one['id']}", headers=mine)
+    assert guarded.call(f"POST /v1/sessions/{fork['id']}/resume", {}, mine).status in (200, 409)
+    assert guarded.refusal(f"GET /v1/sessions/{fork['id']}", headers=other) == (404, "SESSION_NOT_FOUND")
+    guarded.call(f"DELETE /v1/sessions/{fork['id']}")
+
+
+def test_pipelines_verifications_and_templates_are_their_keys_own(guarded, two):
+    mine, other, ours, _ = two
+    body = {"workDir": str(guarded.work), "stages": [{"prompt": "[[say done]]"}]}
+    pipeline = guarded.ask("POST /v1/pipelines", body, mine)["id"]
+    done = guarded.ask(f"GET /v1/pipelines/{pipeline}?wait=done&timeout=30", headers=mine)
+    stage = done["stages"][0]["sessionId"]
+    verify = guarded.ask(f"POST /v1/sessions/{ours.id}/verify", {"checks": [{"command": "true"}]}, mine)["id"]
+    template = {"name": f"t{uuid.uuid4().hex[:6]}", "session": {"workDir": str(guarded.work)}}
+    made = guarded.ask("POST /v1/templates", template, mine)
+    for path, code in ((f"pipelines/{pipeline}", "PIPELINE_NOT_FOUND"), (f"verify/{verify}", "VERIFY_NOT_FOUND"),
+                       (f"sessions/{stage}", "SESSION_NOT_FOUND"), (f"templates/{made['id']}", "TEMPLATE_NOT_FOUND"),
+                       (f"templates/{made['name']}", "TEMPLATE_NOT_FOUND")):
+        assert guarded.call(f"GET /v1/{path}", headers=mine).status == 200, path
+        assert guarded.call(f"GET /v1/{path}").status == 200, path
+        for method in ("GET", "DELETE"):
+            assert guarded.refusal(f"{method} /v1/{path}", headers=other) == (404, code), path
+    for kind in ("pipelines", "verify", "templates"):
+        name = "verifies" if kind == "verify" else kind
+        ids = [[one["id"] for one in guarded.ask(f"GET /v1/{kind}", headers=key)[name]] for key in (mine, other)]
+        assert {pipeline, verify, made["id"]} & set(ids[0]) and not {pipeline, verify, made["id"]} & set(ids[1])
+    assert guarded.refusal("POST /v1/sessions", {"template": made["name"]}, other) == (404, "TEMPLATE_NOT_FOUND")
+    assert guarded.call("GET /v1/templates/reviewer", headers=other).status == 200
+    assert guarded.refusal("PUT /v1/templates/" + made["id"], template, other) == (404, "TEMPLATE_NOT_FOUND")
+
+
+def test_streams_tell_a_key_of_its_own_things_alone_also_in_replay(guarded, two):
+    mine, other, ours, theirs = two
+    reader = bearer(mint(guarded, "sessions:read", "sessions:all"))
+    live = [Events(guarded, "/v1/events", **key) for key in (mine, other, reader)]
+    eventually(lambda: all(one.connections for one in live))
+    for talk in (ours, theirs):
+        talk.say("[[say hi]]")
+    guarded.ask("POST /v1/memory", {"key": "seen", "value": 1})
+    last = guarded.events.wait_for("memory.set", key="seen")["id"]
+    guarded.ask(f"PATCH /v1/sessions/{ours.id}", {"labels": {"of": "two", "n": "1"}})
+    guarded.ask(f"PATCH /v1/sessions/{theirs.id}", {"labels": {"of": "two", "n": "1"}})
+    old = [Events(guarded, "/v1/events?after=0", **key) for key in (mine, other, reader)]
+    for own, key in ((ours, 0), (theirs, 1)):
+        for stream in (live[key], old[key]):
+            stream.wait_for("session.updated", own.id, last)
+            stream.wait_for("memory.set", key="seen")
+            heard = {one["sessionId"] for one in stream.heard} - {None}
+            assert own.id in heard and {ours.id, theirs.id} - {own.id} - heard
+            reader_of = (mine, other)[key]
+            assert {guarded.call(f"GET /v1/sessions/{id}", headers=reader_of).status for id in heard} == {200}
+            for one in [one for one in stream.heard if not one["sessionId"]]:
+                path = f"pipelines/{one['pipelineId']}" if "pipelineId" in one else "memory"
+                assert guarded.call(f"GET /v1/{path}", headers=reader_of).status == 200, one
+    for stream in (live[2], old[2]):   # sees all sessions, and may not read the memory
+        stream.wait_for("session.updated", theirs.id, last)
+        assert {ours.id, theirs.id} <= {one["sessionId"] for one in stream.heard}
+        assert not [one for one in stream.heard if one["type"].startswith("memory.")]
+    assert guarded.refusal(f"GET /v1/events?session={theirs.id}", headers=mine) == (404, "SESSION_NOT_FOUND")
+    for stream in (*live, *old):
+        stream.close()
+
+
+def test_no_prompt_reads_the_memory_for_a_key_that_may_not(guarded):
+    key = bearer(mint(guarded, "sessions:read", "sessions:write"))
+    guarded.ask("POST /v1/memory", {"key": "hidden", "value": "treasure"})
+    template = guarded.ask("POST /v1/templates", {"name": "peek", "session": {
+        "workDir": str(guarded.work), "prompt": "{{memory.hidden}}"}}, key)
+    where = {"workDir": str(guarded.work)}
+    tries = [("POST /v1/sessions", {**where, "prompt": "{{memory.hidden}}", "expand": True}),
+             ("POST /v1/sessions", {"template": template["id"]}),
+             ("POST /v1/pipelines", {**where, "stages": [{"prompt": "x {{memory.hidden}}"}]}),
+             ("POST /v1/pipelines", {**where, "stages": [{"template": template["id"]}]})]
+    for route, body in tries:
+        answer = guarded.call(route, body, key)
+        assert (answer.status, answer.json["code"]) == (403, "MISSING_SCOPE"), answer.raw
+        assert "treasure" not in answer.raw.decode()
+    assert guarded.refusal("GET /v1/memory/hidden", headers=key) == (403, "MISSING_SCOPE")
+
+
+def test_an_idempotency_key_is_its_callers_own(guarded, two):
+    mine, other, _, _ = two
+    body = {"workDir": str(guarded.work)}
+    made = [guarded.ask("POST /v1/sessions", body, {**key, "Idempotency-Key": "same"})["id"]
+            for key in (mine, other, mine)]
+    assert made[0] == made[2] != made[1]
+    guarded.ask("DELETE /v1/sessions/batch", {"ids": made[:2]})
+
+
+def test_decisions_name_the_key_that_made_them(guarded):
+    made = mint(guarded, "sessions:*", "permissions:decide")
+    talk = Talk(guarded, guarded.ask("POST /v1/sessions", {"workDir": str(guarded.work), "prompt": "[[bash touch x]]"},
+                                     bearer(made)))
+    asked = talk.wait("permission.requested")["permission"]["id"]
+    told = guarded.ask(f"POST /v1/sessions/{talk.id}/approve", {"permissionId": asked}, bearer(made))
+    assert told["decidedBy"] == f"api:{made['name']}"
+    entries = guarded.ask(f"GET /v1/audit?session={talk.id}")["entries"]
+    found = {one["action"]: one for one in entries}
+    assert (found["permission.approved"]["who"], found["permission.approved"]["target"]) == (
+        f"api:{made['name']}", asked)
+    call = found["POST /v1/sessions/:id/approve"]
+    assert (call["who"], call["name"], call["target"], call["status"]) == (made["id"], made["name"], asked, 200)
+    talk.kill()
+
+
+# -- tokens for streams
+
+
+def stream_token(server: Server, headers: Optional[Json] = None) -> str:
+    """Make a token for one stream."""
+    return server.ask("POST /v1/auth/sse-token", headers=headers)["token"]
+
+
+class Page:
+    """A browser's EventSource on a raw socket: it sends no header of its own but the last id."""
+
+    def __init__(self, server: Server, token: str, last: str = "", **headers: str) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", server.port), timeout=WITHIN)
+        given = {"Host": "localhost", **headers, **({"Last-Event-ID": last} if last else {})}
+        lines = [f"GET /v1/events{'?token=' * bool(token)}{token} HTTP/1.1", *map(": ".join, given.items()), "", ""]
+        self.sock.sendall("\r\n".join(lines).encode())
+        self.lines, self.parser, self.heard = self.sock.makefile("rb"), Stream(), []  # type: Any, Stream, List[Json]
+        self.status = int(self.lines.readline().split()[1])
+
+    def wait_for(self, kind: str, session: str) -> str:
+        """Read on to an event; gives its id."""
+        until = time.monotonic() + WITHIN
+        for raw in self.lines:
+            assert time.monotonic() < until, f"no {kind} in time"
+            event = self.parser.feed(raw)
+            if event and event.data.startswith("{"):
+                self.heard.append(json.loads(event.data))
+                if (event.type, self.heard[-1]["sessionId"]) == (kind, session):
+                    return event.id
+        raise AssertionError(f"the stream ended before {kind}")
+
+    def ended(self) -> bool:
+        """Read to the stream's end."""
+        until = time.monotonic() + WITHIN
+        return all(time.monotonic() < until for _ in self.lines)
+
+    def close(self) -> None:
+        """Leave, as when the network fails."""
+        self.lines.close()
+        self.sock.close()
+
+
+def test_create_stream_token_opens_one_stream_that_sees_what_its_maker_sees(guarded, two):
+    mine, _, ours, theirs = two
+    made = guarded.ask("POST /v1/auth/sse-token", headers=mine)
+    assert made["token"].startswith("aegis_sse_") and 0 < made["expiresIn"] <= 60
+    page = Page(guarded, made["token"])
+    assert page.status == 200
+    assert Page(guarded, made["token"]).status == 401
+    theirs.say("[[say hi]]")
+    ours.say("[[say hi]]")
+    last = page.wait_for("session.idle", ours.id)
+    assert {one["sessionId"] for one in page.heard} == {ours.id}
+    back = Page(guarded, made["token"], last)      # before the server knows that the first is gone
+    assert back.status == 200 and page.ended()
+    back.close()                                   # and after
+    ours.say("[[say again]]")
+    page = eventually(lambda: [one for one in [Page(guarded, made["token"], last)] if one.status == 200])[0]
+    assert int(page.wait_for("session.idle", ours.id)) > int(last)
+    page.close()
+
+
+def test_create_stream_token_is_for_streams_alone_and_changes_nothing(guarded):
+    token = stream_token(guarded)
+    for route in ("GET /v1/sessions", "POST /v1/sessions", "GET /v1/audit", "GET /v1/memory"):
+        assert guarded.refusal(f"{route}?token={token}", auth=False) == (401, "UNAUTHORIZED")
+        body = {} if route.startswith("POST") else None
+        assert guarded.refusal(route, body, {"Authorization": f"Bearer {token}"}) == (401, "UNAUTHORIZED")
+    assert Page(guarded, token + "x").status == 401
+    key = mint(guarded, "sessions:read")
+    assert Page(guarded, key["key"]).status == 401
+    assert Page(guarded, "x").status == 401
+    assert guarded.refusal("POST /v1/auth/sse-token", headers=bearer(mint(guarded, "memory:read"))) == (
+        403, "MISSING_SCOPE")
+
+
+def test_create_stream_token_dies_with_its_key(guarded):
+    made = mint(guarded, "sessions:read")
+    tokens = [stream_token(guarded, bearer(made)) for _ in range(2)]
+    page = Page(guarded, tokens[0])
+    assert page.status == 200
+    guarded.ask(f"DELETE /v1/auth/keys/{made['id']}")
+    for token in tokens:
+        assert Page(guarded, token).status == 401
+    assert page.ended()
+    page.close()
+
+
+def test_create_stream_token_is_limited_for_each_key(guarded):
+    key = bearer(mint(guarded, "sessions:read"))
+    answers = [guarded.call("POST /v1/auth/sse-token", headers=key) for _ in range(aegis.TICKETS_EACH + 1)]
+    assert [one.status for one in answers] == [200] * aegis.TICKETS_EACH + [429] and answers[-1].headers["Retry-After"]
+    assert guarded.call("POST /v1/auth/sse-token", headers=bearer(mint(guarded, "sessions:read"))).status == 200
+
+
+def test_a_ticket_is_for_one_stream_at_a_time_and_lives_shortly():
+    tickets, who = aegis.Tickets(), aegis.ANYBODY
+    ends: List[str] = []
+    first, second = (lambda: ends.append("first")), (lambda: ends.append("second"))
+    token = tickets.issue(who, 0.0)
+    assert tickets.open(token, "a", False, first, aegis.TICKET_OPEN_SECONDS + 1) is None      # too late
+    token = tickets.issue(who, 0.0)
+    assert token not in tickets.known and aegis.digest_of(token) in tickets.known
+    ticket = tickets.open(token, "a", False, first, 1.0)
+    assert ticket.who.scopes == {"sessions:read", "sessions:all", "memory:read"}
+    assert tickets.open(token, "a", False, second, 2.0) is None                               # the first has it
+    assert tickets.open(token, "b", True, second, 2.0) is None and not ends                   # somebody else
+    assert tickets.open(token, "a", True, second, 500.0) is ticket and ends == ["first"]      # comes back
+    tickets.close(ticket, first, 501.0)                                                       # the lost one notices
+    assert tickets.open(token, "a", False, first, 502.0) is None
+    tickets.close(ticket, second, 503.0)
+    assert tickets.open(token, "b", False, first, 504.0) is ticket
+    tickets.close(ticket, first, 505.0)
+    assert tickets.open(token, "a", True, first, 506.0 + aegis.TICKET_OPEN_SECONDS) is None   # rested too long
+    token = tickets.issue(who, 0.0)
+    ticket = tickets.open(token, "a", False, first, 1.0)
+    assert tickets.open(token, "a", True, second, aegis.TICKET_LIFE_SECONDS + 1) is None
+
+
+@pytest.mark.parametrize("route", ["GET /nowhere", "GET /v1/sessions/nobody", "PATCH /v1/events", "GET /v1/auth/keys/x",
+                                   "GET /hook"])
+def test_who_is_nobody_does_not_learn_what_there_is(guarded, route):
+    assert guarded.refusal(route, auth=False) == (401, "UNAUTHORIZED")
+    assert guarded.refusal(route, headers={"Authorization": "Bearer wrong"}) == (401, "UNAUTHORIZED")
+    assert guarded.refusal(route)[0] in (400, 404, 405)
+
+
+def test_a_row_whose_ids_are_nobodys_is_refused():
+    def handler(ask, id):
+        """Do something."""
+    row = aegis.Route("GET /v1/things/:id", handler, "sessions:read", dict(id=WORD))
+    with pytest.raises(TypeError, match="OWNED"):
+        aegis.proofread([row])
+    aegis.proofread([row._replace(scope="admin")])
+
+
+def test_no_token_reaches_a_log_or_an_error(guarded):
+    token, key = stream_token(guarded), mint(guarded, "sessions:read")["key"]
+    answers = [guarded.call(f"GET /v1/events?token={token}&zebra=1"), guarded.call(f"GET /v1/events&token={token}"),
+               guarded.call(f"GET /v1/nowhere/{key}"), guarded.call(f"GET /v1/sessions/{key}"),
+               guarded.call(f"GET /v1/sessions?status={key}"), guarded.call(f"TRACE /v1/sessions/{token}")]
+    for answer in answers:
+        assert answer.status in (400, 404, 405)
+        assert token.encode() not in answer.raw and key.encode() not in answer.raw
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+    marker = guarded.call("GET /v1/sessions/marker-of-this-test").headers["X-Request-Id"]
+    log = eventually(lambda: marker in guarded.log.read_text() and guarded.log.read_text())
+    assert token not in log and key not in log and "/v1/events" in log
+
+
+# -- the audit log, as the API writes it
+
+
+def test_list_audit_tells_who_changed_what(guarded, two):
+    mine, _, ours, _ = two
+    sent = ours.call("POST send", {"text": "[[say secret-of-the-prompt]]"}, **mine)
+    guarded.ask("POST /v1/memory", {"key": "a/b", "value": "secret-of-the-memory"}, mine)
+    guarded.ask("GET /v1/memory/a/b", headers=mine)
+    assert guarded.refusal("GET /v1/audit", headers=mine) == (403, "MISSING_SCOPE")
+    raw = guarded.call("GET /v1/audit?limit=200").raw.decode()
+    assert "secret-of-the" not in raw
+    entries = guarded.ask(f"GET /v1/audit?session={ours.id}&action=POST*")["entries"]
+    send = next(one for one in entries if one["requestId"] == sent.headers["X-Request-Id"])
+    assert (send["action"], send["target"], send["address"], send["status"]) == (
+        "POST /v1/sessions/:id/send", sent.json["promptId"], "127.0.0.1", 200)
+    assert send["details"] == {"text": {"length": 28}} and send["who"].startswith("key-")
+    by_key = guarded.ask(f"GET /v1/audit?who={send['who']}")["entries"]
+    assert {one["who"] for one in by_key} == {send["who"]}
+    assert next(one["target"] for one in by_key if not one["action"].startswith("auth.")) == "a/b"
+    assert by_key == guarded.ask(f"GET /v1/audit?who={send['name']}")["entries"]
+    assert not [one for one in guarded.ask("GET /v1/audit?limit=200")["entries"] if one["action"].startswith("GET")]
+    moment = send["timestamp"]
+    since = guarded.ask(f"GET /v1/audit?since={moment}&limit=200")["entries"]
+    assert since and all(one["timestamp"] >= moment for one in since)
+    assert guarded.refusal("GET /v1/audit?since=noon") == (400, "INVALID_REQUEST")
+
+
+def test_list_audit_tells_of_keys_and_of_sessions(guarded):
+    key = mint(guarded, "sessions:write")
+    actions = [one["action"] for one in guarded.ask("GET /v1/audit?action=key.*")["entries"]]
+    assert actions[0] == "key.created"
+    told = guarded.ask("GET /v1/audit?action=key.created")["entries"][0]
+    assert (told["target"], told["details"]["scopes"]) == (key["id"], ["sessions:write"])
+    body = {"workDir": str(guarded.work), "agent": "shell", "command": ["/bin/sh", "-c", "exit 3"]}
+    made = guarded.ask("POST /v1/sessions", body)
+    created = guarded.ask(f"GET /v1/audit?session={made['id']}")["entries"][-1]
+    assert (created["action"], created["status"]) == ("POST /v1/sessions", 201)
+    assert created["details"]["workDir"] == str(guarded.work) and created["details"]["command"] == {"length": 3}
+    guarded.call(f"DELETE /v1/sessions/{made['id']}")
+
+
+@alone
+def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
+    own = house()
+    own.ask("POST /v1/memory", {"key": "a", "value": 1})
+    own.ask("POST /v1/memory", {"key": "b", "value": 1})
+    head = eventually(lambda: (own.state / "audit.head").read_text().startswith("2:")
+                      and (own.state / "audit.head").read_text().strip())
+    running = run_aegis("audit", "verify", "--state-dir", str(own.state))
+    assert (running.returncode, running.stderr) == (0, "") and head in running.stdout
+    own.signal(signal.SIGTERM)
+    assert f"head={head}" in own.log.read_text()
+    assert run_aegis("audit", "verify", "--state-dir", str(own.state), "--head", head).returncode == 0
+    wrong = run_aegis("audit", "verify", "--state-dir", str(own.state), "--head", "1:" + "0" * 64)
+    assert wrong.returncode == 1 and "row 1" in wrong.stdout
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        db.executescript("DROP TRIGGER audit_no_delete; DELETE FROM audit WHERE seq = 2;"
+                         "UPDATE sqlite_sequence SET seq = 1 WHERE name = 'audit';")
+    cut = run_aegis("audit", "verify", "--state-dir", str(own.state))
+    assert cut.returncode == 1 and "end was cut off" in cut.stdout and "trigger" in cut.stdout
+    assert run_aegis("audit", "verify", "--state-dir", "/nowhere").returncode == 2
+    assert run_aegis("audit", "polish").returncode == 2
+
+
+# -- what other servers of this API take
+
+ALIKE = [
+    ([{"rule": "Bash(git *)", "action": "allow"}], {"rules": [{"rule": "Bash(git *)", "action": "allow"}]}),
+    ([{"tool": "Bash", "pattern": "git *", "behavior": "allow"}], {"allow": ["Bash(git *)"]}),
+    ([{"source": "userSettings", "ruleBehavior": "deny", "ruleValue": {"toolName": "Read", "ruleContent": "./x"}}],
+     {"deny": ["Read(./x)"]}),
+    ([{"source": "session", "ruleBehavior": "ask", "ruleValue": {"toolName": "Bash"}}], {"ask": ["Bash"]}),
+    ([], {}),
+    ({"profile": {"allowRead": True, "deny": ["Bash"]}}, {"allowRead": True, "deny": ["Bash"]}),
+    ({"profile": "restricted"}, {"profile": "restricted"}),
+    ({"rules": [{"tool": "Edit", "behavior": "deny"}]}, {"deny": ["Edit"]}),
+    ({"defaultBehavior": "allow", "rules": []}, {flag: True for flag in aegis.FIELD_OF}),
+    ({"defaultBehavior": "deny", "rules": [{"tool": "Read", "behavior": "allow"}]},
+     {**{flag: False for flag in aegis.FIELD_OF}, "allowRead": "ask", "allow": ["Read"]}),
+]
+
+
+@pytest.mark.parametrize("given, same", ALIKE, ids=lambda value: json.dumps(value))
+def test_policies_of_other_shapes_mean_the_same(given, same):
+    assert aegis.policy_from_json(given, {}) == aegis.policy_from_json(same, {})
+
+
+@pytest.mark.parametrize("given", [["Bash"], [{"tool": "Bash"}], [{"ruleValue": {"toolName": "Bash"}}],
+                                   {"defaultBehavior": "maybe"}, {"profile": {"zebra": 1}}, {"profile": 7},
+                                   [{"tool": "Read", "behavior": "allow", "constraints": {"readOnly": True}}]], ids=str)
+def test_policies_of_other_shapes_are_enforced_or_refused(given):
+    with pytest.raises(aegis.ApiError) as refused:
+        aegis.policy_from_json(given, {})
+    assert refused.value.status == 400
+
+
+def test_put_permissions_takes_an_array_of_rules(talk):
+    told = talk.ask("PUT permissions", [{"tool": "Bash", "pattern": "git *", "behavior": "allow"}])
+    assert told["policy"]["rules"] == [{"rule": "Bash(git *)", "action": "allow"}]
+    assert talk.ask("PUT permissions", {"profile": "standard"})["profile"] == "standard"
+    assert talk.refusal("PUT permissions", ["zebra"]) == (400, "INVALID_REQUEST")
+    assert talk.refusal("POST send", ["zebra"]) == (400, "BAD_JSON")
+    assert talk.ask("PUT permissions", [])["policy"] == {}
+
+
+def test_put_profile_takes_an_object(talk):
+    told = talk.ask("PUT permission-profile", {"profile": {"defaultBehavior": "ask", "rules": [
+        {"tool": "Bash", "behavior": "deny", "pattern": "rm *"}]}})["policy"]
+    assert told["rules"] == [{"rule": "Bash(rm *)", "action": "deny"}] and told["allowRead"] == "ask"
+    assert talk.ask("PUT permission-profile", {"defaultBehavior": "allow"})["policy"]["allowBash"] is True
+    assert talk.refusal("PUT permission-profile", {}) == (400, "INVALID_REQUEST")
+    assert talk.ask("PUT permissions", {})["policy"] == {}
+
+
+def test_create_session_takes_rules_and_a_profile_object(make):
+    rules = [{"tool": "Bash", "behavior": "deny"}]
+    made = make(ready=False, permissions=rules, permissionProfile={"allowRead": True})
+    policy = made.ask("GET permissions")["policy"]
+    assert policy == {"allowRead": True, "rules": [{"rule": "Bash", "action": "deny"}]}
+
+
+def test_put_memory_sets_what_a_path_names(server):
+    put = server.ask("PUT /v1/memory/team/notes/today", {"value": {"a": 1}, "ttlSeconds": 600})
+    assert put["key"] == "team/notes/today" and put["expiresAt"]
+    assert server.ask("GET /v1/memory/team/notes/today")["value"] == {"a": 1}
+    assert server.refusal("PUT /v1/memory/team/notes/today", {"value": 1, "ifVersion": 0}) == (409, "VERSION_CONFLICT")
+    server.ask("DELETE /v1/memory/team/notes/today")
+
+
+def test_store_memory_does_what_post_does(server):
+    assert server.ask("PUT /v1/memory", {"key": "put/key", "value": 7})["value"] == 7
+    assert server.ask("DELETE /v1/memory/put/key")["deleted"] is True
+
+
+def test_put_session_memory_sets_what_a_path_names(talk):
+    assert talk.ask("PUT memories/put/key", {"value": 8})["sessionId"] == talk.id
+    assert talk.ask("GET memories/put/key")["value"] == 8
+    talk.ask("DELETE memories/put/key")
+
+
+# ============================================================================
+# DIAGNOSTICS. What state this box and this process are in.
+# ============================================================================
+
+
+def test_get_diagnostics_tells_versions_resources_queues_and_workers(server, talk):
+    told = server.ask("GET /v1/diagnostics?full=true")
+    assert told["versions"]["python"] == sys.version.split()[0] and told["schemaVersion"] == len(aegis.MIGRATIONS)
+    assert told["versions"]["tmux"] in server.tmux("display-message", "-p", "#{version}")
+    assert told["versions"]["agents"]["claude"]["error"] == "not found"
+    assert told["pid"] == server.process.pid and told["tmux"]["mode"] == "control" and told["tmux"]["panes"] >= 1
+    taken = told["resources"]
+    assert taken["rssBytes"] > 1_000_000 and taken["openFds"] > 5 and taken["connections"] >= 1
+    assert taken["diskFreeBytes"] > 0 and taken["databaseBytes"] == (server.state / "aegis.db").stat().st_size
+    assert {one["name"] for one in told["workers"]} == set(aegis.WORKERS) and all(o["alive"] for o in told["workers"])
+    assert set(aegis.WORKERS) <= set(re.findall(r"aegis-[a-z]+", aegis.__doc__)), "the thread map knows them all"
+    assert told["queues"]["events"]["listeners"] >= 1 and told["queues"]["prompts"] >= 0
+    assert {one["name"]: one["state"] for one in told["checks"]}["database"] == "ok"
+    sources = {one["name"]: one["source"] for one in told["settings"]}
+    assert (sources["port"], sources["state_dir"], sources["host"]) == ("flag", "env", "default")
+
+
+def test_get_diagnostics_holds_no_secret(strict):
+    talk = strict.open(name="secretive", ready=False)
+    answer = strict.call("GET /v1/diagnostics")
+    token = {one["name"]: one for one in answer.json["settings"]}["auth_token"]
+    assert token == {"name": "auth_token", "value": "(hidden)", "source": "env", "secret": True}
+    secrets_ = [strict.auth["Authorization"].split()[1], *database(strict, "SELECT secret FROM sessions")]
+    assert len(secrets_) >= 2 and not [one for one in secrets_ if one.encode() in answer.raw]
+    talk.kill()
+
+
+def database(server: Server, sql: str) -> List[str]:
+    """Read one column of a server's database."""
+    with contextlib.closing(sqlite3.connect(str(server.state / "aegis.db"))) as db:
+        return [row[0] for row in db.execute(sql) if row[0]]
+
+
+def test_get_diagnostics_counts_what_tmux_lost_and_recent_errors(house_once):
+    own = house_once
+    for pid in own.tmux("list-clients", "-F", "#{client_pid}").split():
+        os.kill(int(pid), signal.SIGKILL)
+    told = eventually(lambda: (now := own.ask("GET /v1/diagnostics"))["tmux"]["reconnects"] == 1 and now)
+    assert told["tmux"]["healthy"] and told["tmux"]["lastError"]["message"] and told["tmux"]["lastError"]["at"]
+    own.crash()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        db.execute("INSERT INTO events (type, at, data) VALUES ('session.idle', ?, '{}')", (time.time() + 3600,))
+        db.commit()
+    own.start()
+    checks = {one["name"]: one for one in own.ask("GET /v1/diagnostics")["checks"]}
+    assert checks["clock"]["state"] == "warning" and "NTP" in checks["clock"]["message"]
+
+
+@pytest.fixture
+def house_once() -> Iterator[Server]:
+    """A server of a test's own."""
+    with houses() as start:
+        yield start()
+
+
+@pytest.mark.parametrize("said_, kept", [
+    ("Authorization: Bearer abcdef123", "Authorization: Bearer (hidden)"), ("x bearer abcdef123", "x bearer (hidden)"),
+    ("Authorization: abcdef123", "Authorization: (hidden)"),
+    ("GET /v1/events?token=abc.def&x=1", "GET /v1/events?token=(hidden)&x=1"),
+    ('{"password": "hunter22"}', '{"password": "(hidden)"}'), ("key sk-ant-api03-abcdefgh", "key (hidden)"),
+    ("bot 12345678:AAF-abcdefghijklmnopqrstuvwxyz012345", "bot (hidden)"), ("the own-secret here", "the (hidden) here"),
+    ("tokens: input 5", "tokens: input 5"), ("no such file", "no such file")])
+def test_what_looks_like_a_secret_is_masked(said_, kept):
+    assert aegis.without_secrets(said_, ["own-secret"]) == kept
+
+
+def program(path: Path, body: str) -> str:
+    """Write a shell script; gives its path."""
+    path.write_text("#!/bin/sh\n" + body, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_version_is_asked_for_once_until_the_program_changes(tmp_path):
+    file, probes = tmp_path / "agent", aegis.Probes()
+    words = [program(file, f"echo x >> {tmp_path}/asked; echo '1.2.3 (Agent)'; echo more\n"), "--flag"]
+    assert [probes.tell(words, 20.0)["version"] for _ in range(3)] == ["1.2.3 (Agent)"] * 3
+    assert (tmp_path / "asked").read_text() == "x\n"
+    program(file, "echo 1.2.40\n")
+    assert probes.tell(words, 20.0)["version"] == "1.2.40"
+    program(file, "exit 3\n# and so it is another size\n")
+    assert probes.tell(words, 20.0)["error"] == "it tells no version"
+    assert probes.tell([str(tmp_path / "nowhere")])["error"] == "not found"
+
+
+def test_a_program_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(aegis, "PROBE_SECONDS", 0.2)
+    mark = f"sleep 4{os.getpid() % 10_000}"
+    probes, words = aegis.Probes(), [program(tmp_path / "agent", f"{mark} & {mark}\n")]
+    assert probes.tell(words, 0.0)["error"] == "it has not told its version yet"
+    eventually(lambda: "did not tell its version" in probes.tell(words, 5.0)["error"])
+    eventually(lambda: mark not in command_lines())
+
+
+@pytest.mark.parametrize("version, state", [("2.9a", "problem"), ("", "problem"), ("3.0", "ok"), ("3.1c", "ok"),
+                                            ("3.3a", "warning"), ("3.4", "ok"), ("next-3.6", "ok")])
+def test_a_tmux_is_judged_by_its_version(version, state):
+    found = aegis.find_tmux("tmux", version)
+    assert found.state == state and (state == "ok" or "3." in found.message)
+
+
 # ============================================================================
 # ROUTES. Every endpoint, held against the one table.
 # ============================================================================
@@ -7422,6 +9631,39 @@ def test_every_route_wants_the_token(strict, route):
     assert answer.status == (200 if route.scope is None else 401)
 
 
+@pytest.fixture(scope="session")
+def ring(guarded: Server) -> Json:
+    """A ring of keys: one for each scope, one for each that has all others, an expired and a revoked one."""
+    names = [scope for scope in aegis.SCOPES if scope != "admin"]
+    keys = {scope: bearer(mint(guarded, scope)) for scope in aegis.SCOPES}
+    keys.update({f"not {scope}": bearer(mint(guarded, *(one for one in names if one != scope))) for scope in names})
+    keys["not admin"] = bearer(mint(guarded, *names))
+    gone = mint(guarded, "admin")
+    guarded.ask(f"DELETE /v1/auth/keys/{gone['id']}")
+    keys.update(revoked=bearer(gone), expired=bearer(mint(guarded, "admin", ttlMs=1)))
+    keys["wrong"] = {"Authorization": "Bearer x"}
+    eventually(lambda: guarded.call("GET /v1/sessions", headers=keys["expired"]).status == 401)
+    return keys
+
+
+@every_route
+def test_every_route_wants_a_key_of_its_scope(guarded, ring, route):
+    method, path = filled(route).split(" ")
+    given = (f"{method} {path}?zebra=1", None) if method == "GET" else (f"{method} {path}", {"zebra": 1})
+    if route.scope is None or route.scope == "hook":
+        return
+    for bad in ({}, ring["wrong"], ring["expired"], ring["revoked"]):
+        answer = guarded.call(*given, headers=bad, auth=False)
+        assert (answer.status, answer.json["code"]) == (401, "UNAUTHORIZED") and answer.headers["WWW-Authenticate"]
+        check_envelope(answer)
+    answer = guarded.call(*given, headers=ring[f"not {route.scope}"])
+    assert (answer.status, answer.json["code"], answer.json["missingScope"]) == (403, "MISSING_SCOPE", route.scope)
+    assert route.scope in answer.json["error"] and route.scope in answer.headers["WWW-Authenticate"]
+    check_envelope(answer)
+    for good in (ring[route.scope], ring["admin"]):
+        assert guarded.call(*given, headers=good).status in (400, 404)
+
+
 @every_route
 def test_every_route_names_an_unknown_field(server, route):
     method, path = filled(route).split(" ")
@@ -7430,6 +9672,9 @@ def test_every_route_names_an_unknown_field(server, route):
     elif method == "GET":
         answer = server.call(f"GET {path}?zebra=1")
         assert answer.status == 400 and "zebra" in answer.json["fields"]
+    elif route.raw:
+        answer = server.call(f"{method} {path}", {"zebra": 1})
+        assert answer.status == 400 and answer.json["error"]["code"] == -32600
     else:
         answer = server.call(f"{method} {path}", {"zebra": 1})
         assert answer.status == 400 and "zebra" in answer.json["fields"]
@@ -7487,6 +9732,558 @@ def test_a_table_that_disagrees_with_its_handlers_is_refused():
                                   "/v1/health/x", "/favicon.ico", "/hooks"])
 def test_what_is_not_there_is_404_in_the_envelope(server, path):
     assert server.refusal(f"GET {path}") == (404, "NOT_FOUND")
+
+
+# ============================================================================
+# OPENAPI. The table as a document.
+# ============================================================================
+
+
+@pytest.fixture(scope="module")
+def document(server) -> Json:
+    """The published document."""
+    return server.ask("GET /v1/openapi.json")
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """List a value and all that it holds."""
+    yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from inside(one)
+
+
+def test_get_openapi_describes_every_row_and_nothing_else(document):
+    told = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    assert told == {re.sub(r"[:*](\w+)", r"{\1}", one.route) for one in aegis.ROUTES if one.scope != "hook"}
+    assert document["openapi"].startswith("3.1.") and document["info"]["version"] == aegis.__version__
+
+
+def test_get_openapi_is_open_to_anyone_and_made_once(strict):
+    one, two = (strict.call("GET /v1/openapi.json", auth=False) for _ in range(2))
+    assert one.status == 200 and one.raw == two.raw
+
+
+def test_get_openapi_refers_to_nothing_that_is_not_there(document):
+    for one in inside(document):
+        if isinstance(one, dict) and isinstance(one.get("$ref"), str):
+            place = document
+            for step in one["$ref"].split("/")[1:]:
+                place = place[step]
+
+
+def test_get_openapi_names_fields_scopes_and_refusals(document):
+    create = document["paths"]["/v1/sessions"]["post"]
+    body = create["requestBody"]["content"]["application/json"]["schema"]
+    assert create["operationId"] == "create_session" and create["security"] == [{"bearer": ["sessions:write"]}]
+    assert body["additionalProperties"] is False and {"workDir", "prompt", "template"} <= set(body["properties"])
+    assert body["properties"]["prompt"]["maxLength"] == aegis.MAX_PROMPT
+    assert {"201", "400", "401", "403", "409", "502", "503", "default"} <= set(create["responses"])
+    assert create["x-tool"] == "create_session" and create["x-aliases"] == ["POST /sessions"]
+    assert {"$ref": "#/components/parameters/IdempotencyKey"} in create["parameters"]
+    read = document["paths"]["/v1/sessions/{id}/read"]["get"]
+    by_name = {one["name"]: one for one in read["parameters"]}
+    assert (by_name["id"]["in"], by_name["id"]["required"]) == ("path", True)
+    assert (by_name["wait"]["in"], by_name["wait"]["required"]) == ("query", False)
+    assert by_name["limit"]["schema"]["default"] == 20 and by_name["limit"]["schema"]["maximum"] == 1000
+    events = document["paths"]["/v1/events"]["get"]
+    assert list(events["responses"]["200"]["content"]) == ["text/event-stream"]
+    assert {"streamToken": []} in events["security"]
+    assert "security" not in document["paths"]["/v1/health"]["get"]
+
+
+def test_get_openapi_has_operation_ids_of_their_own(document):
+    ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+    assert len(set(ids)) == len(ids)
+
+
+def test_what_has_the_wrong_shape_is_found():
+    shape = aegis.record({"name": aegis.WORD, "many": aegis.listing(aegis.COUNT), "at": aegis.maybe(aegis.TIME)})
+    good = {"name": "a", "many": [1, 2], "at": None}
+    assert list(misshapen(shape, good, "it")) == []
+    for wrong in ({"name": ""}, {"name": None}, {"many": [1, -1]}, {"many": 1}, {"at": "today"}, {"more": 1}):
+        assert len(list(misshapen(shape, {**good, **wrong}, "it"))) == 1, wrong
+    assert len(list(misshapen(shape, {}, "it"))) == 3
+
+
+# ============================================================================
+# OFFERS. What other agents are offered: tools, resources, prompts.
+# ============================================================================
+
+NEWEST = "2026-07-28"
+META = "io.modelcontextprotocol/"
+
+
+def test_list_tools_names_every_row_that_is_a_tool(server, document):
+    told = server.ask("GET /v1/tools")
+    by_name = {one["name"]: one for one in told["tools"]}
+    assert set(by_name) == {route.tool for route in aegis.ROUTES if route.tool} and len(by_name) == len(told["tools"])
+    create = by_name["create_session"]
+    assert create["inputSchema"]["additionalProperties"] is False and "prompt" in create["inputSchema"]["properties"]
+    assert (create["route"], create["scope"]) == ("POST /v1/sessions", "sessions:write")
+    assert by_name["read_session"]["inputSchema"]["required"] == ["id"]
+    assert all(one["description"].endswith(".") and one["title"] for one in told["tools"])
+    assert {"get_health", "set_memory", "verify_session", "create_pipeline", "read_pane"} <= set(by_name)
+    named = [one["x-tool"] for methods in document["paths"].values() for one in methods.values() if "x-tool" in one]
+    assert sorted(named) == sorted(by_name)
+
+
+def test_tools_say_what_they_may_do():
+    hints = {one["name"]: one["annotations"] for one in aegis.wire_tools()}
+    assert hints["list_sessions"]["readOnlyHint"] and not hints["list_sessions"]["destructiveHint"]
+    assert hints["kill_session"]["destructiveHint"] and hints["kill_session"]["idempotentHint"]
+    assert not hints["create_session"]["readOnlyHint"] and hints["create_session"]["openWorldHint"]
+    assert hints["run_bash"]["destructiveHint"] and not hints["set_memory"]["openWorldHint"]
+
+
+def test_a_tool_asks_for_its_own_rows_scope():
+    ask = aegis.Ask(None, who=aegis.Who("key", "key-x", "nobody"))
+    for name, route in aegis.TOOLS.items():
+        if route.scope is not None:
+            with pytest.raises(aegis.ApiError) as refusal:
+                aegis.call_tool(ask, name, {})
+            assert (refusal.value.status, refusal.value.more["missingScope"]) == (403, route.scope)
+    told = aegis.mcp_call_tool(ask, {"name": "kill_session", "arguments": {"id": "x"}})
+    assert told["isError"] and told["structuredContent"]["code"] == "MISSING_SCOPE"
+    with pytest.raises(aegis.McpError):
+        aegis.reply_to(ask, rpc("resources/read", uri="aegis://sessions"), "2025-06-18")
+    shown = aegis.reply_to(ask, rpc("resources/list"), "2025-06-18")["result"]["resources"]
+    assert [one["uri"] for one in shown] == ["aegis://health", "aegis://sessions"]
+    assert len(aegis.reply_to(ask, rpc("prompts/list"), "2025-06-18")["result"]["prompts"]) == len(aegis.PROMPTS)
+
+
+@pytest.mark.parametrize("uri, tool, arguments", [
+    ("aegis://health", "get_health", {}), ("aegis://sessions", "list_sessions", {"limit": 200}),
+    ("aegis://sessions/a%2Fb", "get_session", {"id": "a/b"}), ("aegis://sessions/a/pane", "read_pane", {"id": "a"}),
+    ("aegis://sessions/a/transcript", "read_session", {"limit": 1000, "id": "a"}),
+    ("aegis://memory/notes/today", "get_memory", {"key": "notes/today"}), ("aegis://sessions/a/b/c", None, None),
+    ("aegis://", None, None), ("http://evil", None, None), ("aegis://sessions/", None, None)])
+def test_an_address_means_one_tool(uri, tool, arguments):
+    if tool is None:
+        with pytest.raises(aegis.ApiError) as refusal:
+            aegis.find_resource(uri)
+        assert refusal.value.status == 404
+    else:
+        found, given = aegis.find_resource(uri)
+        assert (found.tool, given) == (tool, arguments)
+
+
+# ============================================================================
+# MCP. The Model Context Protocol, without a wire.
+# ============================================================================
+
+
+def rpc(method: str, of: Any = 1, **params: Any) -> Json:
+    """Write a request; its _meta says the newest revision when the method is asked so by talk_mcp."""
+    return {"jsonrpc": "2.0", "id": of, "method": method, **({"params": params} if params else {})}
+
+
+def code_of(refusal: Any) -> int:
+    """Give the number of a JSON-RPC error."""
+    return refusal.value.body()["error"]["code"]
+
+
+@pytest.mark.parametrize("asked, told", [("2024-11-05", "2024-11-05"), ("2025-03-26", "2025-03-26"),
+                                         ("2025-06-18", "2025-06-18"), ("2025-11-25", "2025-11-25"),
+                                         (NEWEST, "2025-11-25"), ("1999-01-01", "2025-11-25"), ("", "2025-11-25")])
+def test_a_handshake_settles_a_revision(asked, told):
+    answer = aegis.reply_to(None, rpc("initialize", protocolVersion=asked, capabilities={}), "2025-11-25")
+    assert answer["result"]["protocolVersion"] == told and answer["result"]["serverInfo"]["name"] == "aegis"
+    assert {"tools", "resources", "prompts"} == set(answer["result"]["capabilities"])
+
+
+@pytest.mark.parametrize("message, code", [
+    ([], -32600), (3, -32600), ({}, -32600), ({"id": 1, "method": "ping"}, -32600),
+    ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": None, "method": "x"}, -32600),
+    ({"jsonrpc": "2.0", "id": True, "method": "ping"}, -32600), ({"jsonrpc": "2.0", "id": 1.5, "method": "x"}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": []}, -32600), ({"jsonrpc": "2.0", "id": 1}, -32600),
+    ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": [1]}, -32602), (rpc("nothing/like/it"), -32601),
+    (rpc("server/discover"), -32601), (rpc("tools/call"), -32602), (rpc("tools/call", name="nope"), -32602),
+    (rpc("tools/call", name="get_health", arguments=[]), -32602), (rpc("tools/list", cursor="from-7"), -32602),
+    (rpc("tools/list", cursor=5), -32602), (rpc("resources/read", uri="aegis://nope"), -32002),
+    (rpc("prompts/get", name="review", arguments={}), -32602), (rpc("prompts/get", name=5), -32602),
+    (rpc("prompts/get", name="review", arguments={"session": "x", "more": "y"}), -32602),
+    (rpc("initialize"), -32602)])
+def test_wrong_messages_are_refused_by_number(message, code):
+    with pytest.raises(aegis.McpError) as refusal:
+        aegis.reply_to(aegis.Ask(None), message, "2025-06-18")
+    assert code_of(refusal) == code
+    body = refusal.value.body()
+    assert body["jsonrpc"] == "2.0" and isinstance(body["error"]["message"], str)
+    known = message.get("id") if isinstance(message, dict) else None
+    assert body["id"] == (known if type(known) is int else None)
+
+
+def test_notifications_and_answers_are_taken_in_silence():
+    for message in ({"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "method": "whatever"},
+                    {"jsonrpc": "2.0", "id": 7, "result": {}}, {"jsonrpc": "2.0", "id": 7, "error": {"code": 1}}):
+        assert aegis.reply_to(None, message, "2025-06-18") is None
+
+
+def test_a_bug_in_a_method_is_an_internal_error_and_stays_in_the_log():
+    class Books:
+        """Where the log goes."""
+
+        noted: List[str] = []
+        log = property(lambda self: self)
+
+        def note(self, level: str, message: str, **fields: Any) -> None:
+            """Keep a line."""
+            self.noted.append(fields["trace"])
+    broken = {"ping": (lambda ask, params: 1 // 0, aegis.PROTOCOLS)}
+    with pytest.raises(aegis.McpError) as refusal:
+        aegis.reply_to(aegis.Ask(Books()), rpc("ping"), "2025-06-18", broken)
+    assert code_of(refusal) == -32603 and "ZeroDivision" in Books.noted[0]
+    assert "Division" not in json.dumps(refusal.value.body())
+
+
+def test_the_newest_revision_wraps_its_results():
+    told = aegis.reply_to(None, rpc("tools/list"), NEWEST)["result"]
+    assert (told["resultType"], told["cacheScope"]) == ("complete", "private") and told["ttlMs"] >= 0
+    assert told["_meta"][f"{META}serverInfo"]["name"] == "aegis"
+    assert "resultType" not in aegis.reply_to(None, rpc("tools/list"), "2025-11-25")["result"]
+    found = aegis.reply_to(None, rpc("server/discover"), NEWEST)["result"]
+    assert NEWEST in found["supportedVersions"] and "2025-06-18" in found["supportedVersions"]
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "ünï/☃", " edge ", "=?base64?x?=", "tab\there"])
+def test_a_header_carries_any_text(name):
+    written = aegis.header_word(name)
+    assert re.fullmatch(r"[\x20-\x7e]+", written) and aegis.header_text(written) == name
+    assert aegis.header_text("=?base64?%%?=") is None and aegis.header_text(None) is None
+
+
+def test_resources_come_page_by_page(monkeypatch):
+    ids = [f"s{number}" for number in range(230)]
+
+    def sessions(ask, name, arguments):
+        begin = (arguments["page"] - 1) * arguments["limit"]
+        shown = [{"id": one, "name": one, "status": "idle", "workDir": "/"} for one in
+                 ids[begin:begin + arguments["limit"]]]
+        return {"sessions": shown, "pagination": {"total": len(ids)}}
+    monkeypatch.setattr(aegis, "call_tool", sessions)
+    found, cursor, pages = [], {}, 0
+    while cursor is not None:
+        told = aegis.reply_to(aegis.Ask(None), rpc("resources/list", **cursor), "2025-06-18")["result"]
+        found += [one["uri"] for one in told["resources"]]
+        cursor, pages = {"cursor": told["nextCursor"]} if "nextCursor" in told else None, pages + 1
+    assert found == ["aegis://health", "aegis://sessions", *(f"aegis://sessions/{one}" for one in ids)] and pages == 3
+
+
+# ============================================================================
+# STREAMABLE. MCP over HTTP.
+# ============================================================================
+
+
+class Mcp:
+    """A client of POST /mcp, of either era."""
+
+    def __init__(self, server: Server, version: str = "2025-11-25") -> None:
+        self.server, self.version, self.session, self.count = server, version, "", 0
+        if version != NEWEST:
+            shaken = self.call("initialize", protocolVersion=version, capabilities={})
+            assert shaken.json["result"]["protocolVersion"] == version
+            self.session = shaken.headers["Mcp-Session-Id"]
+
+    def message(self, method: str, params: Json) -> Tuple[Json, Json]:
+        """Write a request, and its headers."""
+        self.count += 1
+        headers = {"Accept": "application/json"}
+        if self.version == NEWEST:
+            meta = {f"{META}protocolVersion": NEWEST, f"{META}clientCapabilities": {}, **params.get("_meta", {})}
+            params = {**params, "_meta": meta}
+            headers.update({"MCP-Protocol-Version": NEWEST, "Mcp-Method": method})
+            named = params.get("name", params.get("uri"))
+            headers.update({"Mcp-Name": aegis.header_word(named)} if named and method != "x" else {})
+        elif self.session:
+            headers.update({"MCP-Protocol-Version": self.version, "Mcp-Session-Id": self.session})
+        return rpc(method, self.count, **params), headers
+
+    def call(self, method: str, **params: Any) -> Answer:
+        """Make a request that is answered as JSON."""
+        message, headers = self.message(method, params)
+        return self.server.call("POST /mcp", message, headers)
+
+    def ask(self, method: str, **params: Any) -> Json:
+        """The same, and it must succeed."""
+        told = self.call(method, **params).json
+        assert "result" in told, told
+        return told["result"]
+
+    def tool(self, tool: str, **arguments: Any) -> Json:
+        """Call a tool that must not refuse."""
+        told = self.ask("tools/call", name=tool, arguments=arguments)
+        assert told["isError"] is False, told
+        assert json.loads(told["content"][0]["text"]) == told["structuredContent"]
+        return told["structuredContent"]
+
+    def notify(self, method: str, **params: Any) -> int:
+        """Send a notification; gives the status."""
+        headers = {"Mcp-Session-Id": self.session, "MCP-Protocol-Version": self.version}
+        return self.server.call("POST /mcp", {"jsonrpc": "2.0", "method": method, "params": params}, headers).status
+
+    def speak(self, method: str, **params: Any) -> Iterator[Json]:
+        """Make a request that is answered as an event stream; gives its messages as they come."""
+        message, headers = self.message(method, params)
+        yield from messages_of_stream(self.server, "POST", {**headers, "Accept": "application/json, text/event-stream",
+                                                            "Content-Type": "application/json"}, json.dumps(message))
+
+
+def messages_of_stream(server: Server, method: str, headers: Json, body: Optional[str] = None) -> Iterator[Json]:
+    """Read the messages of an event stream at /mcp; one that does not end in time is a failure."""
+    until = time.monotonic() + WITHIN
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        line.request(method, "/mcp", body, {**server.auth, **headers})
+        answer = line.getresponse()
+        assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/event-stream"), answer.status
+        parser = Stream()
+        for raw in iter(answer.readline, b""):
+            event = parser.feed(raw)
+            assert time.monotonic() < until, "this stream does not end"
+            if event:
+                assert event.type == "message"
+                yield json.loads(event.data)
+    finally:
+        line.close()
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25", NEWEST])
+def test_post_mcp_drives_a_session_from_create_to_kill(server, version):
+    client = Mcp(server, version)
+    made = client.tool("create_session", workDir=str(server.work), prompt="[[say from afar]]")
+    assert made["promptDelivery"]["delivered"] is True
+    read = client.tool("read_session", id=made["id"], wait="idle", timeout=30)
+    assert (read["status"], read["output"]) == ("idle", "from afar")
+    uri = f"aegis://sessions/{made['id']}"
+    pages = {name: client.ask("resources/read", uri=uri + name)["contents"][0] for name in ("", "/transcript", "/pane")}
+    assert json.loads(pages[""]["text"])["id"] == made["id"] and pages["/pane"]["mimeType"] == "text/plain"
+    assert "from afar" in [one["text"] for one in json.loads(pages["/transcript"]["text"])["messages"]]
+    assert uri in [one["uri"] for one in client.ask("resources/list")["resources"]]
+    words = client.ask("prompts/get", name="review", arguments={"session": made["id"]})["messages"][0]["content"]
+    assert made["id"] in words["text"]
+    assert client.tool("kill_session", id=made["id"])["killed"] is True
+
+
+def test_post_mcp_refuses_a_tool_in_words_that_a_model_can_read(server):
+    told = Mcp(server).ask("tools/call", name="read_session", arguments={"id": "nobody", "zebra": 1})
+    assert told["isError"] is True and told["structuredContent"]["fields"] == {
+        "zebra": "is not a field of this request"}
+    gone = Mcp(server, NEWEST).ask("tools/call", name="read_session", arguments={"id": "nobody"})
+    assert (gone["isError"], gone["structuredContent"]["code"]) == (True, "SESSION_NOT_FOUND")
+    wide = Mcp(server).ask("tools/call", name="set_permissions", arguments={"id": "x", "policy": {}, "zebra": 1})
+    assert "zebra" in wide["structuredContent"]["fields"]
+
+
+def test_post_mcp_keeps_memory_and_fills_templates(server):
+    client = Mcp(server)
+    client.tool("set_memory", key="mcp/ünï", value={"from": "mcp"})
+    assert client.tool("get_memory", key="mcp/ünï")["value"] == {"from": "mcp"}
+    read = client.ask("resources/read", uri="aegis://memory/mcp/%C3%BCn%C3%AF")["contents"][0]
+    assert json.loads(read["text"])["value"] == {"from": "mcp"}
+    client.tool("create_template", name="greet", variables={"who": {"required": True}},
+                session={"prompt": "Hello {{who}}."})
+    listed = {one["name"]: one for one in client.ask("prompts/list")["prompts"]}
+    assert listed["greet"]["arguments"][0] == {"name": "who", "description": "", "required": True}
+    told = client.ask("prompts/get", name="greet", arguments={"who": "you"})["messages"][0]
+    assert told == {"role": "user", "content": {"type": "text", "text": "Hello you."}}
+    client.tool("delete_template", id="greet")
+    client.tool("delete_memory", key="mcp/ünï")
+    assert client.call("prompts/get", name="greet").json["error"]["code"] == -32002
+
+
+@pytest.mark.parametrize("body, headers, status, code", [
+    (b"{", {}, 400, -32700), (b"\xff{}", {}, 400, None), (b"NaN", {}, 400, -32700), (b"[" * 100_000, {}, 400, -32700),
+    (b'{"zebra": 1}', {}, 400, -32600), (b'"text"', {}, 400, -32600), (b"", {}, 400, -32700),
+    (rpc("ping"), {"Content-Type": "text/plain"}, 415, None), (rpc("ping"), {"Accept": "text/html"}, 406, -32600),
+    (rpc("ping"), {"MCP-Protocol-Version": "1.0"}, 400, -32022),
+    (rpc("ping"), {"MCP-Protocol-Version": NEWEST}, 400, -32602), ({**rpc("x"), "method": []}, {}, 400, -32600),
+    (rpc("ping", _meta={f"{META}protocolVersion": [], f"{META}clientCapabilities": {}}), {}, 400, -32020),
+    (rpc("ping"), {"Mcp-Session-Id": "ü"}, 400, -32600), (rpc("ping"), {"Origin": "http://evil.example"}, 403, None),
+    ([rpc("ping")], {"MCP-Protocol-Version": "2025-06-18"}, 400, -32600), ([], {}, 400, -32600),
+    ([rpc("ping")] * 51, {}, 400, -32600)], ids=lambda value: str(value)[:40])
+def test_post_mcp_refuses_what_is_no_message(server, body, headers, status, code):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    told = server.call("POST /mcp", raw, {name: value.encode() if name == "Mcp-Session-Id" else value
+                                          for name, value in headers.items()})
+    assert told.status == status
+    assert code is None or told.json["error"]["code"] == code
+
+
+@pytest.mark.parametrize("change, code", [
+    ({"Mcp-Method": "tools/list"}, -32020), ({"Mcp-Name": "kill_session"}, -32020), ({"Mcp-Name": None}, -32020),
+    ({"MCP-Protocol-Version": "2025-06-18"}, -32020), ({"MCP-Protocol-Version": None}, -32020)])
+def test_post_mcp_holds_headers_against_the_message(server, change, code):
+    message, headers = Mcp(server, NEWEST).message("tools/call", {"name": "get_health"})
+    assert server.call("POST /mcp", message, headers).status == 200
+    both = {**headers, **change}
+    told = server.call("POST /mcp", message, {name: value for name, value in both.items() if value is not None})
+    assert (told.status, told.json["error"]["code"], told.json["id"]) == (400, code, 1)
+
+
+def test_post_mcp_tells_a_newer_client_what_is_spoken_here(server):
+    message, headers = Mcp(server, NEWEST).message("ping", {"_meta": {f"{META}protocolVersion": "2030-01-01"}})
+    told = server.call("POST /mcp", message, {**headers, "MCP-Protocol-Version": "2030-01-01"})
+    assert (told.status, told.json["error"]["code"]) == (400, -32022)
+    assert told.json["error"]["data"] == {"supported": list(aegis.PROTOCOLS), "requested": "2030-01-01"}
+    assert Mcp(server, NEWEST).call("initialize", protocolVersion=NEWEST).status == 404
+
+
+def test_post_mcp_takes_batches_of_the_one_revision_that_has_them(server):
+    batch = [rpc("ping", "a"), {"jsonrpc": "2.0", "method": "notifications/initialized"}, 5, rpc("nope", 2),
+             rpc("initialize", 3, protocolVersion="2025-03-26"),
+             rpc("tools/call", 4, name="get_health", arguments={})]
+    told = server.call("POST /mcp", batch).json
+    assert [(one["id"], one.get("error", {}).get("code")) for one in told] == [
+        ("a", None), (None, -32600), (2, -32601), (3, -32600), (4, None)]
+    silent = server.call("POST /mcp", [{"jsonrpc": "2.0", "method": "x"}])
+    assert (silent.status, silent.raw) == (202, b"")
+
+
+def test_post_mcp_wants_the_token_and_opens_no_tool_without_it(strict):
+    told = strict.call("POST /mcp", rpc("tools/call", name="list_sessions"), auth=False)
+    assert (told.status, told.json["code"]) == (401, "UNAUTHORIZED")
+    assert Mcp(strict, NEWEST).tool("list_sessions")["sessions"] == []
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", NEWEST])
+def test_post_mcp_tells_of_progress_while_it_waits(server, make, version):
+    talk, client = make(), Mcp(server, version)
+    talk.send("[[hang]]")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                           _meta={"progressToken": "p1"})
+    heard = [next(waiting)]                       # a sign of life, while nothing happens
+    talk.ask("POST interrupt")
+    heard += list(waiting)
+    signs, last = heard[:-1], heard[-1]
+    assert last["result"]["structuredContent"]["status"] == "idle" and last["id"] == client.count
+    assert all(one["method"] == "notifications/progress" and one["params"]["progressToken"] == "p1" for one in signs)
+    counts = [one["params"]["progress"] for one in signs]
+    assert counts == sorted(set(counts)) and any("turn.ended" in one["params"]["message"] for one in signs)
+
+
+def test_post_mcp_tells_nobody_of_other_sessions_progress(server, make):
+    talk, other, client = make(), make(), Mcp(server)
+    talk.send("[[hang]]")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    other.say("[[say secret]]")
+    talk.ask("POST interrupt")
+    assert other.get()["name"] not in json.dumps(list(waiting))
+
+
+def test_post_mcp_sends_no_progress_to_those_who_did_not_ask(server, make):
+    talk = make()
+    heard = list(Mcp(server).speak("tools/call", name="send_prompt", arguments={"id": talk.id, "text": "[[say x]]"}))
+    assert len(heard) == 1 and heard[0]["result"]["structuredContent"]["delivered"] is True
+
+
+def test_post_mcp_cancelled_ends_the_waiting_and_never_the_work(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle", "timeout": 600},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    stranger = Mcp(server)
+    assert stranger.notify("notifications/cancelled", requestId=client.count) == 202     # in another session
+    assert next(waiting)["method"] == "notifications/progress"
+    assert client.notify("notifications/cancelled", requestId=client.count) == 202
+    assert [one for one in waiting if "result" in one or "error" in one] == []
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+def threads(server: Server) -> int:
+    """Count a server's threads."""
+    flag = "-M" if sys.platform == "darwin" else "-L"
+    told = subprocess.run(["ps", flag, "-p", str(server.process.pid)], stdout=subprocess.PIPE).stdout
+    return len(told.splitlines()) - 1
+
+
+def test_post_mcp_ends_the_waiting_of_clients_that_hung_up(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    lines, answers = [], []
+    for _ in range(20):
+        message, headers = client.message("tools/call", {"name": "read_session", "arguments": {
+            "id": talk.id, "wait": "idle", "timeout": 600}})
+        lines.append(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60))
+        lines[-1].request("POST", "/mcp", json.dumps(message), {
+            **headers, "Accept": "application/json, text/event-stream", "Content-Type": "application/json"})
+        answers.append(lines[-1].getresponse())
+        assert answers[-1].status == 200
+    waiting = threads(server)
+    for one in (*answers, *lines):
+        one.close()
+    eventually(lambda: threads(server) <= waiting - 30)    # two for each that waits
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+def test_stream_mcp_tells_a_session_of_what_it_watches(server, make):
+    talk, other, client = make(), make(), Mcp(server)
+    uri = f"aegis://sessions/{talk.id}"
+    assert client.call("resources/subscribe", uri="aegis://sessions/nobody").json["error"]["code"] == -32002
+    client.ask("resources/subscribe", uri=uri)
+    headers = {"Accept": "text/event-stream", "Mcp-Session-Id": client.session, "MCP-Protocol-Version": "2025-11-25"}
+    heard: List[Json] = []
+    reader = threading.Thread(target=lambda: heard.extend(messages_of_stream(server, "GET", headers)), daemon=True)
+    reader.start()
+    other.say("[[say other]]")
+    eventually(lambda: talk.ask("POST send", {"text": "[[say x]]"}) and heard or time.sleep(0.1))
+    assert server.call("DELETE /mcp", headers=headers).json == {"ended": True}
+    reader.join(WITHIN)
+    assert not reader.is_alive() and {one["params"]["uri"] for one in heard if "uri" in one["params"]} == {uri}
+    assert client.call("ping").status == 404
+
+
+def test_stream_mcp_needs_a_client_that_takes_events(server):
+    assert server.call("GET /mcp").status == 406
+    newest = {"Accept": "text/event-stream", "MCP-Protocol-Version": NEWEST}
+    assert server.call("GET /mcp", headers=newest).status == 405
+
+
+def test_post_mcp_listens_for_what_a_request_asks(server, make):
+    talk, client = make(), Mcp(server, NEWEST)
+    uri = f"aegis://sessions/{talk.id}"
+    wish = {"resourceSubscriptions": [uri], "resourcesListChanged": True, "toolsListChanged": True}
+    assert client.call("subscriptions/listen", notifications=wish).status == 406
+    told = client.speak("subscriptions/listen", notifications=wish)
+    opened = next(told)
+    assert opened["params"]["notifications"] == {"resourceSubscriptions": [uri], "resourcesListChanged": True}
+    talk.send("[[say x]]")
+    changed = next(told)
+    assert (changed["method"], changed["params"]["uri"]) == ("notifications/resources/updated", uri)
+    assert changed["params"]["_meta"][f"{META}subscriptionId"] == client.count
+    talk.kill()
+    assert any(one["method"] == "notifications/resources/list_changed" for one in told)
+    told.close()
+
+
+def test_end_mcp_ends_a_session_and_what_waits_in_it(server, make):
+    talk, client = make(), Mcp(server)
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    waiting = client.speak("tools/call", name="read_session", arguments={"id": talk.id, "wait": "idle", "timeout": 600},
+                           _meta={"progressToken": 1})
+    next(waiting)
+    assert server.call("DELETE /mcp").status == 400
+    assert server.call("DELETE /mcp", headers={"Mcp-Session-Id": client.session}).status == 200
+    assert all("result" not in one for one in waiting)
+    assert server.call("DELETE /mcp", headers={"Mcp-Session-Id": client.session}).status == 404
+    assert client.call("ping").status == 404 and talk.status == "working"
+    talk.ask("POST interrupt")
+
+
+@alone
+def test_post_mcp_goes_on_with_a_session_through_a_restart(house):
+    own = house(AEGIS_AGENT="demo")
+    client = Mcp(own)
+    client.ask("ping")
+    own.crash().start()
+    assert client.ask("ping") == {} and client.tool("get_health")["status"] == "ok"
 
 
 # ============================================================================
@@ -8260,13 +11057,1005 @@ def test_bench_prints_its_table(_):
 
 
 # ============================================================================
-# COMMAND LINE. serve, bench, selftest, demo-agent.
+# CLIENT. A caller of a running Aegis.
 # ============================================================================
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    assert aegis.main(["dance"]) == 2
-    assert "selftest" in capsys.readouterr().err
+def client_of(server: Server) -> aegis.Client:
+    """Give a client of a server."""
+    return aegis.Client(f"http://127.0.0.1:{server.port}", server.env.get("AEGIS_AUTH_TOKEN", ""))
+
+
+def row(tool: str) -> Any:
+    """Find the row that a tool names."""
+    return next(one for one in aegis.ROUTES if one.tool == tool)
+
+
+@contextlib.contextmanager
+def answering(*lines: Tuple[bytes, ...]) -> Iterator[Tuple[str, List[bytes]]]:
+    """Answer what comes on one connection after the other, then close it; gives the address and what was asked."""
+    asked: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                for answers in lines:
+                    with listening.accept()[0] as line, line.makefile("rb") as coming:
+                        for answer in answers:
+                            head = b"".join(iter(coming.readline, b"\r\n"))
+                            length = re.search(rb"Content-Length: (\d+)", head)
+                            asked.append(head + coming.read(int(length.group(1)) if length else 0))
+                            line.sendall(answer)
+        worker = threading.Thread(target=serve, daemon=True)
+        worker.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+        listening.shutdown(socket.SHUT_RDWR)
+        worker.join(5)
+
+
+def http_answer(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
+    """Write an answer."""
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+def failure(work: Callable[[], Any]) -> aegis.ApiError:
+    """Give the error that work must end with."""
+    with pytest.raises(aegis.ApiError) as caught:
+        work()
+    return caught.value
+
+
+def test_a_client_asks_by_rows_on_one_connection(server):
+    client = client_of(server)
+    assert client.call("GET", "/v1/health")["status"] == "ok"
+    line = client.line
+    key = f"a b/c?{uuid.uuid4().hex}/ü"
+    client.ask(row("set_memory"), {"key": key, "value": {"a": [1, None, "é"]}})
+    assert client.ask(row("get_memory"), {"key": key})["value"] == {"a": [1, None, "é"]}
+    assert [one["key"] for one in client.ask(row("list_memory"), {"prefix": key, "limit": 5})["entries"]] == [key]
+    assert client.ask(row("delete_memory"), {"key": key})["deleted"] is True
+    assert client.line is line
+    client.close()
+    assert failure(lambda: client.call("GET", "/v1/health")).code == "HUNG_UP"
+
+
+def test_a_client_tells_a_refusal_as_it_was(server, strict):
+    client = client_of(server)
+    wrong = failure(lambda: client.call("POST", "/v1/memory", {"key": "", "what": 1}))
+    assert (wrong.status, wrong.code) == (400, "INVALID_REQUEST") and wrong.more["fields"]["value"] == "is required"
+    assert failure(lambda: client.ask(row("get_session"), {"id": "../x?y"})).code == "SESSION_NOT_FOUND"
+    assert failure(lambda: client.ask(row("get_session"), {"id": ""})).message == "id is required"
+    stranger = aegis.Client(f"http://127.0.0.1:{strict.port}", "wrong")
+    assert failure(lambda: stranger.call("GET", "/v1/sessions")).status == 401
+    assert client_of(strict).call("GET", "/v1/sessions")["pagination"]["page"] == 1
+
+
+def test_a_client_says_what_to_do_where_no_aegis_answers():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    lost = failure(lambda: aegis.Client(f"http://127.0.0.1:{port}").call("GET", "/v1/health"))
+    assert (lost.status, lost.code) == (0, "NO_SERVER")
+    assert f"no Aegis answers at http://127.0.0.1:{port}: start one with `python3 aegis.py`" in lost.message
+    lost = failure(lambda: next(aegis.Client(f"http://127.0.0.1:{port}").events()))
+    assert lost.code == "NO_SERVER"
+    for url in ("127.0.0.1:9100", "ftp://x", "http://", "http://a:b@c", "http://x:port", "http://x/?y"):
+        assert failure(lambda: aegis.Client(url)).code == "BAD_URL", url
+    assert failure(lambda: aegis.Client("http://x", "a\r\nX: y")).code == "BAD_TOKEN"
+
+
+def test_a_client_says_when_what_answers_is_no_aegis_or_too_slow():
+    page = http_answer(b"<h1>Hello</h1>", kind="text/html")
+    with answering((page,), (http_answer(b"<h1>Bad gateway</h1>", "502 Bad Gateway"),), (b"",),
+                   (http_answer(b"{}")[:-1],)) as (url, _):
+        client = aegis.Client(url)
+        told = [failure(lambda: client.call("GET", "/v1/health")) for _ in range(4)]
+    assert [one.code for one in told] == ["NO_AEGIS", "NO_AEGIS", "CONNECTION_LOST", "CONNECTION_LOST"]
+    assert [one.status for one in told] == [0, 502, 0, 0]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = aegis.Client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert failure(lambda: slow.call("GET", "/v1/health", seconds=0.05)).code == "NO_ANSWER"
+
+
+def test_a_client_repeats_only_what_may_be_repeated():
+    good = http_answer(b'{"n": 1}')
+    with answering((good, b""), (good, b""), (good, b""), (good,)) as (url, asked):   # b"": taken, and never answered
+        client = aegis.Client(url)
+        for _ in range(2):
+            assert client.call("GET", "/x") == {"n": 1}
+        assert client.call("POST", "/x", {}, key="once") == {"n": 1}
+        assert failure(lambda: client.call("POST", "/x", {})).code == "CONNECTION_LOST"
+    assert [one.split()[0] for one in asked] == [b"GET", b"GET", b"GET", b"POST", b"POST", b"POST"]
+    with answering((good,), (good,)) as (url, asked):
+        client = aegis.Client(url)
+        client.call("GET", "/x")
+        eventually(lambda: not client._kept())       # the server has closed it: nothing is lost by asking anew
+        assert client.call("POST", "/x", {}) == {"n": 1}
+
+
+def test_a_client_behind_a_path_sends_its_token_and_host():
+    with answering((http_answer(b"{}"),)) as (url, asked):
+        assert aegis.Client(url + "/my%20box/", "t0ken").call("GET", "/v1/health") == {}
+    head = asked[0].decode().split("\r\n")
+    assert head[0] == "GET /my%20box/v1/health HTTP/1.1" and "Authorization: Bearer t0ken" in head
+    assert f"Host: {url[7:]}" in head
+
+
+def test_an_event_stream_is_read_by_the_rules_of_event_streams():
+    raw = (b": hello\nretry: 2000\nid: 1\ndata: {\"id\":1,\ndata: \"a\":2}\r\n\r\n:\n\ndata:{\"id\":2}\n\n"
+           b"data: [1]\n\ndata: {\"id\":3}\n")
+    assert list(aegis.read_blocks(iter(raw.splitlines(True)))) == [{"id": 1, "a": 2}, {"id": 2}]
+
+
+@alone
+def test_a_client_follows_events_through_a_restart(house):
+    own = house()
+    client = client_of(own)
+    client.call("POST", "/v1/memory", {"key": "k0", "value": 0})
+    events = client.events(after=0, types="memory.set")
+    assert next(events)["key"] == "k0"
+    own.crash()
+    own.start(own.port)
+    client.call("POST", "/v1/memory", {"key": "k1", "value": 1})
+    assert next(events)["key"] == "k1"
+    own.crash()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aegis, "COME_BACK_SECONDS", 0.2)
+        assert failure(lambda: next(events)).code in ("NO_SERVER", "CONNECTION_LOST")
+
+
+def test_a_client_that_hangs_up_ends_what_waits(talk):
+    talk.server.events.told(None)
+    client = client_of(talk.server)
+    busy = threading.Thread(target=lambda: told.append(failure(
+        lambda: client.call("GET", "/v1/verify/none?wait=done")).code), daemon=True)
+    told: List[str] = []
+    stream = client.events(f"/v1/sessions/{talk.id}/events", after=0)
+    assert next(stream)["type"] == "session.created"
+    heard: List[Json] = []
+    listening = threading.Thread(target=lambda: heard.extend(stream), daemon=True)
+    listening.start()
+    eventually(lambda: heard)
+    client.close()
+    listening.join(WITHIN)
+    assert not listening.is_alive()
+    busy.start()
+    busy.join(WITHIN)
+    assert told == ["HUNG_UP"]
+
+
+def test_the_server_of_our_state_directory_is_found_and_only_it_gets_its_key(server, tmp_path):
+    here = f"http://127.0.0.1:{server.port}"
+    assert aegis.own_address(str(server.state)) == here
+    env = {"AEGIS_STATE_DIR": str(server.state)}
+    key = server.state / "admin.key"
+    key.write_text("minted\n")
+    try:
+        bearer = [aegis.reach(url, environ=env).headers.get("Authorization") for url in ("", here, "http://other:9100")]
+        assert bearer == ["Bearer minted", "Bearer minted", None]
+        assert aegis.reach(environ={**env, "AEGIS_TOKEN": "mine"}).headers["Authorization"] == "Bearer mine"
+        assert aegis.reach(token=f"@{key}", environ=env).headers["Authorization"] == "Bearer minted"
+        assert aegis.reach(environ={**env, "AEGIS_URL": "http://other:9100"}).url == "http://other:9100"
+    finally:
+        key.unlink()
+    for name, text in (("lock", str(2 ** 22 + 7)), ("address", here), ("admin.key", "minted")):
+        (tmp_path / name).write_text(text)
+    left = aegis.reach(environ={"AEGIS_STATE_DIR": str(tmp_path), "AEGIS_PORT": "9123"})   # by one that was killed
+    assert (left.url, left.headers.get("Authorization")) == ("http://127.0.0.1:9123", None)
+    assert failure(lambda: aegis.reach(token="@/no/such/file", environ={})).code == "BAD_TOKEN"
+
+
+# ============================================================================
+# BRIDGE. MCP over stdin and stdout.
+# ============================================================================
+
+
+class Pipe:
+    """A client that starts `aegis.py mcp` and talks to it."""
+
+    def __init__(self, server: Server, *words: str, **env: str) -> None:
+        own = {"PATH": OUTSIDE["PATH"], "HOME": str(server.root / "home"), "AEGIS_STATE_DIR": str(server.root / "none"),
+               "AEGIS_URL": f"http://127.0.0.1:{server.port}", **env}
+        self.process = subprocess.Popen([sys.executable, str(AEGIS), "mcp", *words], env=own, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.heard: List[Json] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for raw in self.process.stdout:   # what is no JSON ends the reader, and with it every wait
+            self.heard.append(json.loads(raw))
+
+    def write(self, *messages: Any) -> None:
+        """Send messages, each on its line."""
+        for one in messages:
+            self.process.stdin.write(one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self, of: Any) -> Json:
+        """Wait for the answer to a request."""
+        return eventually(lambda: [one for one in self.heard if one.get("id") == of and "method" not in one][0])
+
+    def ask(self, method: str, of: Any, **params: Any) -> Json:
+        """Make a request, and wait for its answer."""
+        self.write(rpc(method, of, **params))
+        return self.answer(of)
+
+    def close(self) -> int:
+        """Close stdin; gives the exit code."""
+        self.process.stdin.close()
+        code = self.process.wait(WITHIN)
+        self.reader.join(WITHIN)
+        return code
+
+
+@pytest.fixture
+def pipe(server) -> Iterator[Pipe]:
+    """A client over stdin and stdout that has shaken hands."""
+    one = Pipe(server)
+    told = one.ask("initialize", 0, protocolVersion="2025-06-18", capabilities={},
+                   clientInfo={"name": "t", "version": "1"})
+    assert told["result"]["protocolVersion"] == "2025-06-18"
+    one.write({"jsonrpc": "2.0", "method": "notifications/initialized"})
+    yield one
+    assert one.close() == 0 and one.process.stderr.read() == b""
+
+
+def test_bridge_drives_a_session_and_ends_with_its_input(server, pipe):
+    made = pipe.ask("tools/call", "a", name="create_session", arguments={
+        "workDir": str(server.work), "prompt": "[[say over the pipe]]"})["result"]["structuredContent"]
+    read = pipe.ask("tools/call", 1, name="read_session", arguments={"id": made["id"], "wait": "idle"},
+                    _meta={"progressToken": "p"})["result"]["structuredContent"]
+    assert (read["status"], read["output"]) == ("idle", "over the pipe")
+    pipe.ask("tools/call", 2, name="kill_session", arguments={"id": made["id"]})
+
+
+def test_bridge_answers_at_once_while_another_request_waits_and_cancels_that(server, make, pipe):
+    talk = make()
+    talk.send("[[hang]]")
+    talk.wait("turn.started")
+    uri = f"aegis://sessions/{talk.id}"
+    assert pipe.ask("resources/subscribe", "s", uri=uri)["result"] == {}
+    pipe.write(rpc("tools/call", "long", name="read_session", arguments={"id": talk.id, "wait": "idle"},
+                   _meta={"progressToken": 7}))
+    eventually(lambda: [one for one in pipe.heard if one.get("method") == "notifications/progress"])
+    pipe.write(*(rpc("ping", f"p{number}") for number in range(20)))
+    assert all(pipe.answer(f"p{number}")["result"] == {} for number in range(20))
+    pipe.write({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "long"}})
+    assert talk.status == "working"
+    talk.ask("POST interrupt")
+    eventually(lambda: [one for one in pipe.heard if one.get("params", {}).get("uri") == uri])   # and it watches
+    assert pipe.ask("ping", "after")["result"] == {}
+    assert [one for one in pipe.heard if one.get("id") == "long"] == []
+
+
+def test_bridge_writes_nothing_but_messages(pipe):
+    pipe.write(b"\n", b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"NaN\n", [rpc("ping", 1)], {"zebra": 1})
+    wrong = eventually(lambda: len(pipe.heard) >= 7 and pipe.heard[1:])
+    assert sorted(one["error"]["code"] for one in wrong) == [-32700] * 3 + [-32600] * 3
+    assert pipe.ask("ping", "text\nwith\tesc\x1b")["result"] == {}
+
+
+def test_bridge_speaks_the_newest_revision_too(pipe):
+    meta = {f"{META}protocolVersion": NEWEST, f"{META}clientCapabilities": {}}
+    assert NEWEST in pipe.ask("server/discover", "d", _meta=meta)["result"]["supportedVersions"]
+    told = pipe.ask("resources/read", "r", uri="aegis://memory/n\u00f6/☃", _meta=meta)
+    assert told["error"]["code"] == -32602 and "MEMORY_NOT_FOUND" in json.dumps(told)
+
+
+def test_bridge_without_a_server_says_so_and_writes_no_message(tmp_path):
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    done = run_aegis("mcp", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")
+    free.close()
+    assert (done.returncode, done.stdout) == (1, "") and "no Aegis answers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bridge_needs_the_token_of_a_closed_server(strict):
+    url = f"http://127.0.0.1:{strict.port}"
+    assert "token" in run_aegis("mcp", "--url", url).stderr
+    one = Pipe(strict, AEGIS_TOKEN=strict.env["AEGIS_AUTH_TOKEN"])
+    told = one.ask("tools/call", 1, name="list_sessions", arguments={})
+    assert told["result"]["isError"] is False and one.close() == 0
+
+
+@alone
+def test_bridge_lives_on_when_the_server_restarts(house):
+    own = house(AEGIS_AGENT="demo")
+    one = Pipe(own)
+    one.ask("initialize", 0, protocolVersion="2025-11-25", capabilities={})
+    own.crash()
+    assert one.ask("ping", 1)["error"]["code"] == -32000
+    own.start()
+    assert one.ask("ping", 2)["result"] == {} and one.close() == 0
+
+
+# ============================================================================
+# TERMINAL. What a person reads, and what they type.
+# ============================================================================
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.exe\r\x08"
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def cli(server: Optional[Server], *words: str, stdin: str = "", **env: str) -> Done:
+    """Run a command against a server, in this process: a start costs more than most of them do."""
+    base = server.env if server else {**clean_environment(Path(tempfile.gettempdir())), "AEGIS_STATE_DIR": "/none"}
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(os, "environ", {**base, **env})
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(signal, "signal", lambda *_: None)
+        return Done(aegis.main(words), out.getvalue(), err.getvalue())
+
+
+def cli_process(server: Server, *words: str, **more: Any) -> Any:
+    """Begin a command as a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", IMPORTED, str(HERE), *words], env=server.env, cwd=str(server.work),
+                            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **more})
+
+
+def told(server: Server, *words: str, **more: Any) -> Any:
+    """Run a command that must succeed and print one JSON value."""
+    done = cli(server, *words, "--json", **more)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return json.loads(done.stdout)
+
+
+class Person:
+    """A command at a terminal of its own: what it draws is read, keys can be typed, and it can be resized."""
+
+    def __init__(self, server: Server, *words: str, columns: int = 100, **env: str) -> None:
+        self.ours, theirs = os.openpty()
+        self.resize(columns)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_FRONT + IMPORTED, str(HERE), *words], env={**server.env, **env},
+            cwd=str(server.work), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        self.drawn = ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(self.ours, 65536)
+                if not data:
+                    return
+                self.drawn += data.decode("utf-8", "replace")
+
+    def resize(self, columns: int) -> None:
+        """Give the terminal another width."""
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+
+    def sees(self, pattern: str) -> Any:
+        """Wait for what is drawn to hold a pattern."""
+        return eventually(lambda: re.search(pattern, self.drawn))
+
+    def types(self, keys: str) -> None:
+        """Type, and forget what was drawn before."""
+        self.drawn = ""
+        os.write(self.ours, keys.encode())
+
+    def leaves(self) -> int:
+        """Wait for its end; gives the exit code."""
+        code = self.process.wait(WITHIN)
+        self.reader.join(1)
+        return code
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(OSError):
+            self.process.kill()
+            self.process.wait()
+            os.close(self.ours)
+
+
+# the terminal becomes its controlling one, so that Ctrl-C is a signal
+IN_FRONT = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
+@pytest.fixture
+def person(server: Server) -> Iterator[Callable[..., Person]]:
+    """Sit people down at terminals of the shared server."""
+    made: List[Person] = []
+
+    def sit(*words: str, **more: Any) -> Person:
+        made.append(Person(server, *words, **more))
+        return made[-1]
+    yield sit
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("given, shown", [
+    ("plain ü 漢字 🦀\ttab\nline", "plain ü 漢字 🦀\ttab\nline"), ("a\r\nb\rc", "a\nb\\x0dc"),
+    ("\x1b[31mred", "\\x1b[31mred"), ("\x9b31m\x7f", "\\x9b31m\\x7f"), ("\u202egnp.exe", "\\u202egnp.exe"),
+    ("\x00\x08\u2028", "\\x00\\x08\\u2028"), ("\ud83d", "\\ud83d")], ids=ascii)
+def test_no_text_of_others_reaches_a_terminal_as_keys(given, shown):
+    assert aegis.safe_text(given) == shown
+    assert json.loads(aegis.safe_json({"x": given})) == {"x": given}
+    assert not aegis.UNSAFE.search(aegis.safe_json(given))
+    assert "\n" not in aegis.safe_line(given) and "\t" not in aegis.safe_line(given)
+
+
+def test_a_table_keeps_its_columns_whatever_is_in_them():
+    rows = [["NAME", "N", "DIR"], ["漢字", "1", "/a"], ["e\u0301", "22", "/very/long/" + "x" * 90]]
+    shown = aegis.lay_out(rows, 40)
+    assert [aegis.cells("  ".join(row[:2])) for row in shown] == [8, 8, 8]
+    assert max(aegis.cells("  ".join(row)) for row in shown) == 40 and shown[2][2].endswith("…")
+    assert aegis.lay_out(rows, None)[2][2] == rows[2][2]
+    assert [len(row) for row in aegis.lay_out(rows, 12)] == [2, 2, 2]      # no room for the last one
+    assert aegis.lay_out([["abcdef"]], 4) == [["abc…"]]
+    assert (aegis.fit("漢字漢字", 5), aegis.fit("abc", 3)) == ("漢字…", "abc")
+
+
+def test_colours_are_for_terminals_that_want_them(make, person, server):
+    make(name=f"hue-{uuid.uuid4().hex[:6]}")
+    assert "\x1b" not in cli(server, "ls").stdout
+    for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        one = person("ls", **env)
+        assert one.leaves() == 0 and "hue-" in one.drawn
+        assert ("\x1b[" in one.drawn) is coloured, one.drawn
+
+
+def test_what_a_session_says_cannot_drive_the_terminal(make, server, person):
+    talk = make("[[say fine]]", name="漢字 \u202eevil")
+    talk.read()
+    with open(talk.get()["transcriptPath"], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"type": "assistant", "timestamp": aegis.iso(time.time()), "message": {
+            "id": "m", "role": "assistant", "content": [{"type": "text", "text": EVIL + "after"}]}}) + "\n")
+    verbs = (("read", talk.id), ("read", talk.id, "-m"), ("ls",), ("show", talk.id), ("pane", talk.id),
+             ("ls", "--json"), ("pane", talk.id, "--ansi"), ("call", "read_session", f"id={talk.id}"),
+             ("read", talk.id, "--json"))
+    for words in verbs:
+        done = cli(server, *words)
+        said = re.sub("\x1b\\[[0-9;]*m", "", done.stdout) if "--ansi" in words else done.stdout
+        assert done.returncode == 0 and said and not aegis.UNSAFE.search(said), (words, said)
+    one = person("tail", talk.id, NO_COLOR="1")
+    one.sees("after")
+    assert not aegis.UNSAFE.search(one.drawn.replace("\r\n", "\n")), one.drawn
+
+
+def test_output_that_cannot_be_written_ends_a_command_quietly(server):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    told_ = []
+    line = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE), "health")))
+    for redirect in ("", ">&-", "<&- >&- 2>&-", *([">/dev/full"] if os.path.exists("/dev/full") else [])):
+        done = subprocess.run(["sh", "-c", f"{line} {redirect}"], env=server.env, stdout=theirs, stderr=subprocess.PIPE,
+                              timeout=60)
+        told_.append((done.returncode, done.stderr.count(b"\n")))
+    os.close(theirs)
+    assert told_[:3] == [(141, 0), (0, 0), (0, 0)] and told_[3:] in ([], [(1, 1)])
+
+
+# ============================================================================
+# VERBS. From a row to a command, and from an answer to lines.
+# ============================================================================
+
+
+@pytest.mark.parametrize("words, wanted", [
+    ("send S hello --expand", {"id": "S", "text": "hello", "expand": True}),
+    ("send S -- --no", {"id": "S", "text": "--no"}),
+    ("answer S 2", {"id": "S", "answer": 2}), ("answer S Red Blue", {"id": "S", "answer": ["Red", "Blue"]}),
+    ("answer S --answers [1,2]", {"id": "S", "answers": [1, 2]}),
+    ("approve S", {"id": "S"}), ("approve S perm-1 --always", {"id": "S", "permissionId": "perm-1", "always": True}),
+    ("approve S --updated-input command=ls", {"id": "S", "updatedInput": {"command": "ls"}}),
+    ("read S --wait --timeout 1.5 --limit 3", {"id": "S", "wait": "idle", "timeout": 1.5, "limit": 3}),
+    ("memory set k {\"a\":[null]}", {"key": "k", "value": {"a": [None]}}),
+    ("memory set k word", {"key": "k", "value": "word"}), ("memory set k null", {"key": "k", "value": None}),
+    ("memory set k \"5\" --ttl-ms 5", {"key": "k", "value": "5", "ttlMs": 5}),
+    ("create hi --variables who=5 --variables n:=5", {"prompt": "hi", "variables": {"who": "5", "n": 5}}),
+    ("create --env A=b=c --args=-v --args x --worktree --no-resume-on-reset",
+     {"env": {"A": "b=c"}, "args": ["-v", "x"], "worktree": True, "resumeOnReset": False}),
+    ("create --command [\"a\"]", {"command": ["a"]}), ("create --command 'sh -c x'", {"command": "sh -c x"}),
+    ("create --work-dir /a/../b", {"workDir": "/b"}), ("verify S --checks {\"command\":\"true\"}",
+                                                       {"id": "S", "checks": [{"command": "true"}]}),
+    ("policy S allowRead:=true deny:=[\"Bash\"]", {"id": "S", "policy": {"allowRead": True, "deny": ["Bash"]}}),
+    ("create --name n hi", {"prompt": "hi", "name": "n"}), ("resume --json S hi", {"id": "S", "prompt": "hi"}),
+    ("answer --text word S", {"id": "S", "text": "word"}), ("label S a=b", {"id": "S", "labels": {"a": "b"}}),
+], ids=lambda one: one if isinstance(one, str) else "")
+def test_a_verbs_fields_are_read_as_the_row_wants_them(words, wanted):
+    split = shlex.split(words) if "'" in words else words.split(" ")
+    if '"5"' in words:
+        split[3] = '"5"'
+    verb, rest = aegis.find_verb(split)
+    row = aegis.ROUTES_BY_PATH[verb.route]
+    options = aegis.verb_parser(verb).parse_intermixed_args(rest)
+    found = {name: aegis.read_field(name, row.takes[name], getattr(options, name, None)) for name in row.takes}
+    assert {name: value for name, value in found.items() if value is not aegis.MISSING} == wanted
+
+
+@pytest.mark.parametrize("words, why", [
+    ("send", "the following arguments are required: SESSION, TEXT"), ("send S", "required: TEXT"),
+    ("ls --nmae x", "unrecognized arguments: --nmae x"), ("read S --limit x", "limit must be a whole number, not 'x'"),
+    ("ls --status lazy", "invalid choice: 'lazy'"), ("memory set k v --ttl-ms x", "must be a whole number"),
+    ("policy S x", "neither NAME=VALUE nor a JSON object"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
+    ("policy S a:=b", "is not JSON"), ("run", "a prompt is required"),
+    ("run x --policy {", "must be a JSON object"), ("call dance", "there is no tool 'dance'"),
+    ("call red_session", "did you mean `read_session`?"), ("run x --timeout soon", "invalid float value"),
+    ("pipeline create /no/such", "must be a JSON object"), ("attach", "required: SESSION"),
+    ("ls --url nowhere", "is no address of a server"), ("ls --token @/no/such", "the token cannot be read"),
+], ids=lambda one: one)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(server, capsys, monkeypatch, words, why):
+    monkeypatch.setenv("AEGIS_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setattr(aegis, "find_named", lambda client, collection, word: word)
+    code = aegis.main(words.split(" "))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1) and why in err and err.startswith("aegis: "), err
+
+
+def test_every_tool_is_a_command_and_every_command_has_a_row():
+    assert [verb.route for verb in aegis.EVERY_VERB if verb.route and verb.route not in aegis.ROUTES_BY_PATH] == []
+    for verb in aegis.VERBS.values():
+        text = aegis.verb_parser(verb).format_help()
+        assert f"aegis.py {verb.name}" in text and "--json" in text and len(aegis.verb_about(verb)) > 10
+    assert len(aegis.ROUTES_BY_TOOL) == len([one for one in aegis.ROUTES if one.tool])
+
+
+def test_call_reaches_any_tool(server, talk):
+    tools = {one["tool"] for one in told(server, "call")["tools"]}
+    assert tools == set(aegis.ROUTES_BY_TOOL)
+    name = talk.get()["name"]
+    assert told(server, "call", "get-session", f"id={name}")["id"] == talk.id
+    assert told(server, "call", "read_session", f"id={talk.id}", "limit=0")["messages"] == []
+    made = told(server, "call", "create_sessions", json.dumps({"sessions": [{"workDir": str(server.work)}]}))
+    ids = [one["id"] for one in made["sessions"]]
+    assert told(server, "call", "kill_sessions", f"ids:={json.dumps(ids)}")["killed"] == 1
+
+
+def test_a_session_is_named_by_id_or_name_or_the_beginning_of_its_id(server, make):
+    name = f"naïve {uuid.uuid4().hex[:6]}"
+    ended = make(name=name)
+    ended.kill()
+    assert told(server, "show", name)["id"] == ended.id          # of one that ended, where none lives
+    newer = make(name=name)
+    assert told(server, "show", name)["id"] == newer.id
+    newer.kill()
+    told(server, "resume", ended.id)
+    for word in (ended.id, name, ended.id[:11]):                  # one that lives, though one that ended is newer
+        assert told(server, "show", word)["id"] == ended.id
+    assert told(server, "show", newer.id[:11])["status"] == "killed"
+    done = cli(server, "show", "")
+    assert (done.returncode, done.stdout) == (1, "") and "is the beginning of" in done.stderr
+    done = cli(server, "show", f"{name}?")
+    assert done.returncode == 1 and "there is no session" in done.stderr and "ls -a" in done.stderr
+
+
+def test_a_refusal_is_one_line_and_an_exit_code(server, strict, talk):
+    done = cli(server, "unqueue", talk.id, "p-none")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("aegis: unqueue: ")
+    assert cli(server, "profile", talk.id, "no-such").returncode == 2
+    bare = {"AEGIS_AUTH_TOKEN": "", "AEGIS_TOKEN": ""}
+    done = cli(strict, "ls", **bare)
+    assert done.returncode == 1 and "AEGIS_TOKEN" in done.stderr and done.stderr.count("\n") == 1
+    secret = strict.env["AEGIS_AUTH_TOKEN"]
+    assert cli(strict, "ls", **{**bare, "AEGIS_TOKEN": secret}).returncode == 0
+    kept = strict.root / "token"
+    kept.write_text(secret + "\n")
+    assert cli(strict, "--token", f"@{kept}", "ls", **bare).returncode == 0
+    done = cli(None, "ls", AEGIS_PORT="1")
+    assert done.returncode == 5 and done.stderr == ("aegis: ls: no Aegis answers at http://127.0.0.1:1: start one with "
+                                                    "`python3 aegis.py`, or name another with --url\n")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_a_server_behind_tls_is_reached_by_the_script_itself(server, tmp_path):
+    import ssl
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(cert), str(key))
+    answer = http_answer(b'{"status": "ok", "behind": "tls"}')
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            for _ in range(2):
+                with contextlib.suppress(OSError):
+                    with context.wrap_socket(listening.accept()[0], server_side=True) as line:
+                        line.recv(65536)
+                        line.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://localhost:{listening.getsockname()[1]}"
+        env = {**server.env, "AEGIS_URL": url}
+        words = [sys.executable, str(AEGIS), "health", "--json"]
+        good = subprocess.run(words, env={**env, "SSL_CERT_FILE": str(cert)}, stdout=subprocess.PIPE, timeout=30)
+        assert json.loads(good.stdout) == {"status": "ok", "behind": "tls"}
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        assert done.returncode == 5 and b"CERTIFICATE_VERIFY_FAILED" in done.stderr
+
+
+def test_the_verbs_of_a_session_from_beginning_to_end(server, make):
+    name = f"life-{uuid.uuid4().hex[:6]}"
+    work = ("--work-dir", str(server.work))
+    made = told(server, "create", "[[say one]]", "--name", name, "--labels", "a=b", "--agent", "demo", *work)
+    try:
+        assert (made["name"], made["workDir"], made["labels"]) == (name, str(server.work), {"a": "b"})
+        assert told(server, "read", name, "--wait")["output"] == "one"
+        assert cli(server, "read", name).stdout == "one\n"
+        assert "you  [[say one]]" in cli(server, "read", name, "--messages").stdout
+        assert told(server, "label", name, "a=c", "--max-seconds", "900")["labels"] == {"a": "c"}
+        assert told(server, "explain", name)["status"] == "idle"
+        assert "demo" in cli(server, "pane", name).stdout
+        assert told(server, "permissions", name)["pending"] == []
+        assert cli(server, "interrupt", name).stdout.startswith("idle")
+        line = cli(server, "spawn", name, "[[say child]]").stdout
+        assert re.fullmatch(r"\w{12}  demo-\w+  \w+\n", line)
+        child = told(server, "show", line[:12])
+        assert child["id"] in cli(server, "children", name).stdout
+        fork = told(server, "fork", name)
+        done = cli(server, "kill", fork["id"], "nobody", child["id"])
+        assert done.returncode == 1 and f"{child['id']} killed" in done.stdout and "'nobody'" in done.stderr
+        assert told(server, "kill", name)["killed"] is True
+        assert told(server, "resume", name, "[[say again]]")["id"] == made["id"]
+        assert told(server, "read", name, "--wait")["output"] == "again"
+    finally:
+        server.call("DELETE /v1/sessions/batch", {"ids": [made["id"]]})
+
+
+def test_memory_and_templates_have_verbs(server, tmp_path):
+    key = f"cli/{uuid.uuid4().hex[:8]}"
+    told(server, "memory", "set", key, '{"n": 1}')
+    assert cli(server, "memory", "get", key).stdout == '{"n":1}\n'
+    assert key in cli(server, "memory", "ls", "cli/").stdout
+    told(server, "memory", "set", key, "-", stdin="from stdin")
+    assert cli(server, "memory", "get", key).stdout == "from stdin\n"
+    assert told(server, "memory", "rm", key)["deleted"] is True
+    body = tmp_path / "body.json"
+    body.write_text('{"prompt": "Greet {{who}}."}')
+    name = f"t-{uuid.uuid4().hex[:6]}"
+    told(server, "template", "create", name, f"@{body}", "--variables", '{"who": {"default": "all"}}')
+    assert name in cli(server, "template", "ls").stdout
+    assert told(server, "template", "rm", name)["deleted"] is True
+    assert cli(server, "stats").returncode == cli(server, "health").returncode == 0
+
+
+# ============================================================================
+# DIALOGUE. One session, followed at a terminal.
+# ============================================================================
+
+
+@pytest.mark.parametrize("words", [f"x{EVIL}\n└ y yes\ny", "\u2028└ y", "a\x0b└"], ids=ascii)
+def test_a_request_cannot_leave_its_bar(words):
+    asked = {"summary": f"Bash: {words}", "input": {"command": words, f"b{words}": {"c": words}}, "detail": words}
+    question = {"plan": words, "questions": [{"question": words, "multiSelect": False, "options": [
+        {"label": words, "description": words}]}], "options": [words], "title": words}
+    lines = [*aegis.permission_lines(asked), *aegis.question_lines(question),
+             *aegis.question_lines({"title": words, "options": [words], "text": words})]
+    assert lines and not [line for line in lines if "\n" in line or aegis.UNSAFE.search(line)]
+    assert len([line for line in lines if "└" in line]) >= 8
+
+
+# ============================================================================
+# RUN. Prompts and their answers: run, send, tail.
+# ============================================================================
+
+
+def test_run_prints_the_answer_alone_and_ends_the_session(server):
+    work = ("--work-dir", str(server.work))
+    done = cli(server, "run", "[[bash ls]] [[say the answer]]", "--permission-profile", "autonomous", *work)
+    assert (done.returncode, done.stdout) == (0, "the answer\n"), done
+    assert "• Bash: ls" in done.stderr and "resume" in done.stderr
+    session = re.search(r"session (\w+): done", done.stderr).group(1)
+    assert told(server, "show", session)["status"] == "killed"
+    done = cli(server, "run", "-", "--rm", "-q", *work, stdin="[[say piped]]")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "piped\n", "")
+    name = f"kept-{uuid.uuid4().hex[:6]}"
+    result = told(server, "run", "[[say kept]]", "--keep", "--name", name)
+    assert (result["outcome"], result["output"], result["exitCode"], result["kept"]) == ("done", "kept", 0, True)
+    shown = told(server, "show", name)
+    assert shown["status"] == "idle" and shown["workDir"] == os.getcwd()
+    told(server, "kill", name)
+
+
+def test_run_streams_json_lines(server):
+    done = cli(server, "run", "[[say x]]", "--stream", "--rm", "--work-dir", str(server.work))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, lines[-1]["type"], lines[-1]["output"]) == (0, "result", "x")
+    kinds = [one["type"] for one in lines]
+    assert kinds.count("message") == 2 and kinds.count("result") == 1
+
+
+@pytest.mark.parametrize("words, code, outcome", [
+    (("[[bash rm x]]",), 6, "waiting"), (("[[bash rm x]]", "--requests", "reject"), 0, "done"),
+    (("[[bash rm x]] [[say y]]", "--yes"), 0, "done"), (("[[ask]]", "--yes"), 6, "waiting"),
+    (("[[exit]]",), 7, "exited"), (("[[hang]]", "--timeout", "0.5"), 124, "timeout"),
+    (("[[error overloaded]]",), 1, "failed"), (("[[bash rm x]]", "--policy", '{"allowBash": false}'), 0, "done")],
+    ids=lambda one: one[0] + " " + " ".join(one[1:]) if isinstance(one, tuple) else None)
+def test_run_ends_with_a_code_for_each_outcome(server, words, code, outcome):
+    done = cli(server, "run", *words, "--json", "--work-dir", str(server.work))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["exitCode"], result["outcome"]) == (code, code, outcome), done
+    if outcome == "waiting":
+        assert result["pendingPermission"] or result["pendingQuestion"]
+    if code not in (0, 7):
+        assert result["kept"] and told(server, "kill", result["sessionId"])["killed"]
+
+
+def test_run_waits_for_somebody_elses_decision_when_told(server):
+    name = f"wait-{uuid.uuid4().hex[:6]}"
+    running = cli_process(server, "run", "[[bash rm x]] [[say well]]", "--requests", "wait", "--name", name,
+                          stderr=subprocess.PIPE)
+    eventually(lambda: told(server, "show", name)["pendingPermission"])
+    assert told(server, "approve", name)["decision"] == "approved"
+    out, err = running.communicate(timeout=WITHIN)
+    assert (running.returncode, out) == (0, b"well\n") and b"waiting for a decision: Bash: rm x" in err
+
+
+def test_run_at_a_terminal_asks_and_only_yes_means_yes(server, person):
+    one = person("run", "[[bash rm -rf build]] [[bash second]] [[bash third]] [[say fine]]")
+    one.sees(r"Bash asks for permission[\s\S]*│ command: rm -rf build[\s\S]*y yes")
+    one.types("perhaps\n")
+    one.sees("y yes · a yes")
+    one.types("yesterday\n")
+    one.sees("y yes · a yes")
+    one.types("\n")
+    one.types("y\n")
+    one.sees(r"│ command: second[\s\S]*y yes")
+    one.types("n not that one\n")
+    one.sees(r"│ command: third[\s\S]*y yes")
+    one.types("d\n")
+    one.sees("command: third")
+    one.types("a\n")
+    assert one.leaves() == 0 and "fine" in one.drawn
+    talk = re.search(r"session (\w+): done", one.drawn).group(1)
+    history = {one["input"]["command"]: one for one in
+               server.ask(f"GET /v1/sessions/{talk}/permissions")["history"]}
+    states = [history[name]["state"] for name in ("rm -rf build", "second", "third")]
+    assert states == ["approved", "rejected", "approved"]
+    assert history["second"]["message"] == "not that one"
+
+
+def test_keys_typed_before_a_request_shows_do_not_answer_it(server, person):
+    one = person("run", "[[slow 1]] [[bash rm x]]")
+    one.sees("")
+    os.write(one.ours, b"y\ny\ny\n")
+    one.sees(r"Bash asks for permission[\s\S]*y yes")
+    one.types("n\n")
+    assert one.leaves() == 0
+    talk = re.search(r"session (\w+): done", one.drawn).group(1)
+    assert server.ask(f"GET /v1/sessions/{talk}/permissions")["history"][0]["state"] == "rejected"
+
+
+def test_run_at_a_terminal_takes_answers_and_sees_what_others_decided(person, server):
+    name = f"q-{uuid.uuid4().hex[:6]}"
+    one = person("run", "[[ask multi]] [[say asked]] [[bash rm x]] [[say after]]", "--name", name)
+    one.sees(r"1\. Red[\s\S]*1\. Black")
+    one.types("2\n")
+    one.sees("2 answers are asked for")
+    one.types("blue; 1,3\n")
+    one.sees("Bash asks for permission")
+    told(server, "approve", name)
+    one.sees(r"\(decided\)")
+    assert one.leaves() == 0
+
+
+def test_ctrl_c_interrupts_the_turn_and_a_second_one_leaves(person, server):
+    name = f"c-{uuid.uuid4().hex[:6]}"
+    one = person("run", "[[hang]]", "--name", name)
+    eventually(lambda: told(server, "show", name)["status"] == "working")
+    one.types("\x03")
+    one.sees("interrupting the turn")
+    assert one.leaves() == 130
+    assert told(server, "show", name)["status"] == "idle"
+    told(server, "kill", name)
+    two = person("run", "[[bash rm x]]", "--name", name)
+    two.sees("y yes")
+    two.types("\x04")                               # the end of input: nobody is there any more
+    assert two.leaves() == 6
+    told(server, "kill", name)
+
+
+@alone
+def test_a_second_ctrl_c_leaves_the_session_as_it_is(house):
+    own = house()
+    one = Person(own, "run", "[[hang]]", "--name", "left")
+    try:
+        eventually(lambda: own.ask("GET /v1/sessions?status=working")["sessions"])
+        own.process.send_signal(signal.SIGSTOP)      # so that the interrupt is under way for as long as it takes
+        one.types("\x03")
+        one.sees("interrupting the turn")
+        one.types("\x03")
+        one.sees("left: session \\w+ goes on")
+        assert one.leaves() == 130
+        own.process.send_signal(signal.SIGCONT)
+    finally:
+        one.close()
+
+
+def test_send_waits_and_tells_only_what_is_new(server, make):
+    talk = make("[[say old]]")
+    talk.read()
+    done = cli(server, "send", talk.id, "[[say new]]", "--wait")
+    assert (done.returncode, done.stdout) == (0, "new\n") and "old" not in done.stderr
+    assert talk.status == "idle"
+    done = cli(server, "send", talk.id, "[[say third]]")
+    assert re.fullmatch(r"p-\w+ \w+\n", done.stdout)
+    assert cli(server, "send", "nobody", "x").returncode == 1
+
+
+def test_tail_follows_a_session_to_its_end(server, make):
+    talk = make("[[say first]]")
+    talk.read()
+    following = {kind: cli_process(server, "tail", talk.id, *words, stderr=subprocess.DEVNULL)
+                 for kind, words in (("text", ()), ("events", ("--events", "--json")))}
+    assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say first]]\n", b"assistant  first\n"]
+    talk.say("[[say second]]")
+    assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say second]]\n", b"assistant  second\n"]
+    talk.say("/help", "POST command")
+    talk.kill()
+    events = [json.loads(one) for one in following["events"].communicate(timeout=WITHIN)[0].splitlines()]
+    assert events[-1]["type"] == "session.killed" and {one["sessionId"] for one in events} == {talk.id}
+    following["text"].communicate(timeout=WITHIN)
+    assert [one.returncode for one in following.values()] == [0, 0]
+
+
+# ============================================================================
+# WATCHING. Lists that stay true, and windows to look into.
+# ============================================================================
+
+
+def test_ls_lists_and_filters(server, make):
+    talk = make(labels={"cli": "yes"})
+    ended = make(labels={"cli": "yes"})
+    ended.kill()
+    assert [one["id"] for one in told(server, "ls", "--label", "cli=yes")["sessions"]] == [talk.id]
+    both = told(server, "ls", "-a", "--label", "cli=yes")["sessions"]
+    assert [one["id"] for one in both] == [ended.id, talk.id]
+    killed = told(server, "ls", "--status", "killed", "-n", "1", "--label", "cli")["sessions"]
+    assert [one["id"] for one in killed] == [ended.id]
+    lines = cli(server, "ls", "--label", "cli").stdout.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("ID ")
+    assert lines[1].split()[:3] == [talk.id, talk.get()["name"], "idle"]
+    done = cli(server, "ls", "--label", "no-such-label")
+    assert (done.returncode, done.stdout) == (0, "") and "no session lives" in done.stderr
+
+
+def test_ls_watch_stays_true_fits_the_terminal_and_gives_it_back(server, make, person):
+    make(name=f"漢字-{'x' * 60}", labels={"watched": "yes"})
+    one = person("ls", "--watch", "--label", "watched", columns=60, NO_COLOR="1")
+    one.sees("idle")
+    rows = [re.sub("\x1b\\[[?0-9;]*[A-Za-z]", "", line) for line in one.drawn.replace("\r", "").split("\n")]
+    assert max(aegis.cells(row) for row in rows) <= 60
+    one.drawn = ""
+    make("[[hang]]", name="newcomer", labels={"watched": "yes"})
+    one.sees(r"newc[\s\S]*working")
+    one.types("\x03")
+    assert one.leaves() == 130 and "\x1b[?25h\x1b[?1049l" in one.drawn
+
+
+def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
+    talk = make(labels={"piped": "yes"})
+    with cli_process(server, "ls", "-w", "-a", "--label", "piped", "--json") as watching:
+        assert [one["status"] for one in json.loads(watching.stdout.readline())] == ["idle"]
+        talk.kill()
+        while json.loads(watching.stdout.readline())[0]["status"] != "killed":
+            pass
+        watching.terminate()
+    assert watching.returncode == 143
+
+
+def test_attach_runs_tmux_and_nothing_else(server, make, person):
+    talk = make(name=f"att-{uuid.uuid4().hex[:6]}")
+    printed = cli(server, "attach", talk.id, "--print").stdout
+    assert printed.startswith(f"tmux -u -L {server.socket} new-session -t ")
+    one = person("attach", talk.id)
+    one.sees("demo agent|Demo")
+    assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+    one.types("\x02d")
+    assert one.leaves() in (0, 1)          # tmux's own: a view that ends with its only client may count as lost
+    assert cli(server, "attach", talk.id).returncode == 2          # no terminal
+    outer = ["tmux", "-L", f"outer-{uuid.uuid4().hex[:6]}", "-f", "/dev/null"]
+    words = shlex.join([sys.executable, "-c", IMPORTED, str(HERE), "attach", talk.id])
+    subprocess.run([*outer, "new-session", "-d", words], env=server.env, check=True)      # within somebody's own tmux
+    try:
+        assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+    finally:
+        subprocess.run([*outer, "kill-server"], env=server.env)
+    good = talk.get()["attach"]
+    assert "switch-client" in aegis.attach_words(good, "127.0.0.1", {"TMUX": f"/tmp/tmux-0/{server.socket},1,0"})
+    assert "new-session" in aegis.attach_words(good, "127.0.0.1", {"TMUX": "/tmp/tmux-0/default,1,0"})
+    for command, host in ((good, "box.example"), (good + " \\; run-shell id", "127.0.0.1"),
+                          ("sh -c tmux", "127.0.0.1"), (good.replace("tmux", "/tmp/x/tmux", 1), "127.0.0.1")):
+        assert failure(lambda: aegis.attach_words(command, host, {})).code == "NOT_HERE"
+    talk.kill()
+    done = cli(server, "attach", talk.id, "--print")
+    assert done.returncode == 1 and "resume" in done.stderr
+
+
+def test_pipelines_are_made_watched_and_cancelled(server, tmp_path, person):
+    spec = {"name": f"cli-{uuid.uuid4().hex[:6]}", "defaults": {"agent": "demo"},
+            "stages": [{"name": "a", "prompt": "[[say one]]"}, {"name": "b", "prompt": "[[say {{stages.a.output}}!]]"}]}
+    file = tmp_path / "pipeline.json"
+    file.write_text(json.dumps(spec))
+    done = cli(server, "pipeline", "create", str(file), "--watch")
+    assert done.returncode == 0 and re.search(r"b +done", done.stdout.split("\nSTAGE")[-1]), done
+    shown = cli(server, "pipeline", "show", spec["name"]).stdout
+    assert "one!" in shown
+    assert told(server, "pipeline", "show", spec["name"])["stages"][0]["state"] == "done"
+    assert spec["name"] in cli(server, "pipeline", "ls").stdout
+    spec["stages"][1]["prompt"] = "[[exit]]"
+    made = told(server, "pipeline", "create", "-", "--parallel", "1", stdin=json.dumps(spec))
+    assert cli(server, "pipeline", "watch", made["id"]).returncode == 1
+    spec["stages"][0]["prompt"] = "[[hang]]"
+    made = told(server, "pipeline", "create", json.dumps(spec))
+    one = person("pipeline", "watch", made["id"])
+    one.sees("running")
+    assert told(server, "pipeline", "cancel", made["id"])["cancelled"] is True
+    assert one.leaves() == 1 and "cancelled" in one.drawn
+
+
+def test_verify_prints_what_passed_and_its_code_says_whether_all_did(server, talk):
+    done = cli(server, "verify", talk.id, "--checks", '{"name": "good", "command": "true"}')
+    assert done.returncode == 0 and re.search(r"good +passed", done.stdout)
+    done = cli(server, "verify", talk.id, "--checks", '{"name": "bad", "command": "echo because; exit 3"}')
+    assert done.returncode == 1 and re.search(r"bad +failed +3", done.stdout) and "\nbecause\n" in done.stdout
+
+
+# ============================================================================
+# COMMANDS. The table of verbs, help, completion.
+# ============================================================================
+
+
+def test_help_tells_every_command_and_exit_code(capsys):
+    assert aegis.main(["help"]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in (*aegis.VERBS, *aegis.COMMANDS) if f"\n  {name} " not in listed] == []
+    assert all(f"{code}  {meaning}" in listed for code, meaning in aegis.EXITS.items())
+    assert aegis.main(["help", "run"]) == 0 and "--timeout SECONDS" in capsys.readouterr().out
+    assert aegis.main(["pipeline"]) == 0 and "pipeline watch" in capsys.readouterr().out
+    assert aegis.main(["help", "raed"]) == 2 and "`read`" in capsys.readouterr().err
+
+
+# how a shell completes the words of a line, and then prints what it found
+COMPLETES = {
+    "bash": "COMP_WORDS=({words}); COMP_CWORD={last}; COMPREPLY=(); _aegis; echo \"${{COMPREPLY[*]}}\"\n",
+    "zsh": "words=({words}); CURRENT={last}; (( CURRENT += 1 )); _aegis; print\n"}
+BEFORE = {"bash": "", "zsh": "compdef() { :; }; _files() { :; }\n"
+                             "compadd() { shift; print -rn -- ${(M)@:#${words[CURRENT]}*}; }\n"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_completes_commands_flags_and_what_lives(server, make, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    odd, name = make(name="$(touch pwned) x"), f"tab-{uuid.uuid4().hex[:6]}"
+    talk = make(name=name)
+    lines = {"aegis re": ["read", "reject", "resume"], "aegis pipeline c": ["create", "cancel"],
+             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name], f"aegis kill {odd.id[:8]}": [odd.id],
+             f"aegis read {talk.id[:6]}": [talk.id], "aegis pipeline create --par": ["--parallel"],
+             "aegis run --perm": ["--permission-mode", "--permissions", "--permission-profile"]}
+    script = BEFORE[shell] + f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
+    for line in lines:
+        words = line.split()
+        script += COMPLETES[shell].format(words=line, last=len(words) - 1)
+    done = subprocess.run([shell, "-c", script], env=server.env, cwd=str(server.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60)
+    found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
+    assert found == [sorted(one) for one in lines.values()], done
+    assert not (server.work / "pwned").exists()
+
+
+# ============================================================================
+# COMMAND LINE. serve, doctor, bench, selftest, demo-agent; main.
+# ============================================================================
+
+
+def test_an_unknown_command_names_the_nearest_or_where_all_are_told(capsys):
+    assert (aegis.main(["dance"]), aegis.main(["selftset"])) == (2, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "aegis: there is no command 'dance': `aegis.py help` lists them",
+        "aegis: there is no command 'selftset': did you mean `selftest`?"]
+    assert aegis.main(["pipeline", "lst"]) == 2
+    assert "did you mean `pipeline ls`?" in capsys.readouterr().err
 
 
 def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path):
@@ -8276,6 +12065,92 @@ def test_the_file_runs_from_anywhere_and_leaves_no_trace_beside_itself(tmp_path)
     done = subprocess.run([sys.executable, str(copy), "--version"], env=clean_environment(tmp_path),
                           stdout=subprocess.PIPE, cwd="/")
     assert done.returncode == 0 and [path.name for path in copy.parent.iterdir()] == ["aegis.py"]
+
+
+def doctored(*words: str, root: Path, **env: str) -> Tuple[int, Dict[str, Json]]:
+    """Run doctor; gives its exit code and its findings by name."""
+    done = run_aegis("doctor", "--json", *words, root=root, **env)
+    assert not done.stderr, done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] == (done.returncode == 0)
+    return done.returncode, {one["name"]: one for one in told["checks"]}
+
+
+def free_port() -> str:
+    """Find a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_doctor_looks_by_itself_where_no_server_answers(tmp_path):
+    code, found = doctored("--demo", "--port", free_port(), root=tmp_path)
+    assert code == 0 and "none runs" in found["server"]["message"]
+    assert "will be made" in found["state directory"]["message"] and not (tmp_path / "s").exists(), "it only looks"
+    claude = program(tmp_path / "claude", "echo 2.9.9\n")
+    code, found = doctored("--port", free_port(), root=tmp_path, AEGIS_CLAUDE_CMD=claude, ANTHROPIC_API_KEY="k")
+    assert code == 0 and found["agent"]["message"] == "claude 2.9.9" and found["login"]["state"] == "ok"
+
+
+def test_doctor_says_what_to_do_about_each_problem(tmp_path):
+    state = tmp_path / "s"
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    (state / "aegis.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5_000)
+    code, found = doctored("--port", free_port(), "--tmux", str(tmp_path / "no-tmux"), root=tmp_path,
+                           AEGIS_CLAUDE_CMD="no-such-claude")
+    wanted = {"tmux": "AEGIS_TMUX", "agent": "AEGIS_CLAUDE_CMD", "state directory": "chmod 700", "database": ".recover"}
+    assert code == 1 and {name for name, one in found.items() if one["state"] == "problem"} == set(wanted)
+    assert [name for name, advice in wanted.items() if advice not in found[name]["message"]] == []
+
+
+def test_doctor_asks_the_server_that_runs(server, strict, guarded):
+    code, found = doctored("--port", str(server.port), root=server.root)
+    assert code == 0 and "answers" in found["server"]["message"] and found["workers"]["state"] == "ok"
+    code, found = doctored("--port", str(strict.port), root=strict.root)
+    assert code == 1 and "AEGIS_TOKEN" in found["server"]["message"]
+    token = strict.auth["Authorization"].split()[1]
+    assert doctored("--url", f"http://127.0.0.1:{strict.port}/", root=server.root, AEGIS_TOKEN=token)[0] == 0
+    code, found = doctored(root=guarded.root)
+    assert code == 0 and str(guarded.port) in found["server"]["message"], "its own user's key is at hand"
+    done = run_aegis("doctor", "--port", str(server.port), root=server.root, TERM="xterm")
+    assert done.returncode == 0 and "all is well" in done.stdout and "\033" not in done.stdout, "no terminal"
+
+
+def test_doctor_gives_no_token_to_a_stranger_at_its_port(tmp_path):
+    heard: List[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        def answer() -> None:
+            line, _ = stranger.accept()
+            with line:
+                heard.append(line.recv(65_536))
+                line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        port = str(stranger.getsockname()[1])
+        code, found = doctored("--demo", "--port", port, root=tmp_path, AEGIS_AUTH_TOKEN="s3cr3t")
+        thread.join(10)
+    assert code == 1 and "--port" in found["server"]["message"] and heard and b"s3cr3t" not in heard[0]
+    assert "python" in found, "the box is looked at all the same"
+
+
+@pytest.mark.parametrize("words, status", [(("--url", "ftp://x"), 2), (("--port", "x"), 2), (("--nonsense",), 2)])
+def test_doctor_refuses_what_it_does_not_know_in_one_line(tmp_path, words, status):
+    done = run_aegis("doctor", *words, root=tmp_path)
+    assert done.returncode == status and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("env, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_doctor_is_coloured_on_a_terminal_only_if_that_is_wanted(monkeypatch, capsys, env, coloured):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    aegis.print_findings([aegis.Finding("a", "problem", "one\nline \x1b[2J"), aegis.Finding("b", "ok", "x")], None)
+    said_ = capsys.readouterr().out
+    assert ("\033[31m" in said_) == coloured and "\x1b[2J" not in said_ and "one thing is to be mended" in said_
+    assert "one line" in said_
 
 
 # ============================================================================
@@ -8300,7 +12175,8 @@ def test_the_readme_names_every_setting_state_and_event(readme):
 
 
 def test_the_readmes_tables_are_the_programs_own(readme):
-    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table()):
+    for table in (aegis.settings_table(), aegis.endpoints_table(), aegis.events_table(), aegis.verbs_table(),
+                  aegis.exits_table()):
         assert table in readme
 
 
@@ -8325,6 +12201,17 @@ def test_every_curl_of_the_readme_works(house):
     said = done.stdout.decode()
     assert '"statusCode"' not in said, said
     assert set(re.findall(r"=== (\d+)", said)) <= {"0", "28"}, said
+
+
+@alone
+def test_every_command_of_the_readme_works(house):
+    own = house()
+    block = next(one for one in shell_blocks(README.read_text(encoding="utf-8")) if "aegis.py run" in one)
+    started = " ".join(map(shlex.quote, (sys.executable, "-c", IMPORTED, str(HERE))))
+    script = block.replace("python3 aegis.py", started).replace("/tmp/my-project", str(own.work))
+    done = subprocess.run(["sh", "-e", "-c", script], env=own.env, cwd=str(own.work), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0 and b"login" in done.stdout, done
 
 
 # ============================================================================
@@ -8380,6 +12267,10 @@ def downward() -> List[str]:
             if owner.get(name, 0) > room_of(number)]
 
 
+def test_every_row_says_what_it_gives():
+    assert [route.route for route in aegis.ROUTES if route.gives is None and route.scope != "hook"] == []
+
+
 def test_no_function_is_longer_than_a_screen():
     lengths = sorted(length(node) for node in FUNCTIONS)
     assert [f"{node.name}: {length(node)}" for node in FUNCTIONS if length(node) > 50] == []
@@ -8388,6 +12279,12 @@ def test_no_function_is_longer_than_a_screen():
 
 def test_a_room_uses_only_rooms_above_it():
     assert downward() == []
+
+
+def test_no_name_of_the_file_is_given_twice():
+    names = collections.Counter(name for node in TREE.body for name in defined(node)
+                                if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_room_has_a_box_an_opening_and_its_place_on_the_title_page():
@@ -8474,6 +12371,8 @@ CALLS = {
         "question": "Which sizes?", "header": "Sizes", "multiSelect": True,
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
+    "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
+    "agent": lambda rest: ("Agent", {"description": "Look", "prompt": rest, "subagent_type": "general-purpose"}),
 }
 
 
@@ -8523,11 +12422,14 @@ class Messages(BaseHTTPRequestHandler):
         if not body.get("tools"):        # a side call, for a title
             return self.stream(body, [("say", "A title")])
         prompt, answered = last_prompt(body["messages"])
-        steps = DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
+        steps = reviewer_steps(body["messages"], prompt) or DIRECTION.findall(prompt) or [("say", f"Echo: {prompt}")]
         if not answered:
             self.server.heard.append(prompt)
             self.server.history[prompt] = json.dumps(body["messages"])
         word, rest = steps[answered] if answered < len(steps) else ("say", "All done.")
+        if word == "call":      # $id: the first session's id that a tool has told
+            told = re.search(r'"id\W+([0-9a-f]{12})\b', json.dumps(body["messages"]))
+            rest = rest.replace("$id", told.group(1) if told else "none")
         if word == "error":
             return self.fail(prompt, rest)
         if word == "both":
@@ -8606,6 +12508,30 @@ class Messages(BaseHTTPRequestHandler):
         delta = {"type": "input_json_delta", "partial_json": json.dumps(given)}
         self.event("content_block_delta", index=index, delta=delta)
         self.event("content_block_stop", index=index)
+
+
+def reviewer_steps(messages: List[Json], prompt: str) -> Optional[List[Tuple[str, str]]]:
+    """Answer a reviewer's prompt as its first one says it is to be done; None for any other prompt."""
+    number = re.search(r"You are reviewer (\d+) of", prompt)
+    if not number:
+        return None
+    told = json.loads('"' + re.search(r"\[\[review (.*?)\]\]", json.dumps(messages))[1] + '"').split("|")
+    words = told[int(number[1]) - 1].split()
+    steps = [("write", words[1])] if words[0] == "write" else []
+    words = words[2:] if steps else words
+    criteria = re.findall(r"^- (\w+)$", next(text for text in texts_of(messages) if "[[review " in text), re.MULTILINE)
+    if words[0] == "again":
+        words = words[1:] if "could not be taken" in prompt else ["nonsense"]
+    return [*steps, ("say", aegis.demo_assessment(words, criteria))]
+
+
+def texts_of(messages: List[Json]) -> Iterator[str]:
+    """List all texts of a conversation."""
+    for message in messages:
+        content = message["content"]
+        for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if block.get("type") == "text":
+                yield block["text"]
 
 
 def last_prompt(messages: List[Json]) -> Tuple[str, int]:
@@ -9001,6 +12927,25 @@ def test_real_plan_is_refused_with_words_and_then_approved(start):
 
 
 @real_client
+def test_real_usage_counts_subagents_and_no_copied_history(start):
+    talk = start("[[agent look around]] [[say one]]")
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    # it works in the background: the turn that tells of it may follow by itself
+    eventually(lambda: len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 1
+               and talk.get()["tokenUsage"]["output"] >= 80 and talk.status == "idle")
+    used = settled_usage(talk, path)
+    fork = Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/fork", {}))
+    fork.say("[[say two]]")
+    eventually(lambda: fork.get()["tokenUsage"]["output"] == 20)
+    told = {one["id"]: one["tokenUsage"] for one in talk.server.ask("GET /v1/metrics")["bySession"]}
+    assert told[talk.id] == used and told[fork.id]["output"] == 20
+    versions = talk.server.ask("GET /v1/diagnostics")["versions"]
+    assert re.search(r"\d+\.\d+\.\d+", versions["agents"]["claude"]["version"])
+    fork.kill()
+
+
+@real_client
 def test_real_policy_decides_at_once_and_for_what_is_pending(start):
     talk = start(permissions={"allow": ["Bash(touch *)"], "deny": ["Bash(rm *)"]})
     kept = talk.server.work / "kept"
@@ -9247,8 +13192,77 @@ def test_real_pipeline_runs_a_pair_side_by_side_and_survives_a_crash(model, tmp_
 
 
 @real_client
+def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(model, tmp_path):
+    own = lab(model).start()
+    try:
+        work = tmp_path / "work"
+        work.mkdir()
+        git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+        git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+        talk = own.open(f"[[write {work}/new.txt made by the agent]] [[say made it]]", workDir=str(work),
+                        permissionProfile="autonomous")
+        talk.wait("prompt.done")
+        hook = {"hooks": [{"type": "command", "command": f"touch {tmp_path}/hook-ran"}]}
+        (work / ".claude").mkdir()
+        (work / ".claude" / "settings.json").write_text(json.dumps({
+            "permissions": {"allow": ["Write", "Bash"], "defaultMode": "bypassPermissions"},
+            "hooks": {"UserPromptSubmit": [hook], "SessionStart": [hook], "Stop": [hook]}}))
+        (work / ".mcp.json").write_text(json.dumps({"mcpServers": {"x": {
+            "command": "/bin/sh", "args": ["-c", f"touch {tmp_path}/hook-ran"]}}}))
+        made = review(talk, f"write {work}/evil approve | again reject new.txt:1 no good | nonsense",
+                      criteria=["correctness", "style"])
+        own.events.wait_for("consensus.reviewer", reviewer=3, reason="its answer could not be read: the assessment: "
+                            "verdict must be one of approve, reject; criteria is required", within=60)
+        own.crash().start()
+        told = ruled(own, made, 90)
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], told
+        assert (told["verdict"], told["findings"][0]["file"]) == ("rejected", "new.txt")
+        assert not (work / "evil").exists() and not (tmp_path / "hook-ran").exists()
+        asked = [one for one in model.heard if "You are reviewer" in one and "could not be taken" not in one]
+        assert len(asked) == 3 and all("+made by the agent" in one for one in asked)
+        assert sum("could not be taken" in one for one in model.heard) == 2, "each was asked again once"
+        assert all(one["tokenUsage"]["output"] > 0 for one in told["reviewers"])
+        for one in told["reviewers"]:
+            eventually(lambda: own.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_subagents_stand_in_the_swarm_with_what_they_used(start):
+    talk = start(permissionProfile="autonomous")
+    talk.say("[[agent look around]] [[say after]]")
+    found = eventually(lambda: swarm(talk.server, "&kind=family")[talk.id])["members"][0]
+    helper = eventually(lambda: [one for one in swarm(talk.server)[talk.id]["members"][0]["subagents"]
+                                 if one["state"] == "ended"])[0]
+    assert (helper["type"], found["role"]) == ("general-purpose", "parent") and helper["tokenUsage"]["output"] > 0
+
+
+@real_client
 def test_real_users_own_files_are_not_touched(claude, start):
     home = claude.root / "home"
     start().say("[[say x]]")
     assert not (home / ".claude" / "settings.json").exists()
     assert json.loads((home / ".claude.json").read_text())["hasCompletedOnboarding"] is True
+
+
+@real_client
+@pytest.mark.parametrize("wire", ["http", "stdio"])
+def test_real_client_drives_another_through_mcp(claude, start, wire, tmp_path):
+    url, config = f"http://127.0.0.1:{claude.port}", tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"aegis": {"type": "http", "url": url + "/mcp"} if wire == "http" else {
+        "command": sys.executable, "args": [str(AEGIS), "mcp"], "env": {"AEGIS_URL": url}}}}))
+    inner = {"workDir": str(claude.work), "prompt": f"hello over {wire}", "name": f"inner-{wire}"}
+    script = (f"[[call mcp__aegis__create_session {json.dumps(inner)}]]"
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60}]]'
+              '[[call mcp__aegis__send_prompt {"id": "$id", "text": "and once more"}]]'
+              '[[call mcp__aegis__read_session {"id": "$id", "wait": "idle", "timeout": 60, "limit": 1}]]'
+              '[[call mcp__aegis__kill_session {"id": "$id"}]] [[say all is told]]')
+    talk = start(args=["--mcp-config", str(config), "--strict-mcp-config"], permissions={"allowMcp": True})
+    found = talk.say(script)
+    assert found["output"] == "all is told"
+    answers = [one["text"] for one in talk.read("limit=50")["messages"] if one["role"] == "tool"]
+    assert len(answers) == 5, answers
+    assert f"Echo: hello over {wire}" in answers[1] and "Echo: and once more" in answers[3]
+    driven = [one for one in claude.ask("GET /v1/sessions?limit=50")["sessions"] if one["name"] == f"inner-{wire}"]
+    assert [(one["status"], one["turns"], one["agent"]) for one in driven] == [("killed", 2, "claude")]
