@@ -8098,6 +8098,36 @@ def test_create_webhook_names_what_is_wrong(poster, body, field):
     assert "whsec_AAAA" not in answer.raw.decode()
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0",
+                                  "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[fe80::1]", "LOCALHOST.",
+                                  "169.254.169.254", "[fd00:ec2::254]", "192.168.0.1", "[2002:7f00:1::]"])
+def test_create_webhook_refuses_private_addresses_however_they_are_written(server, host):
+    made = server.call("POST /v1/webhooks", {"url": f"http://{host}:9200/"})
+    if made.status == 201:      # a spelling that this system's resolver does not take leads nowhere either
+        assert server.ask(f"POST /v1/webhooks/{made.json['id']}/test", {})["delivered"] is False
+        server.ask(f"DELETE /v1/webhooks/{made.json['id']}")
+        assert not re.fullmatch(r"[\d.]+|\[.*\]|localhost", host)
+    else:
+        assert made.status == 400 and "AEGIS_WEBHOOK_ALLOW" in made.json["fields"]["url"]
+
+
+@alone
+def test_a_webhooks_address_is_checked_at_every_try(house):
+    own = house(**{**FAST, "AEGIS_WEBHOOK_RETRIES": "0"})
+    with receiving() as receiver:
+        made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"]})
+        assert own.ask(f"POST /v1/webhooks/{made['id']}/test", {})["delivered"] is True
+        own.crash()
+        own.env["AEGIS_WEBHOOK_ALLOW"] = "10.0.0.0/8,localhost"
+        own.start()
+        assert "no public address" in own.ask(f"POST /v1/webhooks/{made['id']}/test", {})["error"]
+        remembers(own, 1)
+        assert "no public address" in hook_now(own, made["id"], deadLetters=1)["lastError"]
+        by_name = own.ask("POST /v1/webhooks", {"url": receiver.url.replace("127.0.0.1", "localhost")})
+        assert own.ask(f"POST /v1/webhooks/{by_name['id']}/test", {})["delivered"] is True
+        assert len(receiver.taken) == 2 and receiver.taken[1][1]["Host"].startswith("localhost:")
+
+
 def test_create_webhook_refuses_a_name_twice_and_a_session_that_is_none(poster, hook):
     with receiving() as receiver:
         hook(receiver, name="mine")
