@@ -7557,7 +7557,7 @@ def run_git(directory: str, *words: str) -> str:
     """Run git without the repository's own hooks and monitors.  Raises ApiError 409 with what it said."""
     # What a hostile repository's configuration would run for us, it must not.
     safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.pager=cat")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "AEGIS_"))}
     try:
         done = subprocess.run(
             ["git", *safe, "-C", directory, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12269,8 +12269,11 @@ class Webhooks:
                 if row.name not in given:
                     self.remove(row)
             for name, fields in given.items():
-                self.take_given(name, fields)
-            for row in self.context.store.rows(WebhookRow, "webhooks"):
+                try:
+                    self.take_given(name, fields)
+                except ApiError as error:
+                    self.context.log.note("error", f"a webhook of AEGIS_WEBHOOKS is not made: {error}", name=name)
+            for row in all_webhooks(self.context):
                 self.employ(row)
 
     def take_given(self, name: str, fields: Json) -> None:
@@ -12384,6 +12387,11 @@ def webhook_fields(events: Sequence[str], url: str, session: Optional[str], labe
             raise faulty({field: str(error)}) from None
     return {"url": url, "types": list(events), "session": session, "labels": dict(labels or {}),
             "secret": secret or new_signing_secret()}
+
+
+def all_webhooks(context: Context) -> List[WebhookRow]:
+    """List the endpoints, oldest first."""
+    return context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
 
 
 def find_webhook(context: Context, webhook_id: str) -> WebhookRow:
@@ -13075,7 +13083,8 @@ def react(bot: Telegram, update_: Json) -> Tuple[List[Statement], str]:
     thread = message.get("message_thread_id") if message.get("is_topic_message") else None
     heard = Heard(bot, int(update_["update_id"]), chat, user, thread, message["chat"].get("type") == "private", message)
     try:
-        return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
+        with acting(Act(AuditEntry("telegram.press" if query else "telegram.message", heard.by))):
+            return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
     except ApiError as error:
         if error.status >= 500:
             raise
@@ -15947,10 +15956,10 @@ def get_diagnostics(ask: Ask, full: bool) -> Any:
     return Later(lambda: diagnostics(ask.context, full))
 
 
-def list_webhooks(ask: Ask) -> Json:
+def list_webhooks(ask: Ask) -> Any:
     """List the webhooks, and how each fares."""
-    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    return {"webhooks": [wire_webhook(ask.context, row) for row in rows]}
+    rows = all_webhooks(ask.context)
+    return Later(lambda: {"webhooks": [wire_webhook(ask.context, row) for row in rows]})   # counts long queues
 
 
 def create_webhook(ask: Ask, name: Optional[str], url: str, events: List[str], session: Optional[str],
@@ -16026,12 +16035,15 @@ def delete_dead_letter(ask: Ask, id: str) -> Json:
     return {"id": letter.id, "deleted": True}
 
 
-def get_channel_health(ask: Ask) -> Json:
+def get_channel_health(ask: Ask) -> Any:
     """Tell how each channel fares: state, last success, last error, queue length."""
-    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
-    well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
-    return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
+    rows = all_webhooks(ask.context)
+
+    def work() -> Json:
+        channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
+        well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
+        return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
+    return Later(work) if rows else work()
 
 
 # -- keys, tokens for streams, the audit log

@@ -8238,6 +8238,36 @@ def test_create_webhook_names_what_is_wrong(poster, body, field):
     assert "whsec_AAAA" not in answer.raw.decode()
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0",
+                                  "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[fe80::1]",
+                                  "LOCALHOST.", "169.254.169.254", "[fd00:ec2::254]", "192.168.0.1", "[2002:7f00:1::]"])
+def test_create_webhook_refuses_private_addresses_however_they_are_written(server, host):
+    made = server.call("POST /v1/webhooks", {"url": f"http://{host}:9200/"})
+    if made.status == 201:      # a spelling that this system's resolver does not take leads nowhere either
+        assert server.ask(f"POST /v1/webhooks/{made.json['id']}/test", {})["delivered"] is False
+        server.ask(f"DELETE /v1/webhooks/{made.json['id']}")
+        assert not re.fullmatch(r"[\d.]+|\[.*\]|localhost", host)
+    else:
+        assert made.status == 400 and "AEGIS_WEBHOOK_ALLOW" in made.json["fields"]["url"]
+
+
+@alone
+def test_a_webhooks_address_is_checked_at_every_try(house):
+    own = house(**{**FAST, "AEGIS_WEBHOOK_RETRIES": "0"})
+    with receiving() as receiver:
+        made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"]})
+        assert own.ask(f"POST /v1/webhooks/{made['id']}/test", {})["delivered"] is True
+        own.crash()
+        own.env["AEGIS_WEBHOOK_ALLOW"] = "10.0.0.0/8,localhost"
+        own.start()
+        assert "no public address" in own.ask(f"POST /v1/webhooks/{made['id']}/test", {})["error"]
+        remembers(own, 1)
+        assert "no public address" in hook_now(own, made["id"], deadLetters=1)["lastError"]
+        by_name = own.ask("POST /v1/webhooks", {"url": receiver.url.replace("127.0.0.1", "localhost")})
+        assert own.ask(f"POST /v1/webhooks/{by_name['id']}/test", {})["delivered"] is True
+        assert len(receiver.taken) == 2 and receiver.taken[1][1]["Host"].startswith("localhost:")
+
+
 def test_create_webhook_refuses_a_name_twice_and_a_session_that_is_none(poster, hook):
     with receiving() as receiver:
         hook(receiver, name="mine")
@@ -8421,11 +8451,13 @@ def test_a_receiver_that_hangs_holds_nobody_up(poster, hook):
         assert [one["data"]["key"] for one in quick.accepted()] == keys and len(slow.taken) <= 10
 
 
-def test_retry_after_is_obeyed(poster, hook):
+@alone
+def test_retry_after_is_obeyed(house):
+    own = house(**FAST)
     with receiving("busy") as receiver:
-        hook(receiver)
+        own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"]})
         began = time.monotonic()
-        remembers(poster, 1)
+        remembers(own, 1)
         receiver.wait_for(2)
         assert time.monotonic() - began > 0.9      # without it the second try comes after 0.02 s
 
@@ -8790,19 +8822,24 @@ def test_a_turns_end_is_told_with_its_answer(chatty):
     assert told["chat_id"] == CHAT and "message_thread_id" not in told
 
 
-def test_what_cannot_be_told_now_is_told_later_once_and_only_the_newest(chatty):
-    fake, own, talk = chatty
+@alone
+def test_what_cannot_be_told_now_is_told_later_once_and_only_the_newest(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake))
+    talk = own.open()
     fake.said(f"^{named_talk(talk)} is idle")
     for status, more in ((500, {}), (429, {"parameters": {"retry_after": 1}, "description": "Too Many"})):
         fake.faults.append(("sendMessage", status, more))
     for word in ("first", "second", "third"):
         talk.say(f"[[say {word}]]")
+    began = time.monotonic()
     fake.said(f"^{named_talk(talk)} is idle.\nthird")
-    mine = [one["text"].split("\n")[-1] for one in fake.messages.values()
-            if one["text"].startswith(f"{talk.get()['name']} is idle.\n")]
-    assert mine[-1] == "third" and len(mine) == len(set(mine)) < 4
+    mine = [one["text"].split("\n")[-1] for one in fake.messages.values()]
+    assert time.monotonic() - began > 0.9 and mine[-1] == "third" and len(mine) == len(set(mine)) < 4
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0)
     health = own.ask("GET /v1/channels/health")["channels"][0]
-    assert "sendMessage" in health["lastError"] and health["state"] == "active"
+    assert "Too Many" in health["lastError"] and health["state"] == "active"
+    fake.close()
 
 
 def test_a_message_that_telegram_refuses_holds_nothing_up(chatty):
@@ -9015,6 +9052,8 @@ def test_the_commands_of_the_chat(chatty):
     assert "It had ended before" in fake.press(f"Kill {name}", question)["text"]
     fake.reply(question, "are you there?")
     fake.said("No: session .* is killed")
+    rows = own.ask(f"GET /v1/audit?session={talk.id}")["entries"]
+    assert [one["action"] for one in rows if one["who"] == f"telegram:{ANN}"] == ["telegram.press"]
 
 
 @alone
@@ -13032,6 +13071,27 @@ def test_real_question_is_asked_and_answered(start):
     assert talk.ask("POST answer", {"answer": "green"})["answers"] == [["Green"]]
     talk.wait("session.idle")
     assert any("Green" in one["text"] for one in talk.read("limit=10")["messages"] if one["role"] == "tool")
+
+
+@real_client
+def test_real_permissions_and_questions_are_decided_in_telegram(model):
+    fake = FakeTelegram()
+    own = lab(model, **telegram_settings(fake)).start()
+    try:
+        talk = own.open("[[bash touch told]] [[ask]] [[say after]]")
+        fake.press("Approve", fake.said("asks for your permission.\nBash: touch told"))
+        fake.press("Blue", fake.said("asks:\nWhich colour"))
+        fake.reply(fake.said("is idle.\nafter"), "[[say done]]")
+        fake.said("is idle.\ndone")
+        own.open("[[plan Paint it.]] [[say painted]]", permissionMode="plan")
+        fake.press("Yes, manually approve edits", fake.said("asks:.*No, keep planning"))
+        fake.said("is idle.\npainted")
+        assert (own.work / "told").exists()
+        assert any("Blue" in one["text"] for one in talk.read("limit=20")["messages"] if one["role"] == "tool")
+        fake.said(f"touch told.*Approved by telegram:{ANN}")
+    finally:
+        own.close()
+        fake.close()
 
 
 @real_client
