@@ -1836,7 +1836,7 @@ SCOPES: Dict[str, str] = {
     "permissions:decide": "approve, reject, answer, and set policies",
     "memory:read": "read the memory",
     "memory:write": "change the memory",
-    "webhooks:admin": "webhooks and their dead letters",
+    "webhooks:admin": "webhooks and their dead letters, which tell of everybody's sessions",
     "admin": "everything, keys and the audit log among it",
 }
 FAMILIES = tuple(dict.fromkeys(scope.partition(":")[0] + ":*" for scope in SCOPES if ":" in scope))
@@ -10875,7 +10875,8 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     wanted = Wanted(
         name=None, work_dir=row.work_dir, prompt=None, agent=name, model=model or (row.model if same else None),
         permission_mode="default", args=list(AGENTS[name].apart), env=row.launch["env"] if same else {},
-        command=row.launch["command"] if same else None, policy=READ_ONLY, labels={"consensus": consensus_id})
+        command=row.launch["command"] if same else None, policy=READ_ONLY, labels={"consensus": consensus_id},
+        owner=row.owner)
     own = ("name", "prompt", "idempotency", "parent", "origin")   # of each session that is started
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
@@ -16804,9 +16805,9 @@ ROUTES = (
     Route("GET /v1/tools", list_tools, "any", gives=record(
         {"tools": listing(OBJECT), "endpoint": WORD, "protocolVersions": listing(WORD)})),
     Route("POST /mcp", post_mcp, "any", dict(message=text("A JSON-RPC message.", MAX_BODY)), whole_body="message",
-          raw=True, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
+          raw=True, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}, recorded=False),
     Route("GET /mcp", stream_mcp, "any", gives={**TEXT, "contentMediaType": "text/event-stream"}),
-    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES})),
+    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES}), recorded=False),
     Route(
         "GET /v1/metrics",
         get_metrics,
@@ -17470,7 +17471,7 @@ def prompt_text(ask: Ask, name: str, given: Mapping[str, str]) -> Tuple[str, str
         words = found["session"].get("prompt")
         if words is None:
             raise ApiError(404, "PROMPT_NOT_FOUND", f"template {clip(name, 60)} holds no prompt")
-        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_text(ask.context)))
+        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_for(ask)))
         return found["description"], filled["prompt"]
     faults = {name: "is required" for name, (_, must) in own.takes.items() if must and not given.get(name)}
     faults.update({clip(name, 60): "is no argument of this prompt" for name in given if name not in own.takes})
@@ -17915,6 +17916,7 @@ class Mcp:
         if ask.headers.get("mcp-protocol-version") in MODERN:
             raise McpError(INVALID, "this revision has no such stream: use subscriptions/listen", 405, Allow="POST")
         session, listener = self.session_of(ask), Listener()
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         if session:
             with self.lock:
@@ -18030,6 +18032,7 @@ class Mcp:
             own.leave()
             listener.queue.put(None)
         ask.caller.when_left(leave)
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         spawn("aegis-mcp", work)
         try:
@@ -18098,6 +18101,7 @@ class Mcp:
         honoured = {**({"resourcesListChanged": True} if lists else {}),
                     **({"resourceSubscriptions": uris} if uris else {})}
         watched, listener = {plain_uri(uri): uri for uri in uris}, Listener()
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         opening = notification("subscriptions/acknowledged", {"notifications": honoured, "_meta": meta})
         return Stream(listener, iter(()), lambda event: notices(event, watched, lists, meta), message_frame(opening))
