@@ -16338,7 +16338,8 @@ MEMORY_SHAPE = shape(
 CHECK = shape(
     "Check", "One check of a verification.",
     {**each("name command state", WORD), "passed": maybe(YES), "exitCode": maybe({"type": "integer"}),
-     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "output": TEXT, "reason": maybe(TEXT), "found": YES})
+     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "reason": maybe(TEXT), "found": YES},
+    {"output": TEXT})   # not in a list
 VERIFY = shape(
     "Verify", "A verification, with the checks of its last round and of those before.",
     {**each("id sessionId workDir", WORD), "state": one_of(*STEPS, *OVER), "passed": maybe(YES),
