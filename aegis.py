@@ -1836,7 +1836,7 @@ SCOPES: Dict[str, str] = {
     "permissions:decide": "approve, reject, answer, and set policies",
     "memory:read": "read the memory",
     "memory:write": "change the memory",
-    "webhooks:admin": "webhooks and their dead letters",
+    "webhooks:admin": "webhooks and their dead letters, which tell of everybody's sessions",
     "admin": "everything, keys and the audit log among it",
 }
 FAMILIES = tuple(dict.fromkeys(scope.partition(":")[0] + ":*" for scope in SCOPES if ":" in scope))
@@ -10913,7 +10913,8 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     wanted = Wanted(
         name=None, work_dir=row.work_dir, prompt=None, agent=name, model=model or (row.model if same else None),
         permission_mode="default", args=list(AGENTS[name].apart), env=row.launch["env"] if same else {},
-        command=row.launch["command"] if same else None, policy=READ_ONLY, labels={"consensus": consensus_id})
+        command=row.launch["command"] if same else None, policy=READ_ONLY, labels={"consensus": consensus_id},
+        owner=row.owner)
     own = ("name", "prompt", "idempotency", "parent", "origin")   # of each session that is started
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
@@ -16361,7 +16362,8 @@ MEMORY_SHAPE = shape(
 CHECK = shape(
     "Check", "One check of a verification.",
     {**each("name command state", WORD), "passed": maybe(YES), "exitCode": maybe({"type": "integer"}),
-     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "output": TEXT, "reason": maybe(TEXT), "found": YES})
+     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "reason": maybe(TEXT), "found": YES},
+    {"output": TEXT})   # not in a list
 VERIFY = shape(
     "Verify", "A verification, with the checks of its last round and of those before.",
     {**each("id sessionId workDir", WORD), "state": one_of(*STEPS, *OVER), "passed": maybe(YES),
@@ -17704,7 +17706,7 @@ def prompt_text(ask: Ask, name: str, given: Mapping[str, str]) -> Tuple[str, str
         words = found["session"].get("prompt")
         if words is None:
             raise ApiError(404, "PROMPT_NOT_FOUND", f"template {clip(name, 60)} holds no prompt")
-        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_text(ask.context)))
+        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_for(ask)))
         return found["description"], filled["prompt"]
     faults = {name: "is required" for name, (_, must) in own.takes.items() if must and not given.get(name)}
     faults.update({clip(name, 60): "is no argument of this prompt" for name in given if name not in own.takes})
@@ -18149,6 +18151,7 @@ class Mcp:
         if ask.headers.get("mcp-protocol-version") in MODERN:
             raise McpError(INVALID, "this revision has no such stream: use subscriptions/listen", 405, Allow="POST")
         session, listener = self.session_of(ask), Listener()
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         if session:
             with self.lock:
@@ -18264,6 +18267,7 @@ class Mcp:
             own.leave()
             listener.queue.put(None)
         ask.caller.when_left(leave)
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         spawn("aegis-mcp", work)
         try:
@@ -18332,6 +18336,7 @@ class Mcp:
         honoured = {**({"resourcesListChanged": True} if lists else {}),
                     **({"resourceSubscriptions": uris} if uris else {})}
         watched, listener = {plain_uri(uri): uri for uri in uris}, Listener()
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         opening = notification("subscriptions/acknowledged", {"notifications": honoured, "_meta": meta})
         return Stream(listener, iter(()), lambda event: notices(event, watched, lists, meta), message_frame(opening))
