@@ -4031,8 +4031,9 @@ def test_a_change_is_told_before_the_first_commit_and_without_git(tmp_path):
     assert change.files == ["W new"] and change.text == "=== new\nnew\n\n" and "no git repository" in change.about
 
 
-HOSTILE_CONFIG = ("core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
-           "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
+HOSTILE_CONFIG = (
+    "core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
+    "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
 
 
 def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, tmp_path):
