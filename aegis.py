@@ -11022,6 +11022,27 @@ class Group(NamedTuple):
     run: Optional[str] = None  # the run's state
 
 
+class StagePart(NamedTuple):
+    """What groups need to know of a stage: none of its texts."""
+
+    pipeline: str
+    name: str
+    depends_on: List[str]
+    state: str
+    session: Optional[str]
+    verify: Optional[str]
+    ended_at: Optional[float]
+
+
+class ReviewerPart(NamedTuple):
+    """What groups need to know of a reviewer."""
+
+    consensus: str
+    place: int
+    session: Optional[str]
+    ended_at: Optional[float]
+
+
 def live_rows(context: Context) -> Dict[str, SessionRow]:
     """Give the rows of all live sessions, as of now."""
     return {one.row.id: one.row for one in list(context.sessions.values()) if one.live}
@@ -11046,21 +11067,27 @@ def families(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
             for top, members in groups.items() if live.keys() & members.keys()]
 
 
-def runs_in_sight(context: Context, kind: Any, table: str, label: str, live: Mapping[str, SessionRow]) -> List[Any]:
-    """List the runs of a kind that are not over, or whose sessions live on."""
+def runs_in_sight(context: Context, kind: Any, part: Any, table: str, label: str,
+                  live: Mapping[str, SessionRow]) -> List[Tuple[Any, List[Any]]]:
+    """List the runs of a kind that are not over, or whose sessions live on, each with its parts."""
     kept = sorted({row.labels[label] for row in live.values() if label in row.labels})[:500]
-    marks = ", ".join("?" * len(kept))
-    return context.store.rows(kind, table, f"ended_at IS NULL OR id IN ({marks}) ORDER BY created_at", *kept)
+    where = f"ended_at IS NULL OR id IN ({', '.join('?' * len(kept))})"
+    parts, owner = RUN_PARTS[table]
+    found: Dict[str, List[Any]] = {}
+    for one in context.store.rows(part, parts, f"{owner} IN (SELECT id FROM {table} WHERE {where}) ORDER BY place",
+                                  *kept):
+        found.setdefault(getattr(one, owner), []).append(one)
+    runs = context.store.rows(kind, table, f"{where} ORDER BY created_at", *kept)
+    return [(row, found.get(row.id, [])) for row in runs]
 
 
 def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
     """Make a group of each pipeline: stages wait for those they depend on."""
     groups = []
-    for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
-        stages = stages_of(context, row.id)
+    for row, stages in runs_in_sight(context, PipelineRow, StagePart, "pipelines", "pipeline", live):
         over = {one.name for one in stages if one.ended_at is not None}
-        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
-                 for name in one.depends_on if name not in over]
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages
+                             if one.state == "waiting" for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
         members = {one.session: one.name for one in stages[::-1] if one.session}
@@ -11072,11 +11099,10 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
 def consensus_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
     """Make a group of each consensus review: the verdict waits for its reviewers."""
     groups = []
-    for row in runs_in_sight(context, ConsensusRow, "consensus", "consensus", live):
-        reviewers = reviewers_of(context, row.id)
+    for row, reviewers in runs_in_sight(context, ConsensusRow, ReviewerPart, "consensus", "consensus", live):
         open_ = [one for one in reviewers if one.ended_at is None]
-        waits = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
-                 for one in open_]
+        waits: List[Json] = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
+                             for one in open_]
         members = {row.session: "reviewed", **{one.session: f"reviewer {one.place + 1}" for one in reviewers
                                                if one.session}}
         groups.append(Group("consensus", row.id, ", ".join(row.criteria), row.created_at, members, waits,

@@ -4671,8 +4671,9 @@ def test_a_change_is_told_before_the_first_commit_and_without_git(tmp_path):
     assert change.files == ["W new"] and change.text == "=== new\nnew\n\n" and "no git repository" in change.about
 
 
-HOSTILE_GIT = ("core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
-           "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
+HOSTILE_CONFIG = (
+    "core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
+    "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
 
 
 def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, tmp_path):
@@ -4684,7 +4685,7 @@ def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, t
         git(repository, "add", "-A")
         git(inner, "config", "core.fsmonitor", f"touch {tmp_path}/ran-inner; false")
         (inner / "loose").write_text("x")
-        for name in HOSTILE_GIT:
+        for name in HOSTILE_CONFIG:
             git(repository, "config", name, f"touch {tmp_path}/ran-{name}; cat")
         for name in ("post-index-change", "reference-transaction", "pre-commit"):
             hook = repository / ".git" / "hooks" / name
@@ -6522,8 +6523,8 @@ def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
 def test_what_ended_in_time_counts_though_aegis_was_away_until_long_after(house):
     own = house()
     talk = own.open()
-    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]", "timeout": 6})
-    judged = review(talk, "wait 1 approve", reviewers=1, timeout=6)
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]", "timeout": 30})
+    judged = review(talk, "wait 1 approve", reviewers=1, timeout=30)
     paths = [eventually(lambda: own.ask(f"GET /v1/sessions/{find()}")["transcriptPath"]) for find in (
         lambda: own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"],
         lambda: own.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"][0]["sessionId"])]
@@ -6977,8 +6978,8 @@ def test_what_was_begun_and_not_noted_yet_is_found_after_a_crash(house):
     own = house()
     book = own.root / "book"
     gate = {"checks": [check(f"echo x >> {book}; sleep 1", "gate")]}
-    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]"},
-                    {"name": "b", "prompt": "[[wait 1]] [[say b]]", "session": "same", "verify": gate})
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 3]] [[say a]]"},
+                    {"name": "b", "prompt": "[[wait 3]] [[say b]]", "session": "same", "verify": gate})
     for name in "ab":
         own.events.wait_for("prompt.started", after=own.events.wait_for(
             "pipeline.stage", stage=name, state="running")["id"])
