@@ -45,7 +45,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     VERDICTS      what reviewers say, and what follows from it
     CONSENSUS     reviewers that know nothing of one another
     SWARM         who works together, and who waits for whom
-    METRICS       what was used, how long it took, and the same for Prometheus
+    METRICS       what was used, and how long it took
+    PROMETHEUS    the same figures in its text format, and as OpenMetrics
     OUTBOUND      requests to other servers, guarded
     WEBHOOKS      events for other servers, signed and in order
     COURIERS      who brings the webhooks their events
@@ -88,8 +89,8 @@ aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-i
 aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).  A command
 that follows events has aegis-feed.
 
-Locks, outermost first: Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
-Webhooks.lock -> Store.lock;
+Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
+Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
 Tmux.lock, Monitor.lock, Exits.lock, Mcp.lock, Keys.lock and Tickets.lock are leaves.  A session's lock is
 never held while tmux or a socket is waited for.
 """
@@ -490,7 +491,7 @@ def _short_int(digits: str) -> int:
 
 
 REPORT_NAME = re.compile(rb'"hook_event_name"\s*:\s*"(\w{1,40})"')   # it stands before what a model could write
-UNREAD = "unread"    # in a report that cannot be read: why
+UNREADABLE = "unread"    # in a report that cannot be read: why
 
 
 def parse_report(raw: bytes) -> Json:
@@ -503,7 +504,7 @@ def parse_report(raw: bytes) -> Json:
     except (ValueError, RecursionError) as error:
         why = f"it is no JSON that can be read: {error}"
     named = REPORT_NAME.search(raw)
-    return {"hook_event_name": named.group(1).decode() if named else "", UNREAD: why}
+    return {"hook_event_name": named.group(1).decode() if named else "", UNREADABLE: why}
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")   # how JSON spells half a pair; most texts hold none
@@ -536,6 +537,9 @@ SECRET = re.compile(r"(aegis_(?:sse_)?[\w-]{6})[\w-]{10,}|(?<=token=)[^&\s'\"]+|
 
 def masked(text: str) -> str:
     """Take secrets out of a text that is logged or told."""
+    small = text.lower()
+    if "aegis_" not in small and "token" not in small:   # nearly always, and cheaper to see than by the pattern
+        return text
     return SECRET.sub(lambda found: f"{found[1] or ''}…", text)
 
 
@@ -1276,7 +1280,7 @@ class SentRow(NamedTuple):
     text: str
     chosen: Dict[str, List[int]]   # options marked so far, by the question's place
 class ConsensusRow(NamedTuple):
-    """One consensus review."""
+    """One consensus review; what its reviewers are given is long, and stays in the database."""
 
     id: str
     session: str                   # whose work is reviewed
@@ -1286,7 +1290,6 @@ class ConsensusRow(NamedTuple):
     verdict: Optional[str]         # approved, rejected
     criteria: List[str]
     spec: Json                     # rule, weights, quorum, timeout, wanted, change
-    text: str                      # what all reviewers are given
     keep: int                      # 1: the reviewers' sessions live on
     idempotency: Optional[str]
     wanted: str                    # the body's digest, for a repeated idempotency key
@@ -1996,15 +1999,27 @@ class Keys:
             row, now = self.find(key_id), time.time()
             if row.expires_at is not None and row.expires_at <= now:
                 raise ApiError(409, "KEY_EXPIRED", f"key {key_id} expired at {iso(row.expires_at)}: make another one")
-            ours = self.admin_row()
-            if ours and ours.id == key_id:
-                write_private(self.admin_file, secret + "\n")
             changes = {"hash": digest_of(secret), "prefix": secret[:SHOWN_PREFIX], "rotated_at": now,
                        "old_hash": row.hash if grace else None, "old_until": now + grace if grace else None}
-            self.change(update("keys", key_id, changes), entry)
+            with self._in_admin_file(key_id, secret):
+                self.change(update("keys", key_id, changes), entry)
         if not grace:
             self.end_uses(key_id)
         return self.find(key_id)
+
+    @contextlib.contextmanager
+    def _in_admin_file(self, key_id: str, secret: str) -> Iterator[None]:
+        """Have the admin file, if this key stands in it, hold the new secret, unless the change fails."""
+        ours = self.admin_row()
+        known = self.admin_file.read_text("utf-8") if ours and ours.id == key_id else None
+        if known is not None:
+            write_private(self.admin_file, secret + "\n")
+        try:
+            yield
+        except BaseException:
+            if known is not None:
+                write_private(self.admin_file, known)
+            raise
 
     def admin_row(self) -> Optional[KeyRow]:
         """Find the key whose secret stands in the admin file."""
@@ -2100,16 +2115,21 @@ class Buckets:
     def __init__(self) -> None:
         self.levels: Dict[Any, Tuple[float, float]] = {}   # name -> requests left, and when that was so
 
-    def take(self, name: Any, rate: int, now: float, cost: float = 1.0) -> Level:
-        """Take from a bucket of `rate` requests a minute, if enough is in it; cost 0 only looks."""
-        left, at = self.levels.get(name, (rate, now))
-        left = min(rate, left + (now - at) * rate / 60)
-        allowed = left >= max(cost, 1.0)
-        if allowed:
-            left -= cost
-        if len(self.levels) >= MAX_BUCKETS and name not in self.levels:
+    def spend(self, name: Any, rate: int, now: float) -> bool:
+        """Take one request from a bucket of `rate` a minute; False when it is empty."""
+        left, at = self.levels.get(name) or (rate, now)
+        left += (now - at) * rate / 60
+        left = rate if left > rate else left
+        if name not in self.levels and len(self.levels) >= MAX_BUCKETS:
             self._forget()
-        self.levels[name] = (left, now)
+        allowed = left >= 1
+        self.levels[name] = (left - 1 if allowed else left, now)
+        return allowed
+
+    def take(self, name: Any, rate: int, now: float) -> Level:
+        """Take one request, and tell how full the bucket is."""
+        allowed = self.spend(name, rate, now)
+        left = self.levels[name][0]
         return Level(allowed, rate, int(left), math.ceil((rate - left) * 60 / rate),
                      0 if allowed else max(1, math.ceil((1 - left) * 60 / rate)))
 
@@ -3186,7 +3206,8 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
         elif block.get("type") == "tool_use":
             entries.append(
                 Entry(
-                    "tool", at, tool=block.get("name"), input=shallow(block.get("input")), tool_use_id=block.get("id"), **shared
+                    "tool", at, tool=block.get("name"), input=shallow(block.get("input")),
+                    tool_use_id=block.get("id"), **shared,
                 )
             )
     return entries
@@ -3251,7 +3272,7 @@ def usage_amounts(usage: Json) -> Dict[str, int]:
     """Pick the token counts out of an API message's usage; cache writes of one hour apart, for their price."""
     amounts = {key: usage[key] for key in USAGE_KEYS if _is_amount(usage.get(key))}
     written = usage.get("cache_creation")
-    hour = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
+    hour: Any = written.get("ephemeral_1h_input_tokens") if isinstance(written, dict) else None
     return {**amounts, "hour": hour} if _is_amount(hour) else amounts
 
 
@@ -4890,9 +4911,17 @@ def launch_script(work_dir: str, environment: Mapping[str, str], argv: Sequence[
     return "\n".join(lines) + "\n"
 
 
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+
+
+def typable(text_: str) -> str:
+    """Leave out what agents drop anyway, and what would end a paste so that the rest is taken for keys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", ESCAPES.sub("", text_))
+
+
 def canonical(sent: str) -> str:
     """Reduce a prompt to what survives an agent's own normalising, to recognise it in a report."""
-    bare = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", sent) if "\x1b" in sent else sent
+    bare = ESCAPES.sub("", sent) if "\x1b" in sent else sent
     bare = re.sub(r"</?pasted_content[^>]*>", "", bare) if "pasted_content" in bare else bare
     bare = unicodedata.normalize("NFC", bare)
     return bare.translate(dict.fromkeys(   # by the few characters that differ, not by the million that there may be
@@ -5080,7 +5109,6 @@ class Context:
         self.traffic: Any = None                       # see METRICS
         self.probes: Any = None                        # see DIAGNOSTICS
         self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
-        self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
         self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
         self.guard: Any = None                         # see OUTBOUND
         self.webhooks: Any = None                      # see COURIERS
@@ -5088,6 +5116,8 @@ class Context:
         self.panel: Any = None                         # see CONSENSUS
         self.keys: Keys
         self.access: Any = None                        # see ACCESS
+        self.kept_head: Tuple[int, str] = (-1, "")     # of the audit log, as its file has it
+        self.used_kept = 0.0                           # when the last use of keys was written
         self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
         self.serial = itertools.count(1)
@@ -5740,6 +5770,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
         return [Stroke(text_), ENTER]
+    text_ = typable(text_)
     if prompt.kind == "command":
         return [Stroke(text_), ENTER]
     if prompt.kind == "bash":
@@ -6206,7 +6237,7 @@ def closed_answer(session: Session, report: Json) -> Optional[Json]:
     if name not in ("PreToolUse", "PermissionRequest") or session.policy == Policy(profile=session.policy.profile):
         return None
     said = Decision("deny", "its report cannot be read")
-    if UNREAD not in report:
+    if UNREADABLE not in report:
         with contextlib.suppress(RecursionError, ValueError, TypeError, AttributeError):
             request = request_of(session, report)
             said = ask_policy(session, request)
@@ -7146,10 +7177,10 @@ def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None
     if not re.fullmatch(r"[\w-]{1,100}", agent_id):
         return
     with session.lock:
-        known = session.subagents.get(agent_id) or Subagent(
-            agent_id, clip(kind, 100) if isinstance(kind, str) and kind else None, time.time(), None, new_ledger())
-        ended = time.time() if name == "SubagentStop" else None
-        session.subagents[agent_id] = known._replace(ended=ended, type=known.type or kind or None)
+        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None, new_ledger())
+        ended = {"SubagentStop": time.time(), "SubagentStart": None}.get(name, known.ended)   # others may come late
+        word = clip(kind, 100) if isinstance(kind, str) and kind else None
+        session.subagents[agent_id] = known._replace(ended=ended, type=word or known.type)
         while len(session.subagents) > SUBAGENTS_KEPT:
             session.subagents.pop(next(iter(session.subagents)))
 
@@ -7445,7 +7476,7 @@ def exit_status(context: Context, pane_id: str) -> Optional[int]:
     return None
 
 
-def forget_files(context: Context, session_id: str) -> None:
+def forget_launch(context: Context, session_id: str) -> None:
     """Remove what an agent was launched with; its secret stands there."""
     for kind in ("launch", "hooks", "stderr"):
         with contextlib.suppress(OSError):
@@ -7468,7 +7499,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         if not session.live:
             return
         pane, window = session.row.pane, session.row.window
-        forget_files(context, session.row.id)   # before anybody can resume it, and write them anew
+        forget_launch(context, session.row.id)   # before anybody can resume it, and write them anew
         with session.changing("process", status, reason) as change:
             end_everything(change, status, reason, exit_code, screen)
         holds, session.holds = list(session.holds.values()), {}
@@ -7769,8 +7800,8 @@ def find_repository(work_dir: str) -> Optional[Repository]:
             return None
     told = run_git(work_dir, "rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-path", "objects",
                    "--show-object-format").split("\n")
-    if len(told) != 4:
-        raise ApiError(409, "GIT_FAILED", "git does not say where its files are")
+    if len(told) != 4 or os.path.realpath(told[0]) != os.path.realpath(place):
+        raise ApiError(409, "GIT_FAILED", "its work tree is not where its .git is")
     try:
         head: Optional[str] = run_git(work_dir, "rev-parse", "-q", "--verify", "HEAD^{commit}")
     except ApiError as error:
@@ -7797,7 +7828,7 @@ class Apart:
         others = [repository.objects, *map(str, objects)]
         (folder / "objects/info/alternates").write_bytes(os.fsencode("\n".join(others) + "\n"))
         with contextlib.suppress(OSError):   # what they ignore themselves is data, and runs nothing
-            shutil.copyfile(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
+            copy_data(os.path.join(os.path.dirname(repository.objects), "info/exclude"), folder / "info/exclude")
 
     def environment(self) -> Dict[str, str]:
         """Choose what git inherits: nothing that leads to another configuration."""
@@ -7811,7 +7842,7 @@ class Apart:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
         (self.folder / "given").write_bytes(b"".join(one + b"\0" for one in given))
         with open(self.folder / "given", "rb") as paths:
-            process = subprocess.Popen(["git", *words], cwd=self.root, env=self.environment(), stdin=paths,
+            process = subprocess.Popen(["git", "-C", self.root, *words], env=self.environment(), stdin=paths,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             said = self._read(process, most)
@@ -7845,7 +7876,7 @@ class Apart:
     def copy_index(self, repository: Repository) -> None:
         """Begin with what they have staged, and look behind what their index hides."""
         try:
-            shutil.copy2(os.path.join(repository.folder, "index"), self.folder / "index")   # its time counts, too
+            copy_data(os.path.join(repository.folder, "index"), self.folder / "index")
         except FileNotFoundError:
             if repository.head:
                 self.git("read-tree", repository.head)
@@ -7872,6 +7903,14 @@ class Apart:
         if kept:
             self.git("update-index", "--add", "--remove", "-z", "--stdin", given=kept)
         return self.git("write-tree", "--missing-ok").decode().strip(), len(found) - len(kept) - len(kinds["remove"])
+
+
+def copy_data(source: str, target: Path) -> None:
+    """Copy a plain file of a bearable size, with its times, which tell git what may have changed.  Raises OSError."""
+    about = os.stat(source)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LISTED_BYTES:
+        raise OSError(f"{os.path.basename(source)} is no plain file of at most {LISTED_BYTES:,} bytes")
+    shutil.copy2(source, target)
 
 
 def what_to_do(root: bytes, path: bytes) -> str:
@@ -7948,7 +7987,7 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
         about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, files[:FILES_SHOWN], text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -7958,6 +7997,12 @@ def shortened(text_: str) -> Tuple[str, bool]:
     if len(text_) <= CHANGE_SHOWN:
         return text_, False
     return text_[:text_.rfind("\n", 0, CHANGE_SHOWN) + 1] or text_[:CHANGE_SHOWN], True
+
+
+def listed_files(files: Sequence[str]) -> List[str]:
+    """Bound the names of changed files: by their number, and by their length in all."""
+    ends = itertools.accumulate(map(len, files))
+    return [name for name, end in zip(files[:FILES_SHOWN], ends) if end <= CHANGE_SHOWN // 4]
 
 
 def newer_files(work_dir: str, since: float) -> Difference:
@@ -7981,7 +8026,7 @@ def newer_files(work_dir: str, since: float) -> Difference:
     text_, cut = shortened(shown.encode("utf-8", "replace").decode())
     about = "the files that were written since the session began, whole: the directory is no git repository"
     names_ = [os.path.relpath(path, work_dir).encode("utf-8", "replace").decode() for path in files[:FILES_SHOWN]]
-    return Difference(about, [f"W {name}" for name in names_], text_, cut or visited >= VISITED)
+    return Difference(about, listed_files([f"W {name}" for name in names_]), text_, cut or visited >= VISITED)
 
 
 # ============================================================================
@@ -8071,17 +8116,17 @@ def create_session(context: Context, wanted: Wanted) -> Session:
         row = add_worktree(context, row)
     row.launch["base"] = note_base(context, row.id, row.work_dir)
     session = Session(context, row, Facts())
-    known: Any = row
+    other: Optional[SessionRow] = row
     context.sessions[row.id] = session   # first: who hears of it may end it at once
     try:
-        known = store_new(context, session, wanted)
+        other = store_new(context, session, wanted)
     finally:
-        if known:   # it was not made after all
+        if other:   # it was not made after all
             context.sessions.pop(row.id, None)
             remove_worktree(row.worktree, force=True)
             forget_base(context, row.id)
-    if known:
-        return same_session(context, known, wanted)
+    if other:
+        return same_session(context, other, wanted)
     launch_agent(context, session, words, environment)
     return session
 
@@ -8228,7 +8273,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         context.panes.pop(pane.pane, None)
         terminate(pane.pid)
         context.tmux.close_pane(pane.pane, row.id)
-        forget_files(context, row.id)
+        forget_launch(context, row.id)
         raise
     watch(context, session)
     context.look_later(session, 0.05)
@@ -8423,6 +8468,15 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
     if bound and same_dialog(bound, look(context, session)):
         press_once(context, session, "Escape")
     confirm_claim(session, request.id)
+
+
+def choose_in_dialog(context: Context, session: Session, dialog: Reading, label: str) -> None:
+    """Choose a row of a dialog that no hook told of.  Raises ApiError 409 when it is another one now."""
+    with session.key_lock:
+        after = choose_row(context, session, dialog, lambda row: row.label == label)
+    if after is None:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    inspect(context, session)
 
 
 def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
@@ -9798,25 +9852,25 @@ def await_event(context: Context, types: Sequence[str], until: Callable[[], bool
         context.bus.leave(listener)
 
 
-def wire_check(row: CheckRow) -> Json:
-    """Give a check its shape on the wire."""
+def wire_check(row: CheckRow, brief: bool = False) -> Json:
+    """Give a check its shape on the wire; a list leaves its output out."""
     spent = None if row.started_at is None else max(0.0, (row.ended_at or time.time()) - row.started_at)
     passed = {"passed": True, "failed": False, "timed_out": False}.get(row.state)
     return {"name": row.name, "command": row.command, "state": row.state, "passed": passed, "exitCode": row.exit_code,
-            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "output": row.output,
-            "reason": row.reason, "found": bool(row.found)}
+            "seconds": None if spent is None else round(spent, 3), "timeout": row.timeout, "reason": row.reason,
+            "found": bool(row.found), **({} if brief else {"output": row.output})}
 
 
-def wire_verify(context: Context, row: VerifyRow) -> Json:
+def wire_verify(context: Context, row: VerifyRow, brief: bool = False) -> Json:
     """Give a verification its shape on the wire, with the checks of its last round."""
     checks = context.store.rows(CheckRow, "checks", "verify = ? ORDER BY round, place", row.id)
     rounds = [[one for one in checks if one.round == number_] for number_ in range(row.round + 1)]
     return {
         "id": row.id, "sessionId": row.session, "workDir": row.work_dir, "state": row.state,
         "passed": None if row.ended_at is None else row.state == "passed", "reason": row.reason,
-        "checks": [wire_check(one) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
+        "checks": [wire_check(one, brief) for one in rounds[-1]], "parallel": bool(row.parallel), "fix": row.fix,
         "round": row.round, "promptId": row.prompt,
-        "earlier": [[wire_check(one) for one in round_] for round_ in rounds[:-1]],
+        "earlier": [[wire_check(one, brief) for one in round_] for round_ in rounds[:-1]],
         "startedAt": iso(row.created_at), "endedAt": iso(row.ended_at),
         "seconds": round((row.ended_at or time.time()) - row.created_at, 3),
     }
@@ -9917,6 +9971,8 @@ class Loop:
             self.hungry.pop(run, None)
             self.advance(run)
         except ApiError as error:
+            if error.code in ("PIPELINE_NOT_FOUND", "CONSENSUS_NOT_FOUND"):   # swept away meanwhile
+                return
             self.context.log.note("warning", "a run waits", run=run, error=error)
             self.due[run] = time.time() + AGAIN_SECONDS
         except Exception:
@@ -10068,6 +10124,7 @@ def sweep_runs(context: Context) -> None:
     """Prune, now and then: the body of its thread."""
     pause = 0.0
     while not context.stopping.wait(pause):
+        context.rounds["aegis-prune"] = time.monotonic()
         pause = PRUNE_SECONDS
         with contextlib.suppress(ApiError, OSError):
             pause = 0.05 if prune_runs(context, time.time()) >= PRUNED_AT_ONCE else PRUNE_SECONDS
@@ -10803,9 +10860,10 @@ class Panel:
         try:
             told = read_assessment(said, row.criteria)
         except ValueError as wrong:
+            why = "".join(char if char.isprintable() else " " for char in str(wrong))
             if one.again:
-                return over_reviewer(one, "failed", f"its answer could not be read, twice: {wrong}")
-            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {wrong}")
+                return over_reviewer(one, "failed", f"its answer could not be read, twice: {why}")
+            return one._replace(again=1, prompt=None, reason=f"its answer could not be read: {why}")
         return over_reviewer(one._replace(assessment=told), "done", None)
 
     def store(self, row: ConsensusRow, before: Sequence[ReviewerRow], after: Sequence[ReviewerRow],
@@ -10834,8 +10892,8 @@ class Panel:
             session = find_live(self.context, one.session or "")
             prompt = enqueue(session, "prompt", again_text(one, total), f"{one.id} again")
         else:
-            session = start_session(self.context, row.spec["wanted"], review_text(row, one, total), reviewer_key(one),
-                                    f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
+            session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
+                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
             prompt = first_prompt(self.context, session.row.id)
         self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
@@ -10915,9 +10973,10 @@ def closing(row: ConsensusRow, reviewers: Sequence[ReviewerRow], cancelled: bool
     return update("consensus", row.id, changes), Draft(kind, row.session, about)
 
 
-def review_text(row: ConsensusRow, one: ReviewerRow, total: int) -> str:
+def review_text(context: Context, one: ReviewerRow, total: int) -> str:
     """Write a reviewer's prompt."""
-    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {row.text}"
+    given = context.store.value("SELECT text FROM consensus WHERE id = ?", one.consensus)
+    return f"{REVIEWER_HEAD.format(one.place + 1, total)} {given}"
 
 
 def again_text(one: ReviewerRow, total: int) -> str:
@@ -10975,7 +11034,7 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
 
-def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> ConsensusRow:
+def store_consensus(context: Context, row: ConsensusRow, given: str, reviewers: int) -> ConsensusRow:
     """Store a review; the same idempotency key gives the same one.  Raises ApiError 409 for another body."""
     rows = [ReviewerRow(new_id("rv-"), row.id, place, "waiting", None, 1, 0, None, None, None, None, None)
             for place in range(reviewers)]
@@ -10984,7 +11043,8 @@ def store_consensus(context: Context, row: ConsensusRow, reviewers: int) -> Cons
         known = same_consensus(context, row)
         if known:
             return known
-        context.bus.commit([insert("consensus", row._asdict()), *(insert("reviewers", one._asdict()) for one in rows)],
+        whole_ = insert("consensus", {**row._asdict(), "text": given})
+        context.bus.commit([whole_, *(insert("reviewers", one._asdict()) for one in rows)],
                            [Draft("consensus.started", row.session, told)])
     return row
 
@@ -11114,7 +11174,7 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
     for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
         stages = stages_of(context, row.id)
         over = {one.name for one in stages if one.ended_at is not None}
-        waits = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
                  for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
@@ -11247,7 +11307,7 @@ def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], e
     """Give a group its shape on the wire; what a reviewed session used is not the review's."""
     rows = {one: live.get(one) or ended.get(one) for one in group.members}
     members = [wire_member(context, row, group.members[one], live) for one, row in rows.items() if row]
-    counted = [each for one in members if one["role"] != "reviewed" for each in (one, *one["subagents"])]
+    counted = [one for one in members if one["role"] != "reviewed"]   # a session's usage holds its subagents'
     costs = [one["costUsd"] for one in counted]
     waits = group.waits + [{"who": one["sessionId"], **each} for one in members for each in one["waitsFor"]]
     over = sum(one["status"] in ("idle", *ENDED) for one in members)
@@ -11260,12 +11320,12 @@ def wire_group(context: Context, group: Group, live: Mapping[str, SessionRow], e
             "ageSeconds": round(max(0.0, time.time() - group.created_at), 3)}
 
 
-def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Tuple[List[Json],
-                                                                                                       int]:
-    """Give a page of groups, newest first, and how many there are."""
-    live = live_rows(context)
+def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page: int, limit: int,
+               sees: Callable[[str], bool]) -> Tuple[List[Json], int]:
+    """Give a page of groups, newest first, and how many there are; only of sessions that the caller sees."""
+    live = {id: row for id, row in live_rows(context).items() if sees(id)}
     groups = [group for name, grouper in GROUPERS.items() if kind in (None, name) for group in grouper(context, live)
-              if state is None or group_state(group, live) == state]
+              if (state is None or group_state(group, live) == state) and all(map(sees, group.members or [""]))]
     groups.sort(key=lambda one: -one.created_at)
     shown = groups[(page - 1) * limit:page * limit]
     gone = sorted({one for group in shown for one in group.members if one not in live})
@@ -11278,16 +11338,14 @@ def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page
 
 
 # ============================================================================
-# METRICS. What was used, how long it took, and the same for Prometheus.
+# METRICS. What was used, and how long it took.
 # ============================================================================
 # Usage and times are durable: they stand in tables that are kept in the
 # transactions of what they count, so a restart neither loses nor repeats any.
 # They are summed by UTC day and model, never over sessions or events.  API
-# counts are this process's own and begin anew with it.  To add a figure for
-# Prometheus: a Family in metric_families().
+# counts are this process's own and begin anew with it.
 
 HTTP_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # in Prometheus's text: every label value is a series there for months
 TOKEN_KINDS = (("input", "input"), ("output", "output"), ("cache_read", "cacheRead"), ("cache_write", "cacheWrite"))
 USAGE_SUMS = ", ".join(f"sum({name})" for name in USAGE_COLUMNS)
 FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
@@ -11333,13 +11391,13 @@ class Times(NamedTuple):
     total: float
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many there were."""
         return sum(self.counts)
 
     def quantile(self, share: float) -> Optional[float]:
         """Estimate the time within which a share of them was done, evenly spread within a bucket."""
-        below, wanted = 0, share * self.count
+        below, wanted = 0, share * self.number
         for place, count in enumerate(self.counts):
             if count and below + count >= wanted:
                 low = self.bounds[place - 1] if place else 0.0
@@ -11351,8 +11409,8 @@ class Times(NamedTuple):
     def wire(self) -> Json:
         """Give them their shape on the wire; quantiles are estimates from buckets."""
         quantiles = {f"p{percent}Seconds": self.quantile(percent / 100) for percent in (50, 90, 99)}
-        told = {"avgSeconds": self.total / self.count if self.count else None, **quantiles}
-        return {"count": self.count, "totalSeconds": round(self.total, 6),
+        told = {"avgSeconds": self.total / self.number if self.number else None, **quantiles}
+        return {"count": self.number, "totalSeconds": round(self.total, 6),
                 **{name: None if value is None else round(value, 6) for name, value in told.items()}}
 
 
@@ -11371,11 +11429,22 @@ class Span(NamedTuple):
     last: str = LAST_DAY
     session: Optional[str] = None
     model: Optional[str] = None
+    owner: Optional[str] = None    # only this key's sessions
 
     @property
     def narrow(self) -> bool:
         """Tell whether it leaves out days or models."""
         return (self.first, self.last, self.model) != (FIRST_DAY, LAST_DAY, None)
+
+    def whose(self) -> Tuple[str, Tuple[str, ...]]:
+        """Write the condition of rows about its sessions, and its values; '' are the sums of all."""
+        if self.session is None and self.owner is not None:
+            return "session IN (SELECT id FROM sessions WHERE owner = ?)", (self.owner,)
+        return "session = ?", (self.session or "",)
+
+    def sees(self, row: SessionRow) -> bool:
+        """Tell whether a session is within it."""
+        return self.session in (None, row.id) and self.owner in (None, row.owner)
 
 
 Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
@@ -11383,8 +11452,7 @@ Usage = Tuple[str, Dict[str, int]]   # a model, and what it used
 
 def usage_by(store: Store, span: Span, group: str, where: str = "1", *args: Any) -> List[Tuple[str, List[Usage]]]:
     """Sum usage by day, session or nothing, and by model below that."""
-    whose = "session <> ''" if group == "session" else "session = ?"
-    mine = () if group == "session" else (span.session or "",)
+    whose, mine = ("session <> ''", ()) if group == "session" else span.whose()
     rows = store.pairs(
         f"SELECT {group}, model, {USAGE_SUMS} FROM usage WHERE {whose} AND day BETWEEN ? AND ? "
         f"AND (? IS NULL OR model = ?) AND {where} GROUP BY 1, 2 ORDER BY 1, 2",
@@ -11420,14 +11488,15 @@ def tokens_of(counts: Mapping[str, int]) -> int:
 def times_by_label(store: Store, span: Span) -> Dict[Tuple[str, str], Times]:
     """Give durable times by name and label: of all from the tallies, of one session from its own rows."""
     bounds = [row[0] for row in store.pairs("SELECT upto FROM bounds ORDER BY bucket")][:-1]
-    if span.session is None:
+    whose, mine = span.whose()
+    if mine == ("",):
         rows = store.pairs("SELECT name, label, bucket, sum(count), sum(total) FROM tallies WHERE day BETWEEN ? AND ? "
                            "GROUP BY 1, 2, 3", span.first, span.last)
     else:
         rows = [row for view in ("prompt_times", "permission_times") for row in store.pairs(
             "SELECT name, label, (SELECT min(bucket) FROM bounds WHERE upto >= seconds) AS place, count(*), "
-            f"sum(seconds) FROM {view} WHERE session = ? AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
-            span.session, span.first, span.last)]
+            f"sum(seconds) FROM {view} WHERE {whose} AND day BETWEEN ? AND ? GROUP BY 1, 2, place",
+            *mine, span.first, span.last)]
     found: Dict[Tuple[str, str], Times] = {}
     for name, label, place, count, total in rows:
         known = found.setdefault((name, label), Times(bounds, [0] * (len(bounds) + 1), 0.0))
@@ -11449,15 +11518,16 @@ def metrics(context: Context, span: Span, days: int, page: int, limit: int) -> J
     store, prices = context.store, context.prices
     models = [one for _, used in usage_by(store, span, "''") for one in used]
     sessions, total = metered_sessions(context, span, page, limit)
+    states = live_states(context, span.owner)
     return {
         "generatedAt": iso(time.time()), "timezone": "UTC", **span_view(span), **bill(models, prices),
         "byModel": [{"model": one[0], **bill([one], prices), "price": price_view(one[0], prices)} for one in models],
         "byDay": metered_days(context, span, days), "bySession": sessions,
         "pagination": {"page": page, "limit": limit, "total": total, "totalPages": -(-total // limit)},
-        "sessions": {"active": len(context.sessions), "total": store.value("SELECT count(*) FROM sessions"),
-                     "byStatus": dict(live_states(context))},
-        **times_view(context, times_by_label(store, span)),
-        "api": traffic_view(context),
+        "sessions": {"active": sum(states.values()), "byStatus": dict(states), "total": store.value(
+            "SELECT count(*) FROM sessions WHERE (? IS NULL OR owner = ?)", span.owner, span.owner)},
+        **times_view(context, times_by_label(store, span), span),
+        "api": traffic_view(context) if span.owner is None else None,
         "prices": {"date": PRICES_DATE, "unit": "USD per million tokens", "own": len(prices) - len(PRICES)},
     }
 
@@ -11474,21 +11544,22 @@ def price_view(model: str, prices: Sequence[Price]) -> Optional[Json]:
     return None if price is None else {"input": price[1], "output": price[2]}
 
 
-def live_states(context: Context) -> "collections.Counter[str]":
-    """Count live sessions by state."""
-    return collections.Counter(session.row.status for session in list(context.sessions.values()))
+def live_states(context: Context, owner: Optional[str] = None) -> "collections.Counter[str]":
+    """Count live sessions by state: all, or those of one key."""
+    return collections.Counter(session.row.status for session in list(context.sessions.values())
+                               if owner in (None, session.row.owner))
 
 
 def metered_days(context: Context, span: Span, days: int) -> List[Json]:
     """Give usage and turns by day: the last days of the span on which there was any, oldest first."""
-    store, whose = context.store, span.session or ""
+    store, (whose, mine) = context.store, span.whose()
     turned: Dict[str, int] = dict(store.pairs(
         "SELECT day, sum(count) FROM tallies WHERE name = 'turn' AND day BETWEEN ? AND ? GROUP BY day"
-        if span.session is None else
-        "SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND session = ? "
-        "GROUP BY day", *(span.first, span.last, *([whose] if span.session else []))))
-    used = {row[0] for row in store.pairs("SELECT DISTINCT day FROM usage WHERE session = ? AND day BETWEEN ? AND ?",
-                                          whose, span.first, span.last)}
+        if mine == ("",) else
+        f"SELECT day, count(*) FROM prompt_times WHERE name = 'turn' AND day BETWEEN ? AND ? AND {whose} GROUP BY day",
+        span.first, span.last, *(mine if mine != ("",) else ())))
+    used = {row[0] for row in store.pairs(f"SELECT DISTINCT day FROM usage WHERE {whose} AND day BETWEEN ? AND ?",
+                                          *mine, span.first, span.last)}
     shown = sorted({*used, *turned})[-days:]
     if not shown:
         return []
@@ -11499,14 +11570,15 @@ def metered_days(context: Context, span: Span, days: int) -> List[Json]:
 def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tuple[List[Json], int]:
     """Give one page of usage by session, newest first, and how many there are: with usage in the span, or all."""
     store = context.store
-    used = "FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?)"
-    args: Tuple[Any, ...] = (
-        (span.session,) if span.session else (span.first, span.last, span.model, span.model) if span.narrow else ())
-    where = "id = ?" if span.session else f"id IN (SELECT session {used})" if span.narrow else "1"
+    conditions: List[Tuple[str, Tuple[Any, ...]]] = [
+        ("id = ?", (span.session,)) if span.session else ("1", ()),
+        ("owner = ?", (span.owner,)) if span.owner is not None else ("1", ()),
+        ("id IN (SELECT session FROM usage WHERE day BETWEEN ? AND ? AND session <> '' AND (? IS NULL OR model = ?))",
+         (span.first, span.last, span.model, span.model)) if span.narrow and not span.session else ("1", ())]
+    where, args = " AND ".join(sql for sql, _ in conditions), [one for _, values in conditions for one in values]
     rows = store.pairs(f"SELECT id, name, agent, status, created_at, turns FROM sessions WHERE {where} "
                        "ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args, limit, (page - 1) * limit)
-    counted = "1" if span.session else f"count(DISTINCT session) {used}" if span.narrow else "count(*) FROM sessions"
-    total = store.value(f"SELECT {counted}", *(() if span.session else args))
+    total = store.value(f"SELECT count(*) FROM sessions WHERE {where}", *args)
     marks, ids = ", ".join("?" * len(rows)), [row[0] for row in rows]
     found = dict(usage_by(store, span, "session", f"session IN ({marks})", *ids))
     turned = dict(store.pairs(
@@ -11517,21 +11589,22 @@ def metered_sessions(context: Context, span: Span, page: int, limit: int) -> Tup
              **bill(found.get(row[0], []), context.prices)} for row in rows], total
 
 
-def times_view(context: Context, found: Mapping[Tuple[str, str], Times]) -> Json:
+def times_view(context: Context, found: Mapping[Tuple[str, str], Times], span: Span) -> Json:
     """Give turns, latencies and permission times their shape on the wire."""
     bounds = next(iter(found.values())).bounds if found else ()
     named = {name: together((one for (kind, _), one in found.items() if kind == name), bounds)
              for name in ("turn", "send", "type", "decision")}
     turns = {label: one for (name, label), one in found.items() if name == "turn"}
-    asked = [one.asked_at for session in list(context.sessions.values()) for one in session.facts.pending]
+    asked = [one.asked_at for session in list(context.sessions.values()) if span.sees(session.row)
+             for one in session.facts.pending]
     return {
-        "turns": {"total": named["turn"].count,
-                  "byOutcome": {name: turns[name].count if name in turns else 0
+        "turns": {"total": named["turn"].number,
+                  "byOutcome": {name: turns[name].number if name in turns else 0
                                 for name in ("done", "interrupted", "error")}},
         "latencies": {"turn": named["turn"].wire(), "sendToSubmitted": named["send"].wire(),
                       "typedToSubmitted": named["type"].wire(), "hookToDecision": named["decision"].wire()},
         "permissions": {"pending": len(asked), "oldestPendingSeconds": max(map(age, asked), default=None),
-                        "decided": named["decision"].count, "waiting": named["decision"].wire(),
+                        "decided": named["decision"].number, "waiting": named["decision"].wire(),
                         "decisions": [{**decision_labels(label), **one.wire()}
                                       for (name, label), one in sorted(found.items()) if name == "decision"]},
     }
@@ -11548,11 +11621,22 @@ def traffic_view(context: Context) -> Json:
     routes: Dict[str, Dict[int, Times]] = {}
     for (route, status), times in context.traffic.counts().items():
         routes.setdefault(route, {})[status] = times
-    shown = [{"route": route or None, "byStatus": {str(status): one.count for status, one in sorted(statuses.items())},
+    shown = [{"route": route or None, "byStatus": {str(status): one.number for status, one in sorted(statuses.items())},
               **together(statuses.values(), HTTP_BOUNDS).wire()} for route, statuses in sorted(routes.items())]
-    failed = sum(one.count for statuses in routes.values() for status, one in statuses.items() if status >= 500)
+    failed = sum(one.number for statuses in routes.values() for status, one in statuses.items() if status >= 500)
     return {"since": iso(context.started_at), "requests": sum(one["count"] for one in shown), "serverErrors": failed,
             "byRoute": shown}
+
+
+# ============================================================================
+# PROMETHEUS. The same figures in its text format, and as OpenMetrics.
+# ============================================================================
+# A Family is one metric with its samples.  Every value of a label is a series
+# that a Prometheus keeps for months, so their number is bounded: only live
+# sessions have series of their own.  To add a metric: a Family in one of the
+# functions below metric_families().
+
+SHOWN_SESSIONS, SHOWN_MODELS = 200, 100   # series of their own; further models are one, further sessions have none
 
 
 class Family(NamedTuple):
@@ -11585,7 +11669,7 @@ def family_lines(family: Family, open_metrics: bool) -> Iterator[str]:
         for bound, count in zip((*value.bounds, math.inf), itertools.accumulate(value.counts)):
             yield f"{name}_bucket{label_text({**labels, 'le': number_text(float(bound))})} {count}"
         yield f"{name}_sum{label_text(labels)} {number_text(value.total)}"
-        yield f"{name}_count{label_text(labels)} {value.count}"
+        yield f"{name}_count{label_text(labels)} {value.number}"
 
 
 def label_text(labels: Mapping[str, str]) -> str:
@@ -11666,14 +11750,14 @@ def time_families(context: Context) -> List[Family]:
         del labels["decidedBy"]
     return [
         Family("aegis_turns_total", "counter", "Turns that ended, by outcome.",
-               [(labels, times.count) for labels, times in of("turn", "outcome")]),
+               [(labels, times.number) for labels, times in of("turn", "outcome")]),
         Family("aegis_turn_duration_seconds", "histogram", "How long turns took, by outcome.", of("turn", "outcome")),
         Family("aegis_prompt_submit_seconds", "histogram", "From a prompt's acceptance to the agent's report of it.",
                of("send", "kind")),
         Family("aegis_prompt_delivery_seconds", "histogram", "From typing a prompt to the agent's report of it.",
                of("type", "kind")),
         Family("aegis_permission_decisions_total", "counter", "Decided requests, by kind, state and who decided.",
-               [(labels, times.count) for labels, times in decided]),
+               [(labels, times.number) for labels, times in decided]),
         Family("aegis_permission_wait_seconds", "histogram", "How long requests waited for their decision.", decided),
     ]
 
@@ -11686,7 +11770,7 @@ def traffic_families(context: Context) -> List[Family]:
         routes.setdefault(route, []).append(times)
     return [
         Family("aegis_http_requests_total", "counter", "API requests answered, by route and status.",
-               [({"route": route, "status": str(status)}, times.count) for (route, status), times in counts]),
+               [({"route": route, "status": str(status)}, times.number) for (route, status), times in counts]),
         Family("aegis_http_request_duration_seconds", "histogram", "How long answers took, waits included.",
                [({"route": route}, together(times, HTTP_BOUNDS)) for route, times in routes.items()]),
     ]
@@ -12280,8 +12364,7 @@ class Courier(Listener):
             self.record([update("dead_letters", letter.id, {"state": "dead", "tries": letter.tries + 1,
                                                             "reason": outcome.said}),
                          update("webhooks", self.id, {"last_error": outcome.said, "last_error_at": time.time()})])
-        with self.context.webhooks.letters:
-            self.context.webhooks.letters.notify_all()
+        self.context.webhooks.stir()
         return 0.0
 
 
@@ -12354,6 +12437,11 @@ class Webhooks:
         courier = self.couriers.get(webhook_id)
         if courier:
             courier.some.set()
+
+    def stir(self) -> None:
+        """Have whoever waits for a retried letter look again."""
+        with self.letters:
+            self.letters.notify_all()
 
     def close(self) -> None:
         """Stop the couriers; what they are sending is waited for, but not for long."""
@@ -12688,6 +12776,7 @@ class Telegram(Listener):
         settings = context.settings
         super().__init__((*settings.telegram_events, *VERDICTS, "session.resumed"))
         self.context, self.some = context, threading.Event()
+        self.sending = threading.Lock()                 # from before a note is done until that is stored
         self.chats = frozenset(map(int, settings.telegram_chats))
         self.users = frozenset(map(int, settings.telegram_users))
         self.on = bool(settings.telegram_token and self.chats)
@@ -12702,7 +12791,8 @@ class Telegram(Listener):
     def start(self) -> None:
         """Go on behind the last event that was told; without a token or a chat, hold no event back."""
         if not self.on:
-            self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
+            if self.context.store.value("SELECT 1 FROM readers WHERE id = 'telegram'"):
+                self.context.bus.commit([("DELETE FROM readers WHERE id = 'telegram'", ())])
             return
         if not stored_place(self.context, "telegram"):
             self.context.bus.commit([place_statement("telegram", self.context.bus.last)])
@@ -12807,7 +12897,8 @@ class Telegram(Listener):
                                                            *say(chat, f"{name} was brought back.", event.session))]
         if not is_state(event):
             return [one for chat in self.chats for one in say(chat, other_text(name, event), event.session)]
-        return [one for chat in self.chats for one in state_notes(chat, state_text(name, event), event)]
+        text_, more = state_text(name, event), dialog_buttons(self.context, event)
+        return [one for chat in self.chats for one in state_notes(chat, text_, event, **more)]
 
     def verdict_notes(self, chat: int, event: Event, request: str) -> List[Statement]:
         """Write what becomes of a request's message: edited, or when it was not sent yet, not sent any more."""
@@ -12822,6 +12913,11 @@ class Telegram(Listener):
     def deliver(self, note_: NoteRow) -> None:
         """Do what a note says, and record it; what fails is tried again unless it never can succeed."""
         done: List[Statement] = [("DELETE FROM telegram_notes WHERE seq = ?", (note_.seq,))]
+        with self.sending:
+            self.context.bus.commit(self.attempt(note_, done))
+
+    def attempt(self, note_: NoteRow, done: List[Statement]) -> List[Statement]:
+        """Do what a note says; gives what is to be stored."""
         try:
             done += getattr(self, f"do_{NOTE_KINDS[note_.kind]}")(note_)
         except TelegramError as error:
@@ -12834,7 +12930,7 @@ class Telegram(Listener):
                 done = [("UPDATE telegram_notes SET tries = tries + 1, next_at = ? WHERE seq = ?",
                          (time.time() + max(error.wait, pause), note_.seq))]
             self.context.log.note("warning", f"Telegram: {error}", chat=note_.chat, tries=note_.tries + 1)
-        self.context.bus.commit(done)
+        return done
 
     def do_say(self, note_: NoteRow) -> List[Statement]:
         """Send a message."""
@@ -12852,7 +12948,7 @@ class Telegram(Listener):
         """Write a verdict under a message, and take its buttons away."""
         for sent in self.context.store.rows(SentRow, "telegram_sent", "chat = ? AND request = ?", note_.chat,
                                             note_.request):
-            told = f"{cut_text(sent.text, MESSAGE_UNITS - 200)[0]}\n\n{note_.body['text']}"
+            told = f"{cut_text(sent.text, MESSAGE_UNITS - 500)[0]}\n\n{note_.body['text']}"
             self.change("editMessageText", chat_id=sent.chat, message_id=sent.message, text=told,
                         link_preview_options={"is_disabled": True})
         return []
@@ -13006,11 +13102,30 @@ def is_state(event: Event) -> bool:
     return event.type.partition(".")[2] in STATES and event.type.startswith("session.")
 
 
-def state_notes(chat: int, text_: str, event: Event) -> List[Statement]:
+def dialog_of(context: Context, session_id: Optional[str]) -> Tuple[Optional[Session], Optional[Reading], str]:
+    """Find the dialog that a session shows and no hook told of, and a mark that tells it from every other one."""
+    session = context.sessions.get(session_id or "")
+    dialog = session.facts.dialog if session and not session.facts.pending else None
+    if dialog is None or not dialog.options:
+        return session, None, ""
+    labels = [dialog.title or "", *(option.label for option in dialog.options)]
+    return session, dialog, hashlib.sha256(dump([session_id, labels]).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def dialog_buttons(context: Context, event: Event) -> Json:
+    """Give the rows of the dialog that a session asks by, as the buttons of its notice."""
+    _, dialog, mark = dialog_of(context, event.session) if event.type == "session.asking" else (None, None, "")
+    if dialog is None:
+        return {}
+    rows = [[(option.label, f"d:{event.session}:{mark}:{index}")] for index, option in enumerate(dialog.options[:20])]
+    return {"request": f"dialog:{event.session}:{mark}", "markup": keyboard(rows)}
+
+
+def state_notes(chat: int, text_: str, event: Event, **more: Any) -> List[Statement]:
     """Write the notes of a session's state in place of those of an earlier one; a topic ends with its session."""
     ended = event.type.partition(".")[2] in ENDED
     return [("DELETE FROM telegram_notes WHERE chat = ? AND session = ? AND kind = 'state'", (chat, event.session)),
-            *say(chat, text_, event.session, kind="state"),
+            *say(chat, text_, event.session, kind="state", **more),
             *([note(chat, "topic", event.session, None, {"method": "closeForumTopic"})] if ended else [])]
 
 
@@ -13098,7 +13213,8 @@ def on_message(heard: Heard) -> List[Statement]:
         act = COMMANDS_THERE.get(command.group(1).lower(), say_help)
         return act(heard, (command.group(3) or "").strip(), session_id)
     if session_id is None:
-        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if heard.private else []
+        addressed = heard.private or is_ours(heard, heard.message.get("reply_to_message") or {})
+        return heard.say("Which session? Reply to one of its messages; /sessions lists them.") if addressed else []
     request = sent.request if sent else None
     if request and is_question(heard, request):
         return answer_in_words(heard, session_id, request, text_)
@@ -13106,10 +13222,24 @@ def on_message(heard: Heard) -> List[Statement]:
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
-    """Find the message of ours that a message replies to."""
-    message = heard.message.get("reply_to_message") or {}
-    return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                                       message.get("message_id"))
+    """Find the message of ours that a message replies to; one that was sent this moment is waited for."""
+    message = heard.message.get("reply_to_message")
+    if not message:
+        return None
+
+    def known() -> Optional[SentRow]:
+        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
+                                           message["message_id"])
+    found = known()
+    if found is None and is_ours(heard, message):
+        with heard.bot.sending:
+            found = known()
+    return found
+
+
+def is_ours(heard: Heard, message: Json) -> bool:
+    """Tell whether the bot itself wrote a message."""
+    return str((message.get("from") or {}).get("username") or "").lower() == heard.bot.name.lower() != ""
 
 
 def topic_session(heard: Heard) -> Optional[str]:
@@ -13201,6 +13331,17 @@ def toggled(chosen: Mapping[str, List[int]], place: str, index: int, several: bo
     return {**chosen, place: sorted(kept if index in marked else [*kept, index])}
 
 
+def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[List[Statement], str]:
+    """Choose a row of the dialog that the button was made for."""
+    session, dialog, now = dialog_of(heard.bot.context, session_id)
+    if session is None or dialog is None or now != mark:
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+    label = dialog.options[int(index)].label
+    choose_in_dialog(heard.bot.context, session, dialog, label)
+    told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}
+    return [note(heard.chat, "edit", session_id, f"dialog:{session_id}:{mark}", told)], f"answered: {label}"
+
+
 def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
     """Answer a question by the options that are marked."""
     context, row = heard.bot.context, find_asked(heard, request_id)
@@ -13230,7 +13371,7 @@ def press_kill(heard: Heard, session_id: str, answer: str = "yes") -> Tuple[List
 PRESSES: Dict[str, Callable[..., Tuple[List[Statement], str]]] = {
     "a": lambda heard, request: press_decide(heard, request, "approved"),
     "r": lambda heard, request: press_decide(heard, request, "rejected"),
-    "o": press_option, "s": press_send, "k": press_kill,
+    "o": press_option, "s": press_send, "k": press_kill, "d": press_dialog,
 }
 
 
@@ -13579,6 +13720,7 @@ class App:
         """Release whoever waits: held requests get no opinion, so that their dialogs stay; streams end."""
         context = self.context
         context.stopping.set()
+        context.webhooks.stir()
         for session in list(context.sessions.values()):
             session.stir()
             for hold in list(session.holds.values()):
@@ -13604,6 +13746,7 @@ def keep_books(context: Context) -> None:
     noted = 0
     note_head(context)
     while not context.stopping.wait(HEAD_SECONDS):
+        context.rounds["aegis-books"] = time.monotonic()
         try:
             write_books(context)
         except (ApiError, OSError) as error:
@@ -13615,10 +13758,13 @@ def keep_books(context: Context) -> None:
 
 def write_books(context: Context) -> None:
     """Write when keys were last used, and the head of the audit log beside it."""
-    file, head = context.state_dir / HEAD_FILE, head_text(*context.bus.head) + "\n"
-    if read_tail(file) != head:
-        write_private(file, head)
-    context.keys.write_used()
+    head = context.bus.head
+    if context.kept_head != head:
+        write_private(context.state_dir / HEAD_FILE, head_text(*head) + "\n")
+        context.kept_head = head
+    if time.time() - context.used_kept > USED_SECONDS or context.stopping.is_set():
+        context.used_kept = time.time()
+        context.keys.write_used()
 
 
 def note_head(context: Context) -> None:
@@ -13745,6 +13891,12 @@ class Tickets:
                 ticket.end, ticket.dead_at = None, now + TICKET_OPEN_SECONDS
 
 
+def presented(headers: Mapping[str, str]) -> Optional[str]:
+    """Give the bearer token that a request shows, or None."""
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if kind.lower() == "bearer" else None
+
+
 class Access:
     """The checks every request passes before anything else is looked at."""
 
@@ -13779,10 +13931,10 @@ class Access:
 
     def identify(self, headers: Mapping[str, str], address: str) -> Who:
         """Tell who asks; what is presented is checked, needed or not.  Raises ApiError 401, or 429."""
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
+        given = presented(headers)
+        if given is None:
             return self.nobody
-        who, why = self.holder(given.strip())
+        who, why = self.holder(given)
         if who is None:
             raise self.failed(address, why)
         return who
@@ -13830,26 +13982,27 @@ class Access:
 
     def record(self, entry: AuditEntry) -> None:
         """Record a refusal, as long as there are not too many: then the next row says how many have none."""
-        if not self.buckets.take("recorded refusals", REFUSALS_RECORDED, time.monotonic()).allowed:
+        if not self.buckets.spend("recorded refusals", REFUSALS_RECORDED, time.monotonic()):
             self.unrecorded += 1
             return
         about, self.unrecorded = {**entry.about, **({"unrecorded": self.unrecorded} if self.unrecorded else {})}, 0
         with contextlib.suppress(ApiError):
             self.context.bus.commit((), (), [entry._replace(about=about)])
 
-    def count(self, who: Who, address: str) -> Optional[Level]:
-        """Count a request against its key's rate, or its address'.  Raises ApiError 429."""
+    def count(self, who: Who, bucket: str) -> Optional[Level]:
+        """Count a request against its key's rate, or its address' bucket.  Raises ApiError 429."""
+        now = time.monotonic()
         if who.key:
             self.keys.used[who.key] = time.time()
-            rate, name = who.rate or self.settings.key_rate, who.key
-        else:
-            rate, name = self.settings.address_rate, bucket_address(address)
-        if not rate:
-            return None
-        level = self.buckets.take(name, rate, time.monotonic())
-        if not level.allowed:
-            raise too_many(level, "this key asks too often" if who.key else "this address asks too often")
-        return level if who.key else None
+            rate = who.rate or self.settings.key_rate
+            level = self.buckets.take(who.key, rate, now) if rate else None
+            if level and not level.allowed:
+                raise too_many(level, "this key asks too often")
+            return level
+        rate = self.settings.address_rate
+        if rate and not self.buckets.spend(bucket, rate, now):
+            raise too_many(self.buckets.take(bucket, rate, now), "this address asks too often")
+        return None
 
     def open_ticket(self, secret: str, address: str, again: bool, end: Callable[[], Any]) -> Ticket:
         """Let a stream in that shows a ticket.  Raises ApiError 401, or 429."""
@@ -13950,8 +14103,9 @@ PROBE_AGAIN = 600.0        # seconds after which one that told none is asked aga
 PATIENCE_FOR_PROBE = 2.0   # what one answer waits for versions that are being asked for
 DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the first, act below the second
 TMUX_AT_LEAST = (3, 0)
+NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
-           "aegis-consensus")
+           "aegis-consensus", "aegis-prune", "aegis-books")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
                "CLAUDE_CODE_USE_VERTEX")
 SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
@@ -13972,14 +14126,21 @@ def without_secrets(text_: str, secrets_: Iterable[str] = ()) -> str:
     """Take secrets out of a text: those that are known, and what looks like one."""
     for secret in secrets_:
         text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
-    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", text_)
+    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", masked(text_))
 
 
 def known_secrets(context: Context) -> List[str]:
     """List the secrets that no answer may hold."""
-    chosen = [getattr(context.settings, one.name) for one in SETTINGS if one.secret]
-    given = [value for one in chosen for value in (one if isinstance(one, tuple) else (one,)) if isinstance(value, str)]
-    return [one for one in (*given, *(s.row.secret for s in list(context.sessions.values()))) if one]
+    given = [one for setting in SETTINGS if setting.secret for one in texts_in(getattr(context.settings, setting.name))]
+    return [one for one in (*given, *(session.row.secret for session in list(context.sessions.values()))) if one]
+
+
+def texts_in(value: Any) -> List[str]:
+    """List the texts in a setting's value, whatever its shape; names of an object are none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text_ for one in value for text_ in texts_in(one)] if isinstance(value, (list, tuple)) else (
+        [value] if isinstance(value, str) else [])
 
 
 def settings_view(context: Context) -> List[Json]:
@@ -14138,16 +14299,18 @@ def file_size(path: Path) -> Optional[int]:
 
 
 def queues_view(context: Context) -> Json:
-    """Tell what waits: prompts, held requests, events, log lines, and what other rooms have queued."""
+    """Tell what waits: prompts, held requests, events, log lines, and what channels have still to send."""
     live, listeners = list(context.sessions.values()), list(context.bus.listeners)
     lags = [one.queue.qsize() for one in listeners]
+    hooks = context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    channels = [context.telegram.health(), *(webhook_health(context, row) for row in hooks)]
     return {
         "prompts": sum(len(one.facts.waiting) for one in live), "holds": sum(len(one.holds) for one in live),
         "pending": sum(len(one.facts.pending) for one in live),
         "events": {"listeners": len(listeners), "maxLag": max(lags, default=0), "limit": BUS_QUEUE,
                    "last": context.bus.last},
         "log": {"lines": len(context.log.lines), "dropped": context.log.dropped},
-        **{name: count() for name, count in context.queues.items()},
+        "channels": [{name: one[name] for name in ("channel", "name", "state", "queueLength")} for one in channels],
     }
 
 
@@ -14182,7 +14345,7 @@ def find_in_server(context: Context, agents: Json, full: bool) -> List[Finding]:
         *find_login(context.settings), find_state_dir(str(context.state_dir)), find_disk(str(context.state_dir)),
         find_locale(), find_files_limit(),
         *([find_database(context.store.path)] if full else []),
-        find_clock(context.store.value("SELECT max(at) FROM events")),
+        find_clock(context.store.value(NEWEST_EVENT)),
         Finding("workers", "problem", f"{', '.join(dead)} ended: restart Aegis, the agents go on")
         if dead else Finding("workers", "ok", f"{len(WORKERS)} alive"),
     ]
@@ -14201,7 +14364,7 @@ def find_locally(settings: Settings, port_says: Finding) -> List[Finding]:
         found.append(find_agent(settings, told["version"], told["error"]))
     else:
         found.append(find_other_agent(settings))
-    newest = read_only(path, "SELECT max(at) FROM events") if path.exists() else None
+    newest = read_only(path, NEWEST_EVENT) if path.exists() else None
     return [*found, *find_login(settings), port_says, find_state_dir(settings.state_dir),
             find_disk(settings.state_dir), find_locale(), find_files_limit(),
             *([find_database(path)] if path.exists() else []),
@@ -14651,7 +14814,7 @@ def filled_fields(ask: Ask, table: Mapping[str, Field], fields: Json) -> Json:
 def created(ask: Ask, fields: Json, wait: bool) -> Json:
     """Create a session, and wait for its first prompt's delivery if told."""
     session = create_session(ask.context, wanted_from(ask, fields, wait))
-    return new_view(ask.context, session, fields["prompt"], wait)
+    return new_view(ask.context, session, fields["prompt"], wait, ask.caller)
 
 
 def memory_for(ask: Ask, session_id: str = "") -> Callable[[str], Optional[str]]:
@@ -14706,7 +14869,8 @@ def wanted_policy(context: Context, given: Any, profile: Any) -> Json:
     return policy_json(policy_from_json({**named, **plain_policy(given or {})}, context.profiles))
 
 
-def new_view(context: Context, session: Session, text_: Optional[str], wait: bool) -> Json:
+def new_view(context: Context, session: Session, text_: Optional[str], wait: bool,
+             caller: Optional[Caller] = None) -> Json:
     """Give a session that was just started, and how its first prompt fared."""
     prompt = context.store.row(
         PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq DESC", session.row.id
@@ -14714,7 +14878,7 @@ def new_view(context: Context, session: Session, text_: Optional[str], wait: boo
     if text_ is None or prompt is None:
         return {**live_view(context, session), "promptDelivery": None}
     if wait:
-        prompt = await_delivery(session, prompt.id, context.settings.create_seconds)
+        prompt = await_delivery(session, prompt.id, context.settings.create_seconds, caller)
         if not session.live and session.row.status == "exited" and prompt.submitted_at is None:
             raise ApiError(502, "AGENT_EXITED", f"the agent ended before it took the prompt: {session.row.reason}",
                            sessionId=session.row.id)
@@ -15074,11 +15238,7 @@ def answer_dialog(context: Context, session: Session, dialog: Reading, answer: A
     label = read_labels({"options": rows, "multiSelect": False}, answer, "answer")[0]
 
     def work() -> Json:
-        with session.key_lock:
-            after = choose_row(context, session, dialog, lambda row: row.label == label)
-        if after is None:
-            raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
-        inspect(context, session)
+        choose_in_dialog(context, session, dialog, label)
         return {"id": session.row.id, "questionId": None, "state": "approved", "answers": [[label]],
                 "status": session.row.status}
     return Later(work)
@@ -15134,20 +15294,22 @@ def spawn_session(ask: Ask, id: str, **fields: Any) -> Any:
     """Spawn a child: an agent in a pane of this session's window, with its directory and policy."""
     parent = find_live(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, spawn_child(ask.context, parent, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def fork_session_handler(ask: Ask, id: str, **fields: Any) -> Any:
     """Fork a session: a new one that carries its conversation on, here or in a worktree of its own."""
     origin = find_session(ask.context, id)
     wanted = wanted_from(ask, filled_fields(ask, OFFSPRING, fields))
-    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True))
+    return Later(lambda: new_view(ask.context, fork_session(ask.context, origin, wanted), wanted.prompt, True,
+                                  ask.caller))
 
 
 def resume_session_handler(ask: Ask, id: str, prompt: Optional[str]) -> Any:
     """Resume an ended session: the same one, with its conversation."""
     find_session(ask.context, id)
-    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True))
+    return Later(lambda: new_view(ask.context, resume_session(ask.context, id, prompt), prompt, True, ask.caller))
 
 
 def list_children(ask: Ask, id: str) -> Json:
@@ -15508,13 +15670,13 @@ def verified(ask: Ask, verify_id: str, seconds: Optional[float]) -> Json:
 
 
 def list_session_verifies(ask: Ask, id: str, page: int, limit: int) -> Any:
-    """List a session's verifications, newest first."""
+    """List a session's verifications, newest first; a list leaves the checks' output out."""
     find_session(ask.context, id)
     return Later(lambda: verifies_page(ask, id, None, page, limit))
 
 
 def list_verifies(ask: Ask, state: Optional[str], page: int, limit: int) -> Any:
-    """List verifications, newest first."""
+    """List verifications, newest first; a list leaves the checks' output out."""
     return Later(lambda: verifies_page(ask, None, state, page, limit))
 
 
@@ -15527,7 +15689,8 @@ def verifies_page(ask: Ask, session_id: Optional[str], state: Optional[str], pag
     total = context.store.value(f"SELECT count(*) FROM verifies WHERE {where}", *args)
     rows = context.store.rows(VerifyRow, "verifies", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                               limit, (page - 1) * limit)
-    return {"verifies": [wire_verify(context, row) for row in rows], "pagination": pagination(page, limit, total)}
+    return {"verifies": [wire_verify(context, row, brief=True) for row in rows],
+            "pagination": pagination(page, limit, total)}
 
 
 def get_verify(ask: Ask, id: str, wait: Optional[str], timeout: float) -> Any:
@@ -15734,7 +15897,7 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
     spec = {"rule": rule, "weights": read_weights(rule, weights, names, count), "timeout": timeout,
             "quorum": read_quorum(quorum, count)}
     digest = hashlib.sha256(dump([id, names, count, spec, instructions, keep, agent, model]).encode("utf-8", "replace"))
-    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, "", int(keep),
+    row = ConsensusRow(new_id("cs-"), id, session.work_dir, "running", None, None, names, spec, int(keep),
                        ask.idempotency_key, digest.hexdigest()[:32], time.time(), None)
 
     def work() -> Json:
@@ -15743,8 +15906,8 @@ def review_session(ask: Ask, id: str, criteria: Optional[List[str]], focus_areas
             spec["wanted"] = reviewer_session(context, session, agent, model, row.id)
             change = change_since(context, session)
             spec["change"] = {"about": change.about, "files": change.files, "truncated": change.cut}
-            text_ = reviewed_text(task_of(context, id), change, names, instructions)
-            made = store_consensus(context, row._replace(text=text_), count)
+            given = reviewed_text(task_of(context, id), change, names, instructions)
+            made = store_consensus(context, row, given, count)
             context.panel.loop.inbox.poke(made.id)
         return wire_consensus(context, made)
     return Later(work)
@@ -15794,8 +15957,10 @@ def read_quorum(given: Optional[int], reviewers: int) -> int:
 def list_consensus(ask: Ask, state: Optional[str], session: Optional[str], page: int, limit: int) -> Any:
     """List consensus reviews, newest first, of all sessions or of one."""
     def work() -> Json:
-        store, where = ask.context.store, "(? IS NULL OR state = ?) AND (? IS NULL OR session = ?)"
-        args = (state, state, session, session)
+        store, (mine, key) = ask.context.store, owned(ask.who)
+        where = ("(? IS NULL OR state = ?) AND (? IS NULL OR session = ?) AND "
+                 f"session IN (SELECT id FROM sessions WHERE {mine})")
+        args = (state, state, session, session, *key)
         total = store.value(f"SELECT count(*) FROM consensus WHERE {where}", *args)
         rows = store.rows(ConsensusRow, "consensus", f"{where} ORDER BY created_at DESC, id LIMIT ? OFFSET ?", *args,
                           limit, (page - 1) * limit)
@@ -15831,7 +15996,9 @@ def cancel_consensus(ask: Ask, id: str) -> Any:
 def get_swarm(ask: Ask, kind: Optional[str], state: Optional[str], page: int, limit: int) -> Any:
     """List the groups of sessions that work together: members, who waits for whom, progress, tokens, cost, age."""
     def work() -> Json:
-        groups, total = swarm_page(ask.context, kind, state, page, limit)
+        context, only = ask.context, ask.who.only
+        groups, total = swarm_page(context, kind, state, page, limit, lambda id: only is None or owner_of(
+            context, "/v1/sessions/:id", id)[1] == only)
         return {"groups": groups, "pagination": pagination(page, limit, total)}
     return Later(work)
 
@@ -15873,10 +16040,13 @@ def get_metrics(ask: Ask, **given: Any) -> Any:
     if first and last and first > last:
         raise ApiError(400, "INVALID_REQUEST", f"from ({first}) is after to ({last})", fields={"from": "is after to"})
     if session is not None:
+        check_session(context, ask.who, session)
         find_session(context, session)
     if ask.form != "json":
+        if ask.who.only is not None:
+            ask.who.need("sessions:all")   # it tells of everybody's
         return Later(lambda: Encoded(exposition(context, ask.form == "openmetrics"), TEXT_KINDS[ask.form]))
-    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"])
+    span = Span(first or FIRST_DAY, last or LAST_DAY, session, given["model"], ask.who.only)
     return Later(lambda: metrics(context, span, given["days"], given["page"], given["limit"]))
 
 
@@ -16112,8 +16282,8 @@ def receive_hook_handler(ask: Ask, id: str, report: Json) -> Any:
     if session is None or not same_secret(ask.secret or "", session.row.secret or ""):
         raise ApiError(401, "UNAUTHORIZED", "this session does not know that secret")
     try:
-        if UNREAD in report:
-            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREAD]}")
+        if UNREADABLE in report:
+            raise ApiError(400, "BAD_JSON", f"the report cannot be taken: {report[UNREADABLE]}")
         if report.get("hook_event_name") != "PermissionRequest":
             return receive_hook(session, report)
         answer = decide_by_policy(session, report)
@@ -16221,6 +16391,10 @@ ERROR = shape(
      "code": {**WORD, "pattern": "^[A-Z][A-Z0-9_]+$", "description": "A word for programs."},
      "statusCode": {"type": "integer", "minimum": 400, "maximum": 599}},
     {"fields": {"type": "object", "additionalProperties": TEXT, "description": "What is wrong, by field."}})
+RPC_ERROR = shape(
+    "McpError", "A refusal of the Model Context Protocol.",
+    {"jsonrpc": one_of("2.0"), "id": {"type": ["string", "integer", "null"]},
+     "error": record({"code": {"type": "integer"}, "message": TEXT}, {"data": ANY})})
 TOKEN_USAGE = shape("TokenUsage", "Tokens used.", each("input output cacheRead cacheWrite", COUNT))
 PERMISSION = shape(
     "Permission", "An agent's request to use a tool.",
@@ -16334,13 +16508,84 @@ WORKTREE = shape(
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
      **each("changes commits", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
-FAULTS = listing(record({"index": COUNT, **SHAPES["Error"]["properties"]},
-                        {"name": maybe(ANY), "id": TEXT, "sessionId": TEXT}))
+SAID = SHAPES["Error"]["properties"]
+FAULTS = listing(record({"index": COUNT, **{name: SAID[name] for name in SHAPES["Error"]["required"]}},
+                        {"name": ANY, **each("id sessionId", TEXT), "fields": SAID["fields"]}))
 PERMISSIONS = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT),
                       **each("pending history", listing(PERMISSION)), "pagination": PAGINATION})
 POLICY_SET = record({"id": WORD, "policy": POLICY_SHAPE, "profile": maybe(TEXT), "decided": listing(WORD),
                      "status": STATUS})
 FORGOTTEN = record({"key": WORD, "deleted": YES, "version": COUNT})
+
+# -- access, channels, consensus, figures
+
+KEY_SHAPE = shape(
+    "Key", "An API key; its secret is nowhere.",
+    {**each("id name prefix", WORD), "scopes": listing(WORD), "rateLimit": maybe(COUNT), "createdBy": maybe(TEXT),
+     "createdAt": TIME, "expired": YES, **each("expiresAt lastUsedAt rotatedAt oldSecretUntil", maybe(TIME))})
+AUTH_TOLD = ({"authRequired": YES}, {"warning": TEXT})
+MINTED = record({**SHAPES["Key"]["properties"], "key": {**WORD, "description": "The secret, shown this once."},
+                 **AUTH_TOLD[0]}, AUTH_TOLD[1])
+KEYS_SHAPE = record({"keys": listing(KEY_SHAPE), **AUTH_TOLD[0]}, AUTH_TOLD[1])
+VERIFIED = record({"valid": YES, **each("reason kind id name", maybe(TEXT)), "scopes": listing(WORD),
+                   "expiresAt": maybe(TIME), "rateLimit": maybe(COUNT), "authRequired": YES})
+TICKET_SHAPE = record({"token": WORD, "expiresAt": TIME, "expiresIn": COUNT, "streamUntil": TIME})
+AUDIT_SHAPE = shape(
+    "AuditEntry", "Who changed what; each entry carries the hash of the one before.",
+    {"seq": COUNT, "timestamp": TIME, **each("action hash", WORD), "prev": TEXT, "status": maybe(COUNT),
+     **each("who name address sessionId target requestId", maybe(TEXT)), "details": ANY})
+AUDIT_PAGE = record({"entries": listing(AUDIT_SHAPE), "head": record({"seq": COUNT, "hash": TEXT}),
+                     "pagination": PAGINATION})
+WEBHOOK_SHAPE = shape(
+    "Webhook", "An address that events are sent to.",
+    {**each("id name url source state", WORD), "events": listing(WORD), "session": maybe(TEXT), "labels": maybe(OBJECT),
+     **each("reason lastError", maybe(TEXT)), **each("failedTries queueLength deadLetters delivered", COUNT),
+     **each("nextTryAt lastSuccessAt lastErrorAt", maybe(TIME)), **each("createdAt updatedAt", TIME)},
+    {"secret": {**WORD, "description": "Shown only when it was just made."}})
+LETTER_SHAPE = shape(
+    "DeadLetter", "An event that did not arrive.",
+    {**each("id webhookId webhookMessageId state", WORD), "tries": COUNT, "reason": maybe(TEXT), "createdAt": TIME,
+     "event": OBJECT})
+CHANNELS_SHAPE = record({
+    "status": one_of("ok", "degraded"), "timestamp": TIME, "channels": listing(record(
+        {**each("channel state", WORD), **each("name target lastError", maybe(TEXT)), "queueLength": COUNT,
+         **each("lastSuccessAt lastErrorAt", maybe(TIME))},
+        {"id": WORD, "nextTryAt": maybe(TIME), "ignored": ANY}))})
+RETRIED = record({"id": WORD, "delivered": YES, "state": WORD, "error": maybe(TEXT)})
+TRIED = record({"id": WORD, "delivered": YES, "status": maybe(COUNT), "error": maybe(TEXT), "tookMs": COUNT})
+CONSENSUS_SHAPE = shape(
+    "Consensus", "Reviews of the same work by reviewers that know nothing of one another; a list is brief.",
+    {**each("id sessionId workDir", WORD), "state": one_of(*CONSENSUS_STATES), **each("verdict reason", maybe(TEXT)),
+     "criteria": listing(WORD), "rule": WORD, "weights": ANY, "quorum": ANY, "keep": YES,
+     "reviewers": listing(record(
+         {"reviewer": COUNT, "state": one_of(*REVIEWER_STATES), **each("reason sessionId verdict", maybe(TEXT)),
+          "askedAgain": YES, **each("startedAt endedAt", maybe(TIME)), "seconds": maybe(AMOUNT)},
+         {"summary": maybe(TEXT), "criteria": listing(OBJECT), "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT)})),
+     "progress": record(each(f"total {' '.join(REVIEWER_STATES)}", COUNT)), "createdAt": TIME, "endedAt": maybe(TIME),
+     "seconds": AMOUNT},
+    {"agreement": listing(OBJECT), "findings": listing(OBJECT), "change": ANY, "tokenUsage": TOKEN_USAGE,
+     "costUsd": maybe(AMOUNT), **each("timedOut cancelled", YES)})
+SWARM_MEMBER = record(
+    {**each("sessionId name role", WORD), "status": STATUS, **each("waitsFor subagents", listing(OBJECT)),
+     "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT), "createdAt": TIME, "ageSeconds": AMOUNT})
+SWARM_SHAPE = page_of("groups", record(
+    {**each("id kind name state", WORD), "runState": maybe(TEXT), "members": listing(SWARM_MEMBER),
+     "waits": listing(OBJECT), "progress": OBJECT, "tokenUsage": TOKEN_USAGE, "costUsd": maybe(AMOUNT),
+     "createdAt": TIME, "ageSeconds": AMOUNT}))
+BILL: Dict[str, Field] = {
+    "tokenUsage": TOKEN_USAGE, **each("totalTokens unpricedTokens messages", COUNT), "costUsd": maybe(AMOUNT),
+    "pricedCostUsd": AMOUNT, "unpricedModels": listing(TEXT)}
+METRICS_SHAPE = record({
+    "generatedAt": TIME, "timezone": WORD, **each("from to session model", maybe(TEXT)), **BILL,
+    "byModel": listing(record({"model": TEXT, **BILL, "price": maybe(record(each("input output", AMOUNT)))})),
+    "byDay": listing(record({"day": WORD, **BILL, "turns": COUNT})),
+    "bySession": listing(record({**each("id name agent status", WORD), "createdAt": TIME, "turns": COUNT, **BILL})),
+    "pagination": PAGINATION, **each("sessions turns latencies permissions prices", OBJECT),
+    "api": maybe(OBJECT)})
+DIAGNOSTICS_SHAPE = record({
+    "status": one_of("ok", "warning", "problem"), **each("generatedAt startedAt", TIME),
+    **each("uptimeSeconds pid schemaVersion", COUNT), **each("versions tmux resources queues", OBJECT),
+    **each("workers settings recentErrors", ANY), "checks": listing(OBJECT)})
 
 
 # ============================================================================
@@ -16358,7 +16603,7 @@ class Route(NamedTuple):
 
     route: str                          # "POST /v1/sessions/:id/send"
     handler: Callable[..., Any]         # its docstring is the summary, its parameters are the fields
-    scope: Optional[str]                # what a key must be allowed; None is open to anyone
+    scope: Optional[str]                # what a key must be allowed; any: nothing more; None is open to anyone
     takes: Mapping[str, Field] = {}     # path, query and body fields together
     status: int = 200                   # of a successful answer
     tool: Optional[str] = None          # the name under which agents are offered it
@@ -16396,8 +16641,8 @@ ROUTES = (
         "POST /v1/sessions/batch",
         create_batch,
         "sessions:write",
-        dict(sessions=many("Bodies of create.", anything("A body of create.", fields=templated(NEW_SESSION)), BATCH_MAX,
-                           minItems=1)),
+        dict(sessions=many("Bodies of create.", any_json("A body of create.", fields=templated(NEW_SESSION)),
+                           BATCH_MAX, minItems=1)),
         tool="create_sessions",
         alias=True,
         gives=record({**each("created failed", COUNT), "sessions": listing(NEW), "errors": FAULTS}),
@@ -16796,6 +17041,8 @@ ROUTES = (
         201,
         "review_session",
         True,
+        gives=CONSENSUS_SHAPE,
+        keyed=True,
     ),
     Route(
         "GET /v1/consensus",
@@ -16804,10 +17051,12 @@ ROUTES = (
         dict(state=choice("Only those in this state.", *CONSENSUS_STATES, default=None),
              session=text("Only reviews of this session.", 64, default=None), **paged("Reviews on a page.", 20)),
         tool="list_reviews",
+        gives=page_of("consensus", CONSENSUS_SHAPE),
     ),
     Route("GET /v1/consensus/:id", get_consensus, "sessions:read", dict(id=CONSENSUS_ID, **WAIT_DONE),
-          tool="get_review"),
-    Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review"),
+          tool="get_review", gives=CONSENSUS_SHAPE),
+    Route("DELETE /v1/consensus/:id", cancel_consensus, "sessions:write", dict(id=CONSENSUS_ID), tool="cancel_review",
+          gives=CONSENSUS_SHAPE),
     Route(
         "GET /v1/swarm",
         get_swarm,
@@ -16816,6 +17065,7 @@ ROUTES = (
              state=choice("Only groups in this state; waiting: for somebody's decision.", *SWARM_STATES, default=None),
              **paged("Groups on a page.", 20)),
         tool="get_swarm",
+        gives=SWARM_SHAPE,
     ),
     Route("POST /v1/memory", set_memory, "memory:write", ENTRY, tool="set_memory", gives=MEMORY_SHAPE),
     Route("GET /v1/memory", list_memory, "memory:read", ENTRIES, tool="list_memory",
@@ -16869,9 +17119,9 @@ ROUTES = (
     Route("GET /v1/tools", list_tools, "any", gives=record(
         {"tools": listing(OBJECT), "endpoint": WORD, "protocolVersions": listing(WORD)})),
     Route("POST /mcp", post_mcp, "any", dict(message=text("A JSON-RPC message.", MAX_BODY)), whole_body="message",
-          raw=True, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
+          raw=True, recorded=False, gives={"type": ["object", "array"], "description": "A JSON-RPC answer."}),
     Route("GET /mcp", stream_mcp, "any", gives={**TEXT, "contentMediaType": "text/event-stream"}),
-    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES})),
+    Route("DELETE /mcp", end_mcp, "any", gives=record({"ended": YES}), recorded=False),
     Route(
         "GET /v1/metrics",
         get_metrics,
@@ -16887,6 +17137,7 @@ ROUTES = (
         tool="get_metrics",
         alias=True,
         texts=True,
+        gives=METRICS_SHAPE,
     ),
     Route(
         "GET /v1/diagnostics",
@@ -16894,8 +17145,10 @@ ROUTES = (
         "admin",
         dict(full=flag("Check the database's integrity, too, which takes a while.", default=False)),
         tool="get_diagnostics",
+        gives=DIAGNOSTICS_SHAPE,
     ),
-    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks"),
+    Route("GET /v1/webhooks", list_webhooks, "webhooks:admin", tool="list_webhooks",
+          gives=record({"webhooks": listing(WEBHOOK_SHAPE)})),
     Route(
         "POST /v1/webhooks",
         create_webhook,
@@ -16907,6 +17160,7 @@ ROUTES = (
         ),
         201,
         "create_webhook",
+        gives=WEBHOOK_SHAPE,
     ),
     Route(
         "GET /v1/webhooks/dead-letter",
@@ -16914,12 +17168,14 @@ ROUTES = (
         "webhooks:admin",
         dict(webhook=text("Only those of this webhook.", 64, default=None), **paged("Dead letters on a page.", 50)),
         tool="list_dead_letters",
+        gives=page_of("deadLetters", LETTER_SHAPE),
     ),
     Route("POST /v1/webhooks/dead-letter/:id/retry", retry_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="retry_dead_letter"),
+          tool="retry_dead_letter", gives=RETRIED),
     Route("DELETE /v1/webhooks/dead-letter/:id", delete_dead_letter, "webhooks:admin", dict(id=LETTER_ID),
-          tool="delete_dead_letter"),
-    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook"),
+          tool="delete_dead_letter", gives=record({"id": WORD, "deleted": YES})),
+    Route("GET /v1/webhooks/:id", get_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="get_webhook",
+          gives=WEBHOOK_SHAPE),
     Route(
         "PATCH /v1/webhooks/:id",
         update_webhook,
@@ -16930,8 +17186,10 @@ ROUTES = (
             paused=flag("true keeps its events back; false lets it go on, also after a 410.", default=None),
         ),
         tool="update_webhook",
+        gives=WEBHOOK_SHAPE,
     ),
-    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook"),
+    Route("DELETE /v1/webhooks/:id", delete_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="delete_webhook",
+          gives=record({"id": WORD, "deleted": YES, "deadLetters": COUNT})),
     Route(
         "POST /v1/webhooks/:id/rotate",
         rotate_webhook,
@@ -16942,20 +17200,24 @@ ROUTES = (
             keepSeconds=number("Seconds that the old secret signs too.", 0, 1e7, default=OLD_SECRET_SECONDS),
         ),
         tool="rotate_webhook",
+        gives=WEBHOOK_SHAPE,
     ),
-    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook"),
-    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health"),
-    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY),
-    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY),
-    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY)),
-    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False),
-    Route("GET /v1/auth/keys", list_keys, "admin"),
+    Route("POST /v1/webhooks/:id/test", test_webhook, "webhooks:admin", dict(id=WEBHOOK_ID), tool="test_webhook",
+          gives=TRIED),
+    Route("GET /v1/channels/health", get_channel_health, "sessions:read", tool="channel_health", gives=CHANNELS_SHAPE),
+    Route("PUT /v1/memory", store_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
+    Route("PUT /v1/memory/*key", put_memory, "memory:write", ENTRY, gives=MEMORY_SHAPE),
+    Route("PUT /v1/sessions/:id/memories/*key", put_session_memory, "memory:write", dict(id=ID, **ENTRY),
+          gives=MEMORY_SHAPE),
+    Route("POST /v1/auth/keys", create_key, "admin", NEW_KEY, 201, recorded=False, gives=MINTED),
+    Route("GET /v1/auth/keys", list_keys, "admin", gives=KEYS_SHAPE),
     Route(
         "DELETE /v1/auth/keys/:id",
         delete_key,
         "admin",
         dict(id=KEY_ID, force=flag("Even if it is the last admin key of a server that needs one.", default=False)),
         recorded=False,
+        gives=record({**each("id name", WORD), "revoked": YES}),
     ),
     Route(
         "POST /v1/auth/keys/:id/rotate",
@@ -16963,6 +17225,7 @@ ROUTES = (
         "admin",
         dict(id=KEY_ID, graceSeconds=number("Seconds that the old secret lives on.", 0, MAX_GRACE, default=0)),
         recorded=False,
+        gives=MINTED,
     ),
     Route(
         "POST /v1/auth/verify",
@@ -16970,8 +17233,9 @@ ROUTES = (
         None,
         dict(token=text("The token; that of the Authorization header when missing.", 1_000, default=None)),
         recorded=False,
+        gives=VERIFIED,
     ),
-    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read"),
+    Route("POST /v1/auth/sse-token", create_stream_token, "sessions:read", gives=TICKET_SHAPE),
     Route(
         "GET /v1/audit",
         list_audit,
@@ -16984,6 +17248,7 @@ ROUTES = (
             since=text("Only from this moment on.", 40, default=None),
             until=text("Only up to this moment.", 40, default=None),
         ),
+        gives=AUDIT_PAGE,
     ),
     Route(
         "POST /hooks/:id",
@@ -17087,7 +17352,8 @@ def allowed_methods(node: Node) -> List[str]:
 
 def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, str], body: Any) -> Any:
     """Check scope and owner, validate what was given, call the handler, record it: the one door for every face."""
-    ask.who.need(route.scope if route.scope != "hook" else None)
+    if route.scope not in ask.who.scopes and route.scope != "hook":   # the common case first: this is asked often
+        ask.who.need(route.scope)
     empty: Any = "" if route.raw else {}
     given: Json = {route.whole_body: empty if body is None else body} if route.whole_body else dict(body or {})
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
@@ -17098,10 +17364,10 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
-    work = functools.partial(route.handler, ask, **{snake(name): value for name, value in values.items()})
-    if route.route.startswith("GET ") or not route.recorded or route.scope == "hook":
-        return work()
-    return recorded(route, ask, values, work)
+    named = {snake(name): value for name, value in values.items()}
+    if not route.recorded or route.scope == "hook" or route.route.startswith("GET "):
+        return route.handler(ask, **named)
+    return recorded(route, ask, values, functools.partial(route.handler, ask, **named))
 
 
 SHOWN = frozenset(("workDir", "agent", "permissionMode", "permissionProfile", "profile", "always", "children",
@@ -17197,10 +17463,11 @@ REFUSALS: Dict[int, Tuple[str, str, Callable[[Route], bool]]] = {
     400: ("The request is wrong; `fields` names each fault.", "INVALID_REQUEST, BAD_REQUEST, BAD_JSON, BAD_ENCODING",
           lambda route: True),
     401: ("The token is missing or wrong.", "UNAUTHORIZED", lambda route: route.scope is not None),
-    403: ("The key lacks the scope, or the Host or Origin is foreign.", "HOST_REFUSED, ORIGIN_REFUSED",
-          lambda route: True),
+    403: ("The key lacks the scope, or the Host or Origin is foreign.",
+          "MISSING_SCOPE, OUTLIVES_KEY, HOST_REFUSED, ORIGIN_REFUSED", lambda route: True),
     404: ("There is no such thing.", "SESSION_NOT_FOUND, PROMPT_NOT_FOUND, PERMISSION_NOT_FOUND, TEMPLATE_NOT_FOUND, "
-          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, WORKTREE_NOT_FOUND, NOT_FOUND",
+          "MEMORY_NOT_FOUND, VERIFY_NOT_FOUND, PIPELINE_NOT_FOUND, CONSENSUS_NOT_FOUND, WORKTREE_NOT_FOUND, "
+          "WEBHOOK_NOT_FOUND, DEAD_LETTER_NOT_FOUND, KEY_NOT_FOUND, NOT_FOUND",
           lambda route: bool(PATH_FIELD.search(route.route)) or "template" in route.takes or "session" in route.takes),
     409: ("It does not go with the present state.", "NAME_IN_USE, SESSION_ENDED, SESSION_LIVE, PROMPT_NOT_QUEUED, "
           "PERMISSION_DECIDED, NO_PENDING_QUESTION, IDEMPOTENCY_CONFLICT, VERSION_CONFLICT",
@@ -17279,8 +17546,8 @@ def parameters_of(route: Route) -> List[Json]:
 
 
 def is_stream(route: Route) -> bool:
-    """Tell whether a row answers with events."""
-    return (route.gives or {}).get("contentMediaType") == "text/event-stream"
+    """Tell whether a row answers with the bus's events."""
+    return "x-event" in (route.gives or {})
 
 
 def operation_of(route: Route) -> Json:
@@ -17315,16 +17582,22 @@ def responses_of(route: Route) -> Json:
     media = gives.pop("contentMediaType", "application/json")
     event = gives.pop("x-event", None)
     content = {media: {"schema": gives, **({"x-event": event} if event else {})}}
+    if route.texts:
+        content["text/plain"] = {"schema": TEXT}
     well = {"description": "Done.", "headers": {"X-Request-Id": {"$ref": "#/components/headers/RequestId"}}}
+    if route.raw:   # a message may be answered piece by piece, or not at all
+        content["text/event-stream"] = {"schema": TEXT}
     told: Json = {str(route.status): {**well, "content": content} if route.status not in (202, 204) else well}
-    told.update({str(status): {"$ref": f"#/components/responses/{status}"}
+    told.update({"202": {**well, "description": "Taken; there is nothing to answer."}} if route.raw else {})
+    other = "#/components/responses/mcp" if route.route.endswith("/mcp") else ""
+    told.update({str(status): {"$ref": other or f"#/components/responses/{status}"}
                  for status, (_, _, can) in REFUSALS.items() if can(route)})
-    return {**told, "default": {"$ref": "#/components/responses/default"}}
+    return {**told, "default": {"$ref": other or "#/components/responses/default"}}
 
 
-def refusal_shape(about: str) -> Json:
+def refusal_shape(about: str, schema: Field = ERROR) -> Json:
     """Describe a refusal."""
-    return {"description": about, "content": {"application/json": {"schema": ERROR}}}
+    return {"description": about, "content": {"application/json": {"schema": schema}}}
 
 
 def openapi_document(routes: Sequence[Route]) -> Json:
@@ -17345,7 +17618,8 @@ def openapi_document(routes: Sequence[Route]) -> Json:
         "paths": paths,
         "components": {
             "schemas": dict(SHAPES),
-            "responses": {**refusals, "default": refusal_shape("Another refusal.")},
+            "responses": {**refusals, "default": refusal_shape("Another refusal."), "mcp": refusal_shape(
+                "The message is refused, or the request that brought it.", {"anyOf": [RPC_ERROR, ERROR]})},
             "headers": {"RequestId": {"description": "The request's id in the server's log.", "schema": TEXT}},
             "parameters": {
                 "IdempotencyKey": {
@@ -18366,7 +18640,7 @@ class Connection:
     """One client's socket, and what of its next request has arrived.  Owned by one thread at a time."""
 
     def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock, self.address = sock, address
+        self.sock, self.address, self.bucket = sock, address, bucket_address(address)
         self.who = NOBODY                 # of the current request
         self.level: Optional[Level] = None     # how much of its key's rate is left
         self.ticket: Optional[Ticket] = None   # that the current request showed
@@ -18710,7 +18984,7 @@ class Server(ThreadingHTTPServer):
         """Count a request against its caller's rate.  Raises ApiError 429."""
         route, connection.level = connection.route, None
         if route and route.limited and route.scope != "hook":
-            connection.level = self.access.count(connection.who, connection.address)
+            connection.level = self.access.count(connection.who, connection.bucket)
 
     def _options(self, head: Head) -> ApiError:
         """Answer OPTIONS: what the path allows, and to our own pages on other origins, that they may."""
@@ -18744,10 +19018,9 @@ class Server(ThreadingHTTPServer):
         who = connection.who
         if key and who.key:   # one caller's key means nothing to another
             key = f"{who.key} {key}"
-        kind, _, given = head.headers.get("authorization", "").partition(" ")
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
                   connection.caller, who, connection.address, connection.request_id,
-                  given.strip() if kind.lower() == "bearer" else "", head.headers,
+                  presented(head.headers) or "" if route.scope is None else "", head.headers,
                   wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
         def work() -> Any:
@@ -18783,9 +19056,11 @@ class Server(ThreadingHTTPServer):
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\n"
             f"X-Request-Id: {connection.request_id}\r\n{SERVER_HEADERS}"
         ]
-        if status != 204:
+        if status not in (202, 204):
             kind = value.kind if isinstance(value, Encoded) else "application/json; charset=utf-8"
-            lines.append(f"Content-Type: {kind}\r\nContent-Length: {len(payload)}\r\n")
+            lines.append(f"Content-Type: {kind}\r\n")
+        if status != 204:
+            lines.append(f"Content-Length: {len(payload)}\r\n")
         lines += [f"{name}: {worth}\r\n" for name, worth in extra.items()]
         if connection.level and status != 429:
             lines += [f"{name}: {worth}\r\n" for name, worth in limit_headers(connection.level).items()]
@@ -18797,7 +19072,8 @@ class Server(ThreadingHTTPServer):
 
     def _cors(self, head: Head) -> str:
         origin = head.headers.get("origin", "")
-        named = f"Access-Control-Allow-Origin: {origin}\r\n" if origin.lower() in self.access.origins else ""
+        named = (f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: Mcp-Session-Id, X-Request-Id"
+                 "\r\n" if origin.lower() in self.access.origins else "")
         return f"{named}Vary: Origin\r\n"
 
     def _reply(self, connection: Connection, status: int, value: Any, began: float) -> bool:
@@ -22006,12 +22282,14 @@ class News:
                 self.put("lost", error)
         spawn("aegis-feed", feed)
 
-    def heed(self) -> None:
-        """Take Ctrl-C as news; a second one is a KeyboardInterrupt, for whatever waits then."""
+    def heed(self, words: str) -> None:
+        """Take Ctrl-C as news and say so at once; a second one is a KeyboardInterrupt, for whatever waits then."""
         def pressed(number_: int, stack: Any) -> None:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
+            with contextlib.suppress(OSError):
+                os.write(2, f"{words}\n".encode())   # not by print: it may be what was interrupted
             self.put("interrupt")
         signal.signal(signal.SIGINT, pressed)
 
@@ -22269,21 +22547,25 @@ def every(client: Client, collection: str, **query: str) -> Iterator[Json]:
 
 
 def show(terminal: Terminal, answer: Any, columns: Sequence[str] = ()) -> None:
-    """Print an answer: JSON for programs; for people a table of what it lists, or its fields."""
+    """Print an answer: JSON for programs; for people a table of what it lists, a line of columns, or its fields."""
+    first = next(iter(answer.values()), None) if isinstance(answer, dict) else None
     if terminal.as_json:
-        return terminal.result(answer)
-    listed_ = next((value for value in answer.values() if isinstance(value, list)
-                    and (columns or value) and all(isinstance(one, dict) for one in value)), None) \
-        if isinstance(answer, dict) and (columns or "pagination" in answer) else None
-    if listed_ is None and columns:
-        return terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
-    if listed_ is None:
-        return show_fields(terminal, answer)
-    names = columns or [name for name in listed_[0] if not isinstance(listed_[0][name], (dict, list))][:6]
-    lines = terminal.table([kebab(name).upper() for name in names], [[one.get(name) for name in names]
-                                                                     for one in listed_])
-    terminal.say("\n".join(lines))
-    page = answer.get("pagination") or {}
+        terminal.result(answer)
+    elif isinstance(first, list) and all(isinstance(one, dict) for one in first):
+        show_list(terminal, first, columns, answer.get("pagination") or {})
+    elif columns:
+        terminal.say("  ".join(safe_line(answer[name]) for name in columns if answer.get(name) is not None))
+    else:
+        show_fields(terminal, answer)
+
+
+def show_list(terminal: Terminal, items: Sequence[Json], columns: Sequence[str], page: Json) -> None:
+    """Print a table of what an answer lists, and tell what it leaves out."""
+    if not items:
+        return terminal.note("none", "dim")
+    names = columns or [name for name, value in items[0].items() if not isinstance(value, (dict, list))][:6]
+    rows = [[one.get(name) for name in names] for one in items]
+    terminal.say("\n".join(terminal.table([kebab(name).upper() for name in names], rows)))
     if page.get("totalPages", 1) > page.get("page", 1):
         terminal.note(f"{page['total']} in all; --page {page['page'] + 1} shows the next", "dim")
     return None
@@ -22309,7 +22591,7 @@ def show_fields(terminal: Terminal, answer: Any, indent: str = "") -> None:
 def do_row(job: Job) -> None:
     """Make the request of a verb's row and show the answer."""
     values = job.values()
-    show(job.terminal, job.ask(values, waiting_time(values)), job.verb.columns)
+    show(job.terminal, job.ask(values, waiting_time(job.row(), values)), job.verb.columns)
 
 
 def do_create(job: Job) -> None:
@@ -22320,10 +22602,11 @@ def do_create(job: Job) -> None:
     show(job.terminal, job.ask(values, key=new_id("cli-")), job.verb.columns)
 
 
-def waiting_time(values: Mapping[str, Any]) -> float:
-    """Tell how long an answer may take that was told to wait."""
-    told = [values[name] for name in ("timeout", "waitSeconds") if isinstance(values.get(name), (int, float))]
-    return CALL_SECONDS + max(told or [3600.0])
+def waiting_time(row: Route, values: Mapping[str, Any]) -> float:
+    """Tell how long an answer may take: what it may wait, and what any answer may."""
+    known = [name for name in ("timeout", "waitSeconds") if name in row.takes]
+    told = [values.get(name, row.takes[name].get("default")) for name in known]
+    return CALL_SECONDS + max([one for one in told if isinstance(one, (int, float))] or [0.0])
 
 
 def call_any_tool(job: Job) -> Optional[int]:
@@ -22341,7 +22624,7 @@ def call_any_tool(job: Job) -> Optional[int]:
              and kinds_of(row.takes[field]) != ["object"] else value
              for field, value in merged_words("fields", job.options.fields).items()}
     values = with_ids(job.client, row, given)
-    show(job.terminal, job.client.ask(row, values, waiting_time(values)))
+    show(job.terminal, job.client.ask(row, values, waiting_time(row, values)))
     return None
 
 
@@ -22451,6 +22734,14 @@ class Dialogue:
                 self.terminal.say(safe_json({"type": "message", "sessionId": self.id, **message}))
             elif self.loud:
                 self.progress(message)
+        if self.asking is not None and self.asking != self.asked():
+            self.terminal.note("(decided)", "dim")
+            self.asking = None
+
+    def asked(self) -> Optional[str]:
+        """Name the request that waits, if one does."""
+        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        return permission["id"] if permission else (question["id"] or dump(question)) if question else None
 
     def progress(self, message: Json) -> None:
         """Show a message; the agent's words only when something follows them, for the last ones are the answer."""
@@ -22493,7 +22784,6 @@ class Dialogue:
         elif kind == "lost":
             raise what
         elif kind == "interrupt":
-            self.terminal.note(f"interrupting the turn; Ctrl-C again leaves session {self.id} as it is", "yellow")
             self.interrupt(prompt)
         elif kind == "line":
             return self.typed(what)
@@ -22503,13 +22793,9 @@ class Dialogue:
 
     def attend(self) -> Optional[Ending]:
         """See to what waits for a decision."""
-        permission, question = self.known["pendingPermission"], self.known["pendingQuestion"]
+        permission, question, key = self.known["pendingPermission"], self.known["pendingQuestion"], self.asked()
         if self.known["status"] in ("stalled", "rate_limited"):
             self.tell_once(f"{self.known['status']}: {self.known['statusReason'] or ''}")
-        key = permission["id"] if permission else (question["id"] or dump(question)) if question else None
-        if key != self.asking and self.asking is not None:
-            self.terminal.note("(decided)", "dim")
-            self.asking = None
         if key is None or key in self.settled or key == self.asking:
             return None
         if permission and self.way in ("approve", "reject"):
@@ -22599,6 +22885,8 @@ class Dialogue:
 
 def progress_line(message: Json) -> str:
     """Say in one line what an agent does."""
+    if message.get("tool") in QUESTION_TOOLS:
+        return ""                          # shown as what it asks
     if message.get("tool"):
         given = message.get("input") or {}
         what = next((given[name] for name in ("command", "file_path", "path", "pattern", "url", "description", "prompt")
@@ -22708,7 +22996,7 @@ def send_prompt(job: Job) -> Optional[int]:
 
 def follow_to_end(dialogue: Dialogue, begin: Callable[[], str], began: float, keep: Optional[bool]) -> int:
     """Follow the prompt that `begin` sends, tell the outcome, and end the session unless it is to be kept."""
-    dialogue.news.heed()
+    dialogue.news.heed(f"interrupting the turn; Ctrl-C again leaves session {dialogue.id} as it is")
     try:
         prompt_id = begin()
         outcome = dialogue.follow(prompt_id, dialogue.job.options.timeout)
@@ -22902,7 +23190,7 @@ def session_cells(one: Json, now: float) -> List[Any]:
 def read_output(job: Job) -> Optional[int]:
     """Print a session's last answer, or its messages."""
     values = job.values()
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
     elif job.options.messages:
@@ -22960,7 +23248,7 @@ def kill_named(job: Job) -> Optional[int]:
 def verify_work(job: Job) -> Optional[int]:
     """Verify a session's work, and print what passed."""
     values = job.values()
-    told = job.ask(values, waiting_time(values), key=new_id("cli-"))
+    told = job.ask(values, waiting_time(job.row(), values), key=new_id("cli-"))
     if job.terminal.as_json:
         job.terminal.result(told)
     else:
@@ -23000,7 +23288,7 @@ def show_pipeline(job: Job) -> int:
     values = job.values()
     if job.options.watch:
         return watch_pipeline(job, values["id"])
-    told = job.ask(values, waiting_time(values))
+    told = job.ask(values, waiting_time(job.row(), values))
     if job.terminal.as_json:
         job.terminal.result(told)
         return 0
@@ -23426,6 +23714,7 @@ def print_names(collection: str) -> int:
 # what to do, and an exit status of their own.
 
 EXIT_SETTINGS, EXIT_BUSY, EXIT_START = 2, 3, 4
+SHORT_TOKEN = 16   # characters: 64 bits of hexadecimal digits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23518,6 +23807,8 @@ def serve(argv: Sequence[str]) -> int:
     log.start()
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
     write_private(Path(settings.state_dir) / "address", agents_url(settings, server.server_port) + "\n")
+    if 0 < len(settings.auth_token) < SHORT_TOKEN:
+        log.note("warning", f"AEGIS_AUTH_TOKEN has less than {SHORT_TOKEN} characters: a short one can be guessed")
     log.note("info", f"aegis {__version__} listening on http://{shown}:{server.server_port}", agent=settings.agent,
              state=settings.state_dir, sessions=len(app.context.sessions))
     give_back_memory()
@@ -23561,12 +23852,17 @@ def doctor(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"aegis: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    named = chosen.url or os.environ.get("AEGIS_URL") or ""
-    token = chosen.token or os.environ.get("AEGIS_TOKEN") or settings.auth_token
-    if not named and not is_served(settings.state_dir):
-        token = ""   # who listens there is not known: nobody gets it
-    url = named or agents_url(settings, settings.port)
-    answer, server = ask_server(url, token, bool(named))
+    named = bool(chosen.url or os.environ.get("AEGIS_URL"))
+    about = {"AEGIS_STATE_DIR": settings.state_dir, "AEGIS_AUTH_TOKEN": settings.auth_token}
+    try:
+        client = reach(chosen.url or "", chosen.token or "", {**os.environ, **about})
+        if not named and not own_address(settings.state_dir):   # who listens there is not known: nobody gets the token
+            client = Client(agents_url(settings, settings.port))
+    except ApiError as error:
+        print(f"aegis: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    answer, server = ask_server(client, named)
+    url = client.url
     findings = ([server, *told_findings(answer)] if answer else [server] if named else find_locally(settings, server))
     bad = [one for one in findings if one.state == "problem"]
     if chosen.json:
@@ -23577,54 +23873,28 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def is_served(state_dir: str) -> bool:
-    """Tell whether a server runs on a state directory, without touching its lock."""
-    said = read_tail(Path(state_dir) / "lock", 20).strip()
-    return said.isdigit() and alive(int(said))
-
-
 def told_findings(answer: Json) -> List[Finding]:
     """Read the findings in a server's diagnostics; it may be of another version."""
     return [Finding(str(one.get("name")), str(one.get("state")), str(one.get("message"))) for one in answer["checks"]
             if isinstance(one, dict)]
 
 
-def ask_server(url: str, token: str, named: bool) -> Tuple[Optional[Json], Finding]:
+def ask_server(client: Client, named: bool) -> Tuple[Optional[Json], Finding]:
     """Ask a server for its diagnostics; gives what it said, and what to say of the server itself."""
-    import http.client
-
-    def problem(what: str) -> Tuple[None, Finding]:
-        return None, Finding("server", "problem", what)
-    place = urllib.parse.urlsplit(url)
     try:
-        usual = {"http": 80, "https": 443}[place.scheme]
-        line = http.client.HTTPConnection(place.hostname or "", place.port or usual, timeout=30.0)
-    except (ValueError, KeyError):
-        return problem(f"{url} is no URL of a server: give one like http://127.0.0.1:9100")
-    try:
-        if place.scheme == "https":
-            import ssl
-            line.connect()
-            line.sock = ssl.create_default_context().wrap_socket(line.sock, server_hostname=place.hostname)
-        line.request("GET", f"{place.path.rstrip('/')}/v1/diagnostics?full=true",
-                     headers={"Authorization": f"Bearer {token}"} if token else {})
-        got = line.getresponse()
-        told = json.loads(got.read(16_000_000))
-    except ConnectionRefusedError:
-        if named:
-            return problem(f"nothing listens at {url}: start Aegis there")
-        return None, Finding("server", "ok", f"none runs, and {url} is free for one")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return problem(f"what is at {url} does not answer as Aegis does ({error or type(error).__name__}): "
-                       "choose another --port")
+        told = client.call("GET", "/v1/diagnostics?full=true", seconds=60.0)
+    except ApiError as error:
+        if error.code == "NO_SERVER" and not named:
+            return None, Finding("server", "ok", f"none runs, and {client.url} is free for one")
+        advice = (": give its token, or a key of the scope admin, as AEGIS_TOKEN" if error.status in (401, 403)
+                  else "" if named or error.code == "NO_SERVER" else "; or choose another --port for yours")
+        return None, Finding("server", "problem", f"{error}{advice}")
     finally:
-        line.close()
-    if got.status == 200 and isinstance(told, dict) and isinstance(told.get("checks"), list):
-        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {url}")
-    if got.status in (401, 403):
-        return problem(f"the server at {url} refuses ({got.status}): give its token, or a key of the scope admin, as "
-                       "AEGIS_TOKEN")
-    return problem(f"what is at {url} answers {got.status}: it is no Aegis of this version; choose another --port")
+        client.close()
+    if isinstance(told, dict) and isinstance(told.get("checks"), list):
+        return told, Finding("server", "ok", f"Aegis {told.get('versions', {}).get('aegis')} answers at {client.url}")
+    return None, Finding("server", "problem", f"what answers at {client.url} is no Aegis of this version"
+                         + ("" if named else ": choose another --port"))
 
 
 def print_findings(findings: Sequence[Finding], answer: Optional[Json]) -> None:
