@@ -1021,6 +1021,9 @@ MIGRATIONS = (
     CREATE TABLE telegram_topics (
         chat INTEGER NOT NULL, session TEXT NOT NULL, thread INTEGER NOT NULL, PRIMARY KEY (chat, session));
     """,
+    """
+    ALTER TABLE permissions ADD COLUMN cwd TEXT;
+    """,
 )
 
 
@@ -1105,6 +1108,7 @@ class PermissionRow(NamedTuple):
     asked_at: float
     decided_at: Optional[float]
     use: Optional[str] = None      # the agent's own id of the tool call
+    cwd: Optional[str] = None      # where the agent stood: a cd in one command holds for the next
 
 
 class TemplateRow(NamedTuple):
@@ -3471,7 +3475,7 @@ MAX_FILES = 100         # files named by one simple command
 TOOL_KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "read": ("allowRead", ("Read", "Grep", "Glob", "LS", "NotebookRead")),
     "write": ("allowWrite", ("Write", "Edit", "MultiEdit", "NotebookEdit")),
-    "bash": ("allowBash", ("Bash",)),
+    "bash": ("allowBash", ("Bash", "PowerShell", "REPL")),
     "network": ("allowNetwork", ("WebFetch", "WebSearch")),
     "mcp": ("allowMcp", ("mcp__*",)),
     "other": ("allowOther", ()),
@@ -3480,11 +3484,13 @@ KIND_OF = {tool: kind for kind, (_, tools) in TOOL_KINDS.items() for tool in too
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")   # questions to a person: no flag answers them
 SAME_AS = {"Monitor": "Bash", "Task": "Agent"}         # tools that Claude Code judges by another's rules
 COVERS = {"Read": TOOL_KINDS["read"][1], "Edit": TOOL_KINDS["write"][1], "Write": TOOL_KINDS["write"][1]}
+ALSO_DENIES = {"Bash": TOOL_KINDS["bash"][1]}   # what a rule covers as well when it denies or asks
 CLIENT_NAMES = {tool.lower(): tool for tool in (*KIND_OF, "Agent", "Skill")}
 
 # tool -> the fields of its input that a pattern is compared with, the first one given
 SUBJECTS = {
-    "Bash": ("command",), "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
+    "Bash": ("command",), "PowerShell": ("command",), "REPL": ("code",),
+    "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
     "MultiEdit": ("file_path",), "NotebookEdit": ("notebook_path",), "NotebookRead": ("notebook_path",),
     "Grep": ("path",), "Glob": ("path",), "LS": ("path",), "WebFetch": ("url",),
     "Agent": ("subagent_type",), "Skill": ("skill", "command"),
@@ -3770,7 +3776,7 @@ def names(rule: Rule, tool: str) -> bool:
         return not (strict and tool in QUESTION_TOOLS)
     if ours.startswith("mcp__") and not ours.endswith("*"):
         return theirs == ours or (theirs.startswith(ours + "__") and "__" not in ours[5:])
-    return theirs in COVERS.get(ours, ()) or fits(ours, theirs)
+    return theirs in COVERS.get(ours, ()) or fits(ours, theirs) or (not strict and theirs in ALSO_DENIES.get(ours, ()))
 
 
 # -- texts with wildcards
@@ -3948,7 +3954,7 @@ HEADERS = frozenset(("for", "select", "foreach"))   # a list of words follows, n
 PLAIN = re.compile(r"""[^ \t\n;&|()<>\\'"$`*?\[{]+""")
 PLAIN_QUOTED = re.compile(r'[^"\\$`]+')
 BLANKS = re.compile(r"(?:[ \t]|\\\n)*")
-REDIRECTION = re.compile(r"\d*(&>>?|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
+REDIRECTION = re.compile(r"(?:\d*|\{\w+\})(&>>?|[<>](?:\\\n)*&(?:\\\n)*-|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
 # numbers and names with an operator between any two: no quote, no subscript, nothing nested, no command
 ARITHMETIC = re.compile(r"\(\([ \t]*(?:[\w$.]+[ \t]*)?(?:[+*/%=<>!&|^?:,;-][ \t]*(?:[\w$.]+[ \t]*)?)*\)\)")
 EMPTY_PARENTHESES = re.compile(r"\([ \t]*\)")
@@ -3994,7 +4000,7 @@ class Shell:
                 self.at += 1
                 self.here_documents()
             elif char in ";|" or (char == "&" and not REDIRECTION.match(self.text, self.at)):
-                self.at += 1
+                self.at += 2 if self.text.startswith("&!", self.at) else 1   # zsh: & and disown
             elif char == "(" and not ARITHMETIC.match(self.text, self.at):
                 self.nest()
             else:
@@ -4064,7 +4070,10 @@ class Shell:
 
     def redirection(self, found: "re.Match[str]", files: List[Tuple[str, Word]]) -> None:
         """Read a redirection; a file goes into files."""
-        self.at = BLANKS.match(self.text, found.end()).end()
+        self.at = found.end()
+        if "&" in found[1] and found[1].endswith("-"):   # it closes: what is glued to it is a word of its own
+            return
+        self.at = BLANKS.match(self.text, self.at).end()
         sign, word = found[1], self.word()
         if not word.raw:
             raise ShellError("a redirection to nothing")
@@ -4367,7 +4376,7 @@ def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], f
     opaque = any(map(is_opaque, found))
     files = [(tool, word) for tool, word in files if not HARMLESS_FILE.fullmatch(word.text)]
     named = [(tool, word) for reading in found for tool in FILE_PROGRAMS.get(program_of(reading), ())
-             for word in reading[1:] if word.literal and not word.text.startswith("-")]
+             for word in reading[1:] if not word.literal or not word.text.startswith("-")]
     if len(named) + len(files) > MAX_FILES:
         named, files = [], [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in named + files)]
     forms = tuple(dict.fromkeys(form for reading in found for form in forms_of(reading)))
@@ -4383,19 +4392,42 @@ def split_command(command: str) -> Tuple[Part, ...]:
     try:
         return tuple(Shell(command).script())
     except ShellError:
-        return (Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN))),)
+        return (unread(command),)
+
+
+def unread(command: str) -> Part:
+    """Give the one part of a command that cannot be taken apart."""
+    return Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN)))
 
 
 # -- decisions on shell commands
 
 
-class Line(NamedTuple):
-    """A command line to decide on."""
+class Line:
+    """A command line to decide on: its parts, and the directories that each may run in (None: any)."""
 
-    command: str
-    parts: Tuple[Part, ...]
-    places: Tuple[Optional[Tuple[str, ...]], ...]   # for each part, the directories it may run in; None: any
-    work_dir: str
+    def __init__(self, tool: str, command: Any, cwd: str, work_dir: str) -> None:
+        self.tool, self.command, self.work_dir = tool, command if isinstance(command, str) else "", work_dir
+        read = tool == "Bash" and isinstance(command, str)
+        self.parts = split_command(command) if read else (unread(self.command),)
+        self.places = tuple(places_of(self.parts, cwd))
+        self.found: Dict[Tuple[Word, Optional[Tuple[str, ...]]], List[Optional[Target]]] = {}
+
+    def targets(self, word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[Target]]:
+        """Find the files that a word may mean, once for each decision."""
+        if (word, places) not in self.found:
+            self.found[word, places] = targets_of(word, places)
+        return self.found[word, places]
+
+    def touched(self) -> Iterator[Tuple[Part, str, List[Optional[Target]]]]:
+        """Give the files that each part reads or writes: the part, Read or Write, and what may be meant."""
+        for part, places in zip(self.parts, self.places):
+            for tool, word in part.touches:
+                yield part, tool, self.targets(word, places)
+
+    def shown(self, part: Part) -> str:
+        """Give what a decision says of a part: nothing when it is the whole."""
+        return part.text if len(self.parts) > 1 else ""
 
 
 def places_of(parts: Sequence[Part], work_dir: str) -> Iterator[Optional[Tuple[str, ...]]]:
@@ -4435,41 +4467,63 @@ def targets_of(word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[T
 
 def certain_rule(policy: Policy, action: str, line: Line) -> Optional[Decision]:
     """Find a rule that denies, or asks about, a command line or a file that it touches."""
-    rules = rules_for(policy.rules, "Bash")[action]
+    rules = rules_for(policy.rules, line.tool)[action]
     whole = line.command.strip()
-    bare = re.sub(r"\\\n|[\\'\"\0]", "", whole) if any(part.opaque for part in line.parts) else None
+    bare = whole.replace("\\\n", "").translate(UNQUOTED) if any(part.opaque for part in line.parts) else None
     for rule in rules:
         pattern = rule.pattern and command_pattern(rule.pattern)
         if pattern is None or fits(pattern, whole):
             return decision(rule)
         if bare is not None and (mentions(pattern, whole) or mentions(pattern, bare)):
             return decision(rule)
-    for part, places in zip(line.parts, line.places):
-        shown = part.text if len(line.parts) > 1 else ""
+    for part in line.parts:
         for rule in rules:
             if any(fits(command_pattern(rule.pattern), form) for form in part.forms):
-                return decision(rule, shown)
-        for tool, word in part.touches:
-            for rule in rules_for(policy.rules, tool)[action]:
-                if rule.pattern is None or any(target is None or path_fits(rule, target, line.work_dir)
-                                               for target in targets_of(word, places)):
-                    return decision(rule, shown)
+                return decision(rule, line.shown(part))
+    for part, tool, targets in line.touched():
+        for rule in rules_for(policy.rules, tool)[action]:
+            if rule.pattern is None or any(one is None or path_fits(rule, one, line.work_dir) for one in targets):
+                return decision(rule, line.shown(part))
     return None
+
+
+UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
+
+
+def flag_denial(policy: Policy, line: Line) -> Optional[Decision]:
+    """Find a flag that denies the command, or what it does to a file."""
+    if policy.allow_bash is False:
+        return by_flag(policy, "bash")
+    for kind in {KIND_OF[tool] for part in line.parts for tool, _ in part.touches if not part.opaque}:
+        said = by_flag(policy, kind)
+        if said.behavior == "deny":
+            return said
+    return None
+
+
+def ask_about_files(policy: Policy, line: Line) -> Decision:
+    """Decide on the files of a command that may run: whether a flag asks about one of them."""
+    said = by_flag(policy, "bash")
+    if policy.allow_read == "ask" or policy.allow_write == "ask":
+        for part, tool, targets in line.touched():
+            for target in (targets or [None]) if not part.opaque else []:
+                about = decide_path(policy, tool, target, line.work_dir)
+                said = worst(said, about) if about.behavior == "ask" else said
+    return said
 
 
 def possible_rule(policy: Policy, line: Line) -> Optional[Decision]:
     """Find a rule that would deny or ask if an expansion gave the fitting text; that is a reason to ask."""
-    by_action = rules_for(policy.rules, "Bash")
-    for part, places in zip(line.parts, line.places):
+    by_action = rules_for(policy.rules, line.tool)
+    for part in line.parts:
         for rule in by_action["deny"] + by_action["ask"]:
             literal = command_pattern(rule.pattern or "").split("*")[0].rstrip() + " "
             if any(literal.startswith(known) for known in part.known):
                 return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
-        for tool, word in part.touches:
-            rules = rules_for(policy.rules, tool)
-            for rule in rules["deny"] + rules["ask"]:
-                if not targets_of(word, places):
-                    return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+    for part, tool, targets in line.touched():
+        rules = rules_for(policy.rules, tool)
+        for rule in rules["deny"] + rules["ask"] if not targets else []:
+            return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
     return None
 
 
@@ -4498,9 +4552,8 @@ def allows(pattern: str, words: Tuple[Word, ...]) -> bool:
 
 def decide_part(policy: Policy, line: Line, index: int) -> Decision:
     """Decide on one part of a command line that no rule denies or asks about."""
-    part, places = line.parts[index], line.places[index]
-    shown = part.text if len(line.parts) > 1 else ""
-    rule = allowing_rule(rules_for(policy.rules, "Bash")["allow"], part)
+    part, places, shown = line.parts[index], line.places[index], line.shown(line.parts[index])
+    rule = allowing_rule(rules_for(policy.rules, line.tool)["allow"], part)
     if rule:
         said = decision(rule, shown)
     elif (not part.words and not part.opaque and len(line.parts) > 1) or stays_inside(part, places, line.work_dir):
@@ -4508,7 +4561,7 @@ def decide_part(policy: Policy, line: Line, index: int) -> Decision:
     else:
         said = by_flag(policy, "bash")._replace(part=clip(shown, 200))
     for word in part.writes:
-        for target in targets_of(word, places) or [None]:
+        for target in line.targets(word, places) or [None]:
             write = decide_path(policy, "Write", target, line.work_dir)
             said = worst(said, write._replace(part=clip(part.text, 200)))
     return said
@@ -4523,23 +4576,22 @@ def stays_inside(part: Part, places: Optional[Tuple[str, ...]], work_dir: str) -
     return bool(found) and all(one and is_below(one.real, os.path.realpath(work_dir)) for one in found)
 
 
-def decide_shell(policy: Policy, command: Any, work_dir: str) -> Decision:
+def decide_shell(policy: Policy, line: Line, readable: bool) -> Decision:
     """Decide on a shell command: every part must be allowed, and one that is denied denies the whole."""
-    readable = isinstance(command, str)
-    parts = split_command(command) if readable else (Part("", opaque=True),)
-    line = Line(command if readable else "", parts, tuple(places_of(parts, work_dir)), work_dir)
-    denied = certain_rule(policy, "deny", line) or (by_flag(policy, "bash") if policy.allow_bash is False else None)
+    denied = certain_rule(policy, "deny", line) or flag_denial(policy, line)
     asked = denied or certain_rule(policy, "ask", line) or possible_rule(policy, line)
     if asked:
         return asked
-    exact = None if any(part.opaque for part in parts) else line.command.strip()
-    allowed = rules_for(policy.rules, "Bash")["allow"]
+    exact = None if any(part.opaque for part in line.parts) else line.command.strip()
+    allowed = rules_for(policy.rules, line.tool)["allow"]
     blanket = next((decision(rule) for rule in allowed if rule.pattern in (None, exact)), None)
     if not readable:
         return unreadable(blanket or by_flag(policy, "bash"), "the command")
-    if blanket or policy.allow_bash is True or not parts:
+    if blanket or not line.parts:
         return blanket or by_flag(policy, "bash")
-    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(parts))))
+    if policy.allow_bash is True:
+        return ask_about_files(policy, line)
+    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(line.parts))))
 
 
 # -- decisions
@@ -4587,13 +4639,72 @@ def decide_path(policy: Policy, tool: str, target: Optional[Target], work_dir: s
     """Decide on a tool that takes a file; one that cannot be told is never allowed."""
     if target is None:
         return unreadable(decide_plain(policy, tool, lambda rule: rule.action != "allow"), "the file")
-    return decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+    said = decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+    if said.behavior != "allow" or KIND_OF[tool] != "write" or is_boundless(policy) or not guarded(target, work_dir):
+        return said
+    exact = next((rule for rule in rules_for(policy.rules, tool)["allow"] if names_guarded(rule.pattern)
+                  and path_fits(rule, target, work_dir)), None)
+    return decision(exact) if exact else Decision("ask", f"what stands there may run as code, and {said.rule} allows")
 
 
-def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
-    """Find the file that a tool's input names; a search without one is in the working directory."""
+def is_boundless(policy: Policy) -> bool:
+    """Tell whether a policy lets the agent run whatever it likes, so that no file can give it more."""
+    flags = [getattr(policy, field) for field in FIELD_OF.values()]
+    return policy.allow_bash is True and not any(flag in (False, "ask") for flag in flags) and all(
+        rule.action == "allow" for rule in policy.rules)
+
+
+# names that make a program run what stands in the file, or below the directory: agents, git, editors, shells
+GUARDED = frozenset((
+    ".claude .claude.json .mcp.json .git .gitconfig .gitmodules .githooks .hg .svn .jj .husky .pre-commit-config.yaml "
+    "lefthook.yml .lefthook.yml .envrc .direnv .mise.toml mise.toml .vscode .vscode-server .idea .zed .cursor "
+    ".devcontainer .devcontainer.json .codex .gemini .aider.conf.yml .bashrc .bash_profile .bash_login .bash_logout "
+    ".bash_aliases .profile .login .zshrc .zshenv .zprofile .zlogin .kshrc .npmrc .yarnrc .yarnrc.yml .pnpmfile.cjs "
+    ".vimrc .exrc .nvimrc .nvim.lua .nvim .emacs .dir-locals.el .gdbinit .lldbinit .inputrc .tmux.conf .ssh").split())
+
+
+LINKED = (".git", ".claude", ".husky", ".vscode")   # of these, also where a link leads
+
+
+def guarded(target: Target, work_dir: str) -> bool:
+    """Tell whether a file may run as code by what it is called, or belongs to the repository of a directory."""
+    tops = (os.path.realpath(work_dir), os.path.normpath(work_dir))
+    for path in target:
+        top = next((one for one in tops if is_below(path, one)), "")   # what the caller chose to work in is no secret
+        if any(plain_name(name) in GUARDED for name in path[len(top):].split("/")):
+            return True
+    links = [os.path.realpath(path) for path in (f"{tops[0]}/{name}" for name in LINKED) if os.path.islink(path)]
+    return any(is_below(target.real, kept) for kept in (git_dir(tops[0]), *links) if kept)
+
+
+def plain_name(name: str) -> str:
+    """Bring a name into the form in which the most forgiving file system compares it."""
+    name = name if name.isascii() else "".join(
+        char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+    return name.casefold()
+
+
+def names_guarded(pattern: Optional[str]) -> bool:
+    """Tell whether a rule itself names a file that may run as code: without wildcards, so that it is meant."""
+    return bool(pattern) and not re.search(r"[*?\[]", pattern) and any(
+        plain_name(name) in GUARDED for name in pattern.split("/"))
+
+
+def git_dir(work_dir: str) -> Optional[str]:
+    """Find the directory that a .git file points to; None when there is no such file."""
+    try:
+        with open(os.open(f"{work_dir}/.git", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            told = file.read(MAX_PATH + 10) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+        found = re.match(rb"gitdir:\s*(.+?)\s*\Z", told, re.DOTALL)
+        return os.path.realpath(os.path.join(work_dir, os.fsdecode(found[1]))) if found else None
+    except (OSError, ValueError):
+        return None
+
+
+def path_of(tool: str, given: Json, cwd: str) -> Optional[Target]:
+    """Find the file that a tool's input names; a search without one is where the agent stands."""
     path = next((given[key] for key in SUBJECTS[tool] if given.get(key) is not None), None)
-    path = work_dir if path is None and tool in SEARCHES else path
+    path = cwd if path is None and tool in SEARCHES else path
     if not isinstance(path, str):
         return None
     pattern = given.get("pattern")
@@ -4602,7 +4713,7 @@ def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
         if ".." in pattern[len(plain[0]):].split("/"):
             return None
         path = os.path.join(os.path.expanduser(path), os.path.expanduser(plain[0] + plain[1]))
-    return locate(os.path.expanduser(path), work_dir) if path else None
+    return locate(os.path.expanduser(path), cwd) if path else None
 
 
 def host_of(url: str, strict: bool) -> str:
@@ -4628,15 +4739,16 @@ def decide_url(policy: Policy, url: Any) -> Decision:
     return decide_plain(policy, "WebFetch", covers)
 
 
-def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str) -> Decision:
-    """Decide whether an agent may use a tool in this way."""
+def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str, cwd: Optional[str] = None) -> Decision:
+    """Decide whether an agent may use a tool in this way; cwd is where it stands, when that is not work_dir."""
     tool = SAME_AS.get(tool, tool)
     given = given if isinstance(given, dict) else {}
-    kind = KIND_OF.get(tool)
+    kind, cwd = KIND_OF.get(tool), cwd or work_dir
     if kind == "bash":
-        return decide_shell(policy, given.get("command"), work_dir)
+        command = given.get(SUBJECTS[tool][0])
+        return decide_shell(policy, Line(tool, command, cwd, work_dir), isinstance(command, str))
     if kind in ("read", "write"):
-        return decide_path(policy, tool, path_of(tool, given, work_dir), work_dir)
+        return decide_path(policy, tool, path_of(tool, given, cwd), work_dir)
     if tool == "WebFetch":
         return decide_url(policy, given.get("url"))
     value = next((given[key] for key in SUBJECTS.get(tool, ()) if isinstance(given.get(key), str)), "")
@@ -6040,7 +6152,13 @@ def request_of(session: Session, body: Json) -> PermissionRow:
     return PermissionRow(
         new_id("perm-"), session.row.id, tool, given, summarise(tool, given), None, suggestions,
         str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None,
-        str(body["tool_use_id"]) if body.get("tool_use_id") else None)
+        str(body["tool_use_id"]) if body.get("tool_use_id") else None, standing_in(body.get("cwd")))
+
+
+def standing_in(told: Any) -> Optional[str]:
+    """Read the directory in which an agent says that it stands; None for what cannot be one."""
+    plain = isinstance(told, str) and told.startswith("/") and len(told) <= MAX_PATH and "\0" not in told
+    return told if plain and told.encode("utf-8", "ignore").decode() == told else None   # no half of a pair
 
 
 def summarise(tool: str, given: Json) -> str:
@@ -6099,7 +6217,7 @@ def ask_policy(session: Session, request: PermissionRow) -> Decision:
     """Ask the session's policy about a request; about a question to a person it has no opinion."""
     if request.tool in QUESTION_TOOLS:
         return Decision("none", "a question to a person")
-    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir, request.cwd)
 
 
 def decide_by_policy(session: Session, body: Json) -> Optional[Json]:
@@ -17283,6 +17401,8 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
         path = owned_path(route.route.partition(" ")[2])
         check_owner(ask.context, ask.who, path, str(words.get("id") or given.get("id")))
+    if route.whole_body and body is None and not route.raw and route.scope != "hook":
+        raise faulty({route.whole_body: "is required, as the JSON body; {} is an empty one, and says so"})
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
@@ -21599,7 +21719,7 @@ def as_request(route: Route, values: Mapping[str, Any]) -> Tuple[str, str, Optio
         lambda found: urllib.parse.quote(str(values[found.group(1)]), "/" if found.group()[0] == "*" else ""), path)
     rest = {name: value for name, value in values.items() if name not in inside}
     if route.whole_body:
-        return method, path, rest.get(route.whole_body) or {}
+        return method, path, rest.get(route.whole_body)
     if method != "GET":
         return method, path, rest or None
     words = {name: value if isinstance(value, str) else dump(value) for name, value in rest.items()

@@ -2168,6 +2168,16 @@ DENIED = [
     'echo "#"; rm x',
     "ls ''#; rm x",
     "cat <<\\EOF\nx\nEOF\nrm x",
+    "<&-rm -rf x",
+    ">&-rm x",
+    "3<&-rm x",
+    "{a}<&-rm x",
+    "{a}</dev/null rm x",
+    "<\\\n&-rm x",
+    "<&\\\n-rm x",
+    "true &!rm x",
+    "true &|rm x",
+    "true &! rm x",
 ]
 
 
@@ -2368,8 +2378,30 @@ SHELL = [
     ({"allow": ["Bash(git *)", "Edit(./**)"]}, "cd sub && git x > out", "allow"),
     ({"allow": ["Bash(git *)", "Edit(./**)"]}, "(git x) > o", "allow"),
     ({"allow": ["Bash(git *)", "Edit(./**)"]}, "> o", "none"),
-    ({"allow": ["Bash"], "allowWrite": False}, "git x > out", "allow"),
-    ({"allowBash": True, "allowWrite": False}, "echo x > out", "allow"),
+    ({"allow": ["Bash"], "allowWrite": False}, "git x > out", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "echo x > out", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "echo x | tee out", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "sed -i s/a/b/ f", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "cp a b", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "touch $X", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "ls -la | grep x 2>/dev/null >&2", "allow"),
+    ({"allowBash": True, "allowRead": False}, "cat f", "deny"),
+    ({"allowBash": True, "allowRead": False}, "x < f", "deny"),
+    ({"allowBash": True, "allowRead": False}, "ls", "allow"),
+    ({"allowBash": True, "allowWrite": "ask"}, "echo x > f", "ask"),
+    ({"allowBash": True, "allowWrite": "ask", "allow": ["Edit(./**)"]}, "echo x > f", "allow"),
+    ({"allowBash": True, "allowWrite": "ask", "allow": ["Edit(./**)"]}, "echo x > /etc/f", "ask"),
+    ({"allow": ["Bash"], "allowWrite": "ask"}, "echo x > f", "allow"),
+    ({"allowBash": True, "allowRead": "ask"}, "cat $X", "ask"),
+    ({"allowBash": True, "allowRead": "ask"}, "ls $X", "allow"),
+    ({"allow": ["Bash(echo *)"]}, "<&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, ">&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "2<&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "{a}<&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "<&\\\n-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "{a}>&-rm echo x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "echo x 2>&-", "allow"),
+    ({"allow": ["Bash(echo *)"]}, "echo <&- x", "allow"),
     ({"allowBash": True, "deny": ["Write(//etc/**)"]}, "ls > /etc/x", "deny"),
     ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls >> /etc/x", "deny"),
     ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls > x", "allow"),
@@ -2560,6 +2592,17 @@ TOOLS = [
     ({"allowBash": True}, "Bash", {}, "ask"),
     ({"allowBash": True}, "Bash", {"command": ["ls"]}, "ask"),
     ({"allowBash": False}, "Bash", {}, "deny"),
+    (RM, "PowerShell", {"command": "rm x"}, "deny"),
+    (RM, "PowerShell", {"command": "Remove-Item x"}, "ask"),
+    (RM, "REPL", {"code": "x"}, "ask"),
+    ({"allow": ["Bash"]}, "PowerShell", {"command": "ls"}, "none"),
+    ({"allow": ["Bash(ls)", "PowerShell(ls *)", "PowerShell(ls)"]}, "PowerShell", {"command": "ls"}, "none"),
+    ({"allow": ["PowerShell"]}, "PowerShell", {"command": "ls"}, "allow"),
+    ({"allowBash": True}, "PowerShell", {"command": "ls"}, "allow"),
+    ({"allowBash": False}, "PowerShell", {"command": "ls"}, "deny"),
+    ({"allowBash": False, "allow": ["REPL"]}, "REPL", {"code": "1"}, "deny"),
+    ({"allowBash": "ask"}, "REPL", {"code": "1"}, "ask"),
+    ({"profile": "restricted"}, "PowerShell", {"command": "ls"}, "deny"),
     (RM, "Bash", {"command": 3}, "ask"),
     ({"allowBash": True}, "Bash", None, "ask"),
 ]
@@ -2568,6 +2611,86 @@ TOOLS = [
 @pytest.mark.parametrize("policy, tool, given, expected", TOOLS)
 def test_tools(policy, tool, given, expected):
     assert policy_says(policy, tool, given).behavior == expected
+
+
+TRUSTED = {"profile": "trusted"}
+# policy, file, what is said of writing it; the working directory is /w
+CODE = [
+    (TRUSTED, ".claude/settings.json", "ask"),
+    (TRUSTED, ".claude/hooks/x.sh", "ask"),
+    (TRUSTED, "sub/.claude/settings.local.json", "ask"),
+    (TRUSTED, ".git/hooks/pre-commit", "ask"),
+    (TRUSTED, "sub/.git/config", "ask"),
+    (TRUSTED, ".git", "ask"),
+    (TRUSTED, ".GIT/config", "ask"),
+    (TRUSTED, ".g\u200cit/config", "ask"),
+    (TRUSTED, "x/../.git/config", "ask"),
+    (TRUSTED, ".mcp.json", "ask"),
+    (TRUSTED, ".vscode/tasks.json", "ask"),
+    (TRUSTED, ".husky/pre-commit", "ask"),
+    (TRUSTED, ".envrc", "ask"),
+    (TRUSTED, ".gitignore", "allow"),
+    (TRUSTED, ".github/x.yml", "allow"),
+    (TRUSTED, "package.json", "allow"),
+    (TRUSTED, "git/config", "allow"),
+    ({"allowWrite": True}, ".git/config", "ask"),
+    ({"allowWrite": True}, "/elsewhere/.git/config", "ask"),
+    ({"allowWrite": True}, "x", "allow"),
+    ({"allow": ["Edit"]}, ".mcp.json", "ask"),
+    ({"allow": ["*"]}, ".mcp.json", "ask"),
+    ({"allow": ["Edit(**/.claude/**)"]}, ".claude/settings.json", "ask"),
+    ({"allow": ["Edit(./.claude/*)"]}, ".claude/settings.json", "ask"),
+    ({"allow": ["Edit(./.claude/settings.json)"]}, ".claude/settings.json", "allow"),
+    ({"allow": ["Edit(./**)", "Edit(.envrc)"]}, ".envrc", "allow"),
+    ({"allow": ["Edit(./**)", "Edit(.envrc)"]}, ".mcp.json", "ask"),
+    ({"allow": ["Edit(./src)"]}, "src/.git/config", "ask"),
+    ({"allowWrite": True, "deny": ["Edit(.git)"]}, ".git/config", "deny"),
+    ({"allowWrite": True, "allowBash": True}, ".git/config", "allow"),
+    ({"allowWrite": True, "allowBash": True, "deny": ["Bash(rm *)"]}, ".git/config", "ask"),
+    ({"profile": "autonomous"}, ".git/config", "allow"),
+    ({"profile": "autonomous", "allowNetwork": False}, ".git/config", "ask"),
+]
+
+
+@pytest.mark.parametrize("policy, path, expected", CODE)
+def test_what_may_run_as_code_is_written_unasked_only_where_a_rule_names_it(policy, path, expected):
+    assert policy_says(policy, "Write", {"file_path": path}, "/w").behavior == expected
+    assert policy_says(policy, "Read", {"file_path": path}, "/w").behavior != "deny"
+
+
+def test_what_a_git_file_or_a_link_leads_to_is_guarded_too(tmp_path):
+    work = tmp_path / "work"
+    (work / "kept" / "hooks").mkdir(parents=True)
+    (work / "agents").mkdir()
+    (work / ".git").write_text("gitdir: kept\n")
+    (work / ".claude").symlink_to("agents")
+    said = lambda path: policy_says(TRUSTED, "Write", {"file_path": path}, str(work)).behavior
+    assert [said(path) for path in ("kept/hooks/post-commit", "agents/settings.json", "other")] == ["ask", "ask", "allow"]
+    shell = {"allow": ["Bash(echo *)", "Edit(./**)"]}
+    assert [bash_says(shell, f"echo x > {path}", str(work)) for path in (".git", "kept/config", "x")] == [
+        "ask", "ask", "allow"]
+
+
+# policy, tool, input, where the agent stands, what is said; the working directory is /w
+STANDS = [
+    ({"allowBash": True, "deny": ["Read(sub/secret)"]}, "Bash", {"command": "cat secret"}, "/w/sub", "deny"),
+    ({"allowBash": True, "deny": ["Read(sub/secret)"]}, "Bash", {"command": "cat secret"}, "/w", "allow"),
+    ({"allowBash": True, "deny": ["Read(sub/secret)"]}, "Bash", {"command": "cd ..; cat sub/secret"}, "/w/x", "deny"),
+    ({"allow": ["Bash(echo *)", "Edit(/src/**)"]}, "Bash", {"command": "echo x > src/y"}, "/w/other", "none"),
+    ({"allow": ["Bash(echo *)", "Edit(/src/**)"]}, "Bash", {"command": "echo x > y"}, "/w/src", "allow"),
+    ({"allow": ["Bash(git *)"]}, "Bash", {"command": "cd .. && git x"}, "/w/a", "allow"),
+    ({"allow": ["Bash(git *)"]}, "Bash", {"command": "cd a && git x"}, "/", "none"),
+    ({"allowRead": True, "deny": ["Read(./a/**)"]}, "Read", {"file_path": "b"}, "/w/a", "deny"),
+    ({"allow": ["Read(./**)"]}, "Grep", {"pattern": "x"}, "/etc", "none"),
+]
+
+
+@pytest.mark.parametrize("policy, tool, given, cwd, expected", STANDS)
+def test_paths_are_seen_from_where_the_agent_stands(policy, tool, given, cwd, expected):
+    policy = aegis.policy_from_json(policy, {})
+    assert aegis.decide_tool(policy, tool, given, "/w", cwd).behavior == expected
+    for told, read in ((cwd, cwd), ("x", None), (3, None), ("/a\0", None), ("/" * 5000, None), ("/\ud800", None)):
+        assert aegis.standing_in(told) == read
 
 
 SRC = {"allow": ["Edit(./src/**)"]}
@@ -2797,14 +2920,14 @@ def test_all_faults_are_named_at_once_and_profiles_by_name():
 CLIENT = [
     ({}, []),
     ({"profile": "autonomous"}, []),
-    ({"allowBash": False}, ["Bash"]),
+    ({"allowBash": False}, ["Bash", "PowerShell", "REPL"]),
     ({"allowMcp": False}, ["mcp__*"]),
     ({"allowWrite": False}, ["Write", "Edit", "MultiEdit", "NotebookEdit"]),
     ({"allowNetwork": False}, ["WebFetch", "WebSearch"]),
     ({"allowRead": False}, ["Read", "Grep", "Glob", "LS", "NotebookRead"]),
     ({"deny": ["Bash(rm *)"], "ask": ["Read"]}, ["Bash(rm *)"]),
     ({"deny": ["Write(.env)", "bash(rm *)"]}, ["Write(.env)", "Edit(.env)", "Bash(rm *)"]),
-    ({"allowBash": False, "deny": ["Bash"]}, ["Bash"]),
+    ({"allowBash": False, "deny": ["Bash"]}, ["Bash", "PowerShell", "REPL"]),
 ]
 
 
@@ -2939,17 +3062,17 @@ def test_a_huge_command_is_decided_in_time(number):
         "allow": ["Bash(ls *)", "Bash(a * b * c *)", "Edit(./**)"],
         "deny": ["Bash(rm *)", "Bash(* --force)", "Bash(x *x*x*x*y)", "Read(**/a/**/b/**/c)"],
     }
-    begun = time.perf_counter()
+    begun = time.thread_time()
     bash_says(policy, HUGE[number][:40_000])   # what is quadratic takes minutes already
-    assert time.perf_counter() - begun < 2.0
+    assert time.thread_time() - begun < 2.0
 
 
 def test_a_long_path_against_many_wildcards_is_decided_in_time():
     policy = {"allowRead": True, "deny": ["Read(" + "**/a/" * 300 + "b)", "Read(" + "*a" * 500 + "b)"]}
-    begun = time.perf_counter()
+    begun = time.thread_time()
     assert policy_says(policy, "Read", {"file_path": "/w/" + "a/" * 2_000}, "/w").behavior == "allow"
     assert policy_says(policy, "Read", {"file_path": "/w/" + "a" * 4_000}, "/w").behavior == "allow"
-    assert time.perf_counter() - begun < 2.0
+    assert time.thread_time() - begun < 2.0
 
 
 def test_a_typical_command_is_decided_quickly():
@@ -9630,6 +9753,10 @@ def test_put_permissions_takes_an_array_of_rules(talk):
     assert talk.refusal("PUT permissions", ["zebra"]) == (400, "INVALID_REQUEST")
     assert talk.refusal("POST send", ["zebra"]) == (400, "BAD_JSON")
     assert talk.ask("PUT permissions", [])["policy"] == {}
+    told = talk.ask("PUT permissions", {"allowRead": True})["policy"]
+    assert talk.refusal("PUT permissions", None) == (400, "INVALID_REQUEST")   # nothing is not an empty policy
+    assert talk.ask("GET permissions")["policy"] == told
+    assert talk.ask("PUT permissions", {})["policy"] == {}
 
 
 def test_put_profile_takes_an_object(talk):
