@@ -6424,7 +6424,8 @@ def batch_ended(session: Session, body: Json) -> None:
         if request.claim is None:
             settle(session, request.id, "answered_in_terminal", "terminal", "it was refused")
         elif request.claim == "rejected":
-            ours = not call_.get("tool_response") or str(request.message or "") in str(call_["tool_response"])
+            said = canonical(str(call_.get("tool_response") or ""))   # what is typed loses its line breaks
+            ours = not said or canonical(request.message or "") in said
             see_outcome(session, request, OURS if ours else TERMINAL)
         else:
             see_outcome(session, request, TERMINAL)
@@ -6574,7 +6575,15 @@ ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that mea
     "approved": lambda row: re.fullmatch(r"(?i)yes\.?", row.label) is not None,
     "always": lambda row: re.match(r"(?i)yes,? and (always|don.t ask)", row.label) is not None,
     "rejected": lambda row: re.match(r"(?i)no\b", row.label) is not None,
+    "acceptEdits": lambda row: re.match(r"(?i)yes\b.*accept edits", row.label) is not None,   # these two: of a plan
+    "manual": lambda row: re.fullmatch(r"(?i)yes(\.?|, manually approve.*|, and switch to default\b.*)", row.label)
+    is not None,
 }
+
+
+def is_field(row: Option) -> bool:
+    """Tell whether a row is there to be written into."""
+    return row.label.startswith(("Type something", "Tell Claude what to change"))
 
 
 def find_dialog(context: Context, session: Session, request_id: str) -> Optional[Reading]:
@@ -6597,12 +6606,12 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
             bound = find_dialog(context, session, request_id)
             if bound is None:
                 obeyed = False
+            elif row == "rejected" and place_of(bound, is_field) is not None:
+                obeyed = write_answer(context, session, bound, message or "Rejected by the user.", False)
             elif row == "rejected" and message:
                 obeyed = reject_with_words(context, session, bound, message)
             else:
                 obeyed = choose_row(context, session, bound, ROWS[row]) is not None
-                if row == "always" and not obeyed:
-                    obeyed = choose_row(context, session, bound, ROWS["approved"]) is not None
             request = session.facts.request(request_id)
             if request:
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
@@ -6640,18 +6649,54 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
     return False
 
 
+def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
+    """Name the row of ROWS that means a decision."""
+    if request.tool == "ExitPlanMode" and state == "approved":
+        modes = [one.get("mode") for one in decision.get("updatedPermissions", ())]
+        return "acceptEdits" if "acceptEdits" in modes else "manual"
+    return "always" if always else state
+
+
+def check_unchanged(request: PermissionRow, decision: Json) -> None:
+    """Refuse another input where only keys can decide: a dialog runs what it shows.  Raises ApiError 409."""
+    if decision.get("updatedInput") or ("updatedInput" in decision and request.tool != "ExitPlanMode"):
+        raise ApiError(409, "CANNOT_CHANGE_INPUT", "nothing holds this request open any more (Aegis was restarted, or "
+                       "its time was over): its dialog can only be approved or rejected as it is, without updatedInput")
+
+
+def check_row(context: Context, session: Session, request: PermissionRow, row: str, message: Optional[str]) -> None:
+    """Refuse a decision that a dialog has no row for, before a key is pressed.  Raises ApiError 409 naming the rows."""
+    plan = request.tool == "ExitPlanMode"
+    if row in ("approved", "rejected") and not (plan and message):
+        return   # every dialog has these
+    bound = find_dialog(context, session, request.id)
+    wanted = is_field if plan and row == "rejected" else ROWS[row]
+    if bound and place_of(bound, wanted) is None:
+        rows = ", ".join(repr(one.label) for one in bound.options)
+        what = "for words" if wanted is is_field else "to allow it for always" if row == "always" else "for this answer"
+        raise ApiError(409, "NO_SUCH_ROW", "nothing holds this request open any more (Aegis was restarted, or its time "
+                       f"was over), and its dialog has no row {what}: it offers {rows}")
+
+
 def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
            message: Optional[str] = None, always: bool = False, by: str = "api") -> PermissionRow:
     """Decide a request for a caller, through its held hook or else by keys.
 
     Gives the settled row.  Raises ApiError 409 when somebody else, or the terminal, was first.
     """
-    held = request.id in session.holds
-    if not claim(session, request.id, state, by, decision, message):
+    row = row_for(request, state, decision, always)
+    if request.id not in session.holds:
+        check_row(context, session, request, row, message)
+    with session.lock:
+        held = request.id in session.holds
+        if not held:
+            check_unchanged(request, decision)
+        claimed = claim(session, request.id, state, by, decision, message)
+    if not claimed:
         session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
         raise decided_refusal(session, request.id)
     if not held:
-        decide_on_screen(context, session, request.id, "always" if always else state, message)
+        decide_on_screen(context, session, request.id, row, message)
     return confirm_ours(session, request.id)
 
 
@@ -6766,8 +6811,8 @@ def answer_question(context: Context, session: Session, request: PermissionRow, 
     if request.tool == "ExitPlanMode":
         mode = None if free else PLAN_ANSWERS[given[0][0]]
         if mode is None:
-            words = given[0][0] if free else "Keep planning."
-            refusal = {"behavior": "deny", "message": words}
+            words = given[0][0] if free else None
+            refusal = {"behavior": "deny", "message": words or "Keep planning."}
             return decide(context, session, request, "rejected", refusal, words, by=by)
         modes = [{"type": "setMode", "mode": mode, "destination": "session"}]
         decision = {"behavior": "allow", "updatedInput": {}, "updatedPermissions": modes}
@@ -6799,10 +6844,10 @@ def write_answer(context: Context, session: Session, page: Reading, words: str, 
     for _ in range(len(page.options) + 1):
         reading = look(context, session)
         at = next((one for one in reading.options if one.selected), None)
-        if at and at.label.startswith("Type something"):
+        if at and is_field(at):
             break
         press_and_see(context, session, "Down")
-    if at is None or not at.label.startswith("Type something"):
+    if at is None or not is_field(at):
         return False
     type_into(context, session, [Stroke(" ".join(words.split()))])
     context.stopping.wait(0.2)

@@ -4028,6 +4028,42 @@ def test_approve_with_always_allows_the_same_again(make):
     assert talk.server.events.of(talk.id, "permission.").count("permission.requested") == 1
 
 
+@alone
+def test_what_a_dialog_cannot_do_is_refused_and_no_key_is_pressed(house):
+    """After a restart nothing holds the requests of before, and their dialogs run what they show."""
+    own = house()
+    wishes = {"changed": "[[bash touch x]]", "always": "[[write a.txt x]]", "words": "[[bash touch y]]",
+              "plan": "[[plan First this.]]", "manual": "[[plan First this.]]", "no": "[[plan First this.]]"}
+    talks = {name: own.open(f"{first} [[say after]]", permissionMode="plan" if "plan" in first else "default")
+             for name, first in wishes.items()}
+    for talk in talks.values():
+        talk.wait(("permission.requested", "question.asked"))
+    own.crash()
+    own.start()
+    asked = {name: talk.ask("GET permissions")["pending"] for name, talk in talks.items()}
+    changed = talks["changed"].call("POST approve", {"updatedInput": {"command": "touch z"}})
+    assert (changed.status, changed.json["code"]) == (409, "CANNOT_CHANGE_INPUT")
+    assert "approved or rejected as it is" in changed.json["error"]
+    always = talks["always"].call("POST approve", {"always": True})
+    assert (always.status, always.json["code"]) == (409, "NO_SUCH_ROW") and "'Yes, and switch to accept" in \
+        always.json["error"]
+    assert talks["plan"].refusal("POST answer", {"answer": "Yes, and accept edits"}) == (409, "NO_SUCH_ROW")
+    assert talks["plan"].refusal("POST approve", {"updatedInput": {"plan": "else"}}) == (409, "CANNOT_CHANGE_INPUT")
+    for name in ("changed", "always", "plan"):
+        assert talks[name].ask("GET permissions")["pending"] == asked[name], "they stand as they stood"
+    assert talks["changed"].ask("POST approve", {})["decision"] == "approved"
+    assert talks["always"].ask("POST approve", {})["decision"] == "approved"
+    assert talks["words"].ask("POST reject", {"message": "use make\n  instead, please"})["decision"] == "rejected"
+    assert talks["plan"].ask("POST approve", {})["decision"] == "approved"
+    assert talks["manual"].ask("POST answer", {"answer": 2})["state"] == "approved"
+    assert talks["no"].ask("POST reject", {"message": "think\nagain"})["decision"] == "rejected"
+    for talk in talks.values():
+        talk.wait("session.idle")
+        assert talk.read()["output"] == "after"
+    assert "touch x" in talks["changed"].tools()[0] and "use make instead, please" in talks["words"].tools()[0]
+    assert "think again" in talks["no"].tools()[0]
+
+
 # ============================================================================
 # REPORTS. What hooks, screens and exits change.
 # ============================================================================
@@ -12845,15 +12881,21 @@ def test_real_dialogs_that_stand_after_a_restart_are_decided_by_keys(model):
     try:
         wishes = {"yes": "[[bash touch yes]] [[say after]]", "no": "[[bash touch no]] [[say after]]",
                   "words": "[[bash touch words]] [[say after]]", "asked": "[[ask]] [[say after]]",
-                  "pages": "[[asks]] [[say after]]", "free": "[[ask]] [[say after]]"}
-        talks = {name: own.open(prompt) for name, prompt in wishes.items()}
+                  "pages": "[[asks]] [[say after]]", "free": "[[ask]] [[say after]]",
+                  "plan": "[[plan First this.]] [[say after]]", "planned": "[[plan First this.]] [[say after]]"}
+        talks = {name: own.open(prompt, permissionMode="plan" if "plan" in name else "default")
+                 for name, prompt in wishes.items()}
         for talk in talks.values():
             talk.wait(("permission.requested", "question.asked"))
         own.crash()
         own.start()
+        assert talks["yes"].refusal("POST approve", {"updatedInput": {"command": "ls"}}) == (409, "CANNOT_CHANGE_INPUT")
         assert talks["yes"].ask("POST approve", {})["decision"] == "approved"
         assert talks["no"].ask("POST reject", {})["decision"] == "rejected"
-        assert talks["words"].ask("POST reject", {"message": "use make instead"})["decision"] == "rejected"
+        assert talks["words"].ask("POST reject", {"message": "use make\n  instead"})["decision"] == "rejected"
+        assert talks["plan"].refusal("POST answer", {"answer": "Yes, and accept edits"}) == (409, "NO_SUCH_ROW")
+        assert talks["plan"].ask("POST answer", {"answer": "Yes, manually approve edits"})["state"] == "approved"
+        assert talks["planned"].ask("POST answer", {"answer": "No, keep planning"})["state"] == "rejected"
         assert talks["asked"].ask("POST answer", {"answer": 2})["answers"] == [["Green"]]
         assert talks["pages"].refusal("POST answer", {"answers": ["Green", ["Huge"]]})[0] == 400
         talks["pages"].ask("POST answer", {"answers": ["Green", ["Small", "Large"]]})
@@ -12868,7 +12910,7 @@ def test_real_dialogs_that_stand_after_a_restart_are_decided_by_keys(model):
         assert all(word in told["pages"] for word in ("Green", "Small", "Large")) and "Medium" not in told["pages"]
         states = {name: talk.ask("GET permissions")["history"][0]["state"] for name, talk in talks.items()}
         assert states == {"yes": "approved", "no": "rejected", "words": "rejected", "asked": "approved",
-                          "pages": "approved", "free": "approved"}
+                          "pages": "approved", "free": "approved", "plan": "approved", "planned": "rejected"}
     finally:
         own.close()
 
