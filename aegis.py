@@ -3036,9 +3036,9 @@ def after_sgr(sequence: str, dim: bool, reverse: bool) -> Tuple[bool, bool]:
     return dim, reverse
 
 
-RESET = re.compile(   # resets 3am (UTC), resets 3:16am, limit resets Nov 30 at 3pm (Europe/Berlin)
-    r"\bresets?(?: on)?(?: (?P<month>[A-Z][a-z]{2})[a-z]* (?P<day>\d{1,2})(?:,|,? at)?)? (?P<hour>\d{1,2})"
-    r"(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))? ?(?P<half>[ap]m)(?: \((?P<zone>[\w/+-]+)\))?"
+RESET = re.compile(   # resets 3am (UTC), resets at 3:16am, resets Nov 30 at 3pm (Europe/Berlin), Jan 2, 2027, 3pm
+    r"\bresets?(?: on)?(?: (?P<month>[A-Z][a-z]{2})[a-z]* (?P<day>\d{1,2})(?:,? (?P<year>\d{4}))?,?)?(?: at)?"
+    r" (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))? ?(?P<half>[ap]m)(?: \((?P<zone>[\w/+-]+)\))?"
 )
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -3061,9 +3061,11 @@ def parse_reset(told: str, now: float) -> Optional[float]:
     try:
         at = today.replace(hour=hour, minute=int(match["minute"] or 0), second=int(match["second"] or 0), microsecond=0)
         if match["month"]:
-            at = at.replace(month=MONTHS.index(match["month"]) + 1, day=int(match["day"]))
-            return at.replace(year=at.year + (at.timestamp() < now - 86_400)).timestamp()
-    except ValueError:
+            at = at.replace(year=int(match["year"] or at.year), month=MONTHS.index(match["month"]) + 1,
+                            day=int(match["day"]))
+            past = at.timestamp() < now - 86_400 and not match["year"]
+            return at.replace(year=at.year + past).timestamp()
+    except (ValueError, OverflowError):
         return None
     return (at if at.timestamp() > now - 600 else at + datetime.timedelta(days=1)).timestamp()
 
@@ -3102,6 +3104,7 @@ QUICK_MESSAGES, QUICK_LINE = 100, 500_000   # what is read at once, in messages 
 TAIL_MOST = 32_000_000   # bytes of transcript that one read may go through
 
 
+RESET_MOST = 366 * 86_400.0   # seconds ahead: no usage limit lasts longer
 LOCAL_TEXT = re.compile(r"<(?:command-(?:name|message|args)|local-command-\w+|bash-(?:input|stdout|stderr))>")
 
 
@@ -3120,6 +3123,7 @@ class Entry(NamedTuple):
     usage: Optional[Json] = None
     final: bool = False          # an assistant text that ended its turn
     decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
+    resets: Optional[float] = None     # of an error: when the usage limit ends that was met
 
 
 def parse_line(raw: bytes, subagent: bool = False) -> List[Entry]:
@@ -3195,7 +3199,7 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     at, message = line.get("timestamp"), line["message"]
     if line.get("isApiErrorMessage") or message.get("model") == "<synthetic>":
         told = "\n".join(str(block.get("text") or "") for block in blocks)
-        return [Entry("error", at, told)]
+        return [Entry("error", at, told, resets=_reset_of(line))]
     shared = dict(message=str(message.get("id") or ""), model=str(message.get("model") or ""))
     entries = [Entry("usage", at, usage=message.get("usage") or {}, **shared)]
     for block in blocks:
@@ -3213,6 +3217,16 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
                 )
             )
     return entries
+
+
+def _reset_of(line: Json) -> Optional[float]:
+    """Read when a usage limit ends, to the second, from the line of the error that it caused."""
+    params = line.get("apiErrorParams")
+    for told in (line.get("quotaLimits"), params.get("rate_limit_info") if isinstance(params, dict) else None):
+        at = told.get("resetsAt") if isinstance(told, dict) else None
+        if isinstance(at, (int, float)) and not isinstance(at, bool) and 0 < at < time.time() + RESET_MOST:
+            return float(at)
+    return None
 
 
 def _flat(content: Any) -> str:
@@ -4993,6 +5007,8 @@ class Facts(NamedTuple):
     failure: Optional[Tuple[str, str]] = None            # status and reason, until the next prompt
     stalled: Optional[str] = None                        # what it has waited for too long, until it shows life
     tasks: bool = False                                  # the last Stop told of background tasks that still run
+    continues: int = 0                                   # how often it was sent on after a usage limit, in vain so far
+    continue_at: float = 0.0                             # and when at the earliest again
 
     @property
     def current(self) -> Optional[PromptRow]:
@@ -5009,7 +5025,9 @@ class Facts(NamedTuple):
         return next((request for request in self.pending if request.id == request_id), None)
 
 
-KEPT_FACTS = ("ready", "failure", "stalled", "tasks")   # no screen, file or other row tells them again
+KEPT_FACTS = (   # no screen, file or other row tells them again
+    "ready", "failure", "stalled", "tasks", "continues", "continue_at",
+)
 
 
 def kept_facts(facts: Facts) -> Json:
@@ -5034,6 +5052,11 @@ class Verdict(NamedTuple):
 
 LIFE_SIGNS = ("hook", "terminal", "policy")   # evidence of these ends a silence; a transcript's is old already
 STALLABLE = ("working", "permission_prompt", "asking")   # states that too long a silence turns into `stalled`
+
+
+def is_limited(facts: Facts) -> bool:
+    """Tell whether the last turn failed by a usage limit; a session that is brought back still knows it."""
+    return facts.failure is not None and facts.failure[0] == "rate_limited"
 
 
 def judge(facts: Facts) -> Verdict:
@@ -5061,7 +5084,7 @@ def judge_life(facts: Facts) -> Verdict:
     if facts.busy:
         return Verdict("working", None, facts.busy)
     if not facts.ready:
-        status, reason = facts.failure or ("starting", None)
+        status, reason = ("starting", None) if is_limited(facts) else facts.failure or ("starting", None)
         return Verdict(status, reason, "no input box was seen yet")
     if facts.waiting:
         return Verdict("working", None, f"{facts.waiting[0].id} is on its way to the agent")
@@ -5211,6 +5234,7 @@ class Session:
         self.widest = 0                      # bytes of the transcript's longest line, as far as it was read
         self.stashed = False                 # a person's draft was put aside, and comes back when ours is taken
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
+        self.cancelled_at = -math.inf      # monotonic time at which the agent's own timer was last taken off
         self.policy = stored_policy(row.policy)
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
@@ -5221,6 +5245,7 @@ class Session:
         self.files_unsaved: Dict[str, None] = {}
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
+        self.resets_told: Optional[float] = None   # the end of a usage limit, as the transcript last told it
         self.escape_at = 0.0
         self.unasked: Optional[Tuple[Reading, float]] = None   # a dialog that no hook told of, and since when it stands
         self.adopted_at = -math.inf        # monotonic time at which we took it over from the Aegis before us
@@ -5311,6 +5336,8 @@ class Change:
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now, self.session.last_outcome = time.time(), outcome
+        if outcome == "done" and self.facts.continues:
+            self.set(continues=0, continue_at=0.0)
         if prompt.state == "queued":
             prompt = self.prompt(prompt, state="submitted", submitted_at=now)
         if prompt.state == "submitted" and outcome == "done":
@@ -5997,6 +6024,18 @@ def digest(session: Session, entries: Sequence[Entry]) -> None:
         elif entry.kind in ("interrupt", "end"):
             session.settled_prompt = session.transcript_prompt
             _digest_end(session, entry)
+        elif entry.kind == "error" and entry.resets:
+            _digest_limit(session, entry.resets)
+
+
+def _digest_limit(session: Session, resets: float) -> None:
+    """Note the exact end of a usage limit: the agent's words round it down to the minute."""
+    session.resets_told = resets
+    facts, known = session.facts, session.row.resets_at
+    if session.row.status == "rate_limited" and known != resets and time.time() < resets and (
+            is_limited(facts) or facts.dialog):
+        with session.changing("transcript", "the usage limit's end", iso(resets) or "") as change:
+            change.columns["resets_at"] = resets
 
 
 def catch_up(session: Session) -> None:
@@ -6543,7 +6582,8 @@ def batch_ended(session: Session, body: Json) -> None:
         if request.claim is None:
             settle(session, request.id, "answered_in_terminal", "terminal", "it was refused")
         elif request.claim == "rejected":
-            ours = not call_.get("tool_response") or str(request.message or "") in str(call_["tool_response"])
+            said = canonical(str(call_.get("tool_response") or ""))   # what is typed loses its line breaks
+            ours = not said or canonical(request.message or "") in said
             see_outcome(session, request, OURS if ours else TERMINAL)
         else:
             see_outcome(session, request, TERMINAL)
@@ -6693,7 +6733,15 @@ ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that mea
     "approved": lambda row: re.fullmatch(r"(?i)yes\.?", row.label) is not None,
     "always": lambda row: re.match(r"(?i)yes,? and (always|don.t ask)", row.label) is not None,
     "rejected": lambda row: re.match(r"(?i)no\b", row.label) is not None,
+    "acceptEdits": lambda row: re.match(r"(?i)yes\b.*accept edits", row.label) is not None,   # these two: of a plan
+    "manual": lambda row: re.fullmatch(r"(?i)yes(\.?|, manually approve.*|, and switch to default\b.*)", row.label)
+    is not None,
 }
+
+
+def is_field(row: Option) -> bool:
+    """Tell whether a row is there to be written into."""
+    return row.label.startswith(("Type something", "Tell Claude what to change"))
 
 
 def find_dialog(context: Context, session: Session, request_id: str) -> Optional[Reading]:
@@ -6716,12 +6764,12 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
             bound = find_dialog(context, session, request_id)
             if bound is None:
                 obeyed = False
+            elif row == "rejected" and place_of(bound, is_field) is not None:
+                obeyed = write_answer(context, session, bound, message or "Rejected by the user.", False)
             elif row == "rejected" and message:
                 obeyed = reject_with_words(context, session, bound, message)
             else:
                 obeyed = choose_row(context, session, bound, ROWS[row]) is not None
-                if row == "always" and not obeyed:
-                    obeyed = choose_row(context, session, bound, ROWS["approved"]) is not None
             request = session.facts.request(request_id)
             if request:
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
@@ -6759,18 +6807,54 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
     return False
 
 
+def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
+    """Name the row of ROWS that means a decision."""
+    if request.tool == "ExitPlanMode" and state == "approved":
+        modes = [one.get("mode") for one in decision.get("updatedPermissions", ())]
+        return "acceptEdits" if "acceptEdits" in modes else "manual"
+    return "always" if always else state
+
+
+def check_unchanged(request: PermissionRow, decision: Json) -> None:
+    """Refuse another input where only keys can decide: a dialog runs what it shows.  Raises ApiError 409."""
+    if decision.get("updatedInput") or ("updatedInput" in decision and request.tool != "ExitPlanMode"):
+        raise ApiError(409, "CANNOT_CHANGE_INPUT", "nothing holds this request open any more (Aegis was restarted, or "
+                       "its time was over): its dialog can only be approved or rejected as it is, without updatedInput")
+
+
+def check_row(context: Context, session: Session, request: PermissionRow, row: str, message: Optional[str]) -> None:
+    """Refuse a decision that a dialog has no row for, before a key is pressed.  Raises ApiError 409 naming the rows."""
+    plan = request.tool == "ExitPlanMode"
+    if row in ("approved", "rejected") and not (plan and message):
+        return   # every dialog has these
+    bound = find_dialog(context, session, request.id)
+    wanted = is_field if plan and row == "rejected" else ROWS[row]
+    if bound and place_of(bound, wanted) is None:
+        rows = ", ".join(repr(one.label) for one in bound.options)
+        what = "for words" if wanted is is_field else "to allow it for always" if row == "always" else "for this answer"
+        raise ApiError(409, "NO_SUCH_ROW", "nothing holds this request open any more (Aegis was restarted, or its time "
+                       f"was over), and its dialog has no row {what}: it offers {rows}")
+
+
 def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
            message: Optional[str] = None, always: bool = False, by: str = "api") -> PermissionRow:
     """Decide a request for a caller, through its held hook or else by keys.
 
     Gives the settled row.  Raises ApiError 409 when somebody else, or the terminal, was first.
     """
-    held = request.id in session.holds
-    if not claim(session, request.id, state, by, decision, message):
+    row = row_for(request, state, decision, always)
+    if request.id not in session.holds:
+        check_row(context, session, request, row, message)
+    with session.lock:
+        held = request.id in session.holds
+        if not held:
+            check_unchanged(request, decision)
+        claimed = claim(session, request.id, state, by, decision, message)
+    if not claimed:
         session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
         raise decided_refusal(session, request.id)
     if not held:
-        decide_on_screen(context, session, request.id, "always" if always else state, message)
+        decide_on_screen(context, session, request.id, row, message)
     return confirm_ours(session, request.id)
 
 
@@ -6885,8 +6969,8 @@ def answer_question(context: Context, session: Session, request: PermissionRow, 
     if request.tool == "ExitPlanMode":
         mode = None if free else PLAN_ANSWERS[given[0][0]]
         if mode is None:
-            words = given[0][0] if free else "Keep planning."
-            refusal = {"behavior": "deny", "message": words}
+            words = given[0][0] if free else None
+            refusal = {"behavior": "deny", "message": words or "Keep planning."}
             return decide(context, session, request, "rejected", refusal, words, by=by)
         modes = [{"type": "setMode", "mode": mode, "destination": "session"}]
         decision = {"behavior": "allow", "updatedInput": {}, "updatedPermissions": modes}
@@ -6918,10 +7002,10 @@ def write_answer(context: Context, session: Session, page: Reading, words: str, 
     for _ in range(len(page.options) + 1):
         reading = look(context, session)
         at = next((one for one in reading.options if one.selected), None)
-        if at and at.label.startswith("Type something"):
+        if at and is_field(at):
             break
         press_and_see(context, session, "Down")
-    if at is None or not at.label.startswith("Type something"):
+    if at is None or not is_field(at):
         return False
     type_into(context, session, [Stroke(" ".join(words.split()))])
     context.stopping.wait(0.2)
@@ -7072,10 +7156,24 @@ def on_failure(session: Session, body: Json) -> Answer:
                 change.end_prompt(prompt, "error", reason, said)
             change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
             if kind == "rate_limit":
-                change.columns["resets_at"] = parse_reset(said, time.time()) or session.row.resets_at
+                change.columns["resets_at"] = limit_end(session, said, time.time())
             session.stopped_at = time.time()
     session.context.look_later(session, 0.3)
     return {}
+
+
+def limit_end(session: Session, said: str, now: float) -> Optional[float]:
+    """Tell when a usage limit ends: exactly, when the transcript said so; else when the minute is over that was named.
+
+    An earlier end would have the agent sent on, and refused, within that minute.
+    """
+    at = parse_reset(said, now)
+    exact = [one for one in (session.resets_told, session.row.resets_at) if one is not None]
+    if at is None:
+        return next((one for one in exact if one > now), session.row.resets_at)
+    named = RESET.search(said)
+    end = at + 60.0 if named and not named["second"] else at
+    return next((one for one in exact if at <= one <= end), end)
 
 
 def failure_advice(kind: str, said: str) -> str:
@@ -7253,7 +7351,7 @@ def watch_clock(context: Context, session: Session) -> None:
     left = session.born_at + context.settings.ready_seconds - time.monotonic()
     if left > 0:
         context.look_later(session, left + 0.05)
-    elif not session.facts.failure and not session.facts.dialog:
+    elif (not session.facts.failure or is_limited(session.facts)) and not session.facts.dialog:
         with session.changing("clock", "not ready in time") as change:
             change.set(failure=("error", "the agent shows no input box: attach and look, or kill the session"))
 
@@ -7278,7 +7376,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
             with session.changing("screen", reading.rule, told) as change:
                 change.set(dialog=reading)
                 if reading.kind == "rate_limited":
-                    change.columns["resets_at"] = parse_reset(reading.excerpt, seen_at) or session.row.resets_at
+                    change.columns["resets_at"] = limit_end(session, reading.excerpt, seen_at)
         return
     if facts.dialog and reading.kind in ("idle", "working"):
         with session.changing("screen", "the dialog is gone", told) as change:
@@ -7286,7 +7384,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         facts = session.facts
     if reading.kind == "idle" and not facts.ready:
         with session.changing("screen", "input box", told) as change:
-            change.set(ready=True, failure=None)
+            change.set(ready=True, failure=change.facts.failure if is_limited(change.facts) else None)
             change.tell("session.ready", name=session.row.name)
     elif facts.current:
         weigh_turn(session, reading, status, facts.current, seen_at)
@@ -8592,8 +8690,8 @@ def revive(context: Context, session: Session, prompt: Optional[str] = None) -> 
     kept = {key: value for key, value in row.launch.items() if key != "fork" or not carried_on}
     fresh: Json = dict(
         status="starting", reason=None, rule="api: resumed", since=now, ended_at=None, exit_code=None, screen=None,
-        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, resets_at=None, known={},
-        launch={**kept, "started": now})
+        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, known=kept_facts(session.facts),
+        resets_at=row.resets_at if is_limited(session.facts) else None, launch={**kept, "started": now})
     if session.agent.reports and not carried_on:
         fresh["conversation"] = str(uuid.uuid4())
     words, environment = agent_words(context, row._replace(**fresh))
@@ -8625,6 +8723,8 @@ def revive(context: Context, session: Session, prompt: Optional[str] = None) -> 
 
 WATCH_SECONDS = 1.0       # pause between two looks; shorter when a limit is
 RESET_GRACE = 2.0         # seconds after a usage limit's end: the account's clock is not ours
+CONTINUE_SECONDS, CONTINUE_MOST = 60.0, 1800.0   # from one try to go on after it to the next: doubled each time
+TIMER_SECONDS = 3.0      # between two tries to take the agent's own timer off
 CONTINUE_PROMPT = "The usage limit has been reset. Continue where you left off."
 
 
@@ -8649,6 +8749,8 @@ def check_idle(context: Context, session: Session, now: float) -> None:
     limit = session.row.limits.get("idleTimeout")
     if limit is None or session.row.status not in ("idle", "error", "rate_limited") or session.facts.prompts:
         session.rested_since = now
+    elif session.row.limits.get("resumeOnReset") and continue_due(session) is not None:
+        session.rested_since = now   # it waits for its account
     elif now - max(session.rested_since, session.output_at, session.alive_at) > limit:
         end_by_clock(context, session, f"it was idle for {limit:g} s (idleTimeout)")
 
@@ -8698,27 +8800,69 @@ def interrupt_quietly(context: Context, session: Session) -> None:
         interrupt(context, session)
 
 
+def continue_due(session: Session) -> Optional[float]:
+    """Tell when a session that met a usage limit may go on; None when it met none, or nobody said when it ends."""
+    row, facts = session.row, session.facts
+    if row.status != "rate_limited":
+        return None
+    ends = [] if row.resets_at is None else [row.resets_at + RESET_GRACE]
+    return max([*ends, facts.continue_at] if facts.continues else ends, default=None)
+
+
+def again_after(tries: int) -> float:
+    """Give the seconds from one try to go on after a usage limit to the next, by how many there were.
+
+    >>> [again_after(tries) for tries in (1, 2, 3, 9)]
+    [60.0, 120.0, 240.0, 1800.0]
+    """
+    return min(CONTINUE_MOST, CONTINUE_SECONDS * 2.0 ** min(tries - 1, 20))
+
+
 def check_reset(context: Context, session: Session, now: float) -> None:
-    """Continue a session whose usage limit has ended, if it was told to."""
-    row = session.row
-    if row.status != "rate_limited" or not row.limits.get("resumeOnReset") or row.resets_at is None:
+    """Continue a session whose usage limit has ended, if it was told to; else see that it does not by itself."""
+    facts = session.facts
+    if session.row.status != "rate_limited" or session.continuing:
         return
-    if time.time() < row.resets_at + RESET_GRACE or session.continuing or session.facts.prompts:
+    if not session.row.limits.get("resumeOnReset"):
+        if facts.dialog and not facts.waiting and now - session.cancelled_at > TIMER_SECONDS:
+            session.continuing, session.cancelled_at = True, now
+            spawn("aegis-reset", cancel_timer, context, session)
         return
-    session.continuing = True
-    spawn("aegis-reset", continue_session, context, session)
+    due = continue_due(session)
+    if due is not None and time.time() >= due and not facts.current:
+        session.continuing = True
+        spawn("aegis-reset", continue_session, context, session)
+
+
+def cancel_timer(context: Context, session: Session) -> None:
+    """Take off the agent's own timer behind a usage limit: nobody wanted the session to go on by itself."""
+    try:
+        with session.key_lock:
+            with session.changing("clock", "it is not to go on by itself (resumeOnReset)") as change:
+                change.set(failure=change.facts.failure or DIALOG_STATUS["rate_limited"])
+            if look(context, session).kind == "rate_limited":
+                press_once(context, session, "Escape")
+    except (ApiError, TmuxError) as error:
+        context.log.note("warning", "its own timer was not taken off", session=session.row.id, error=error)
+    finally:
+        session.continuing = False
 
 
 def continue_session(context: Context, session: Session) -> None:
-    """Close what the limit left on the screen, and send the agent on; its own timer fails where nobody is attached."""
+    """Close what the limit left on the screen, and send the agent on; its own timer fails where nobody is attached.
+
+    What waits in its queue sends it on as well.
+    """
     try:
         with session.key_lock:
             if look(context, session).kind == "rate_limited":
                 press_once(context, session, "Escape")
         with session.changing("clock", "the usage limit has ended") as change:
-            change.set(failure=None, dialog=None)
+            tries = change.facts.continues + 1
+            change.set(failure=None, dialog=None, continues=tries, continue_at=time.time() + again_after(tries))
             change.columns["resets_at"] = None
-            add_prompt(change, new_prompt(context, session.row.id, "prompt", CONTINUE_PROMPT))
+            if not change.facts.waiting:
+                add_prompt(change, new_prompt(context, session.row.id, "prompt", CONTINUE_PROMPT))
     except (ApiError, TmuxError) as error:
         context.log.note("warning", "not continued", session=session.row.id, error=error)
     finally:
@@ -13518,7 +13662,7 @@ def resume_all(context: Context, sessions: Sequence[Session]) -> None:
     def one(session: Session) -> None:
         try:
             with session.lock:
-                session.facts = Facts(prompts=session.facts.prompts)
+                session.facts = carried_facts(session.facts)
             expire_requests(context, session)
             revive(context, session)
         except (ApiError, OSError) as error:
@@ -13526,9 +13670,26 @@ def resume_all(context: Context, sessions: Sequence[Session]) -> None:
             with contextlib.suppress(ApiError):
                 finish(context, session, "exited", f"the box went down, and it could not be resumed: {error}")
     from concurrent.futures import ThreadPoolExecutor
-    for group in ([one_ for one_ in sessions if not one_.row.parent], [one_ for one_ in sessions if one_.row.parent]):
+    for group in generations(sessions):
         with ThreadPoolExecutor(BATCH_STARTS) as pool:
             list(pool.map(one, group))
+
+
+def carried_facts(facts: Facts) -> Facts:
+    """Give the facts that hold for a session's next agent, too: what waits, and the account's usage limit."""
+    kept = Facts(prompts=facts.prompts, continues=facts.continues, continue_at=facts.continue_at)
+    return kept._replace(failure=facts.failure) if is_limited(facts) else kept
+
+
+def generations(sessions: Sequence[Session]) -> List[List[Session]]:
+    """Part sessions into generations: those whose parent is not among them, their children, and so on."""
+    left, found = {one.row.id: one for one in sessions}, []
+    while left:
+        group = [one for one in left.values() if one.row.parent not in left] or list(left.values())
+        found.append(group)
+        for one in group:
+            del left[one.row.id]
+    return found
 
 
 def expire_requests(context: Context, session: Session) -> None:
@@ -19769,6 +19930,7 @@ class DemoAgent:
         self.resumed: Optional[Path] = None         # the transcript that a resumed conversation goes on in
         self.history = b""                          # what a fork's transcript begins with
         self.limit: List[str] = []                  # what the footer says of a usage limit
+        self.limited_until = self.limit_told = 0.0  # Unix time until which the account refuses everything, and says so
         self.more_tokens = 0                        # output of the next answer, for budgets
         self.part: Tuple[List[str], List[str]] = ([], [])   # as a reviewer: what to do, and the criteria
         self.wake_r, self.wake_w = os.pipe()
@@ -20158,6 +20320,8 @@ class DemoAgent:
         steps = DIRECTION.findall(prompt)
         if prompt.startswith(REVIEWER_HEAD.split("{")[0]):   # what it quotes is no direction
             steps = [("review", prompt)]
+        if time.time() < self.limited_until:
+            steps = [("limit", "0 again")]
         for index, (name, argument) in enumerate(steps):
             play = DIRECTIONS.get(name)
             ending = yield from (
@@ -20627,20 +20791,31 @@ class DemoAgent:
         return None
 
     def do_limit(self, argument: str) -> Script:
-        """Play [[limit]]: the account's usage limit is reached; [[limit SECONDS]] says until when."""
+        """Play [[limit]]: the account's usage limit is reached; [[limit SECONDS]] says until when.
+
+        [[limit SECONDS hold]] refuses every prompt until then, as an account does; [[limit SECONDS hold MORE]] for
+        longer than it says.
+        """
         yield 0.02
         if not argument:
             said = "You've hit your 5-hour limit · resets 3am (UTC)"
             self.say_lines([f"  ⎿  {said}"])
             self.report("StopFailure", error="rate_limit", last_assistant_message=said)
             return None
-        seconds = float(argument)
-        resets = time.gmtime(time.time() + seconds)
-        at = demo_clock(resets, seconds, "%M")
-        said = f"You've hit your 5-hour limit · resets {demo_clock(resets, seconds, '%M:%S')} (UTC)"
+        words = argument.split()
+        seconds = float(words[0])
+        ends = time.time() + seconds
+        if "hold" in words:
+            self.limited_until, self.limit_told = time.time() + float(words[-1].replace("hold", words[0])), ends
+        elif "again" in words:
+            ends = self.limit_told
+        at = demo_clock(time.gmtime(ends), seconds, "%M")
+        said = f"You've hit your 5-hour limit · resets {at} (UTC)"
         content = [{"type": "text", "text": said}]
-        self.write("assistant", isApiErrorMessage=True, error="rate_limit", apiErrorStatus=429, message={
-            "id": "x", "model": "<synthetic>", "role": "assistant", "usage": {}, "content": content})
+        about = {"status": "rejected", "resetsAt": int(ends) + 1, "rateLimitType": "five_hour"}
+        self.write("assistant", isApiErrorMessage=True, error="rate_limit", apiErrorStatus=429, quotaLimits=about,
+                   apiErrorParams={"rate_limit_info": about}, message={
+                       "id": "x", "model": "<synthetic>", "role": "assistant", "usage": {}, "content": content})
         told = f"Usage limit reached · set to continue automatically at {at}"
         self.write("system", subtype="informational", content=told, isMeta=False)
         self.say_lines([f"  ⎿  {said}", f"● {told}"])

@@ -4150,6 +4150,42 @@ def test_approve_with_always_allows_the_same_again(make):
     assert talk.server.events.of(talk.id, "permission.").count("permission.requested") == 1
 
 
+@alone
+def test_what_a_dialog_cannot_do_is_refused_and_no_key_is_pressed(house):
+    """After a restart nothing holds the requests of before, and their dialogs run what they show."""
+    own = house()
+    wishes = {"changed": "[[bash touch x]]", "always": "[[write a.txt x]]", "words": "[[bash touch y]]",
+              "plan": "[[plan First this.]]", "manual": "[[plan First this.]]", "no": "[[plan First this.]]"}
+    talks = {name: own.open(f"{first} [[say after]]", permissionMode="plan" if "plan" in first else "default")
+             for name, first in wishes.items()}
+    for talk in talks.values():
+        talk.wait(("permission.requested", "question.asked"))
+    own.crash()
+    own.start()
+    asked = {name: talk.ask("GET permissions")["pending"] for name, talk in talks.items()}
+    changed = talks["changed"].call("POST approve", {"updatedInput": {"command": "touch z"}})
+    assert (changed.status, changed.json["code"]) == (409, "CANNOT_CHANGE_INPUT")
+    assert "approved or rejected as it is" in changed.json["error"]
+    always = talks["always"].call("POST approve", {"always": True})
+    assert (always.status, always.json["code"]) == (409, "NO_SUCH_ROW") and "'Yes, and switch to accept" in \
+        always.json["error"]
+    assert talks["plan"].refusal("POST answer", {"answer": "Yes, and accept edits"}) == (409, "NO_SUCH_ROW")
+    assert talks["plan"].refusal("POST approve", {"updatedInput": {"plan": "else"}}) == (409, "CANNOT_CHANGE_INPUT")
+    for name in ("changed", "always", "plan"):
+        assert talks[name].ask("GET permissions")["pending"] == asked[name], "they stand as they stood"
+    assert talks["changed"].ask("POST approve", {})["decision"] == "approved"
+    assert talks["always"].ask("POST approve", {})["decision"] == "approved"
+    assert talks["words"].ask("POST reject", {"message": "use make\n  instead, please"})["decision"] == "rejected"
+    assert talks["plan"].ask("POST approve", {})["decision"] == "approved"
+    assert talks["manual"].ask("POST answer", {"answer": 2})["state"] == "approved"
+    assert talks["no"].ask("POST reject", {"message": "think\nagain"})["decision"] == "rejected"
+    for talk in talks.values():
+        talk.wait("session.idle")
+        assert talk.read()["output"] == "after"
+    assert "touch x" in talks["changed"].tools()[0] and "use make instead, please" in talks["words"].tools()[0]
+    assert "think again" in talks["no"].tools()[0]
+
+
 # ============================================================================
 # REPORTS. What hooks, screens and exits change.
 # ============================================================================
@@ -5838,6 +5874,7 @@ NOON = 1_790_000_000.0 - 1_790_000_000.0 % 86_400 + 43_200   # a noon in UTC
 @pytest.mark.parametrize("told, hours", [
     ("You've hit your 5-hour limit · resets 3pm (UTC)", 3), ("limit resets 3:30pm (UTC)", 3.5),
     ("resets 11am (UTC)", 23), ("resets 12am (UTC)", 12), ("resets 12pm (UTC)", 0), ("resets 11:55am (UTC)", -5 / 60),
+    ("Your limit will reset at 3pm (UTC).", 3), ("resets at 3:30pm (UTC)", 3.5),
     ("API Error: 500", None), ("resets soon", None), ("resets 13pm (UTC)", None), ("resets Foo 3 at 3pm (UTC)", None)])
 def test_when_a_usage_limit_ends_is_read_from_the_agents_words(told, hours):
     found = aegis.parse_reset(told, NOON)
@@ -5848,6 +5885,72 @@ def test_a_usage_limit_with_a_date_is_read():
     at = datetime.datetime.fromtimestamp(NOON, datetime.timezone.utc) + datetime.timedelta(days=3)
     told = f"resets {at:%b} {at.day} at 12pm (UTC)"
     assert aegis.parse_reset(told, NOON) == pytest.approx(at.timestamp())
+    for told in ("resets Jan 2, 2027, 3pm (UTC)", "resets Jan 2 2027 at 3pm (UTC)"):
+        ends = datetime.datetime(2027, 1, 2, 15, tzinfo=datetime.timezone.utc).timestamp()
+        assert aegis.parse_reset(told, NOON) == pytest.approx(ends)
+    assert aegis.parse_reset("resets Feb 30, 3pm (UTC)", NOON) is None
+
+
+def test_the_exact_end_of_a_usage_limit_is_read_from_the_transcript():
+    def read(**more: Any) -> Optional[float]:
+        line = {"type": "assistant", "isApiErrorMessage": True, **more,
+                "message": {"model": "<synthetic>", "content": [{"type": "text", "text": "resets 3pm"}]}}
+        return aegis.parse_line(json.dumps(line).encode())[0].resets
+    soon = int(time.time()) + 29
+    assert read(quotaLimits={"resetsAt": soon}) == read(apiErrorParams={"rate_limit_info": {"resetsAt": soon}}) == soon
+    for odd in (None, "x", True, -1, 1e300, [soon], {"resetsAt": soon}):
+        assert read(quotaLimits={"resetsAt": odd}) is None
+    assert read(quotaLimits="x", apiErrorParams="y") is None
+
+
+@alone
+def test_a_usage_limit_is_waited_for_to_its_end_and_nothing_goes_on_that_was_not_told_to(house):
+    own, began = house(), time.time()
+    wishes = {"patient": "4 hold", "queued": "4 hold", "refused": "2 hold 600", "reborn": "6 hold", "left": "900 hold"}
+    talks = {name: own.open(**({} if name == "left" else {"resumeOnReset": True})) for name in wishes}
+    for name, wish in wishes.items():
+        talks[name].send(f"[[limit {wish}]]")
+        talks[name].wait("session.rate_limited")
+    talks["patient"].ask("PATCH", {"idleTimeout": 1})
+    talks["queued"].send("[[say from the queue]]")
+    ends = eventually(lambda: [at for at in [moment(talks["left"].get()["resetsAt"])]
+                               if began + 900 <= at <= time.time() + 902])
+    assert ends, "the transcript knows it to the second"
+    eventually(lambda: "Automatic continue cancelled" in talks["left"].ask("GET pane")["text"])
+    assert talks["left"].status == "rate_limited" and talks["left"].get()["resetsAt"]
+    for name in ("patient", "queued"):
+        talks[name].wait("prompt.done", within=40)
+        assert time.time() > began + 4
+    assert talks["patient"].prompts() == ["[[limit 4 hold]]", aegis.CONTINUE_PROMPT], "once, and not before"
+    assert talks["queued"].prompts() == ["[[limit 4 hold]]", "[[say from the queue]]"]
+    eventually(lambda: (talks["refused"].get()["turns"], talks["refused"].status) == (2, "rate_limited"))
+    known = read_database(own, "SELECT known FROM sessions WHERE id = ?", talks["refused"].id)
+    assert known["continues"] == 1 and known["continue_at"] > time.time() + 20, "a minute later, and then two"
+    own.crash()
+    for pid in own.tmux("list-panes", "-a", "-F", "#{pane_pid}").split():
+        with contextlib.suppress(OSError):
+            os.killpg(int(pid), signal.SIGKILL)
+    own.tmux("kill-server")
+    own.flags = [*own.flags, "--resume-all"]
+    own.start()
+    talks["reborn"].wait("session.resumed")
+    done = talks["reborn"].wait("prompt.done", within=40)
+    assert talks["reborn"].prompts()[-1] == aegis.CONTINUE_PROMPT and done
+    found = talks["refused"].get()
+    assert (found["status"], found["turns"]) == ("rate_limited", 2), "its patience survives a reboot"
+    assert talks["left"].status == "rate_limited" and talks["left"].say("[[say told to]]")["output"] == "told to"
+
+
+def moment(told: str) -> float:
+    """Read a time as the API writes it."""
+    return datetime.datetime.fromisoformat(told.replace("Z", "+00:00")).timestamp()
+
+
+def read_database(own: Server, sql: str, *values: Any) -> Json:
+    """Read one JSON value from a running server's database."""
+    database = sqlite3.connect(str(next(own.state.glob("*.db"))))
+    with contextlib.closing(database):
+        return json.loads(database.execute(sql, values).fetchone()[0])
 
 
 # ============================================================================
@@ -11365,9 +11468,10 @@ def test_the_demo_agent_tells_until_when_a_limit_holds(actors):
     actor, began = actors(), time.time()
     actor.send("[[limit 90]]")
     told = eventually(lambda: actor.of("StopFailure"))[0]
-    said = re.fullmatch(r"You've hit your 5-hour limit · resets (\d+):(\d\d):(\d\d)([ap]m) \(UTC\)",
+    said = re.fullmatch(r"You've hit your 5-hour limit · resets (\d+(:\d\d)?[ap]m) \(UTC\)",
                         told["last_assistant_message"])
-    assert told["error"] == "rate_limit" and said and int(said[3]) in {int(began + 90 + late) % 60 for late in range(9)}
+    ends = {aegis.demo_clock(time.gmtime(began + 90 + late), 90, "%M") for late in range(9)}
+    assert told["error"] == "rate_limit" and said and said[1] in ends
     actor.see("⚠ Usage limit reached · limit resets")
     assert re.search(r"Continuing automatically at \S+[ap]m · Esc to cancel", actor.screen)
     assert actor.status == "idle" and not actor.of("Stop")
@@ -12756,6 +12860,7 @@ class FakeModel(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.heard: List[str] = []
         self.history: Dict[str, str] = {}     # prompt -> the whole conversation that came with it
         self.failures: Dict[str, int] = {}
+        self.limited_until, self.refused = 0, []   # type: int, List[str]
         self.ended = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -12800,6 +12905,11 @@ class Messages(BaseHTTPRequestHandler):
         if word == "call":      # $id: the first session's id that a tool has told
             told = re.search(r'"id\W+([0-9a-f]{12})\b', json.dumps(body["messages"]))
             rest = rest.replace("$id", told.group(1) if told else "none")
+        if word == "limit" and not self.server.limited_until:
+            self.server.limited_until = int(time.time()) + int(rest)
+        if time.time() < self.server.limited_until:
+            self.server.refused.append(prompt)
+            return self.refuse(self.server.limited_until)
         if word == "error":
             return self.fail(prompt, rest)
         if word == "both":
@@ -12816,10 +12926,21 @@ class Messages(BaseHTTPRequestHandler):
         kind = kinds.get(int(code), "api_error")
         self.plain(int(code), {"type": "error", "error": {"type": kind, "message": f"Fake {kind}"}})
 
-    def plain(self, status: int, value: Json) -> None:
+    def refuse(self, until: int) -> None:
+        """Refuse as an account does whose usage limit is reached."""
+        told = {"status": "rejected", "reset": until, "representative-claim": "five_hour", "5h-status": "rejected",
+                "5h-reset": until, "overage-status": "rejected", "overage-disabled-reason": "org_level_disabled"}
+        error = {"type": "rate_limit_error", "message": "This request would exceed your account's rate limit."}
+        self.plain(429, {"type": "error", "error": error}, {
+            "retry-after": str(max(1, until - int(time.time()))), "x-should-retry": "false",
+            **{f"anthropic-ratelimit-unified-{name}": str(value) for name, value in told.items()}})
+
+    def plain(self, status: int, value: Json, headers: Optional[Dict[str, str]] = None) -> None:
         """Send one JSON answer."""
         raw = json.dumps(value).encode()
         self.send_response(status)
+        for name, word in (headers or {}).items():
+            self.send_header(name, word)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
@@ -13245,15 +13366,21 @@ def test_real_dialogs_that_stand_after_a_restart_are_decided_by_keys(model):
     try:
         wishes = {"yes": "[[bash touch yes]] [[say after]]", "no": "[[bash touch no]] [[say after]]",
                   "words": "[[bash touch words]] [[say after]]", "asked": "[[ask]] [[say after]]",
-                  "pages": "[[asks]] [[say after]]", "free": "[[ask]] [[say after]]"}
-        talks = {name: own.open(prompt) for name, prompt in wishes.items()}
+                  "pages": "[[asks]] [[say after]]", "free": "[[ask]] [[say after]]",
+                  "plan": "[[plan First this.]] [[say after]]", "planned": "[[plan First this.]] [[say after]]"}
+        talks = {name: own.open(prompt, permissionMode="plan" if "plan" in name else "default")
+                 for name, prompt in wishes.items()}
         for talk in talks.values():
             talk.wait(("permission.requested", "question.asked"))
         own.crash()
         own.start()
+        assert talks["yes"].refusal("POST approve", {"updatedInput": {"command": "ls"}}) == (409, "CANNOT_CHANGE_INPUT")
         assert talks["yes"].ask("POST approve", {})["decision"] == "approved"
         assert talks["no"].ask("POST reject", {})["decision"] == "rejected"
-        assert talks["words"].ask("POST reject", {"message": "use make instead"})["decision"] == "rejected"
+        assert talks["words"].ask("POST reject", {"message": "use make\n  instead"})["decision"] == "rejected"
+        assert talks["plan"].refusal("POST answer", {"answer": "Yes, and accept edits"}) == (409, "NO_SUCH_ROW")
+        assert talks["plan"].ask("POST answer", {"answer": "Yes, manually approve edits"})["state"] == "approved"
+        assert talks["planned"].ask("POST answer", {"answer": "No, keep planning"})["state"] == "rejected"
         assert talks["asked"].ask("POST answer", {"answer": 2})["answers"] == [["Green"]]
         assert talks["pages"].refusal("POST answer", {"answers": ["Green", ["Huge"]]})[0] == 400
         talks["pages"].ask("POST answer", {"answers": ["Green", ["Small", "Large"]]})
@@ -13268,7 +13395,7 @@ def test_real_dialogs_that_stand_after_a_restart_are_decided_by_keys(model):
         assert all(word in told["pages"] for word in ("Green", "Small", "Large")) and "Medium" not in told["pages"]
         states = {name: talk.ask("GET permissions")["history"][0]["state"] for name, talk in talks.items()}
         assert states == {"yes": "approved", "no": "rejected", "words": "rejected", "asked": "approved",
-                          "pages": "approved", "free": "approved"}
+                          "pages": "approved", "free": "approved", "plan": "approved", "planned": "rejected"}
     finally:
         own.close()
 
@@ -13469,6 +13596,31 @@ def test_real_budget_interrupts_the_turn_that_passes_it(start):
     assert "maxTokens" in talk.wait("session.budget")["reason"]
     assert talk.wait("turn.ended")["outcome"] == "interrupted"
     assert talk.refusal("POST send", {"text": "more"}) == (409, "BUDGET_SPENT")
+
+
+@real_client
+def test_real_usage_limit_is_waited_for_to_the_second_and_the_clients_own_timer_is_taken_off():
+    account = FakeModel()
+    own = lab(account, CLAUDE_CODE_OAUTH_TOKEN="sk-ant-oat01-" + "a" * 80)
+    del own.env["ANTHROPIC_API_KEY"]   # such limits are those of a subscription
+    try:
+        own.start()
+        talks = [own.open(resumeOnReset=True), own.open()]
+        for talk, prompt in zip(talks, ("[[limit 15]]", "[[say never]]")):
+            talk.wait("session.ready", within=40)
+            talk.send(prompt)
+        for talk in talks:
+            talk.wait("session.rate_limited")
+        eventually(lambda: moment(talks[0].get()["resetsAt"]) == account.limited_until)
+        eventually(lambda: "Automatic continue cancelled" in talks[1].ask("GET pane")["text"])
+        talks[0].wait("prompt.done", within=60)
+        assert account.heard.count(aegis.CONTINUE_PROMPT) == 1 and time.time() >= account.limited_until
+        assert sorted(account.refused) == ["[[limit 15]]", "[[say never]]"], "nobody asked in vain"
+        assert talks[1].status == "rate_limited" and talks[1].say("[[say told to]]")["output"] == "told to"
+        assert not any("usage limit has reset" in prompt for prompt in account.heard), "nor did the client by itself"
+    finally:
+        own.close()
+        account.close()
 
 
 @real_client
