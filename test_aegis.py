@@ -4575,7 +4575,8 @@ def test_send_text_never_lets_a_commands_name_be_one(text, command):
 
 
 @pytest.mark.parametrize("waited, stashed, footer, again", [
-    (0.5, False, "? for shortcuts", False), (3.0, False, "? for shortcuts", True), (3.0, True, "? for shortcuts", False),
+    (0.5, False, "? for shortcuts", False), (3.0, False, "? for shortcuts", True),
+    (3.0, True, "? for shortcuts", False),
     (0.0, True, "Removed 3 invisible characters · review and press Enter to send", True)])
 def test_enter_is_pressed_again_only_when_it_cannot_send_what_somebody_else_wrote(waited, stashed, footer, again):
     reading = aegis.Reading("idle", "input box", "a draft", excerpt=footer)
