@@ -279,7 +279,7 @@ class Server:
             self.process.kill()
             self.process.wait(5)
         with contextlib.suppress(Exception):
-            for pid in self.tmux("list-panes", "-a", "-F", "#{pane_pid}").split():
+            for pid in self.tmux("list-panes", "-a", "-F", "#{?pane_dead,,#{pane_pid}}").split():
                 with contextlib.suppress(OSError):
                     os.killpg(int(pid), signal.SIGKILL)
             self.tmux("kill-server")
