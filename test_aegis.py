@@ -9389,6 +9389,29 @@ def test_list_audit_tells_of_keys_and_of_sessions(guarded):
 
 
 @alone
+def test_a_change_and_its_audit_row_are_both_there_or_neither_after_a_crash(house):
+    own = house()
+    sent, killed = [0], threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not killed.is_set():
+                own.ask("POST /v1/memory", {"key": f"k{sent[0]}", "value": 1})
+                sent[0] += 1
+    writer = threading.Thread(target=write)
+    writer.start()
+    eventually(lambda: sent[0] >= 30 and (own.state / "audit.head").exists())
+    own.crash()
+    killed.set()
+    writer.join(WITHIN)
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        keys = {row[0] for row in db.execute("SELECT key FROM memory")}
+        told = {row[0] for row in db.execute("SELECT target FROM audit WHERE action = 'POST /v1/memory'")}
+        assert keys == told and len(keys) >= sent[0]
+        assert aegis.verify_audit(db, [aegis.read_head((own.state / "audit.head").read_text())])[2] is None
+
+
+@alone
 def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
     own = house()
     own.ask("POST /v1/memory", {"key": "a", "value": 1})
@@ -9407,6 +9430,10 @@ def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
                          "UPDATE sqlite_sequence SET seq = 1 WHERE name = 'audit';")
     cut = run_aegis("audit", "verify", "--state-dir", str(own.state))
     assert cut.returncode == 1 and "end was cut off" in cut.stdout and "trigger" in cut.stdout
+    own.start()   # the next server keeps what was found, and says so for good
+    told = eventually(lambda: own.ask("GET /v1/audit?action=audit.broken")["entries"])[0]
+    assert told["details"]["kept"] == head and told["seq"] == 2
+    assert "was cut off or changed" in own.log.read_text() and (own.state / "audit.head.2").read_text().strip() == head
     assert run_aegis("audit", "verify", "--state-dir", "/nowhere").returncode == 2
     assert run_aegis("audit", "polish").returncode == 2
 
