@@ -1021,6 +1021,9 @@ MIGRATIONS = (
     CREATE TABLE telegram_topics (
         chat INTEGER NOT NULL, session TEXT NOT NULL, thread INTEGER NOT NULL, PRIMARY KEY (chat, session));
     """,
+    """
+    ALTER TABLE permissions ADD COLUMN cwd TEXT;
+    """,
 )
 
 
@@ -1105,6 +1108,7 @@ class PermissionRow(NamedTuple):
     asked_at: float
     decided_at: Optional[float]
     use: Optional[str] = None      # the agent's own id of the tool call
+    cwd: Optional[str] = None      # where the agent stood: a cd in one command holds for the next
 
 
 class TemplateRow(NamedTuple):
@@ -3032,9 +3036,9 @@ def after_sgr(sequence: str, dim: bool, reverse: bool) -> Tuple[bool, bool]:
     return dim, reverse
 
 
-RESET = re.compile(   # resets 3am (UTC), resets 3:16am, limit resets Nov 30 at 3pm (Europe/Berlin)
-    r"\bresets?(?: on)?(?: (?P<month>[A-Z][a-z]{2})[a-z]* (?P<day>\d{1,2})(?:,|,? at)?)? (?P<hour>\d{1,2})"
-    r"(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))? ?(?P<half>[ap]m)(?: \((?P<zone>[\w/+-]+)\))?"
+RESET = re.compile(   # resets 3am (UTC), resets at 3:16am, resets Nov 30 at 3pm (Europe/Berlin), Jan 2, 2027, 3pm
+    r"\bresets?(?: on)?(?: (?P<month>[A-Z][a-z]{2})[a-z]* (?P<day>\d{1,2})(?:,? (?P<year>\d{4}))?,?)?(?: at)?"
+    r" (?P<hour>\d{1,2})(?::(?P<minute>\d\d))?(?::(?P<second>\d\d))? ?(?P<half>[ap]m)(?: \((?P<zone>[\w/+-]+)\))?"
 )
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -3057,9 +3061,11 @@ def parse_reset(told: str, now: float) -> Optional[float]:
     try:
         at = today.replace(hour=hour, minute=int(match["minute"] or 0), second=int(match["second"] or 0), microsecond=0)
         if match["month"]:
-            at = at.replace(month=MONTHS.index(match["month"]) + 1, day=int(match["day"]))
-            return at.replace(year=at.year + (at.timestamp() < now - 86_400)).timestamp()
-    except ValueError:
+            at = at.replace(year=int(match["year"] or at.year), month=MONTHS.index(match["month"]) + 1,
+                            day=int(match["day"]))
+            past = at.timestamp() < now - 86_400 and not match["year"]
+            return at.replace(year=at.year + past).timestamp()
+    except (ValueError, OverflowError):
         return None
     return (at if at.timestamp() > now - 600 else at + datetime.timedelta(days=1)).timestamp()
 
@@ -3098,6 +3104,7 @@ QUICK_MESSAGES, QUICK_LINE = 100, 500_000   # what is read at once, in messages 
 TAIL_MOST = 32_000_000   # bytes of transcript that one read may go through
 
 
+RESET_MOST = 366 * 86_400.0   # seconds ahead: no usage limit lasts longer
 LOCAL_TEXT = re.compile(r"<(?:command-(?:name|message|args)|local-command-\w+|bash-(?:input|stdout|stderr))>")
 
 
@@ -3116,6 +3123,7 @@ class Entry(NamedTuple):
     usage: Optional[Json] = None
     final: bool = False          # an assistant text that ended its turn
     decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
+    resets: Optional[float] = None     # of an error: when the usage limit ends that was met
 
 
 def parse_line(raw: bytes, subagent: bool = False) -> List[Entry]:
@@ -3135,6 +3143,8 @@ def read_line(raw: bytes, subagent: bool) -> List[Entry]:
     if not isinstance(line, dict) or (line.get("isSidechain") and not subagent):
         return []
     kind = line.get("type")
+    if not isinstance(line.get("timestamp"), str):
+        line["timestamp"] = None
     if kind == "attachment":
         return _decision_entries(line)
     if kind == "system":
@@ -3189,7 +3199,7 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     at, message = line.get("timestamp"), line["message"]
     if line.get("isApiErrorMessage") or message.get("model") == "<synthetic>":
         told = "\n".join(str(block.get("text") or "") for block in blocks)
-        return [Entry("error", at, told)]
+        return [Entry("error", at, told, resets=_reset_of(line))]
     shared = dict(message=str(message.get("id") or ""), model=str(message.get("model") or ""))
     entries = [Entry("usage", at, usage=message.get("usage") or {}, **shared)]
     for block in blocks:
@@ -3207,6 +3217,16 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
                 )
             )
     return entries
+
+
+def _reset_of(line: Json) -> Optional[float]:
+    """Read when a usage limit ends, to the second, from the line of the error that it caused."""
+    params = line.get("apiErrorParams")
+    for told in (line.get("quotaLimits"), params.get("rate_limit_info") if isinstance(params, dict) else None):
+        at = told.get("resetsAt") if isinstance(told, dict) else None
+        if isinstance(at, (int, float)) and not isinstance(at, bool) and 0 < at < time.time() + RESET_MOST:
+            return float(at)
+    return None
 
 
 def _flat(content: Any) -> str:
@@ -3469,7 +3489,7 @@ MAX_FILES = 100         # files named by one simple command
 TOOL_KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "read": ("allowRead", ("Read", "Grep", "Glob", "LS", "NotebookRead")),
     "write": ("allowWrite", ("Write", "Edit", "MultiEdit", "NotebookEdit")),
-    "bash": ("allowBash", ("Bash",)),
+    "bash": ("allowBash", ("Bash", "PowerShell", "REPL")),
     "network": ("allowNetwork", ("WebFetch", "WebSearch")),
     "mcp": ("allowMcp", ("mcp__*",)),
     "other": ("allowOther", ()),
@@ -3478,11 +3498,13 @@ KIND_OF = {tool: kind for kind, (_, tools) in TOOL_KINDS.items() for tool in too
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")   # questions to a person: no flag answers them
 SAME_AS = {"Monitor": "Bash", "Task": "Agent"}         # tools that Claude Code judges by another's rules
 COVERS = {"Read": TOOL_KINDS["read"][1], "Edit": TOOL_KINDS["write"][1], "Write": TOOL_KINDS["write"][1]}
+ALSO_DENIES = {"Bash": TOOL_KINDS["bash"][1]}   # what a rule covers as well when it denies or asks
 CLIENT_NAMES = {tool.lower(): tool for tool in (*KIND_OF, "Agent", "Skill")}
 
 # tool -> the fields of its input that a pattern is compared with, the first one given
 SUBJECTS = {
-    "Bash": ("command",), "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
+    "Bash": ("command",), "PowerShell": ("command",), "REPL": ("code",),
+    "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
     "MultiEdit": ("file_path",), "NotebookEdit": ("notebook_path",), "NotebookRead": ("notebook_path",),
     "Grep": ("path",), "Glob": ("path",), "LS": ("path",), "WebFetch": ("url",),
     "Agent": ("subagent_type",), "Skill": ("skill", "command"),
@@ -3768,7 +3790,7 @@ def names(rule: Rule, tool: str) -> bool:
         return not (strict and tool in QUESTION_TOOLS)
     if ours.startswith("mcp__") and not ours.endswith("*"):
         return theirs == ours or (theirs.startswith(ours + "__") and "__" not in ours[5:])
-    return theirs in COVERS.get(ours, ()) or fits(ours, theirs)
+    return theirs in COVERS.get(ours, ()) or fits(ours, theirs) or (not strict and theirs in ALSO_DENIES.get(ours, ()))
 
 
 # -- texts with wildcards
@@ -3946,7 +3968,7 @@ HEADERS = frozenset(("for", "select", "foreach"))   # a list of words follows, n
 PLAIN = re.compile(r"""[^ \t\n;&|()<>\\'"$`*?\[{]+""")
 PLAIN_QUOTED = re.compile(r'[^"\\$`]+')
 BLANKS = re.compile(r"(?:[ \t]|\\\n)*")
-REDIRECTION = re.compile(r"\d*(&>>?|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
+REDIRECTION = re.compile(r"(?:\d*|\{\w+\})(&>>?|[<>](?:\\\n)*&(?:\\\n)*-|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
 # numbers and names with an operator between any two: no quote, no subscript, nothing nested, no command
 ARITHMETIC = re.compile(r"\(\([ \t]*(?:[\w$.]+[ \t]*)?(?:[+*/%=<>!&|^?:,;-][ \t]*(?:[\w$.]+[ \t]*)?)*\)\)")
 EMPTY_PARENTHESES = re.compile(r"\([ \t]*\)")
@@ -3992,7 +4014,7 @@ class Shell:
                 self.at += 1
                 self.here_documents()
             elif char in ";|" or (char == "&" and not REDIRECTION.match(self.text, self.at)):
-                self.at += 1
+                self.at += 2 if self.text.startswith("&!", self.at) else 1   # zsh: & and disown
             elif char == "(" and not ARITHMETIC.match(self.text, self.at):
                 self.nest()
             else:
@@ -4062,7 +4084,10 @@ class Shell:
 
     def redirection(self, found: "re.Match[str]", files: List[Tuple[str, Word]]) -> None:
         """Read a redirection; a file goes into files."""
-        self.at = BLANKS.match(self.text, found.end()).end()
+        self.at = found.end()
+        if "&" in found[1] and found[1].endswith("-"):   # it closes: what is glued to it is a word of its own
+            return
+        self.at = BLANKS.match(self.text, self.at).end()
         sign, word = found[1], self.word()
         if not word.raw:
             raise ShellError("a redirection to nothing")
@@ -4365,7 +4390,7 @@ def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], f
     opaque = any(map(is_opaque, found))
     files = [(tool, word) for tool, word in files if not HARMLESS_FILE.fullmatch(word.text)]
     named = [(tool, word) for reading in found for tool in FILE_PROGRAMS.get(program_of(reading), ())
-             for word in reading[1:] if word.literal and not word.text.startswith("-")]
+             for word in reading[1:] if not word.literal or not word.text.startswith("-")]
     if len(named) + len(files) > MAX_FILES:
         named, files = [], [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in named + files)]
     forms = tuple(dict.fromkeys(form for reading in found for form in forms_of(reading)))
@@ -4381,19 +4406,42 @@ def split_command(command: str) -> Tuple[Part, ...]:
     try:
         return tuple(Shell(command).script())
     except ShellError:
-        return (Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN))),)
+        return (unread(command),)
+
+
+def unread(command: str) -> Part:
+    """Give the one part of a command that cannot be taken apart."""
+    return Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN)))
 
 
 # -- decisions on shell commands
 
 
-class Line(NamedTuple):
-    """A command line to decide on."""
+class Line:
+    """A command line to decide on: its parts, and the directories that each may run in (None: any)."""
 
-    command: str
-    parts: Tuple[Part, ...]
-    places: Tuple[Optional[Tuple[str, ...]], ...]   # for each part, the directories it may run in; None: any
-    work_dir: str
+    def __init__(self, tool: str, command: Any, cwd: str, work_dir: str) -> None:
+        self.tool, self.command, self.work_dir = tool, command if isinstance(command, str) else "", work_dir
+        read = tool == "Bash" and isinstance(command, str)
+        self.parts = split_command(command) if read else (unread(self.command),)
+        self.places = tuple(places_of(self.parts, cwd))
+        self.found: Dict[Tuple[Word, Optional[Tuple[str, ...]]], List[Optional[Target]]] = {}
+
+    def targets(self, word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[Target]]:
+        """Find the files that a word may mean, once for each decision."""
+        if (word, places) not in self.found:
+            self.found[word, places] = targets_of(word, places)
+        return self.found[word, places]
+
+    def touched(self) -> Iterator[Tuple[Part, str, List[Optional[Target]]]]:
+        """Give the files that each part reads or writes: the part, Read or Write, and what may be meant."""
+        for part, places in zip(self.parts, self.places):
+            for tool, word in part.touches:
+                yield part, tool, self.targets(word, places)
+
+    def shown(self, part: Part) -> str:
+        """Give what a decision says of a part: nothing when it is the whole."""
+        return part.text if len(self.parts) > 1 else ""
 
 
 def places_of(parts: Sequence[Part], work_dir: str) -> Iterator[Optional[Tuple[str, ...]]]:
@@ -4433,41 +4481,63 @@ def targets_of(word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[T
 
 def certain_rule(policy: Policy, action: str, line: Line) -> Optional[Decision]:
     """Find a rule that denies, or asks about, a command line or a file that it touches."""
-    rules = rules_for(policy.rules, "Bash")[action]
+    rules = rules_for(policy.rules, line.tool)[action]
     whole = line.command.strip()
-    bare = re.sub(r"\\\n|[\\'\"\0]", "", whole) if any(part.opaque for part in line.parts) else None
+    bare = whole.replace("\\\n", "").translate(UNQUOTED) if any(part.opaque for part in line.parts) else None
     for rule in rules:
         pattern = rule.pattern and command_pattern(rule.pattern)
         if pattern is None or fits(pattern, whole):
             return decision(rule)
         if bare is not None and (mentions(pattern, whole) or mentions(pattern, bare)):
             return decision(rule)
-    for part, places in zip(line.parts, line.places):
-        shown = part.text if len(line.parts) > 1 else ""
+    for part in line.parts:
         for rule in rules:
             if any(fits(command_pattern(rule.pattern), form) for form in part.forms):
-                return decision(rule, shown)
-        for tool, word in part.touches:
-            for rule in rules_for(policy.rules, tool)[action]:
-                if rule.pattern is None or any(target is None or path_fits(rule, target, line.work_dir)
-                                               for target in targets_of(word, places)):
-                    return decision(rule, shown)
+                return decision(rule, line.shown(part))
+    for part, tool, targets in line.touched():
+        for rule in rules_for(policy.rules, tool)[action]:
+            if rule.pattern is None or any(one is None or path_fits(rule, one, line.work_dir) for one in targets):
+                return decision(rule, line.shown(part))
     return None
+
+
+UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
+
+
+def flag_denial(policy: Policy, line: Line) -> Optional[Decision]:
+    """Find a flag that denies the command, or what it does to a file."""
+    if policy.allow_bash is False:
+        return by_flag(policy, "bash")
+    for kind in {KIND_OF[tool] for part in line.parts for tool, _ in part.touches if not part.opaque}:
+        said = by_flag(policy, kind)
+        if said.behavior == "deny":
+            return said
+    return None
+
+
+def ask_about_files(policy: Policy, line: Line) -> Decision:
+    """Decide on the files of a command that may run: whether a flag asks about one of them."""
+    said = by_flag(policy, "bash")
+    if policy.allow_read == "ask" or policy.allow_write == "ask":
+        for part, tool, targets in line.touched():
+            for target in (targets or [None]) if not part.opaque else []:
+                about = decide_path(policy, tool, target, line.work_dir)
+                said = worst(said, about) if about.behavior == "ask" else said
+    return said
 
 
 def possible_rule(policy: Policy, line: Line) -> Optional[Decision]:
     """Find a rule that would deny or ask if an expansion gave the fitting text; that is a reason to ask."""
-    by_action = rules_for(policy.rules, "Bash")
-    for part, places in zip(line.parts, line.places):
+    by_action = rules_for(policy.rules, line.tool)
+    for part in line.parts:
         for rule in by_action["deny"] + by_action["ask"]:
             literal = command_pattern(rule.pattern or "").split("*")[0].rstrip() + " "
             if any(literal.startswith(known) for known in part.known):
                 return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
-        for tool, word in part.touches:
-            rules = rules_for(policy.rules, tool)
-            for rule in rules["deny"] + rules["ask"]:
-                if not targets_of(word, places):
-                    return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+    for part, tool, targets in line.touched():
+        rules = rules_for(policy.rules, tool)
+        for rule in rules["deny"] + rules["ask"] if not targets else []:
+            return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
     return None
 
 
@@ -4496,9 +4566,8 @@ def allows(pattern: str, words: Tuple[Word, ...]) -> bool:
 
 def decide_part(policy: Policy, line: Line, index: int) -> Decision:
     """Decide on one part of a command line that no rule denies or asks about."""
-    part, places = line.parts[index], line.places[index]
-    shown = part.text if len(line.parts) > 1 else ""
-    rule = allowing_rule(rules_for(policy.rules, "Bash")["allow"], part)
+    part, places, shown = line.parts[index], line.places[index], line.shown(line.parts[index])
+    rule = allowing_rule(rules_for(policy.rules, line.tool)["allow"], part)
     if rule:
         said = decision(rule, shown)
     elif (not part.words and not part.opaque and len(line.parts) > 1) or stays_inside(part, places, line.work_dir):
@@ -4506,7 +4575,7 @@ def decide_part(policy: Policy, line: Line, index: int) -> Decision:
     else:
         said = by_flag(policy, "bash")._replace(part=clip(shown, 200))
     for word in part.writes:
-        for target in targets_of(word, places) or [None]:
+        for target in line.targets(word, places) or [None]:
             write = decide_path(policy, "Write", target, line.work_dir)
             said = worst(said, write._replace(part=clip(part.text, 200)))
     return said
@@ -4521,23 +4590,22 @@ def stays_inside(part: Part, places: Optional[Tuple[str, ...]], work_dir: str) -
     return bool(found) and all(one and is_below(one.real, os.path.realpath(work_dir)) for one in found)
 
 
-def decide_shell(policy: Policy, command: Any, work_dir: str) -> Decision:
+def decide_shell(policy: Policy, line: Line, readable: bool) -> Decision:
     """Decide on a shell command: every part must be allowed, and one that is denied denies the whole."""
-    readable = isinstance(command, str)
-    parts = split_command(command) if readable else (Part("", opaque=True),)
-    line = Line(command if readable else "", parts, tuple(places_of(parts, work_dir)), work_dir)
-    denied = certain_rule(policy, "deny", line) or (by_flag(policy, "bash") if policy.allow_bash is False else None)
+    denied = certain_rule(policy, "deny", line) or flag_denial(policy, line)
     asked = denied or certain_rule(policy, "ask", line) or possible_rule(policy, line)
     if asked:
         return asked
-    exact = None if any(part.opaque for part in parts) else line.command.strip()
-    allowed = rules_for(policy.rules, "Bash")["allow"]
+    exact = None if any(part.opaque for part in line.parts) else line.command.strip()
+    allowed = rules_for(policy.rules, line.tool)["allow"]
     blanket = next((decision(rule) for rule in allowed if rule.pattern in (None, exact)), None)
     if not readable:
         return unreadable(blanket or by_flag(policy, "bash"), "the command")
-    if blanket or policy.allow_bash is True or not parts:
+    if blanket or not line.parts:
         return blanket or by_flag(policy, "bash")
-    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(parts))))
+    if policy.allow_bash is True:
+        return ask_about_files(policy, line)
+    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(line.parts))))
 
 
 # -- decisions
@@ -4585,13 +4653,72 @@ def decide_path(policy: Policy, tool: str, target: Optional[Target], work_dir: s
     """Decide on a tool that takes a file; one that cannot be told is never allowed."""
     if target is None:
         return unreadable(decide_plain(policy, tool, lambda rule: rule.action != "allow"), "the file")
-    return decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+    said = decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+    if said.behavior != "allow" or KIND_OF[tool] != "write" or is_boundless(policy) or not guarded(target, work_dir):
+        return said
+    exact = next((rule for rule in rules_for(policy.rules, tool)["allow"] if names_guarded(rule.pattern)
+                  and path_fits(rule, target, work_dir)), None)
+    return decision(exact) if exact else Decision("ask", f"what stands there may run as code, and {said.rule} allows")
 
 
-def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
-    """Find the file that a tool's input names; a search without one is in the working directory."""
+def is_boundless(policy: Policy) -> bool:
+    """Tell whether a policy lets the agent run whatever it likes, so that no file can give it more."""
+    flags = [getattr(policy, field) for field in FIELD_OF.values()]
+    return policy.allow_bash is True and not any(flag in (False, "ask") for flag in flags) and all(
+        rule.action == "allow" for rule in policy.rules)
+
+
+# names that make a program run what stands in the file, or below the directory: agents, git, editors, shells
+GUARDED = frozenset((
+    ".claude .claude.json .mcp.json .git .gitconfig .gitmodules .githooks .hg .svn .jj .husky .pre-commit-config.yaml "
+    "lefthook.yml .lefthook.yml .envrc .direnv .mise.toml mise.toml .vscode .vscode-server .idea .zed .cursor "
+    ".devcontainer .devcontainer.json .codex .gemini .aider.conf.yml .bashrc .bash_profile .bash_login .bash_logout "
+    ".bash_aliases .profile .login .zshrc .zshenv .zprofile .zlogin .kshrc .npmrc .yarnrc .yarnrc.yml .pnpmfile.cjs "
+    ".vimrc .exrc .nvimrc .nvim.lua .nvim .emacs .dir-locals.el .gdbinit .lldbinit .inputrc .tmux.conf .ssh").split())
+
+
+LINKED = (".git", ".claude", ".husky", ".vscode")   # of these, also where a link leads
+
+
+def guarded(target: Target, work_dir: str) -> bool:
+    """Tell whether a file may run as code by what it is called, or belongs to the repository of a directory."""
+    tops = (os.path.realpath(work_dir), os.path.normpath(work_dir))
+    for path in target:
+        top = next((one for one in tops if is_below(path, one)), "")   # what the caller chose to work in is no secret
+        if any(plain_name(name) in GUARDED for name in path[len(top):].split("/")):
+            return True
+    links = [os.path.realpath(path) for path in (f"{tops[0]}/{name}" for name in LINKED) if os.path.islink(path)]
+    return any(is_below(target.real, kept) for kept in (git_dir(tops[0]), *links) if kept)
+
+
+def plain_name(name: str) -> str:
+    """Bring a name into the form in which the most forgiving file system compares it."""
+    name = name if name.isascii() else "".join(
+        char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+    return name.casefold()
+
+
+def names_guarded(pattern: Optional[str]) -> bool:
+    """Tell whether a rule itself names a file that may run as code: without wildcards, so that it is meant."""
+    return bool(pattern) and not re.search(r"[*?\[]", pattern) and any(
+        plain_name(name) in GUARDED for name in pattern.split("/"))
+
+
+def git_dir(work_dir: str) -> Optional[str]:
+    """Find the directory that a .git file points to; None when there is no such file."""
+    try:
+        with open(os.open(f"{work_dir}/.git", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            told = file.read(MAX_PATH + 10) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+        found = re.match(rb"gitdir:\s*(.+?)\s*\Z", told, re.DOTALL)
+        return os.path.realpath(os.path.join(work_dir, os.fsdecode(found[1]))) if found else None
+    except (OSError, ValueError):
+        return None
+
+
+def path_of(tool: str, given: Json, cwd: str) -> Optional[Target]:
+    """Find the file that a tool's input names; a search without one is where the agent stands."""
     path = next((given[key] for key in SUBJECTS[tool] if given.get(key) is not None), None)
-    path = work_dir if path is None and tool in SEARCHES else path
+    path = cwd if path is None and tool in SEARCHES else path
     if not isinstance(path, str):
         return None
     pattern = given.get("pattern")
@@ -4600,7 +4727,7 @@ def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
         if ".." in pattern[len(plain[0]):].split("/"):
             return None
         path = os.path.join(os.path.expanduser(path), os.path.expanduser(plain[0] + plain[1]))
-    return locate(os.path.expanduser(path), work_dir) if path else None
+    return locate(os.path.expanduser(path), cwd) if path else None
 
 
 def host_of(url: str, strict: bool) -> str:
@@ -4626,15 +4753,16 @@ def decide_url(policy: Policy, url: Any) -> Decision:
     return decide_plain(policy, "WebFetch", covers)
 
 
-def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str) -> Decision:
-    """Decide whether an agent may use a tool in this way."""
+def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str, cwd: Optional[str] = None) -> Decision:
+    """Decide whether an agent may use a tool in this way; cwd is where it stands, when that is not work_dir."""
     tool = SAME_AS.get(tool, tool)
     given = given if isinstance(given, dict) else {}
-    kind = KIND_OF.get(tool)
+    kind, cwd = KIND_OF.get(tool), cwd or work_dir
     if kind == "bash":
-        return decide_shell(policy, given.get("command"), work_dir)
+        command = given.get(SUBJECTS[tool][0])
+        return decide_shell(policy, Line(tool, command, cwd, work_dir), isinstance(command, str))
     if kind in ("read", "write"):
-        return decide_path(policy, tool, path_of(tool, given, work_dir), work_dir)
+        return decide_path(policy, tool, path_of(tool, given, cwd), work_dir)
     if tool == "WebFetch":
         return decide_url(policy, given.get("url"))
     value = next((given[key] for key in SUBJECTS.get(tool, ()) if isinstance(given.get(key), str)), "")
@@ -4879,6 +5007,8 @@ class Facts(NamedTuple):
     failure: Optional[Tuple[str, str]] = None            # status and reason, until the next prompt
     stalled: Optional[str] = None                        # what it has waited for too long, until it shows life
     tasks: bool = False                                  # the last Stop told of background tasks that still run
+    continues: int = 0                                   # how often it was sent on after a usage limit, in vain so far
+    continue_at: float = 0.0                             # and when at the earliest again
 
     @property
     def current(self) -> Optional[PromptRow]:
@@ -4895,7 +5025,9 @@ class Facts(NamedTuple):
         return next((request for request in self.pending if request.id == request_id), None)
 
 
-KEPT_FACTS = ("ready", "failure", "stalled", "tasks")   # no screen, file or other row tells them again
+KEPT_FACTS = (   # no screen, file or other row tells them again
+    "ready", "failure", "stalled", "tasks", "continues", "continue_at",
+)
 
 
 def kept_facts(facts: Facts) -> Json:
@@ -4920,6 +5052,11 @@ class Verdict(NamedTuple):
 
 LIFE_SIGNS = ("hook", "terminal", "policy")   # evidence of these ends a silence; a transcript's is old already
 STALLABLE = ("working", "permission_prompt", "asking")   # states that too long a silence turns into `stalled`
+
+
+def is_limited(facts: Facts) -> bool:
+    """Tell whether the last turn failed by a usage limit; a session that is brought back still knows it."""
+    return facts.failure is not None and facts.failure[0] == "rate_limited"
 
 
 def judge(facts: Facts) -> Verdict:
@@ -4947,7 +5084,7 @@ def judge_life(facts: Facts) -> Verdict:
     if facts.busy:
         return Verdict("working", None, facts.busy)
     if not facts.ready:
-        status, reason = facts.failure or ("starting", None)
+        status, reason = ("starting", None) if is_limited(facts) else facts.failure or ("starting", None)
         return Verdict(status, reason, "no input box was seen yet")
     if facts.waiting:
         return Verdict("working", None, f"{facts.waiting[0].id} is on its way to the agent")
@@ -4997,7 +5134,6 @@ class Context:
         self.traffic: Any = None                       # see METRICS
         self.probes: Any = None                        # see DIAGNOSTICS
         self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
-        self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
         self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
         self.guard: Any = None                         # see OUTBOUND
         self.webhooks: Any = None                      # see COURIERS
@@ -5098,6 +5234,7 @@ class Session:
         self.widest = 0                      # bytes of the transcript's longest line, as far as it was read
         self.stashed = False                 # a person's draft was put aside, and comes back when ours is taken
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
+        self.cancelled_at = -math.inf      # monotonic time at which the agent's own timer was last taken off
         self.policy = stored_policy(row.policy)
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
@@ -5108,6 +5245,7 @@ class Session:
         self.files_unsaved: Dict[str, None] = {}
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
+        self.resets_told: Optional[float] = None   # the end of a usage limit, as the transcript last told it
         self.escape_at = 0.0
         self.unasked: Optional[Tuple[Reading, float]] = None   # a dialog that no hook told of, and since when it stands
         self.adopted_at = -math.inf        # monotonic time at which we took it over from the Aegis before us
@@ -5198,6 +5336,8 @@ class Change:
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now, self.session.last_outcome = time.time(), outcome
+        if outcome == "done" and self.facts.continues:
+            self.set(continues=0, continue_at=0.0)
         if prompt.state == "queued":
             prompt = self.prompt(prompt, state="submitted", submitted_at=now)
         if prompt.state == "submitted" and outcome == "done":
@@ -5884,6 +6024,18 @@ def digest(session: Session, entries: Sequence[Entry]) -> None:
         elif entry.kind in ("interrupt", "end"):
             session.settled_prompt = session.transcript_prompt
             _digest_end(session, entry)
+        elif entry.kind == "error" and entry.resets:
+            _digest_limit(session, entry.resets)
+
+
+def _digest_limit(session: Session, resets: float) -> None:
+    """Note the exact end of a usage limit: the agent's words round it down to the minute."""
+    session.resets_told = resets
+    facts, known = session.facts, session.row.resets_at
+    if session.row.status == "rate_limited" and known != resets and time.time() < resets and (
+            is_limited(facts) or facts.dialog):
+        with session.changing("transcript", "the usage limit's end", iso(resets) or "") as change:
+            change.columns["resets_at"] = resets
 
 
 def catch_up(session: Session) -> None:
@@ -6039,7 +6191,13 @@ def request_of(session: Session, body: Json) -> PermissionRow:
     return PermissionRow(
         new_id("perm-"), session.row.id, tool, given, summarise(tool, given), None, suggestions,
         str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None,
-        str(body["tool_use_id"]) if body.get("tool_use_id") else None)
+        str(body["tool_use_id"]) if body.get("tool_use_id") else None, standing_in(body.get("cwd")))
+
+
+def standing_in(told: Any) -> Optional[str]:
+    """Read the directory in which an agent says that it stands; None for what cannot be one."""
+    plain = isinstance(told, str) and told.startswith("/") and len(told) <= MAX_PATH and "\0" not in told
+    return told if plain and told.encode("utf-8", "ignore").decode() == told else None   # no half of a pair
 
 
 def summarise(tool: str, given: Json) -> str:
@@ -6098,7 +6256,7 @@ def ask_policy(session: Session, request: PermissionRow) -> Decision:
     """Ask the session's policy about a request; about a question to a person it has no opinion."""
     if request.tool in QUESTION_TOOLS:
         return Decision("none", "a question to a person")
-    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir, request.cwd)
 
 
 def decide_by_policy(session: Session, body: Json) -> Optional[Json]:
@@ -6424,7 +6582,8 @@ def batch_ended(session: Session, body: Json) -> None:
         if request.claim is None:
             settle(session, request.id, "answered_in_terminal", "terminal", "it was refused")
         elif request.claim == "rejected":
-            ours = not call_.get("tool_response") or str(request.message or "") in str(call_["tool_response"])
+            said = canonical(str(call_.get("tool_response") or ""))   # what is typed loses its line breaks
+            ours = not said or canonical(request.message or "") in said
             see_outcome(session, request, OURS if ours else TERMINAL)
         else:
             see_outcome(session, request, TERMINAL)
@@ -6574,7 +6733,15 @@ ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that mea
     "approved": lambda row: re.fullmatch(r"(?i)yes\.?", row.label) is not None,
     "always": lambda row: re.match(r"(?i)yes,? and (always|don.t ask)", row.label) is not None,
     "rejected": lambda row: re.match(r"(?i)no\b", row.label) is not None,
+    "acceptEdits": lambda row: re.match(r"(?i)yes\b.*accept edits", row.label) is not None,   # these two: of a plan
+    "manual": lambda row: re.fullmatch(r"(?i)yes(\.?|, manually approve.*|, and switch to default\b.*)", row.label)
+    is not None,
 }
+
+
+def is_field(row: Option) -> bool:
+    """Tell whether a row is there to be written into."""
+    return row.label.startswith(("Type something", "Tell Claude what to change"))
 
 
 def find_dialog(context: Context, session: Session, request_id: str) -> Optional[Reading]:
@@ -6597,12 +6764,12 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
             bound = find_dialog(context, session, request_id)
             if bound is None:
                 obeyed = False
+            elif row == "rejected" and place_of(bound, is_field) is not None:
+                obeyed = write_answer(context, session, bound, message or "Rejected by the user.", False)
             elif row == "rejected" and message:
                 obeyed = reject_with_words(context, session, bound, message)
             else:
                 obeyed = choose_row(context, session, bound, ROWS[row]) is not None
-                if row == "always" and not obeyed:
-                    obeyed = choose_row(context, session, bound, ROWS["approved"]) is not None
             request = session.facts.request(request_id)
             if request:
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
@@ -6640,18 +6807,54 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
     return False
 
 
+def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
+    """Name the row of ROWS that means a decision."""
+    if request.tool == "ExitPlanMode" and state == "approved":
+        modes = [one.get("mode") for one in decision.get("updatedPermissions", ())]
+        return "acceptEdits" if "acceptEdits" in modes else "manual"
+    return "always" if always else state
+
+
+def check_unchanged(request: PermissionRow, decision: Json) -> None:
+    """Refuse another input where only keys can decide: a dialog runs what it shows.  Raises ApiError 409."""
+    if decision.get("updatedInput") or ("updatedInput" in decision and request.tool != "ExitPlanMode"):
+        raise ApiError(409, "CANNOT_CHANGE_INPUT", "nothing holds this request open any more (Aegis was restarted, or "
+                       "its time was over): its dialog can only be approved or rejected as it is, without updatedInput")
+
+
+def check_row(context: Context, session: Session, request: PermissionRow, row: str, message: Optional[str]) -> None:
+    """Refuse a decision that a dialog has no row for, before a key is pressed.  Raises ApiError 409 naming the rows."""
+    plan = request.tool == "ExitPlanMode"
+    if row in ("approved", "rejected") and not (plan and message):
+        return   # every dialog has these
+    bound = find_dialog(context, session, request.id)
+    wanted = is_field if plan and row == "rejected" else ROWS[row]
+    if bound and place_of(bound, wanted) is None:
+        rows = ", ".join(repr(one.label) for one in bound.options)
+        what = "for words" if wanted is is_field else "to allow it for always" if row == "always" else "for this answer"
+        raise ApiError(409, "NO_SUCH_ROW", "nothing holds this request open any more (Aegis was restarted, or its time "
+                       f"was over), and its dialog has no row {what}: it offers {rows}")
+
+
 def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
            message: Optional[str] = None, always: bool = False, by: str = "api") -> PermissionRow:
     """Decide a request for a caller, through its held hook or else by keys.
 
     Gives the settled row.  Raises ApiError 409 when somebody else, or the terminal, was first.
     """
-    held = request.id in session.holds
-    if not claim(session, request.id, state, by, decision, message):
+    row = row_for(request, state, decision, always)
+    if request.id not in session.holds:
+        check_row(context, session, request, row, message)
+    with session.lock:
+        held = request.id in session.holds
+        if not held:
+            check_unchanged(request, decision)
+        claimed = claim(session, request.id, state, by, decision, message)
+    if not claimed:
         session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
         raise decided_refusal(session, request.id)
     if not held:
-        decide_on_screen(context, session, request.id, "always" if always else state, message)
+        decide_on_screen(context, session, request.id, row, message)
     return confirm_ours(session, request.id)
 
 
@@ -6766,8 +6969,8 @@ def answer_question(context: Context, session: Session, request: PermissionRow, 
     if request.tool == "ExitPlanMode":
         mode = None if free else PLAN_ANSWERS[given[0][0]]
         if mode is None:
-            words = given[0][0] if free else "Keep planning."
-            refusal = {"behavior": "deny", "message": words}
+            words = given[0][0] if free else None
+            refusal = {"behavior": "deny", "message": words or "Keep planning."}
             return decide(context, session, request, "rejected", refusal, words, by=by)
         modes = [{"type": "setMode", "mode": mode, "destination": "session"}]
         decision = {"behavior": "allow", "updatedInput": {}, "updatedPermissions": modes}
@@ -6799,10 +7002,10 @@ def write_answer(context: Context, session: Session, page: Reading, words: str, 
     for _ in range(len(page.options) + 1):
         reading = look(context, session)
         at = next((one for one in reading.options if one.selected), None)
-        if at and at.label.startswith("Type something"):
+        if at and is_field(at):
             break
         press_and_see(context, session, "Down")
-    if at is None or not at.label.startswith("Type something"):
+    if at is None or not is_field(at):
         return False
     type_into(context, session, [Stroke(" ".join(words.split()))])
     context.stopping.wait(0.2)
@@ -6953,10 +7156,24 @@ def on_failure(session: Session, body: Json) -> Answer:
                 change.end_prompt(prompt, "error", reason, said)
             change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
             if kind == "rate_limit":
-                change.columns["resets_at"] = parse_reset(said, time.time()) or session.row.resets_at
+                change.columns["resets_at"] = limit_end(session, said, time.time())
             session.stopped_at = time.time()
     session.context.look_later(session, 0.3)
     return {}
+
+
+def limit_end(session: Session, said: str, now: float) -> Optional[float]:
+    """Tell when a usage limit ends: exactly, when the transcript said so; else when the minute is over that was named.
+
+    An earlier end would have the agent sent on, and refused, within that minute.
+    """
+    at = parse_reset(said, now)
+    exact = [one for one in (session.resets_told, session.row.resets_at) if one is not None]
+    if at is None:
+        return next((one for one in exact if one > now), session.row.resets_at)
+    named = RESET.search(said)
+    end = at + 60.0 if named and not named["second"] else at
+    return next((one for one in exact if at <= one <= end), end)
 
 
 def failure_advice(kind: str, said: str) -> str:
@@ -7134,7 +7351,7 @@ def watch_clock(context: Context, session: Session) -> None:
     left = session.born_at + context.settings.ready_seconds - time.monotonic()
     if left > 0:
         context.look_later(session, left + 0.05)
-    elif not session.facts.failure and not session.facts.dialog:
+    elif (not session.facts.failure or is_limited(session.facts)) and not session.facts.dialog:
         with session.changing("clock", "not ready in time") as change:
             change.set(failure=("error", "the agent shows no input box: attach and look, or kill the session"))
 
@@ -7159,7 +7376,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
             with session.changing("screen", reading.rule, told) as change:
                 change.set(dialog=reading)
                 if reading.kind == "rate_limited":
-                    change.columns["resets_at"] = parse_reset(reading.excerpt, seen_at) or session.row.resets_at
+                    change.columns["resets_at"] = limit_end(session, reading.excerpt, seen_at)
         return
     if facts.dialog and reading.kind in ("idle", "working"):
         with session.changing("screen", "the dialog is gone", told) as change:
@@ -7167,7 +7384,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         facts = session.facts
     if reading.kind == "idle" and not facts.ready:
         with session.changing("screen", "input box", told) as change:
-            change.set(ready=True, failure=None)
+            change.set(ready=True, failure=change.facts.failure if is_limited(change.facts) else None)
             change.tell("session.ready", name=session.row.name)
     elif facts.current:
         weigh_turn(session, reading, status, facts.current, seen_at)
@@ -7556,7 +7773,7 @@ def run_git(directory: str, *words: str) -> str:
     """Run git without the repository's own hooks and monitors.  Raises ApiError 409 with what it said."""
     # What a hostile repository's configuration would run for us, it must not.
     safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.pager=cat")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "AEGIS_"))}
     try:
         done = subprocess.run(
             ["git", *safe, "-C", directory, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -8473,8 +8690,8 @@ def revive(context: Context, session: Session, prompt: Optional[str] = None) -> 
     kept = {key: value for key, value in row.launch.items() if key != "fork" or not carried_on}
     fresh: Json = dict(
         status="starting", reason=None, rule="api: resumed", since=now, ended_at=None, exit_code=None, screen=None,
-        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, resets_at=None, known={},
-        launch={**kept, "started": now})
+        secret=secrets.token_urlsafe(32), window=None, pane=None, pid=None, known=kept_facts(session.facts),
+        resets_at=row.resets_at if is_limited(session.facts) else None, launch={**kept, "started": now})
     if session.agent.reports and not carried_on:
         fresh["conversation"] = str(uuid.uuid4())
     words, environment = agent_words(context, row._replace(**fresh))
@@ -8506,6 +8723,8 @@ def revive(context: Context, session: Session, prompt: Optional[str] = None) -> 
 
 WATCH_SECONDS = 1.0       # pause between two looks; shorter when a limit is
 RESET_GRACE = 2.0         # seconds after a usage limit's end: the account's clock is not ours
+CONTINUE_SECONDS, CONTINUE_MOST = 60.0, 1800.0   # from one try to go on after it to the next: doubled each time
+TIMER_SECONDS = 3.0      # between two tries to take the agent's own timer off
 CONTINUE_PROMPT = "The usage limit has been reset. Continue where you left off."
 
 
@@ -8530,6 +8749,8 @@ def check_idle(context: Context, session: Session, now: float) -> None:
     limit = session.row.limits.get("idleTimeout")
     if limit is None or session.row.status not in ("idle", "error", "rate_limited") or session.facts.prompts:
         session.rested_since = now
+    elif session.row.limits.get("resumeOnReset") and continue_due(session) is not None:
+        session.rested_since = now   # it waits for its account
     elif now - max(session.rested_since, session.output_at, session.alive_at) > limit:
         end_by_clock(context, session, f"it was idle for {limit:g} s (idleTimeout)")
 
@@ -8579,27 +8800,69 @@ def interrupt_quietly(context: Context, session: Session) -> None:
         interrupt(context, session)
 
 
+def continue_due(session: Session) -> Optional[float]:
+    """Tell when a session that met a usage limit may go on; None when it met none, or nobody said when it ends."""
+    row, facts = session.row, session.facts
+    if row.status != "rate_limited":
+        return None
+    ends = [] if row.resets_at is None else [row.resets_at + RESET_GRACE]
+    return max([*ends, facts.continue_at] if facts.continues else ends, default=None)
+
+
+def again_after(tries: int) -> float:
+    """Give the seconds from one try to go on after a usage limit to the next, by how many there were.
+
+    >>> [again_after(tries) for tries in (1, 2, 3, 9)]
+    [60.0, 120.0, 240.0, 1800.0]
+    """
+    return min(CONTINUE_MOST, CONTINUE_SECONDS * 2.0 ** min(tries - 1, 20))
+
+
 def check_reset(context: Context, session: Session, now: float) -> None:
-    """Continue a session whose usage limit has ended, if it was told to."""
-    row = session.row
-    if row.status != "rate_limited" or not row.limits.get("resumeOnReset") or row.resets_at is None:
+    """Continue a session whose usage limit has ended, if it was told to; else see that it does not by itself."""
+    facts = session.facts
+    if session.row.status != "rate_limited" or session.continuing:
         return
-    if time.time() < row.resets_at + RESET_GRACE or session.continuing or session.facts.prompts:
+    if not session.row.limits.get("resumeOnReset"):
+        if facts.dialog and not facts.waiting and now - session.cancelled_at > TIMER_SECONDS:
+            session.continuing, session.cancelled_at = True, now
+            spawn("aegis-reset", cancel_timer, context, session)
         return
-    session.continuing = True
-    spawn("aegis-reset", continue_session, context, session)
+    due = continue_due(session)
+    if due is not None and time.time() >= due and not facts.current:
+        session.continuing = True
+        spawn("aegis-reset", continue_session, context, session)
+
+
+def cancel_timer(context: Context, session: Session) -> None:
+    """Take off the agent's own timer behind a usage limit: nobody wanted the session to go on by itself."""
+    try:
+        with session.key_lock:
+            with session.changing("clock", "it is not to go on by itself (resumeOnReset)") as change:
+                change.set(failure=change.facts.failure or DIALOG_STATUS["rate_limited"])
+            if look(context, session).kind == "rate_limited":
+                press_once(context, session, "Escape")
+    except (ApiError, TmuxError) as error:
+        context.log.note("warning", "its own timer was not taken off", session=session.row.id, error=error)
+    finally:
+        session.continuing = False
 
 
 def continue_session(context: Context, session: Session) -> None:
-    """Close what the limit left on the screen, and send the agent on; its own timer fails where nobody is attached."""
+    """Close what the limit left on the screen, and send the agent on; its own timer fails where nobody is attached.
+
+    What waits in its queue sends it on as well.
+    """
     try:
         with session.key_lock:
             if look(context, session).kind == "rate_limited":
                 press_once(context, session, "Escape")
         with session.changing("clock", "the usage limit has ended") as change:
-            change.set(failure=None, dialog=None)
+            tries = change.facts.continues + 1
+            change.set(failure=None, dialog=None, continues=tries, continue_at=time.time() + again_after(tries))
             change.columns["resets_at"] = None
-            add_prompt(change, new_prompt(context, session.row.id, "prompt", CONTINUE_PROMPT))
+            if not change.facts.waiting:
+                add_prompt(change, new_prompt(context, session.row.id, "prompt", CONTINUE_PROMPT))
     except (ApiError, TmuxError) as error:
         context.log.note("warning", "not continued", session=session.row.id, error=error)
     finally:
@@ -10007,6 +10270,7 @@ def sweep_runs(context: Context) -> None:
     """Prune, now and then: the body of its thread."""
     pause = 0.0
     while not context.stopping.wait(pause):
+        context.rounds["aegis-prune"] = time.monotonic()
         pause = PRUNE_SECONDS
         with contextlib.suppress(ApiError, OSError):
             pause = 0.05 if prune_runs(context, time.time()) >= PRUNED_AT_ONCE else PRUNE_SECONDS
@@ -11020,6 +11284,27 @@ class Group(NamedTuple):
     run: Optional[str] = None  # the run's state
 
 
+class StagePart(NamedTuple):
+    """What groups need to know of a stage: none of its texts."""
+
+    pipeline: str
+    name: str
+    depends_on: List[str]
+    state: str
+    session: Optional[str]
+    verify: Optional[str]
+    ended_at: Optional[float]
+
+
+class ReviewerPart(NamedTuple):
+    """What groups need to know of a reviewer."""
+
+    consensus: str
+    place: int
+    session: Optional[str]
+    ended_at: Optional[float]
+
+
 def live_rows(context: Context) -> Dict[str, SessionRow]:
     """Give the rows of all live sessions, as of now."""
     return {one.row.id: one.row for one in list(context.sessions.values()) if one.live}
@@ -11044,21 +11329,27 @@ def families(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
             for top, members in groups.items() if live.keys() & members.keys()]
 
 
-def runs_in_sight(context: Context, kind: Any, table: str, label: str, live: Mapping[str, SessionRow]) -> List[Any]:
-    """List the runs of a kind that are not over, or whose sessions live on."""
+def runs_in_sight(context: Context, kind: Any, part: Any, table: str, label: str,
+                  live: Mapping[str, SessionRow]) -> List[Tuple[Any, List[Any]]]:
+    """List the runs of a kind that are not over, or whose sessions live on, each with its parts."""
     kept = sorted({row.labels[label] for row in live.values() if label in row.labels})[:500]
-    marks = ", ".join("?" * len(kept))
-    return context.store.rows(kind, table, f"ended_at IS NULL OR id IN ({marks}) ORDER BY created_at", *kept)
+    where = f"ended_at IS NULL OR id IN ({', '.join('?' * len(kept))})"
+    parts, owner = RUN_PARTS[table]
+    found: Dict[str, List[Any]] = {}
+    for one in context.store.rows(part, parts, f"{owner} IN (SELECT id FROM {table} WHERE {where}) ORDER BY place",
+                                  *kept):
+        found.setdefault(getattr(one, owner), []).append(one)
+    runs = context.store.rows(kind, table, f"{where} ORDER BY created_at", *kept)
+    return [(row, found.get(row.id, [])) for row in runs]
 
 
 def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
     """Make a group of each pipeline: stages wait for those they depend on."""
     groups = []
-    for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
-        stages = stages_of(context, row.id)
+    for row, stages in runs_in_sight(context, PipelineRow, StagePart, "pipelines", "pipeline", live):
         over = {one.name for one in stages if one.ended_at is not None}
-        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
-                 for name in one.depends_on if name not in over]
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages
+                             if one.state == "waiting" for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
         members = {one.session: one.name for one in stages[::-1] if one.session}
@@ -11070,11 +11361,10 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
 def consensus_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
     """Make a group of each consensus review: the verdict waits for its reviewers."""
     groups = []
-    for row in runs_in_sight(context, ConsensusRow, "consensus", "consensus", live):
-        reviewers = reviewers_of(context, row.id)
+    for row, reviewers in runs_in_sight(context, ConsensusRow, ReviewerPart, "consensus", "consensus", live):
         open_ = [one for one in reviewers if one.ended_at is None]
-        waits = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
-                 for one in open_]
+        waits: List[Json] = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
+                             for one in open_]
         members = {row.session: "reviewed", **{one.session: f"reviewer {one.place + 1}" for one in reviewers
                                                if one.session}}
         groups.append(Group("consensus", row.id, ", ".join(row.criteria), row.created_at, members, waits,
@@ -12268,8 +12558,11 @@ class Webhooks:
                 if row.name not in given:
                     self.remove(row)
             for name, fields in given.items():
-                self.take_given(name, fields)
-            for row in self.context.store.rows(WebhookRow, "webhooks"):
+                try:
+                    self.take_given(name, fields)
+                except ApiError as error:
+                    self.context.log.note("error", f"a webhook of AEGIS_WEBHOOKS is not made: {error}", name=name)
+            for row in all_webhooks(self.context):
                 self.employ(row)
 
     def take_given(self, name: str, fields: Json) -> None:
@@ -12383,6 +12676,11 @@ def webhook_fields(events: Sequence[str], url: str, session: Optional[str], labe
             raise faulty({field: str(error)}) from None
     return {"url": url, "types": list(events), "session": session, "labels": dict(labels or {}),
             "secret": secret or new_signing_secret()}
+
+
+def all_webhooks(context: Context) -> List[WebhookRow]:
+    """List the endpoints, oldest first."""
+    return context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
 
 
 def find_webhook(context: Context, webhook_id: str) -> WebhookRow:
@@ -13074,7 +13372,8 @@ def react(bot: Telegram, update_: Json) -> Tuple[List[Statement], str]:
     thread = message.get("message_thread_id") if message.get("is_topic_message") else None
     heard = Heard(bot, int(update_["update_id"]), chat, user, thread, message["chat"].get("type") == "private", message)
     try:
-        return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
+        with acting(Act(AuditEntry("telegram.press" if query else "telegram.message", heard.by))):
+            return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
     except ApiError as error:
         if error.status >= 500:
             raise
@@ -13363,7 +13662,7 @@ def resume_all(context: Context, sessions: Sequence[Session]) -> None:
     def one(session: Session) -> None:
         try:
             with session.lock:
-                session.facts = Facts(prompts=session.facts.prompts)
+                session.facts = carried_facts(session.facts)
             expire_requests(context, session)
             revive(context, session)
         except (ApiError, OSError) as error:
@@ -13371,9 +13670,26 @@ def resume_all(context: Context, sessions: Sequence[Session]) -> None:
             with contextlib.suppress(ApiError):
                 finish(context, session, "exited", f"the box went down, and it could not be resumed: {error}")
     from concurrent.futures import ThreadPoolExecutor
-    for group in ([one_ for one_ in sessions if not one_.row.parent], [one_ for one_ in sessions if one_.row.parent]):
+    for group in generations(sessions):
         with ThreadPoolExecutor(BATCH_STARTS) as pool:
             list(pool.map(one, group))
+
+
+def carried_facts(facts: Facts) -> Facts:
+    """Give the facts that hold for a session's next agent, too: what waits, and the account's usage limit."""
+    kept = Facts(prompts=facts.prompts, continues=facts.continues, continue_at=facts.continue_at)
+    return kept._replace(failure=facts.failure) if is_limited(facts) else kept
+
+
+def generations(sessions: Sequence[Session]) -> List[List[Session]]:
+    """Part sessions into generations: those whose parent is not among them, their children, and so on."""
+    left, found = {one.row.id: one for one in sessions}, []
+    while left:
+        group = [one for one in left.values() if one.row.parent not in left] or list(left.values())
+        found.append(group)
+        for one in group:
+            del left[one.row.id]
+    return found
 
 
 def expire_requests(context: Context, session: Session) -> None:
@@ -13631,7 +13947,7 @@ def keep_books(context: Context) -> None:
         check_head(context)
     note_head(context)
     while not context.stopping.wait(pause):
-        pause = HEAD_SECONDS
+        pause, context.rounds["aegis-books"] = HEAD_SECONDS, time.monotonic()
         try:
             write_books(context)
         except (ApiError, OSError) as error:
@@ -14005,7 +14321,7 @@ DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the f
 TMUX_AT_LEAST = (3, 0)
 NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
-           "aegis-consensus")
+           "aegis-consensus", "aegis-prune", "aegis-books")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
                "CLAUDE_CODE_USE_VERTEX")
 SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
@@ -14026,14 +14342,21 @@ def without_secrets(text_: str, secrets_: Iterable[str] = ()) -> str:
     """Take secrets out of a text: those that are known, and what looks like one."""
     for secret in secrets_:
         text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
-    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", text_)
+    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", masked(text_))
 
 
 def known_secrets(context: Context) -> List[str]:
     """List the secrets that no answer may hold."""
-    chosen = [getattr(context.settings, one.name) for one in SETTINGS if one.secret]
-    given = [value for one in chosen for value in (one if isinstance(one, tuple) else (one,)) if isinstance(value, str)]
-    return [one for one in (*given, *(s.row.secret for s in list(context.sessions.values()))) if one]
+    given = [one for setting in SETTINGS if setting.secret for one in texts_in(getattr(context.settings, setting.name))]
+    return [one for one in (*given, *(session.row.secret for session in list(context.sessions.values()))) if one]
+
+
+def texts_in(value: Any) -> List[str]:
+    """List the texts in a setting's value, whatever its shape; names of an object are none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text_ for one in value for text_ in texts_in(one)] if isinstance(value, (list, tuple)) else (
+        [value] if isinstance(value, str) else [])
 
 
 def settings_view(context: Context) -> List[Json]:
@@ -14192,16 +14515,18 @@ def file_size(path: Path) -> Optional[int]:
 
 
 def queues_view(context: Context) -> Json:
-    """Tell what waits: prompts, held requests, events, log lines, and what other rooms have queued."""
+    """Tell what waits: prompts, held requests, events, log lines, and what channels have still to send."""
     live, listeners = list(context.sessions.values()), list(context.bus.listeners)
     lags = [one.queue.qsize() for one in listeners]
+    hooks = context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    channels = [context.telegram.health(), *(webhook_health(context, row) for row in hooks)]
     return {
         "prompts": sum(len(one.facts.waiting) for one in live), "holds": sum(len(one.holds) for one in live),
         "pending": sum(len(one.facts.pending) for one in live),
         "events": {"listeners": len(listeners), "maxLag": max(lags, default=0), "limit": BUS_QUEUE,
                    "last": context.bus.last},
         "log": {"lines": len(context.log.lines), "dropped": context.log.dropped},
-        **{name: count() for name, count in context.queues.items()},
+        "channels": [{name: one[name] for name in ("channel", "name", "state", "queueLength")} for one in channels],
     }
 
 
@@ -15954,10 +16279,10 @@ def get_diagnostics(ask: Ask, full: bool) -> Any:
     return Later(lambda: diagnostics(ask.context, full))
 
 
-def list_webhooks(ask: Ask) -> Json:
+def list_webhooks(ask: Ask) -> Any:
     """List the webhooks, and how each fares."""
-    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    return {"webhooks": [wire_webhook(ask.context, row) for row in rows]}
+    rows = all_webhooks(ask.context)
+    return Later(lambda: {"webhooks": [wire_webhook(ask.context, row) for row in rows]})   # counts long queues
 
 
 def create_webhook(ask: Ask, name: Optional[str], url: str, events: List[str], session: Optional[str],
@@ -16033,12 +16358,15 @@ def delete_dead_letter(ask: Ask, id: str) -> Json:
     return {"id": letter.id, "deleted": True}
 
 
-def get_channel_health(ask: Ask) -> Json:
+def get_channel_health(ask: Ask) -> Any:
     """Tell how each channel fares: state, last success, last error, queue length."""
-    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
-    well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
-    return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
+    rows = all_webhooks(ask.context)
+
+    def work() -> Json:
+        channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
+        well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
+        return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
+    return Later(work) if rows else work()
 
 
 # -- keys, tokens for streams, the audit log
@@ -17251,6 +17579,8 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
         path = owned_path(route.route.partition(" ")[2])
         check_owner(ask.context, ask.who, path, str(words.get("id") or given.get("id")))
+    if route.whole_body and body is None and not route.raw and route.scope != "hook":
+        raise faulty({route.whole_body: "is required, as the JSON body; {} is an empty one, and says so"})
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
@@ -19617,6 +19947,7 @@ class DemoAgent:
         self.resumed: Optional[Path] = None         # the transcript that a resumed conversation goes on in
         self.history = b""                          # what a fork's transcript begins with
         self.limit: List[str] = []                  # what the footer says of a usage limit
+        self.limited_until = self.limit_told = 0.0  # Unix time until which the account refuses everything, and says so
         self.more_tokens = 0                        # output of the next answer, for budgets
         self.part: Tuple[List[str], List[str]] = ([], [])   # as a reviewer: what to do, and the criteria
         self.wake_r, self.wake_w = os.pipe()
@@ -20006,6 +20337,8 @@ class DemoAgent:
         steps = DIRECTION.findall(prompt)
         if prompt.startswith(REVIEWER_HEAD.split("{")[0]):   # what it quotes is no direction
             steps = [("review", prompt)]
+        if time.time() < self.limited_until:
+            steps = [("limit", "0 again")]
         for index, (name, argument) in enumerate(steps):
             play = DIRECTIONS.get(name)
             ending = yield from (
@@ -20475,20 +20808,31 @@ class DemoAgent:
         return None
 
     def do_limit(self, argument: str) -> Script:
-        """Play [[limit]]: the account's usage limit is reached; [[limit SECONDS]] says until when."""
+        """Play [[limit]]: the account's usage limit is reached; [[limit SECONDS]] says until when.
+
+        [[limit SECONDS hold]] refuses every prompt until then, as an account does; [[limit SECONDS hold MORE]] for
+        longer than it says.
+        """
         yield 0.02
         if not argument:
             said = "You've hit your 5-hour limit · resets 3am (UTC)"
             self.say_lines([f"  ⎿  {said}"])
             self.report("StopFailure", error="rate_limit", last_assistant_message=said)
             return None
-        seconds = float(argument)
-        resets = time.gmtime(time.time() + seconds)
-        at = demo_clock(resets, seconds, "%M")
-        said = f"You've hit your 5-hour limit · resets {demo_clock(resets, seconds, '%M:%S')} (UTC)"
+        words = argument.split()
+        seconds = float(words[0])
+        ends = time.time() + seconds
+        if "hold" in words:
+            self.limited_until, self.limit_told = time.time() + float(words[-1].replace("hold", words[0])), ends
+        elif "again" in words:
+            ends = self.limit_told
+        at = demo_clock(time.gmtime(ends), seconds, "%M")
+        said = f"You've hit your 5-hour limit · resets {at} (UTC)"
         content = [{"type": "text", "text": said}]
-        self.write("assistant", isApiErrorMessage=True, error="rate_limit", apiErrorStatus=429, message={
-            "id": "x", "model": "<synthetic>", "role": "assistant", "usage": {}, "content": content})
+        about = {"status": "rejected", "resetsAt": int(ends) + 1, "rateLimitType": "five_hour"}
+        self.write("assistant", isApiErrorMessage=True, error="rate_limit", apiErrorStatus=429, quotaLimits=about,
+                   apiErrorParams={"rate_limit_info": about}, message={
+                       "id": "x", "model": "<synthetic>", "role": "assistant", "usage": {}, "content": content})
         told = f"Usage limit reached · set to continue automatically at {at}"
         self.write("system", subtype="informational", content=told, isMeta=False)
         self.say_lines([f"  ⎿  {said}", f"● {told}"])
@@ -21567,7 +21911,7 @@ def as_request(route: Route, values: Mapping[str, Any]) -> Tuple[str, str, Optio
         lambda found: urllib.parse.quote(str(values[found.group(1)]), "/" if found.group()[0] == "*" else ""), path)
     rest = {name: value for name, value in values.items() if name not in inside}
     if route.whole_body:
-        return method, path, rest.get(route.whole_body) or {}
+        return method, path, rest.get(route.whole_body)
     if method != "GET":
         return method, path, rest or None
     words = {name: value if isinstance(value, str) else dump(value) for name, value in rest.items()
@@ -22972,7 +23316,7 @@ def message_text(terminal: Terminal, message: Json) -> str:
     line = progress_line(message)
     if line:
         return terminal.paint(safe_text(line), "dim")
-    who = "you" if message["role"] == "user" else message["role"]
+    who = "you" if message["role"] == "user" else safe_line(message["role"])
     return f"{terminal.paint(who, 'bold')}  {safe_text(message['text'])}"
 
 
@@ -22980,9 +23324,9 @@ def event_line(terminal: Terminal, event: Json) -> str:
     """Lay an event out as one line: when, what, where, and what else it carries."""
     rest = {name: value for name, value in event.items() if name not in ("id", "type", "sessionId", "timestamp")
             and not isinstance(value, (dict, list)) and value is not None}
-    words = " ".join(f"{name}={safe_line(value)}" for name, value in rest.items())
+    words = " ".join(f"{safe_line(name)}={safe_line(value)}" for name, value in rest.items())
     kind = terminal.paint(safe_line(event["type"]).ljust(26), "bold")
-    line = f"{event.get('timestamp', '')}  {kind}  {event.get('sessionId') or '-':12}  {words}"
+    line = f"{safe_line(event.get('timestamp'))}  {kind}  {safe_line(event.get('sessionId')):12}  {words}"
     return line if terminal.room() is None else fit(line, (terminal.room() or 80) + (8 if terminal.moves else 0))
 
 
@@ -23286,7 +23630,7 @@ EVERY_VERB = (
     Verb("ls", list_live, "GET /v1/sessions", hidden=("page", "limit"), more=(
         (("-a", "--all"), {"action": "store_true", "help": "those that ended, too"}),
         (("-n", "--number"), {"type": int, "default": 200, "metavar": "N", "help": "at most so many (default: 200)"}),
-        *WATCH)),
+        *WATCH), about="List the sessions that live, newest first, or all of them."),
     Verb("show", do_row, "GET /v1/sessions/:id"),
     Verb("read", read_output, "GET /v1/sessions/:id/read", more=(
         (("-m", "--messages"), {"action": "store_true", "help": "print the last messages, not the answer alone"}),)),
