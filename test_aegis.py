@@ -9562,6 +9562,25 @@ def test_streams_tell_a_key_of_its_own_things_alone_also_in_replay(guarded, two)
         stream.close()
 
 
+def test_post_mcp_gives_a_key_no_more_than_its_rows_do(guarded, two):
+    mine, _, ours, theirs = two
+    accept = {"Accept": "application/json, text/event-stream"}
+
+    def tool(name: str, headers: Json, **arguments: Any) -> Json:
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
+        return guarded.ask("POST /mcp", message, {**accept, **headers})["result"]["structuredContent"]
+    assert tool("get_session", mine, id=ours.id)["id"] == ours.id
+    for name in ("get_session", "read_pane", "list_queue"):
+        assert tool(name, mine, id=theirs.id)["code"] == "SESSION_NOT_FOUND"
+    assert [one["id"] for one in tool("list_sessions", mine)["sessions"]].count(theirs.id) == 0
+    reader = bearer(mint(guarded, "sessions:read"))
+    assert tool("set_memory", reader, key="x", value=1)["missingScope"] == "memory:write"
+    assert tool("set_memory", mine, key="by/mcp", value=1)["key"] == "by/mcp"
+    told = guarded.ask("GET /v1/audit?action=POST%20/v1/memory")["entries"][0]
+    assert (told["target"], told["address"]) == ("by/mcp", "127.0.0.1") and told["who"].startswith("key-")
+    assert guarded.refusal("POST /mcp", {}, accept, auth=False) == (401, "UNAUTHORIZED")
+
+
 def test_no_prompt_reads_the_memory_for_a_key_that_may_not(guarded):
     key = bearer(mint(guarded, "sessions:read", "sessions:write"))
     guarded.ask("POST /v1/memory", {"key": "hidden", "value": "treasure"})
