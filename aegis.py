@@ -13942,10 +13942,12 @@ class App:
 
 def keep_books(context: Context) -> None:
     """Write now and then what is not worth a write of its own: the body of its thread."""
-    noted = 0
+    noted, pause = context.bus.head[0], 0.0
+    with contextlib.suppress(ApiError, OSError):
+        check_head(context)
     note_head(context)
-    while not context.stopping.wait(HEAD_SECONDS):
-        context.rounds["aegis-books"] = time.monotonic()
+    while not context.stopping.wait(pause):
+        pause, context.rounds["aegis-books"] = HEAD_SECONDS, time.monotonic()
         try:
             write_books(context)
         except (ApiError, OSError) as error:
@@ -13953,6 +13955,21 @@ def keep_books(context: Context) -> None:
         if context.bus.head[0] >= noted + HEAD_NOTED:
             noted = context.bus.head[0]
             note_head(context)
+
+
+def check_head(context: Context) -> None:
+    """Hold the audit log against the head that the last server kept; what does not fit is told before it is lost."""
+    file = context.state_dir / HEAD_FILE
+    try:
+        seq, digest = read_head(read_tail(file))
+    except ValueError:
+        return   # there is none yet
+    found = context.store.value("SELECT hash FROM audit WHERE seq = ?", seq) if seq else digest
+    if found != digest:
+        about = {"kept": head_text(seq, digest), "found": head_text(*context.bus.head)}
+        context.log.note("error", "the audit log was cut off or changed while no server was at it", **about)
+        os.replace(file, file.with_name(f"{HEAD_FILE}.{seq}"))
+        context.bus.commit((), (), [AuditEntry("audit.broken", "aegis", about=about)])
 
 
 def write_books(context: Context) -> None:

@@ -9562,6 +9562,25 @@ def test_streams_tell_a_key_of_its_own_things_alone_also_in_replay(guarded, two)
         stream.close()
 
 
+def test_post_mcp_gives_a_key_no_more_than_its_rows_do(guarded, two):
+    mine, _, ours, theirs = two
+    accept = {"Accept": "application/json, text/event-stream"}
+
+    def tool(name: str, headers: Json, **arguments: Any) -> Json:
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
+        return guarded.ask("POST /mcp", message, {**accept, **headers})["result"]["structuredContent"]
+    assert tool("get_session", mine, id=ours.id)["id"] == ours.id
+    for name in ("get_session", "read_pane", "list_queue"):
+        assert tool(name, mine, id=theirs.id)["code"] == "SESSION_NOT_FOUND"
+    assert [one["id"] for one in tool("list_sessions", mine)["sessions"]].count(theirs.id) == 0
+    reader = bearer(mint(guarded, "sessions:read"))
+    assert tool("set_memory", reader, key="x", value=1)["missingScope"] == "memory:write"
+    assert tool("set_memory", mine, key="by/mcp", value=1)["key"] == "by/mcp"
+    told = guarded.ask("GET /v1/audit?action=POST%20/v1/memory")["entries"][0]
+    assert (told["target"], told["address"]) == ("by/mcp", "127.0.0.1") and told["who"].startswith("key-")
+    assert guarded.refusal("POST /mcp", {}, accept, auth=False) == (401, "UNAUTHORIZED")
+
+
 def test_no_prompt_reads_the_memory_for_a_key_that_may_not(guarded):
     key = bearer(mint(guarded, "sessions:read", "sessions:write"))
     guarded.ask("POST /v1/memory", {"key": "hidden", "value": "treasure"})
@@ -9796,6 +9815,29 @@ def test_list_audit_tells_of_keys_and_of_sessions(guarded):
 
 
 @alone
+def test_a_change_and_its_audit_row_are_both_there_or_neither_after_a_crash(house):
+    own = house()
+    sent, killed = [0], threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not killed.is_set():
+                own.ask("POST /v1/memory", {"key": f"k{sent[0]}", "value": 1})
+                sent[0] += 1
+    writer = threading.Thread(target=write)
+    writer.start()
+    eventually(lambda: sent[0] >= 30 and (own.state / "audit.head").exists())
+    own.crash()
+    killed.set()
+    writer.join(WITHIN)
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        keys = {row[0] for row in db.execute("SELECT key FROM memory")}
+        told = {row[0] for row in db.execute("SELECT target FROM audit WHERE action = 'POST /v1/memory'")}
+        assert keys == told and len(keys) >= sent[0]
+        assert aegis.verify_audit(db, [aegis.read_head((own.state / "audit.head").read_text())])[2] is None
+
+
+@alone
 def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
     own = house()
     own.ask("POST /v1/memory", {"key": "a", "value": 1})
@@ -9814,6 +9856,10 @@ def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
                          "UPDATE sqlite_sequence SET seq = 1 WHERE name = 'audit';")
     cut = run_aegis("audit", "verify", "--state-dir", str(own.state))
     assert cut.returncode == 1 and "end was cut off" in cut.stdout and "trigger" in cut.stdout
+    own.start()   # the next server keeps what was found, and says so for good
+    told = eventually(lambda: own.ask("GET /v1/audit?action=audit.broken")["entries"])[0]
+    assert told["details"]["kept"] == head and told["seq"] == 2
+    assert "was cut off or changed" in own.log.read_text() and (own.state / "audit.head.2").read_text().strip() == head
     assert run_aegis("audit", "verify", "--state-dir", "/nowhere").returncode == 2
     assert run_aegis("audit", "polish").returncode == 2
 
