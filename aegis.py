@@ -8086,8 +8086,8 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         files = [f"{kind.decode()} {path.decode('utf-8', 'replace')}" for kind, path in zip(listed[::2], listed[1::2])]
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
-        about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        left = f"; {left_out} files are left out: too large, or too many" if left_out else ""
+        return Difference(f"every change {about}{left}", listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -10939,6 +10939,8 @@ class Panel:
     def start(self) -> None:
         """Go on with the reviews that the last Aegis left, and end the sessions that it did not come to end."""
         store = self.context.store
+        for folder in self.context.run_dir.glob("*.change"):   # a change that was being read
+            shutil.rmtree(folder, ignore_errors=True)
         for row in store.rows(ConsensusRow, "consensus", "ended_at IS NULL ORDER BY created_at"):
             reviewers = reviewers_of(self.context, row.id)
             self.loop.inbox.runs.update((one.session, row.id) for one in reviewers if one.session)

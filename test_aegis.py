@@ -6773,6 +6773,7 @@ def test_sessions_of_any_attempt_that_a_crash_left_over_are_ended(house):
     kept = finished(own, pipeline(own, {"prompt": "[[say x]]"}, keep=True))
     judged = ruled(own, review(talk, reviewers=2, keep=True))
     own.crash()
+    (own.state / "run" / "x.change" / "objects").mkdir(parents=True)
     database = sqlite3.connect(str(own.state / "aegis.db"))
     for table, run in (("pipelines", made), ("consensus", judged)):
         assert database.execute(f"UPDATE {table} SET keep = 0 WHERE id = ?", (run["id"],)).rowcount == 1
@@ -6782,6 +6783,7 @@ def test_sessions_of_any_attempt_that_a_crash_left_over_are_ended(house):
         eventually(lambda: [one["status"] for one in own.ask(f"GET /v1/sessions?label={label}")["sessions"]] == [
             "killed"] * count)
     assert own.ask(f"GET /v1/sessions/{kept['stages'][0]['sessionId']}")["status"] == "idle"
+    assert not list((own.state / "run").glob("*.change"))
 
 
 def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
