@@ -2665,7 +2665,7 @@ def test_what_a_git_file_or_a_link_leads_to_is_guarded_too(tmp_path):
     (work / ".git").write_text("gitdir: kept\n")
     (work / ".claude").symlink_to("agents")
     said = lambda path: policy_says(TRUSTED, "Write", {"file_path": path}, str(work)).behavior
-    assert [said(path) for path in ("kept/hooks/post-commit", "agents/settings.json", "other")] == ["ask", "ask", "allow"]
+    assert [said(path) for path in ("kept/hooks/post-commit", "agents/settings.json", "x")] == ["ask", "ask", "allow"]
     shell = {"allow": ["Bash(echo *)", "Edit(./**)"]}
     assert [bash_says(shell, f"echo x > {path}", str(work)) for path in (".git", "kept/config", "x")] == [
         "ask", "ask", "allow"]
