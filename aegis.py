@@ -3480,6 +3480,8 @@ ACTIONS = ("allow", "ask", "deny")
 MAX_RULES = 500         # a person reads them; a decision tries them all
 MAX_RULE_TEXT = 2_000   # the longest path is 4,096 bytes, and nobody writes that one out
 MAX_PATH = 4_096        # PATH_MAX of Linux: the system opens nothing longer
+MAX_COMMAND = 100_000   # characters; a longer command line is not read
+MAX_STEPS = 12_000      # words, lines of here-documents and special characters: about 25 ms
 MAX_PARTS = 200         # simple commands in one command line; more is a program, and is not read
 MAX_NESTED = 40         # substitutions, wrappers and scripts inside one another
 MAX_WRAPPED = 20        # commands that one simple command may run in turn
@@ -3973,6 +3975,8 @@ REDIRECTION = re.compile(r"(?:\d*|\{\w+\})(&>>?|[<>](?:\\\n)*&(?:\\\n)*-|<<<|<<-
 ARITHMETIC = re.compile(r"\(\([ \t]*(?:[\w$.]+[ \t]*)?(?:[+*/%=<>!&|^?:,;-][ \t]*(?:[\w$.]+[ \t]*)?)*\)\)")
 EMPTY_PARENTHESES = re.compile(r"\([ \t]*\)")
 PARAMETER = re.compile(r"\$(?:\{[^'\"\\`${}()]*(?:\$\w[^'\"\\`${}()]*)*\}|\w+|[@*#?$!-])")
+HIDDEN = re.compile(r"\$[({\[]|`")
+EVALUATED = re.compile(r"\[(?![@*\d]+\])|:[^-=?+}]*[A-Za-z_$]")   # within ${ }: a subscript, or an offset
 ANSI_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|([0-7]{1,3})|c(.)|(.))",
                          re.DOTALL)
 ANSI_CHARS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b", "E": "\x1b"}
@@ -3987,20 +3991,39 @@ def ansi_char(found: "re.Match[str]") -> str:
     return chr(ord(found[5]) & 31) if found[5] else ANSI_CHARS.get(found[6], found[6])
 
 
+class Effort:
+    """What the scripts within one command line may still cost, and what stands in any of them."""
+
+    def __init__(self, size: int) -> None:
+        self.characters = 2 * size + 20_000   # to read in inner scripts
+        self.steps = MAX_STEPS
+        self.hidden = False                   # a substitution stands in quotes: text, until something evaluates it
+        self.evaluates = False                # something evaluates text as arithmetic, subscripts and all
+
+    def step(self) -> None:
+        """Count one step.  Raises ShellError when there were too many."""
+        self.steps -= 1
+        if self.steps < 0:
+            raise ShellError("too long")
+
+
 class Shell:
     """Takes a command line apart.  Every piece of text is passed once for each level it is nested."""
 
-    def __init__(self, text: str, depth: int = 0, budget: Optional[List[int]] = None) -> None:
+    def __init__(self, text: str, depth: int = 0, effort: Optional[Effort] = None) -> None:
         self.text, self.depth, self.at = text, depth, 0
-        self.budget = [2 * len(text) + 20_000] if budget is None else budget   # characters to read in inner scripts
+        self.effort = effort or Effort(len(text))
         self.parts: List[Part] = []
         self.waiting: List[Tuple[str, bool, bool]] = []   # here-documents: their end, whether quoted, whether tabs go
-        if depth > MAX_NESTED or "\0" in text:
-            raise ShellError("nested too deeply, or with a NUL")
+        if depth > MAX_NESTED:
+            raise ShellError("nested too deeply")
 
     def script(self, closer: str = "") -> List[Part]:
         """Read commands up to the closing parenthesis or the end."""
+        if "\0" in self.text:
+            raise ShellError("a NUL")
         while True:
+            self.effort.step()
             self.at = BLANKS.match(self.text, self.at).end()
             char = self.text[self.at:self.at + 1]
             if char in ("", ")"):
@@ -4015,7 +4038,7 @@ class Shell:
                 self.here_documents()
             elif char in ";|" or (char == "&" and not REDIRECTION.match(self.text, self.at)):
                 self.at += 2 if self.text.startswith("&!", self.at) else 1   # zsh: & and disown
-            elif char == "(" and not ARITHMETIC.match(self.text, self.at):
+            elif char == "(" and not self.arithmetic(self.at):
                 self.nest()
             else:
                 self.command()
@@ -4024,6 +4047,13 @@ class Shell:
         """Give the place of the next newline, or the end."""
         end = self.text.find("\n", self.at)
         return len(self.text) if end < 0 else end
+
+    def arithmetic(self, start: int) -> Optional["re.Match[str]"]:
+        """Find plain arithmetic in double parentheses."""
+        found = ARITHMETIC.match(self.text, start)
+        if found and re.search(r"[A-Za-z_]", found[0]):   # the values of names are evaluated, too
+            self.effort.evaluates = True
+        return found
 
     def nest(self) -> None:
         """Read the commands behind an opening parenthesis."""
@@ -4044,15 +4074,16 @@ class Shell:
 
     def within(self, text: str) -> Shell:
         """Make what reads a text inside this one."""
-        self.budget[0] -= len(text)
-        if self.budget[0] < 0:
+        self.effort.characters -= len(text)
+        if self.effort.characters < 0:
             raise ShellError("scripts within scripts without end")
-        return Shell(text, self.depth + 1, self.budget)
+        return Shell(text, self.depth + 1, self.effort)
 
     def command(self) -> None:
         """Read one simple command."""
         start, words, files = self.at, [], []
         while True:
+            self.effort.step()
             self.at = BLANKS.match(self.text, self.at).end()
             redirection = REDIRECTION.match(self.text, self.at)
             char = self.text[self.at:self.at + 1]
@@ -4061,7 +4092,7 @@ class Shell:
             elif char in ("", *"\n;&|)") or (char == "#"):
                 break
             elif char == "(":
-                harmless = ARITHMETIC.match(self.text, self.at) or EMPTY_PARENTHESES.match(self.text, self.at)
+                harmless = self.arithmetic(self.at) or EMPTY_PARENTHESES.match(self.text, self.at)
                 if not harmless:   # an array, a glob of zsh, a pattern of [[
                     raise ShellError("a parenthesis within a command")
                 self.at = harmless.end()
@@ -4104,6 +4135,7 @@ class Shell:
         for mark, quoted, tabs in self.waiting:
             start, joined = self.at, False
             while True:
+                self.effort.step()
                 if self.at >= len(self.text):
                     raise ShellError("a here-document without its end")
                 end = self.line_end()
@@ -4115,6 +4147,7 @@ class Shell:
                 # shells differ on an end that is glued to a parenthesis, or to a line that goes on
                 if line == mark or line.startswith((mark + ")", mark + "`")) or (joined and mark.startswith(line[:-1])):
                     raise ShellError("a here-document whose end cannot be told")
+            self.notice(self.text[start:body], quoted or "\\" in self.text[start:body])
             if not quoted:
                 inside = self.within(self.text[start:body])
                 inside.expansions("")
@@ -4125,6 +4158,7 @@ class Shell:
         """Read one word; quotes go, expansions stay as written."""
         start, pieces, length, sure = self.at, [], 0, -1
         while self.at < len(self.text):
+            self.effort.step()
             char = self.text[self.at]
             found = PLAIN.match(self.text, self.at)
             if found:
@@ -4140,8 +4174,14 @@ class Shell:
         text, raw = "".join(pieces), self.text[start:self.at]
         if self.waiting and "\n" in raw:
             raise ShellError("a here-document behind a word of several lines")
+        self.notice(text, "'" in raw or "\\" in raw)
         sure = 0 if raw[:1] == "=" and raw != "=" else sure   # zsh: =rm is the path of rm
         return Word(text, raw, len(text) if sure < 0 else sure)
+
+    def notice(self, text: str, quoted: bool) -> None:
+        """Notice a substitution that quotes make a text: what evaluates subscripts would run it all the same."""
+        if quoted and ("$" in text or "`" in text) and HIDDEN.search(text):
+            self.effort.hidden = True
 
     # Each of the following reads one special piece of a word; gives its text, and how much of that is certain.
 
@@ -4168,6 +4208,7 @@ class Shell:
         """Read a text in which only expansions and some escapes are special, up to the closing quote or the end."""
         pieces, length, sure = [], 0, -1
         while self.text[self.at:self.at + 1] != closer:
+            self.effort.step()
             char = self.text[self.at:self.at + 1]
             found = PLAIN_QUOTED.match(self.text, self.at)
             if found:
@@ -4194,8 +4235,10 @@ class Shell:
     def dollar(self, quoted: bool = False) -> Tuple[str, int]:
         """Read what begins with a dollar sign."""
         start, following = self.at, self.text[self.at + 1:self.at + 2]
-        arithmetic = ARITHMETIC.match(self.text, self.at + 1)
+        arithmetic = self.arithmetic(self.at + 1) if following == "(" else None
         found = PARAMETER.match(self.text, self.at)
+        if found and EVALUATED.search(found[0]):
+            self.effort.evaluates = True
         if arithmetic or found:
             self.at = (arithmetic or found).end()
         elif following == "(":
@@ -4246,6 +4289,7 @@ class Shell:
         """Note a simple command, and the commands in the scripts that it runs."""
         found = readings(words) if words else []
         for reading in found:
+            self.effort.evaluates |= evaluates(reading)
             for script in scripts(reading):
                 self.inner(script)
         self.parts.append(part_of(text, words, found, files))
@@ -4354,6 +4398,19 @@ def takes_script(option: str) -> bool:
     return re.match(r"-[A-Za-z]*c|--command|--session-command", option) is not None
 
 
+EVALUATORS = frozenset("let declare typeset local export readonly unset read mapfile readarray getopts wait".split())
+COMPARISONS = frozenset("-v -eq -ne -lt -le -gt -ge".split())   # of [, [[ and test; a condition is split at its &&
+
+
+def evaluates(words: Tuple[Word, ...]) -> bool:
+    """Tell whether a simple command takes words for variables with subscripts, or for arithmetic."""
+    if program_of(words) in EVALUATORS or any("[" in word.raw and ASSIGNMENT.match(word.raw) for word in words):
+        return True
+    if program_of(words) == "printf":
+        return len(words) > 1 and (words[1].text.startswith("-v") or not words[1].literal)
+    return any(word.text in COMPARISONS for word in words)
+
+
 def is_opaque(words: Tuple[Word, ...]) -> bool:
     """Tell whether nobody can say what a simple command runs."""
     name, rest = program_of(words), words[1:]
@@ -4403,10 +4460,12 @@ def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], f
 @functools.lru_cache(maxsize=64)
 def split_command(command: str) -> Tuple[Part, ...]:
     """Take a command line apart; what cannot be read is one opaque part."""
-    try:
-        return tuple(Shell(command).script())
-    except ShellError:
-        return (unread(command),)
+    shell = Shell(command)
+    with contextlib.suppress(ShellError):
+        parts = tuple(shell.script()) if len(command) <= MAX_COMMAND else (unread(command),)
+        if not (shell.effort.hidden and shell.effort.evaluates):
+            return parts
+    return (unread(command),)
 
 
 def unread(command: str) -> Part:
