@@ -7644,22 +7644,31 @@ def look_gap(session: Session) -> float:
 # WORKTREES. A branch and a directory of a session's own.
 # ============================================================================
 # Made beside the database, never inside the repository, and removed only when
-# nothing is lost or when told to.  git runs without the repository's hooks and
-# monitors, for a repository is not ours to trust.
+# nothing is lost or when told to: no changed file, no commit that only this
+# worktree or its branch leads to.  A repository is not ours to trust, nor what
+# an agent made of it: git runs without their hooks, monitors, filters and
+# transports, and takes no bare repository that lies among the files.  What is
+# checked out may be a link that leads elsewhere.
 
 GIT_SECONDS = 120.0   # a checkout of a large repository takes its time
+GIT_SAFE = {   # what a hostile repository's configuration would run for us, it must not
+    "core.hooksPath": "/dev/null", "core.fsmonitor": "false", "core.pager": "cat", "core.sshCommand": "false",
+    "core.alternateRefsCommand": "false", "safe.bareRepository": "explicit", "submodule.recurse": "false",
+    "protocol.allow": "never"}
+GIT_ALONE = {   # no questions, no locks, and nothing is fetched: the list of protocols is above any configuration
+    "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none",
+    "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C"}
+FILTER_KEY = re.compile(r"filter\.(.*)\.(clean|smudge|process|required)", re.DOTALL | re.IGNORECASE)
 
 
-def run_git(directory: str, *words: str) -> str:
-    """Run git without the repository's own hooks and monitors.  Raises ApiError 409 with what it said."""
-    # What a hostile repository's configuration would run for us, it must not.
-    safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.pager=cat")
+def run_git(directory: str, *words: str, config: Mapping[str, str] = GIT_SAFE) -> str:
+    """Run git without the repository's own programs.  Raises ApiError 409 with what it said."""
+    safe = [word for name, value in config.items() for word in ("-c", f"{name}={value}")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
             ["git", *safe, "-C", directory, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=GIT_SECONDS, check=False,
-            env={**environment, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"})
+            stderr=subprocess.PIPE, timeout=GIT_SECONDS, check=False, env={**environment, **GIT_ALONE})
     except FileNotFoundError:
         raise ApiError(503, "GIT_NOT_FOUND", "worktrees need git: install it") from None
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -7668,6 +7677,23 @@ def run_git(directory: str, *words: str) -> str:
         said = done.stderr.decode("utf-8", "replace").strip()
         raise ApiError(409, "GIT_FAILED", f"git {words[0]}: {clip(said, 500)}")
     return done.stdout.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def run_filtered(directory: str, *words: str) -> str:
+    """Run a git command that reads or writes files: through the user's own filters, never through a repository's."""
+    told = run_git(directory, "config", "--list", "--show-scope", "-z").split("\0")
+    theirs: Dict[str, str] = {}
+    for scope, entry in zip(told[::2], told[1::2]):   # those of all users and of this one come first
+        name, _, value = entry.partition("\n")
+        if not FILTER_KEY.fullmatch(name):
+            continue
+        if scope in ("system", "global"):
+            theirs[name] = value
+        elif "=" in name:   # it cannot be overruled
+            raise ApiError(409, "GIT_FAILED", f"the repository has a filter with an odd name: {clip(name, 100)}")
+        else:
+            theirs.setdefault(name, "false" if name.endswith("required") else "")
+    return run_git(directory, *words, config={**theirs, **GIT_SAFE})
 
 
 def add_worktree(context: Context, row: SessionRow) -> SessionRow:
@@ -7680,44 +7706,90 @@ def add_worktree(context: Context, row: SessionRow) -> SessionRow:
         base = run_git(row.work_dir, "rev-parse", "--verify", "HEAD^{commit}")
     except ApiError as error:
         raise error if error.status == 503 else refuse(f"{row.work_dir} has none ({error.message})") from error
+    inside = os.path.relpath(row.work_dir, os.path.realpath(root))
+    if inside.startswith("..") or not os.path.lexists(os.path.join(root, ".git")):
+        raise refuse(f"{row.work_dir} is not in the work tree of one, but among the files of one")
     folder = context.state_dir / "worktrees"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = str(folder / row.id)
     clean = re.sub(r"[^A-Za-z0-9_-]+", "-", row.name).strip("-")[:40] or "session"
     branch = f"aegis/{clean}" if clean.endswith(row.id[:6]) else f"aegis/{clean}-{row.id[:6]}"
-    run_git(root, "worktree", "add", "-q", "-b", branch, path, base)
-    inside = os.path.relpath(row.work_dir, os.path.realpath(root))
+    worktree = {"path": path, "branch": branch, "root": root, "base": base}
+    run_filtered(root, "worktree", "add", "-q", "-b", branch, path, base)
     work_dir = os.path.normpath(os.path.join(path, inside))
+    if not is_below(os.path.realpath(work_dir), os.path.realpath(path)):
+        remove_worktree(worktree, force=True)
+        raise refuse(f"in its commit {inside} is a link that leads out of it")
     if not os.path.isdir(work_dir):   # the subdirectory is not in the commit
         work_dir = path
-    return row._replace(work_dir=work_dir, worktree={"path": path, "branch": branch, "root": root, "base": base})
+    return row._replace(work_dir=work_dir, worktree=worktree)
 
 
 def worktree_state(worktree: Json) -> Json:
-    """Tell what removing a worktree would lose: changed files; commits stay on its branch."""
-    path = worktree["path"]
+    """Tell what a worktree holds: changed files, commits, and how many of those removing it would lose."""
+    path, base = worktree["path"], worktree["base"]
     if not os.path.isdir(path):
-        return {"exists": False, "clean": True, "changes": 0, "commits": 0}
-    changes = run_git(path, "status", "--porcelain", "--untracked-files=all").splitlines()
-    commits = run_git(path, "rev-list", "--count", f"{worktree['base']}..HEAD")
-    return {"exists": True, "clean": not changes, "changes": len(changes), "commits": int(commits or 0)}
+        return {"exists": False, "clean": True, "changes": 0, "commits": 0, "unreferenced": 0}
+    changes = len(run_filtered(path, "status", "--porcelain", "--untracked-files=all",
+                               "--ignore-submodules=dirty").splitlines()) + len(hidden_changes(path))
+    tips = [tip for tip in (tip_of(path, "HEAD"), tip_of(path, f"refs/heads/{worktree['branch']}")) if tip]
+    made = count_commits(path, *tips, "--not", base)
+    lost = count_commits(path, *tips[:1], "--not", base, "--branches", "--remotes", "--tags")
+    return {"exists": True, "clean": not changes and not lost, "changes": changes, "commits": made,
+            "unreferenced": lost}
+
+
+def hidden_changes(path: str) -> List[str]:
+    """List what git status is silent about: files that the index hides, and submodules that were checked out."""
+    found = []
+    for line in run_git(path, "ls-files", "-v", "-s", "-z").split("\0"):
+        flag_, _, name = line.partition("\t")
+        tag, mode = flag_[:1], flag_[2:8]
+        place = os.path.join(path, name)
+        if tag.islower() or (tag == "S" and os.path.lexists(place)):
+            found.append(name)
+        elif mode == "160000":
+            with contextlib.suppress(OSError):
+                found += [name] if os.listdir(place) else []
+    return found
+
+
+def tip_of(directory: str, name: str) -> Optional[str]:
+    """Find the commit that a reference leads to; None when there is none."""
+    try:
+        return run_git(directory, "rev-parse", "-q", "--verify", f"{name}^{{commit}}")
+    except ApiError as error:
+        if error.status == 503:
+            raise
+        return None
+
+
+def count_commits(directory: str, *words: str) -> int:
+    """Count the commits that some references lead to and others do not."""
+    return int(run_git(directory, "rev-list", "--count", *words) or 0)
 
 
 def remove_worktree(worktree: Optional[Json], force: bool) -> None:
     """Remove a worktree, and its branch when that holds nothing new.  Raises ApiError 409 when work would be lost."""
     if not worktree:
         return
-    state = worktree_state(worktree)
-    if not state["clean"] and not force:
-        raise ApiError(409, "WORKTREE_NOT_CLEAN", f"{worktree['path']} has {state['changes']} changed files: commit "
-                       "them, or remove it by force", changes=state["changes"])
-    if state["exists"]:
-        run_git(worktree["root"], "worktree", "remove", *["--force"] * force, worktree["path"])
+    exists = os.path.isdir(worktree["path"])
+    state = worktree_state(worktree) if exists and not force else {"clean": True}
+    if not state["clean"]:
+        what = f"{state['changes']} changed files" if state["changes"] else (
+            f"{state['unreferenced']} commits that are on no branch")
+        raise ApiError(409, "WORKTREE_NOT_CLEAN", f"{worktree['path']} has {what}: commit them to a branch, or remove "
+                       "it by force", changes=state["changes"], unreferenced=state["unreferenced"])
+    root, branch = worktree["root"], worktree["branch"]
+    if exists:   # by force: git's own check would run what a submodule's configuration says
+        run_git(root, "worktree", "remove", "--force", worktree["path"])
     else:
-        run_git(worktree["root"], "worktree", "prune")
-    if not state["commits"]:
-        with contextlib.suppress(ApiError):
-            run_git(worktree["root"], "branch", "-q", "-D", worktree["branch"])
+        run_git(root, "worktree", "prune")
+    with contextlib.suppress(ApiError):
+        tip = tip_of(root, f"refs/heads/{branch}")
+        if tip and not count_commits(root, tip, "--not", worktree["base"], f"--exclude={branch}", "--branches",
+                                     "--remotes", "--tags"):
+            run_git(root, "branch", "-q", "-D", branch)
 
 
 def settle_worktree(context: Context, session: Session, wish: str) -> None:
@@ -7817,7 +7889,7 @@ class Apart:
         return {"PATH": os.environ.get("PATH", os.defpath), "HOME": own, "XDG_CONFIG_HOME": own, "LC_ALL": "C",
                 "GIT_DIR": own, "GIT_WORK_TREE": self.root, "GIT_INDEX_FILE": f"{own}/index",
                 "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_ATTR_NOSYSTEM": "1",
-                "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+                **GIT_ALONE}
 
     def git(self, *words: str, given: Sequence[bytes] = (), most: int = LISTED_BYTES) -> bytes:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
@@ -16539,7 +16611,7 @@ EXPLANATION = record({
 WORKTREE = shape(
     "Worktree", "A worktree of a session, and what removing it would lose.",
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
-     **each("changes commits", COUNT)})
+     **each("changes commits unreferenced", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
 SAID = SHAPES["Error"]["properties"]
 FAULTS = listing(record({"index": COUNT, **{name: SAID[name] for name in SHAPES["Error"]["required"]}},

@@ -4526,7 +4526,8 @@ def test_delete_worktree_keeps_one_with_work_in_it_until_told(server, make, repo
     tree = Path(talk.get()["worktree"]["path"])
     (tree / "new.txt").write_text("work")
     assert talk.kill()["worktree"] == {**talk.get()["worktree"], "sessionId": talk.id, "sessionStatus": "killed",
-                                       "exists": True, "clean": False, "changes": 1, "commits": 0}
+                                       "exists": True, "clean": False, "changes": 1, "commits": 0,
+                                       "unreferenced": 0}
     assert server.refusal(f"DELETE /v1/worktrees/{talk.id}") == (409, "WORKTREE_NOT_CLEAN")
     git(tree, "add", "."), git(tree, "commit", "-q", "-m", "two")
     assert server.ask(f"DELETE /v1/worktrees/{talk.id}")["removed"] == str(tree)
@@ -4536,6 +4537,122 @@ def test_delete_worktree_keeps_one_with_work_in_it_until_told(server, make, repo
     (Path(forced.get()["worktree"]["path"]) / "new.txt").write_text("work")
     server.ask(f"DELETE /v1/sessions/{forced.id}?worktree=remove")
     assert not Path(forced.get()["worktree"]["path"]).exists()
+
+
+def tree_of(repository: Path, place: Path, inside: str = "") -> Json:
+    """Make a worktree of a repository, as a create would."""
+    row = aegis.SessionRow(*[None] * (len(aegis.SessionRow._fields) - 1))._replace(
+        id=uuid.uuid4().hex[:12], name="t", work_dir=str(repository / inside))
+    return aegis.add_worktree(types.SimpleNamespace(state_dir=place), row).worktree
+
+
+def commit_in(tree: Json, name: str) -> str:
+    """Commit a file in a worktree; gives the commit."""
+    (Path(tree["path"]) / name).write_text("work\n")
+    git(Path(tree["path"]), "add", "."), git(Path(tree["path"]), "commit", "-q", "-m", name)
+    return git(Path(tree["path"]), "rev-parse", "HEAD")
+
+
+def test_removing_a_worktree_loses_no_commit(repository, tmp_path):
+    def branches(commit: str) -> str:
+        return git(repository, "branch", "--format=%(refname:short)", "--contains", commit)
+    detached = tree_of(repository, tmp_path)
+    git(Path(detached["path"]), "checkout", "-q", "--detach")
+    lost = commit_in(detached, "detached.txt")
+    state = aegis.worktree_state(detached)
+    assert (state["clean"], state["changes"], state["commits"], state["unreferenced"]) == (False, 0, 1, 1)
+    with pytest.raises(aegis.ApiError, match="1 commits that are on no branch"):
+        aegis.remove_worktree(detached, force=False)
+    git(repository, "branch", "rescued", lost)
+    aegis.remove_worktree(detached, force=False)
+    assert branches(lost) == "rescued" and not Path(detached["path"]).exists()
+    away, gone, merged = (tree_of(repository, tmp_path) for _ in range(3))
+    work = commit_in(away, "away.txt")
+    git(Path(away["path"]), "checkout", "-q", "--detach", away["base"])
+    state = aegis.worktree_state(away)
+    assert (state["clean"], state["commits"], state["unreferenced"]) == (True, 1, 0)
+    aegis.remove_worktree(away, force=False)
+    assert branches(work) == away["branch"], "its branch holds what it was left with"
+    work = commit_in(gone, "gone.txt")
+    shutil.rmtree(gone["path"])
+    aegis.remove_worktree(gone, force=False)
+    assert branches(work) == gone["branch"]
+    work = commit_in(merged, "merged.txt")
+    git(repository, "merge", "-q", work)
+    aegis.remove_worktree(merged, force=False)
+    assert merged["branch"] not in branches(work), "another branch holds its work: its own is not needed"
+
+
+def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
+    tree = tree_of(repository, tmp_path)
+    for flag in ("--assume-unchanged", "--skip-worktree"):
+        git(Path(tree["path"]), "update-index", flag, "sub/a.txt")
+        (Path(tree["path"]) / "sub" / "a.txt").write_text("work")
+        assert aegis.worktree_state(tree)["changes"] == 1, flag
+        git(Path(tree["path"]), "update-index", "--no" + flag[1:], "sub/a.txt")
+
+
+HOSTILE = {   # what a repository's own configuration would run, by the command that writes it
+    "smudge": ["filter.evil.smudge", "touch {mark}; cat"], "clean": ["filter.evil.clean", "touch {mark}; cat"],
+    "process": ["filter.evil.process", "touch {mark}; cat"], "monitor": ["core.fsmonitor", "touch {mark}; false"],
+    "ssh": ["core.sshCommand", "touch {mark}; false"], "pack": ["remote.origin.uploadpack", "touch {mark}; false"]}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nothing_that_a_repository_names_is_run(repository, tmp_path, kind):
+    (repository / ".gitattributes").write_text("* filter=evil\n")
+    git(repository, "add", "."), git(repository, "commit", "-q", "-m", "two")
+    mark, (name, value) = tmp_path / "ran", HOSTILE[kind]
+    git(repository, "config", name, value.format(mark=mark))
+    if kind in ("ssh", "pack"):   # an object that is not here would be fetched
+        git(repository, "config", "core.repositoryformatversion", "1")
+        for key, word in (("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
+                          ("protocol.file.allow", "always"), ("protocol.ssh.allow", "always"),
+                          ("remote.origin.url", "ssh://x/y" if kind == "ssh" else str(repository))):
+            git(repository, "config", key, word)
+        blob = git(repository, "rev-parse", "HEAD:sub/a.txt")
+        (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+        with pytest.raises(aegis.ApiError):
+            tree_of(repository, tmp_path)
+    else:
+        tree = tree_of(repository, tmp_path)
+        (Path(tree["path"]) / "sub" / "a.txt").write_text("changed\n")
+        assert aegis.worktree_state(tree)["changes"] == 1
+        aegis.remove_worktree(tree, force=True)
+    aegis.note_base(types.SimpleNamespace(state_dir=tmp_path), "0" * 12, str(repository))
+    assert not mark.exists()
+
+
+def test_a_users_own_filters_go_on_working(repository, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    git(repository, "config", "--global", "filter.mine.smudge", "tr a b")
+    git(repository, "config", "--global", "filter.mine.clean", "tr b a")
+    git(repository, "config", "filter.mine.smudge", "tr a c")
+    (repository / ".gitattributes").write_text("*.txt filter=mine\n")
+    git(repository, "add", "."), git(repository, "commit", "-q", "-m", "two")
+    tree = tree_of(repository, tmp_path)
+    assert (Path(tree["path"]) / "sub" / "a.txt").read_text() == "b\n"
+    assert aegis.worktree_state(tree)["clean"] is True
+    aegis.remove_worktree(tree, force=False)
+
+
+def test_a_repository_among_the_files_of_another_and_a_link_out_of_it_are_refused(repository, tmp_path):
+    inner = repository / "inner"
+    git(repository, "clone", "-q", "--bare", ".", "inner")
+    (inner / "config").write_text("[core]\n repositoryformatversion = 0\n bare = false\n worktree = .\n"
+                                  f"[filter \"evil\"]\n smudge = touch {tmp_path}/ran; cat\n")
+    (repository / "away").symlink_to("/etc")
+    git(repository, "add", "away"), git(repository, "commit", "-q", "-m", "link")
+    (repository / "away").unlink()
+    (repository / "away").mkdir()
+    for inside in ("inner", "away"):
+        with pytest.raises(aegis.ApiError) as refused:
+            tree_of(repository, tmp_path, inside)
+        assert (refused.value.status, refused.value.code) == (400, "NOT_A_REPOSITORY"), inside
+    assert git(repository, "worktree", "list").count("\n") == 0 and "aegis/" not in git(repository, "branch")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_worktree_outside_a_repository_is_refused(server, tmp_path):
@@ -13207,7 +13324,6 @@ def test_real_usage_limit_is_waited_for_to_the_second_and_the_clients_own_timer_
         own.start()
         talks = [own.open(resumeOnReset=True), own.open()]
         for talk, prompt in zip(talks, ("[[limit 15]]", "[[say never]]")):
-            talk.wait("session.ready", within=40)
             talk.send(prompt)
         for talk in talks:
             talk.wait("session.rate_limited")
