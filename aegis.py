@@ -2690,9 +2690,14 @@ class Exits:
             self._look()
 
     def _run_kqueue(self) -> None:
+        assert self.queue
+        self.queue.control([select.kevent(self.wake_r, select.KQ_FILTER_READ, select.KQ_EV_ADD)], 0)
         while not self.closed:
-            for event in self.queue.control(None, 16, 0.5 if self.poll_only else 60.0):  # type: ignore[union-attr]
-                self._tell(event.ident)
+            for event in self.queue.control(None, 16, 0.5 if self.poll_only else 60.0):
+                if event.filter == select.KQ_FILTER_READ:   # its ident is a handle, which may be some pid, too
+                    os.read(self.wake_r, 4096)
+                else:
+                    self._tell(event.ident)
             self._look()
 
     def _look(self) -> None:
@@ -2720,6 +2725,14 @@ def alive(pid: int) -> bool:
     return True
 
 
+def is_zombie(pid: int) -> bool:
+    """Tell whether a process has ended and only waits to be collected (Linux; elsewhere: no)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    except (OSError, IndexError):
+        return False
+
+
 def birth_of(pid: int) -> Optional[str]:
     """Tell when a process began; with its pid that names it for good, for pids are given out again."""
     if os.path.isdir("/proc/self"):
@@ -2729,6 +2742,21 @@ def birth_of(pid: int) -> Optional[str]:
             return None
     listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return listed.stdout.strip() or None
+
+
+def processes_with(name: str, value: str) -> List[int]:
+    """List the processes that have a variable in their environment: what left its group and its parent is found."""
+    mark = f"{name}={value}".encode()
+    if not os.path.isdir("/proc/self"):
+        listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
+        return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0") and not is_zombie(int(entry)):
+                    found.append(int(entry))
+    return found
 
 
 # ============================================================================
@@ -5135,6 +5163,7 @@ class Session:
         self.resets_told: Optional[float] = None   # the end of a usage limit, as the transcript last told it
         self.escape_at = 0.0
         self.unasked: Optional[Tuple[Reading, float]] = None   # a dialog that no hook told of, and since when it stands
+        self.tmux_pid = ""                 # of the tmux server that its pane is of
         self.adopted_at = -math.inf        # monotonic time at which we took it over from the Aegis before us
         self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
         self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
@@ -7429,7 +7458,7 @@ def on_exit(context: Context, session: Session) -> None:
     status = exit_status(context, session.row.pane or "")
     said = read_tail(context.file(session.row.id, "stderr")).strip()
     how = (
-        "the agent ended"
+        "the agent ended" + what_took_it(context, session)
         if status is None
         else f"the agent was killed by signal {status - 128}"
         if status > 128
@@ -7437,6 +7466,19 @@ def on_exit(context: Context, session: Session) -> None:
         + (" (its program or interpreter was not found)" if status == 127 else "")
     )
     finish(context, session, "exited", f"{how}: {clip(said, 1_000)}" if said else how, status)
+
+
+def what_took_it(context: Context, session: Session) -> str:
+    """Say why tmux knows nothing of an agent's end: the tmux server ended, or the window was closed."""
+    known = session.tmux_pid
+    for _ in range(25):
+        if known and (context.tmux.server_pid != known or not alive(int(known)) or is_zombie(int(known))):
+            return ": the tmux server did, with everything in it"
+        with contextlib.suppress(TmuxError):
+            if any(pane.pane == session.row.pane for pane in context.tmux.panes()):
+                return ""
+        time.sleep(0.02)
+    return ": its window was closed"
 
 
 def exit_status(context: Context, pane_id: str) -> Optional[int]:
@@ -8089,6 +8131,9 @@ def newer_files(work_dir: str, since: float) -> Difference:
 # starts, and everything that may be refused is refused before that.
 
 
+AGENT_MARK = "AEGIS_SESSION"   # the variable that marks what an agent started, and tells it whose it is
+
+
 class Wanted(NamedTuple):
     """What a caller wants created; None where the settings decide."""
 
@@ -8218,6 +8263,7 @@ def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str,
     environment = agent_environment(os.environ, row.launch["env"])
     if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in row.launch["env"]:   # never the operator's own
         environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
+    environment[AGENT_MARK] = row.id
     row.launch["home"] = environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")
     words = row.launch["command"] or agent.program(context.settings)
     program = find_program(words, environment.get("PATH"))
@@ -8316,6 +8362,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         write_private(stderr, "")
     session.output_at = session.looked_at = time.monotonic()
     pane = open_place(context, row, ["/bin/sh", str(launch)])
+    session.tmux_pid = context.tmux.server_pid
     context.panes[pane.pane] = session
     try:
         with session.changing("tmux", "window opened", pane.window) as change:
@@ -8432,6 +8479,16 @@ def end_agent(session: Session) -> None:
     pid = session.row.pid
     if pid and birth_of(pid) in (None, session.row.launch.get("birth")):   # None: what it started may still run
         terminate(pid)
+    if os.environ.get(AGENT_MARK) == session.row.id:   # it started this very Aegis
+        return
+    for _ in range(5):
+        left = processes_with(AGENT_MARK, session.row.id)
+        for member in left:
+            with contextlib.suppress(OSError):
+                os.kill(member, signal.SIGKILL)
+        if not left:
+            return
+        time.sleep(0.02)
 
 
 def terminate(pid: int, grace: float = 2.0) -> None:
@@ -8449,14 +8506,6 @@ def terminate(pid: int, grace: float = 2.0) -> None:
             if not family:
                 return
             time.sleep(0.005)
-
-
-def is_zombie(pid: int) -> bool:
-    """Tell whether a process has ended and only waits to be collected (Linux; elsewhere: no)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
-    except (OSError, IndexError):
-        return False
 
 
 def descendants(pid: int) -> List[int]:
@@ -9542,17 +9591,7 @@ def start_check(row: CheckRow, work_dir: str, folder: Path) -> Running:
 
 def marked_processes(check_id: str) -> List[int]:
     """List the processes of a check, those that left its group too: by the mark in their environment."""
-    mark = f"{CHECK_MARK}={check_id}".encode()
-    if not os.path.isdir("/proc/self"):
-        listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
-        return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0") and not is_zombie(int(name)):
-                    found.append(int(name))
-    return found
+    return processes_with(CHECK_MARK, check_id)
 
 
 def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
@@ -13639,7 +13678,7 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
              "launch": {**row.launch, "birth": birth_of(pane.pid)}}
     context.bus.commit([update("sessions", row.id, found)])
     session.row = session.row._replace(**found)
-    session.adopted_at = time.monotonic()
+    session.adopted_at, session.tmux_pid = time.monotonic(), context.tmux.server_pid
     catch_up(session)
     locate_transcript(session)
     catch_up(session)

@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -1736,6 +1737,39 @@ def test_the_end_of_a_process_is_told_once_and_at_once():
     exits.close()
 
 
+class Kqueue:
+    """What the loop for BSD and macOS needs of their select, by poll; of processes this kernel tells nothing."""
+
+    def __init__(self) -> None:
+        self.poller, self.rounds = select.poll(), 0
+
+    def control(self, changes: Any, most: int, timeout: Optional[float] = None) -> List[Any]:
+        """Register, or wait."""
+        for one in changes or ():
+            if one.filter == "process":
+                raise OSError("no such thing")
+            self.poller.register(one.ident, select.POLLIN)
+        self.rounds += changes is None
+        return [types.SimpleNamespace(ident=handle, filter="read")
+                for handle, _ in self.poller.poll(None if timeout is None else timeout * 1000)] if not changes else []
+
+
+def test_the_loop_for_bsd_hears_of_what_it_must_poll(monkeypatch):
+    for name, value in (("kqueue", Kqueue), ("KQ_FILTER_READ", "read"), ("KQ_FILTER_PROC", "process"),
+                        ("KQ_EV_ADD", 1), ("KQ_EV_ONESHOT", 2), ("KQ_NOTE_EXIT", 4),
+                        ("kevent", lambda ident, kind, *_: types.SimpleNamespace(ident=ident, filter=kind))):
+        monkeypatch.setattr(select, name, value, raising=False)
+    exits, told = aegis.Exits(), []   # type: Any, List[int]
+    exits.start()
+    eventually(lambda: exits.queue.rounds == 1)     # it waits, for a minute
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    exits.watch(process.pid, lambda: told.append(process.pid))
+    process.kill()
+    process.wait()
+    eventually(lambda: told == [process.pid])
+    exits.close()
+
+
 # ============================================================================
 # SCREENS. The text of a terminal -> what the agent is doing.
 # ============================================================================
@@ -2981,7 +3015,8 @@ def test_an_agent_gets_a_deliberate_environment(house):
     assert talk.wait("session.exited")["exitCode"] == 0
     found = dict(one.partition("=")[::2] for one in (own.work / "env.txt").read_text(encoding="utf-8").splitlines())
     assert (found["MINE"], found["GIVEN"], found["HOME"]) == ("kept", given, own.env["HOME"])
-    assert [name for name in found if name.startswith(("AEGIS_", "CLAUDE")) or name in ("TMUX", "TMUX_PANE")] == []
+    assert [name for name in found if name.startswith(("AEGIS_", "CLAUDE")) or name in ("TMUX", "TMUX_PANE")] == [
+        "AEGIS_SESSION"] and found["AEGIS_SESSION"] == talk.id
     other = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env2.txt"])
     other.wait("session.exited")
     assert "GIVEN" not in (own.work / "env2.txt").read_text(encoding="utf-8")
@@ -5308,12 +5343,33 @@ def test_the_death_of_tmux_is_an_exit_of_all_and_then_goes_on(house):
     pids = [talk.get()["pid"] for talk in talks]
     own.tmux("kill-server")
     for talk in talks:
-        assert talk.wait("session.exited")["reason"]
+        assert "the tmux server did" in talk.wait("session.exited")["reason"]
     eventually(lambda: not any(map(alive, pids)))
     eventually(lambda: own.ask("GET /v1/health")["tmux"]["healthy"])
     fresh = own.open()
     assert fresh.say("[[say again]]")["output"] == "again"
     assert talks[0].get()["window"] is None or talks[0].status == "exited"
+
+
+@alone
+def test_kill_session_ends_what_its_agent_started_wherever_that_went(make):
+    script = ("(setsid sh -c 'trap \"\" HUP TERM; echo $$ > left.pid; exec sleep 900' > /dev/null 2>&1 &); "
+              "while :; do sleep 0.1; done")
+    place = Path(tempfile.mkdtemp(prefix="ae-", dir="/tmp"))
+    talk = make(ready=False, agent="shell", command=["sh", "-c", script], workDir=str(place))
+    other = make(ready=False, agent="shell", command=["sh", "-c", script.replace("left", "other")], workDir=str(place))
+    left, kept = (int(eventually(lambda: (place / f"{name}.pid").read_text())) for name in ("left", "other"))
+    talk.kill()
+    assert not alive(left) and alive(kept)
+    other.kill()
+    shutil.rmtree(place)
+
+
+@alone
+def test_a_window_closed_by_hand_is_told_as_that(make):
+    talk = make()
+    talk.server.tmux("kill-window", "-t", talk.get()["window"])
+    assert "window was closed" in talk.wait("session.exited")["reason"]
 
 
 @alone
@@ -5604,6 +5660,7 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
     own = house()
     lone, parent = own.open("[[say lone]]", name="lone"), own.open("[[say parent]]")
     child = Talk(own, own.ask(f"POST /v1/sessions/{parent.id}/spawn", {"prompt": "[[hang]]"}))
+    grandchild = Talk(own, own.ask(f"POST /v1/sessions/{child.id}/spawn", {}))
     waiting = child.send("[[say later]]")
     dead, asking = own.open(), own.open("[[bash touch x]]")
     asked = asking.wait("permission.requested")["permission"]["id"]
@@ -5630,7 +5687,9 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
         "done",
     )
     child.wait("prompt.done", promptId=waiting["promptId"])
-    assert child.get()["window"] == parent.get()["window"] and dead.status == "killed"
+    grandchild.wait("session.idle")
+    assert {one.get()["window"] for one in (parent, child, grandchild)} == {parent.get()["window"]}
+    assert dead.status == "killed"
 
 
 # -- labels
