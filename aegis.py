@@ -21282,12 +21282,14 @@ class BenchServer:
 class Stage:
     """What the figures share: how much is asked for, and one server, started when first needed."""
 
-    def __init__(self, quick: bool, counts: Sequence[int]) -> None:
+    def __init__(self, quick: int, counts: Sequence[int]) -> None:
         self.quick, self.counts = quick, counts
         self.shared: Optional[BenchServer] = None
 
     def pick(self, full: Any, quick: Any) -> Any:
         """Choose an amount."""
+        if self.quick > 1:
+            return quick if isinstance(quick, float) else max(1, quick // 5)
         return quick if self.quick else full
 
     def server(self, sessions: int = 0) -> BenchServer:
@@ -21734,7 +21736,8 @@ def bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aegis.py bench", description="Measures Aegis on this box, with a server and agents of its own."
     )
-    parser.add_argument("--quick", action="store_true", help="small counts, some 15 s")
+    parser.add_argument("--quick", action="count", default=0,
+                        help="small counts, some 15 s; twice: each figure once or so, to see that all can be measured")
     parser.add_argument(
         "--only", metavar="NAME", action="append", choices=tuple(BENCHES), help="only this: " + ", ".join(BENCHES)
     )

@@ -1759,8 +1759,9 @@ def test_the_loop_for_bsd_hears_of_what_it_must_poll(monkeypatch):
                         ("KQ_EV_ADD", 1), ("KQ_EV_ONESHOT", 2), ("KQ_NOTE_EXIT", 4),
                         ("kevent", lambda ident, kind, *_: types.SimpleNamespace(ident=ident, filter=kind))):
         monkeypatch.setattr(select, name, value, raising=False)
-    exits, told = aegis.Exits(), []   # type: Any, List[int]
+    exits, told, before = aegis.Exits(), [], set(threading.enumerate())   # type: Any, List[int], Any
     exits.start()
+    loop = next(one for one in set(threading.enumerate()) - before if one.name == "aegis-exits")
     eventually(lambda: exits.queue.rounds == 1)     # it waits, for a minute
     process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     exits.watch(process.pid, lambda: told.append(process.pid))
@@ -1768,6 +1769,7 @@ def test_the_loop_for_bsd_hears_of_what_it_must_poll(monkeypatch):
     process.wait()
     eventually(lambda: told == [process.pid])
     exits.close()
+    eventually(lambda: not loop.is_alive())
 
 
 # ============================================================================
@@ -11327,6 +11329,15 @@ def test_bench_prints_its_table(_):
     assert "p50" in done.stdout or "median" in done.stdout
 
 
+@alone
+def test_bench_measures_every_figure(_):
+    done = run_aegis("bench", "--quick", "--quick", "--sessions", "1,2", "--json", within=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["troubles"] == [] and {one["key"] for one in told["figures"]} == set(aegis.MEASURES)
+    assert [one["figure"] for one in told["figures"] if one["median"] is None] == []
+
+
 # ============================================================================
 # CLIENT. A caller of a running Aegis.
 # ============================================================================
@@ -12643,7 +12654,9 @@ CALLS = {
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
     "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
-    "agent": lambda rest: ("Agent", {"description": "Look", "prompt": rest, "subagent_type": "general-purpose"}),
+    "agent": lambda rest: ("Agent", {   # {{directions}} are the subagent's
+        "description": "Look", "prompt": rest.replace("{{", "[[").replace("}}", "]]"),
+        "subagent_type": "general-purpose"}),
 }
 
 
@@ -12709,8 +12722,9 @@ class Messages(BaseHTTPRequestHandler):
             return self.refuse(self.server.limited_until)
         if word == "error":
             return self.fail(prompt, rest)
-        if word == "both":
-            return self.stream(body, [("bash", one.strip()) for one in rest.split(";;")])
+        if word in ("both", "agents"):
+            kind = "bash" if word == "both" else "agent"
+            return self.stream(body, [(kind, one.strip()) for one in rest.split(";;")])
         return self.stream(body, [(word, rest)])
 
     def fail(self, prompt: str, rest: str) -> None:
@@ -13372,6 +13386,66 @@ def test_real_budget_interrupts_the_turn_that_passes_it(start):
     assert "maxTokens" in talk.wait("session.budget")["reason"]
     assert talk.wait("turn.ended")["outcome"] == "interrupted"
     assert talk.refusal("POST send", {"text": "more"}) == (409, "BUDGET_SPENT")
+
+
+@real_client
+def test_real_subagents_ask_at_once_and_each_is_decided(start):
+    talk = start("[[agents {{bash touch sub-yes}} {{say yes}};;{{bash touch sub-no}} {{say no}};;"
+                 "{{bash touch sub-hand}} {{say hand}}]] [[say all asked]]")
+    asked = {one["input"]["command"]: one for one in (talk.wait("permission.requested", within=60)["permission"]
+                                                      for _ in range(3))}
+    assert set(asked) == {"touch sub-yes", "touch sub-no", "touch sub-hand"}
+    assert len({one["subagentId"] for one in asked.values()}) == 3 and None not in {
+        one["subagentId"] for one in asked.values()}
+    assert talk.refusal("POST approve", {}) == (409, "PERMISSION_AMBIGUOUS")
+    no, yes, hand = (asked[f"touch sub-{word}"]["id"] for word in ("no", "yes", "hand"))
+    assert talk.ask("POST reject", {"permissionId": no, "message": "not\nthis"})["decision"] == "rejected"
+    assert talk.ask("POST approve", {"permissionId": yes})["decision"] == "approved"
+    assert talk.ask("POST approve", {"permissionId": hand})["decision"] == "approved"
+    assert talk.refusal("POST approve", {"permissionId": no}) == (409, "PERMISSION_DECIDED")
+    made = [talk.server.work / f"sub-{word}" for word in ("yes", "no", "hand")]
+    eventually(lambda: [path.exists() for path in made] == [True, False, True], 60)
+    eventually(lambda: talk.status == "idle", 60)
+    history = {one["id"]: (one["state"], one["decidedBy"]) for one in talk.ask("GET permissions")["history"]}
+    assert history == {no: ("rejected", "api"), yes: ("approved", "api"), hand: ("approved", "api")}
+    for path in made:
+        path.unlink() if path.exists() else None
+
+
+@real_client
+def test_real_silence_is_a_stall_and_life_ends_it(model):
+    own = lab(model, "--stall-seconds", "4")
+    try:
+        talk = own.start().open("[[slow 60]] [[say late]]")
+        talk.wait("prompt.started", within=40)
+        pid = talk.get()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        assert "no life" in talk.wait("session.stalled", within=40)["reason"]
+        assert talk.status == "stalled"
+        os.kill(pid, signal.SIGCONT)
+        talk.wait("session.working", within=40)
+        assert talk.ask("POST interrupt", {})["interrupted"] is True
+        assert own.events.of(talk.id).count("session.stalled") == 1
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_fork_into_a_worktree_edits_there_and_stays_while_there_is_work(start, projects):
+    origin = start("[[say the word is fig]]", workDir=str(projects))
+    origin.wait("session.idle")
+    fork = Talk(origin.server, origin.server.ask(f"POST /v1/sessions/{origin.id}/fork", {
+        "worktree": True, "permissionProfile": "autonomous"}))
+    tree = Path(fork.get()["worktree"]["path"])
+    assert fork.say("[[bash echo new > forked.txt && git add . && git -c user.name=t -c user.email=t commit -qm new "
+                    "&& git checkout -q --detach && git -c user.name=t -c user.email=t commit -q --allow-empty "
+                    "-m lost]] [[say made]]")["output"] == "made"
+    assert (tree / "forked.txt").exists() and not (projects / "forked.txt").exists()
+    left = fork.kill()["worktree"]
+    assert (left["exists"], left["clean"], left["commits"], left["unreferenced"]) == (True, False, 2, 1)
+    fork.server.ask(f"DELETE /v1/worktrees/{fork.id}?force=true")
+    assert "new" in git(projects, "log", "-1", "--format=%s", left["branch"])
+    git(projects, "branch", "-D", left["branch"])
 
 
 @real_client
