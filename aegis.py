@@ -2694,9 +2694,14 @@ class Exits:
             self._look()
 
     def _run_kqueue(self) -> None:
+        assert self.queue
+        self.queue.control([select.kevent(self.wake_r, select.KQ_FILTER_READ, select.KQ_EV_ADD)], 0)
         while not self.closed:
-            for event in self.queue.control(None, 16, 0.5 if self.poll_only else 60.0):  # type: ignore[union-attr]
-                self._tell(event.ident)
+            for event in self.queue.control(None, 16, 0.5 if self.poll_only else 60.0):
+                if event.filter == select.KQ_FILTER_READ:   # its ident is a handle, which may be some pid, too
+                    os.read(self.wake_r, 4096)
+                else:
+                    self._tell(event.ident)
             self._look()
 
     def _look(self) -> None:
@@ -2724,6 +2729,14 @@ def alive(pid: int) -> bool:
     return True
 
 
+def is_zombie(pid: int) -> bool:
+    """Tell whether a process has ended and only waits to be collected (Linux; elsewhere: no)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    except (OSError, IndexError):
+        return False
+
+
 def birth_of(pid: int) -> Optional[str]:
     """Tell when a process began; with its pid that names it for good, for pids are given out again."""
     if os.path.isdir("/proc/self"):
@@ -2733,6 +2746,21 @@ def birth_of(pid: int) -> Optional[str]:
             return None
     listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return listed.stdout.strip() or None
+
+
+def processes_with(name: str, value: str) -> List[int]:
+    """List the processes that have a variable in their environment: what left its group and its parent is found."""
+    mark = f"{name}={value}".encode()
+    if not os.path.isdir("/proc/self"):
+        listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
+        return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0") and not is_zombie(int(entry)):
+                    found.append(int(entry))
+    return found
 
 
 # ============================================================================
@@ -5307,6 +5335,7 @@ class Session:
         self.resets_told: Optional[float] = None   # the end of a usage limit, as the transcript last told it
         self.escape_at = 0.0
         self.unasked: Optional[Tuple[Reading, float]] = None   # a dialog that no hook told of, and since when it stands
+        self.tmux_pid = ""                 # of the tmux server that its pane is of
         self.adopted_at = -math.inf        # monotonic time at which we took it over from the Aegis before us
         self.key_lock = threading.Lock()                # one interrupt or Escape at a time; taken before lock
         self.text: Tuple[Any, str] = (None, "")         # the last answer to "get", and for what
@@ -7607,7 +7636,7 @@ def on_exit(context: Context, session: Session) -> None:
     status = exit_status(context, session.row.pane or "")
     said = read_tail(context.file(session.row.id, "stderr")).strip()
     how = (
-        "the agent ended"
+        "the agent ended" + what_took_it(context, session)
         if status is None
         else f"the agent was killed by signal {status - 128}"
         if status > 128
@@ -7615,6 +7644,19 @@ def on_exit(context: Context, session: Session) -> None:
         + (" (its program or interpreter was not found)" if status == 127 else "")
     )
     finish(context, session, "exited", f"{how}: {clip(said, 1_000)}" if said else how, status)
+
+
+def what_took_it(context: Context, session: Session) -> str:
+    """Say why tmux knows nothing of an agent's end: the tmux server ended, or the window was closed."""
+    known = session.tmux_pid
+    for _ in range(25):
+        if known and (context.tmux.server_pid != known or not alive(int(known)) or is_zombie(int(known))):
+            return ": the tmux server did, with everything in it"
+        with contextlib.suppress(TmuxError):
+            if any(pane.pane == session.row.pane for pane in context.tmux.panes()):
+                return ""
+        time.sleep(0.02)
+    return ": its window was closed"
 
 
 def exit_status(context: Context, pane_id: str) -> Optional[int]:
@@ -7822,22 +7864,31 @@ def look_gap(session: Session) -> float:
 # WORKTREES. A branch and a directory of a session's own.
 # ============================================================================
 # Made beside the database, never inside the repository, and removed only when
-# nothing is lost or when told to.  git runs without the repository's hooks and
-# monitors, for a repository is not ours to trust.
+# nothing is lost or when told to: no changed file, no commit that only this
+# worktree or its branch leads to.  A repository is not ours to trust, nor what
+# an agent made of it: git runs without their hooks, monitors, filters and
+# transports, and takes no bare repository that lies among the files.  What is
+# checked out may be a link that leads elsewhere.
 
 GIT_SECONDS = 120.0   # a checkout of a large repository takes its time
+GIT_SAFE = {   # what a hostile repository's configuration would run for us, it must not
+    "core.hooksPath": "/dev/null", "core.fsmonitor": "false", "core.pager": "cat", "core.sshCommand": "false",
+    "core.alternateRefsCommand": "false", "safe.bareRepository": "explicit", "submodule.recurse": "false",
+    "protocol.allow": "never"}
+GIT_ALONE = {   # no questions, no locks, and nothing is fetched: the list of protocols is above any configuration
+    "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none",
+    "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C"}
+FILTER_KEY = re.compile(r"filter\.(.*)\.(clean|smudge|process|required)", re.DOTALL | re.IGNORECASE)
 
 
-def run_git(directory: str, *words: str) -> str:
-    """Run git without the repository's own hooks and monitors.  Raises ApiError 409 with what it said."""
-    # What a hostile repository's configuration would run for us, it must not.
-    safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.pager=cat")
+def run_git(directory: str, *words: str, config: Mapping[str, str] = GIT_SAFE) -> str:
+    """Run git without the repository's own programs.  Raises ApiError 409 with what it said."""
+    safe = [word for name, value in config.items() for word in ("-c", f"{name}={value}")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "AEGIS_"))}
     try:
         done = subprocess.run(
             ["git", *safe, "-C", directory, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=GIT_SECONDS, check=False,
-            env={**environment, "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"})
+            stderr=subprocess.PIPE, timeout=GIT_SECONDS, check=False, env={**environment, **GIT_ALONE})
     except FileNotFoundError:
         raise ApiError(503, "GIT_NOT_FOUND", "worktrees need git: install it") from None
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -7846,6 +7897,23 @@ def run_git(directory: str, *words: str) -> str:
         said = done.stderr.decode("utf-8", "replace").strip()
         raise ApiError(409, "GIT_FAILED", f"git {words[0]}: {clip(said, 500)}")
     return done.stdout.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def run_filtered(directory: str, *words: str) -> str:
+    """Run a git command that reads or writes files: through the user's own filters, never through a repository's."""
+    told = run_git(directory, "config", "--list", "--show-scope", "-z").split("\0")
+    theirs: Dict[str, str] = {}
+    for scope, entry in zip(told[::2], told[1::2]):   # those of all users and of this one come first
+        name, _, value = entry.partition("\n")
+        if not FILTER_KEY.fullmatch(name):
+            continue
+        if scope in ("system", "global"):
+            theirs[name] = value
+        elif "=" in name:   # it cannot be overruled
+            raise ApiError(409, "GIT_FAILED", f"the repository has a filter with an odd name: {clip(name, 100)}")
+        else:
+            theirs.setdefault(name, "false" if name.endswith("required") else "")
+    return run_git(directory, *words, config={**theirs, **GIT_SAFE})
 
 
 def add_worktree(context: Context, row: SessionRow) -> SessionRow:
@@ -7858,44 +7926,90 @@ def add_worktree(context: Context, row: SessionRow) -> SessionRow:
         base = run_git(row.work_dir, "rev-parse", "--verify", "HEAD^{commit}")
     except ApiError as error:
         raise error if error.status == 503 else refuse(f"{row.work_dir} has none ({error.message})") from error
+    inside = os.path.relpath(row.work_dir, os.path.realpath(root))
+    if inside.startswith("..") or not os.path.lexists(os.path.join(root, ".git")):
+        raise refuse(f"{row.work_dir} is not in the work tree of one, but among the files of one")
     folder = context.state_dir / "worktrees"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = str(folder / row.id)
     clean = re.sub(r"[^A-Za-z0-9_-]+", "-", row.name).strip("-")[:40] or "session"
     branch = f"aegis/{clean}" if clean.endswith(row.id[:6]) else f"aegis/{clean}-{row.id[:6]}"
-    run_git(root, "worktree", "add", "-q", "-b", branch, path, base)
-    inside = os.path.relpath(row.work_dir, os.path.realpath(root))
+    worktree = {"path": path, "branch": branch, "root": root, "base": base}
+    run_filtered(root, "worktree", "add", "-q", "-b", branch, path, base)
     work_dir = os.path.normpath(os.path.join(path, inside))
+    if not is_below(os.path.realpath(work_dir), os.path.realpath(path)):
+        remove_worktree(worktree, force=True)
+        raise refuse(f"in its commit {inside} is a link that leads out of it")
     if not os.path.isdir(work_dir):   # the subdirectory is not in the commit
         work_dir = path
-    return row._replace(work_dir=work_dir, worktree={"path": path, "branch": branch, "root": root, "base": base})
+    return row._replace(work_dir=work_dir, worktree=worktree)
 
 
 def worktree_state(worktree: Json) -> Json:
-    """Tell what removing a worktree would lose: changed files; commits stay on its branch."""
-    path = worktree["path"]
+    """Tell what a worktree holds: changed files, commits, and how many of those removing it would lose."""
+    path, base = worktree["path"], worktree["base"]
     if not os.path.isdir(path):
-        return {"exists": False, "clean": True, "changes": 0, "commits": 0}
-    changes = run_git(path, "status", "--porcelain", "--untracked-files=all").splitlines()
-    commits = run_git(path, "rev-list", "--count", f"{worktree['base']}..HEAD")
-    return {"exists": True, "clean": not changes, "changes": len(changes), "commits": int(commits or 0)}
+        return {"exists": False, "clean": True, "changes": 0, "commits": 0, "unreferenced": 0}
+    changes = len(run_filtered(path, "status", "--porcelain", "--untracked-files=all",
+                               "--ignore-submodules=dirty").splitlines()) + len(hidden_changes(path))
+    tips = [tip for tip in (tip_of(path, "HEAD"), tip_of(path, f"refs/heads/{worktree['branch']}")) if tip]
+    made = count_commits(path, *tips, "--not", base)
+    lost = count_commits(path, *tips[:1], "--not", base, "--branches", "--remotes", "--tags")
+    return {"exists": True, "clean": not changes and not lost, "changes": changes, "commits": made,
+            "unreferenced": lost}
+
+
+def hidden_changes(path: str) -> List[str]:
+    """List what git status is silent about: files that the index hides, and submodules that were checked out."""
+    found = []
+    for line in run_git(path, "ls-files", "-v", "-s", "-z").split("\0"):
+        flag_, _, name = line.partition("\t")
+        tag, mode = flag_[:1], flag_[2:8]
+        place = os.path.join(path, name)
+        if tag.islower() or (tag == "S" and os.path.lexists(place)):
+            found.append(name)
+        elif mode == "160000":
+            with contextlib.suppress(OSError):
+                found += [name] if os.listdir(place) else []
+    return found
+
+
+def tip_of(directory: str, name: str) -> Optional[str]:
+    """Find the commit that a reference leads to; None when there is none."""
+    try:
+        return run_git(directory, "rev-parse", "-q", "--verify", f"{name}^{{commit}}")
+    except ApiError as error:
+        if error.status == 503:
+            raise
+        return None
+
+
+def count_commits(directory: str, *words: str) -> int:
+    """Count the commits that some references lead to and others do not."""
+    return int(run_git(directory, "rev-list", "--count", *words) or 0)
 
 
 def remove_worktree(worktree: Optional[Json], force: bool) -> None:
     """Remove a worktree, and its branch when that holds nothing new.  Raises ApiError 409 when work would be lost."""
     if not worktree:
         return
-    state = worktree_state(worktree)
-    if not state["clean"] and not force:
-        raise ApiError(409, "WORKTREE_NOT_CLEAN", f"{worktree['path']} has {state['changes']} changed files: commit "
-                       "them, or remove it by force", changes=state["changes"])
-    if state["exists"]:
-        run_git(worktree["root"], "worktree", "remove", *["--force"] * force, worktree["path"])
+    exists = os.path.isdir(worktree["path"])
+    state = worktree_state(worktree) if exists and not force else {"clean": True}
+    if not state["clean"]:
+        what = f"{state['changes']} changed files" if state["changes"] else (
+            f"{state['unreferenced']} commits that are on no branch")
+        raise ApiError(409, "WORKTREE_NOT_CLEAN", f"{worktree['path']} has {what}: commit them to a branch, or remove "
+                       "it by force", changes=state["changes"], unreferenced=state["unreferenced"])
+    root, branch = worktree["root"], worktree["branch"]
+    if exists:   # by force: git's own check would run what a submodule's configuration says
+        run_git(root, "worktree", "remove", "--force", worktree["path"])
     else:
-        run_git(worktree["root"], "worktree", "prune")
-    if not state["commits"]:
-        with contextlib.suppress(ApiError):
-            run_git(worktree["root"], "branch", "-q", "-D", worktree["branch"])
+        run_git(root, "worktree", "prune")
+    with contextlib.suppress(ApiError):
+        tip = tip_of(root, f"refs/heads/{branch}")
+        if tip and not count_commits(root, tip, "--not", worktree["base"], f"--exclude={branch}", "--branches",
+                                     "--remotes", "--tags"):
+            run_git(root, "branch", "-q", "-D", branch)
 
 
 def settle_worktree(context: Context, session: Session, wish: str) -> None:
@@ -7995,7 +8109,7 @@ class Apart:
         return {"PATH": os.environ.get("PATH", os.defpath), "HOME": own, "XDG_CONFIG_HOME": own, "LC_ALL": "C",
                 "GIT_DIR": own, "GIT_WORK_TREE": self.root, "GIT_INDEX_FILE": f"{own}/index",
                 "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_ATTR_NOSYSTEM": "1",
-                "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+                **GIT_ALONE}
 
     def git(self, *words: str, given: Sequence[bytes] = (), most: int = LISTED_BYTES) -> bytes:
         """Run git, with paths on its input; gives its output, `most` bytes and one of it.  Raises ApiError, OSError."""
@@ -8195,6 +8309,9 @@ def newer_files(work_dir: str, since: float) -> Difference:
 # starts, and everything that may be refused is refused before that.
 
 
+AGENT_MARK = "AEGIS_SESSION"   # the variable that marks what an agent started, and tells it whose it is
+
+
 class Wanted(NamedTuple):
     """What a caller wants created; None where the settings decide."""
 
@@ -8324,6 +8441,7 @@ def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str,
     environment = agent_environment(os.environ, row.launch["env"])
     if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in row.launch["env"]:   # never the operator's own
         environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
+    environment[AGENT_MARK] = row.id
     row.launch["home"] = environment.get("CLAUDE_CONFIG_DIR") or os.path.join(environment.get("HOME", "/"), ".claude")
     words = row.launch["command"] or agent.program(context.settings)
     program = find_program(words, environment.get("PATH"))
@@ -8422,6 +8540,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         write_private(stderr, "")
     session.output_at = session.looked_at = time.monotonic()
     pane = open_place(context, row, ["/bin/sh", str(launch)])
+    session.tmux_pid = context.tmux.server_pid
     context.panes[pane.pane] = session
     try:
         with session.changing("tmux", "window opened", pane.window) as change:
@@ -8538,6 +8657,16 @@ def end_agent(session: Session) -> None:
     pid = session.row.pid
     if pid and birth_of(pid) in (None, session.row.launch.get("birth")):   # None: what it started may still run
         terminate(pid)
+    if os.environ.get(AGENT_MARK) == session.row.id:   # it started this very Aegis
+        return
+    for _ in range(5):
+        left = processes_with(AGENT_MARK, session.row.id)
+        for member in left:
+            with contextlib.suppress(OSError):
+                os.kill(member, signal.SIGKILL)
+        if not left:
+            return
+        time.sleep(0.02)
 
 
 def terminate(pid: int, grace: float = 2.0) -> None:
@@ -8555,14 +8684,6 @@ def terminate(pid: int, grace: float = 2.0) -> None:
             if not family:
                 return
             time.sleep(0.005)
-
-
-def is_zombie(pid: int) -> bool:
-    """Tell whether a process has ended and only waits to be collected (Linux; elsewhere: no)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
-    except (OSError, IndexError):
-        return False
 
 
 def descendants(pid: int) -> List[int]:
@@ -9648,17 +9769,7 @@ def start_check(row: CheckRow, work_dir: str, folder: Path) -> Running:
 
 def marked_processes(check_id: str) -> List[int]:
     """List the processes of a check, those that left its group too: by the mark in their environment."""
-    mark = f"{CHECK_MARK}={check_id}".encode()
-    if not os.path.isdir("/proc/self"):
-        listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
-        return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0") and not is_zombie(int(name)):
-                    found.append(int(name))
-    return found
+    return processes_with(CHECK_MARK, check_id)
 
 
 def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
@@ -13784,7 +13895,7 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
              "launch": {**row.launch, "birth": birth_of(pane.pid)}}
     context.bus.commit([update("sessions", row.id, found)])
     session.row = session.row._replace(**found)
-    session.adopted_at = time.monotonic()
+    session.adopted_at, session.tmux_pid = time.monotonic(), context.tmux.server_pid
     catch_up(session)
     locate_transcript(session)
     catch_up(session)
@@ -16787,7 +16898,7 @@ EXPLANATION = record({
 WORKTREE = shape(
     "Worktree", "A worktree of a session, and what removing it would lose.",
     {**WORKTREE_FIELDS, "sessionId": WORD, "sessionStatus": STATUS, **each("exists clean", YES),
-     **each("changes commits", COUNT)})
+     **each("changes commits unreferenced", COUNT)})
 KILLED = record({"id": WORD, "status": STATUS, "killed": YES}, {"worktree": WORKTREE})
 SAID = SHAPES["Error"]["properties"]
 FAULTS = listing(record({"index": COUNT, **{name: SAID[name] for name in SHAPES["Error"]["required"]}},
@@ -21424,12 +21535,14 @@ class BenchServer:
 class Stage:
     """What the figures share: how much is asked for, and one server, started when first needed."""
 
-    def __init__(self, quick: bool, counts: Sequence[int]) -> None:
+    def __init__(self, quick: int, counts: Sequence[int]) -> None:
         self.quick, self.counts = quick, counts
         self.shared: Optional[BenchServer] = None
 
     def pick(self, full: Any, quick: Any) -> Any:
         """Choose an amount."""
+        if self.quick > 1:
+            return quick if isinstance(quick, float) else max(1, quick // 5)
         return quick if self.quick else full
 
     def server(self, sessions: int = 0) -> BenchServer:
@@ -21876,7 +21989,8 @@ def bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aegis.py bench", description="Measures Aegis on this box, with a server and agents of its own."
     )
-    parser.add_argument("--quick", action="store_true", help="small counts, some 15 s")
+    parser.add_argument("--quick", action="count", default=0,
+                        help="small counts, some 15 s; twice: each figure once or so, to see that all can be measured")
     parser.add_argument(
         "--only", metavar="NAME", action="append", choices=tuple(BENCHES), help="only this: " + ", ".join(BENCHES)
     )

@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -1735,6 +1736,41 @@ def test_the_end_of_a_process_is_told_once_and_at_once():
     exits.close()
 
 
+class Kqueue:
+    """What the loop for BSD and macOS needs of their select, by poll; of processes this kernel tells nothing."""
+
+    def __init__(self) -> None:
+        self.poller, self.rounds = select.poll(), 0
+
+    def control(self, changes: Any, most: int, timeout: Optional[float] = None) -> List[Any]:
+        """Register, or wait."""
+        for one in changes or ():
+            if one.filter == "process":
+                raise OSError("no such thing")
+            self.poller.register(one.ident, select.POLLIN)
+        self.rounds += changes is None
+        return [types.SimpleNamespace(ident=handle, filter="read")
+                for handle, _ in self.poller.poll(None if timeout is None else timeout * 1000)] if not changes else []
+
+
+def test_the_loop_for_bsd_hears_of_what_it_must_poll(monkeypatch):
+    for name, value in (("kqueue", Kqueue), ("KQ_FILTER_READ", "read"), ("KQ_FILTER_PROC", "process"),
+                        ("KQ_EV_ADD", 1), ("KQ_EV_ONESHOT", 2), ("KQ_NOTE_EXIT", 4),
+                        ("kevent", lambda ident, kind, *_: types.SimpleNamespace(ident=ident, filter=kind))):
+        monkeypatch.setattr(select, name, value, raising=False)
+    exits, told, before = aegis.Exits(), [], set(threading.enumerate())   # type: Any, List[int], Any
+    exits.start()
+    loop = next(one for one in set(threading.enumerate()) - before if one.name == "aegis-exits")
+    eventually(lambda: exits.queue.rounds == 1)     # it waits, for a minute
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    exits.watch(process.pid, lambda: told.append(process.pid))
+    process.kill()
+    process.wait()
+    eventually(lambda: told == [process.pid])
+    exits.close()
+    eventually(lambda: not loop.is_alive())
+
+
 # ============================================================================
 # SCREENS. The text of a terminal -> what the agent is doing.
 # ============================================================================
@@ -3156,7 +3192,8 @@ def test_an_agent_gets_a_deliberate_environment(house):
     assert talk.wait("session.exited")["exitCode"] == 0
     found = dict(one.partition("=")[::2] for one in (own.work / "env.txt").read_text(encoding="utf-8").splitlines())
     assert (found["MINE"], found["GIVEN"], found["HOME"]) == ("kept", given, own.env["HOME"])
-    assert [name for name in found if name.startswith(("AEGIS_", "CLAUDE")) or name in ("TMUX", "TMUX_PANE")] == []
+    assert [name for name in found if name.startswith(("AEGIS_", "CLAUDE")) or name in ("TMUX", "TMUX_PANE")] == [
+        "AEGIS_SESSION"] and found["AEGIS_SESSION"] == talk.id
     other = own.open(ready=False, agent="shell", command=["sh", "-c", "env > env2.txt"])
     other.wait("session.exited")
     assert "GIVEN" not in (own.work / "env2.txt").read_text(encoding="utf-8")
@@ -4800,7 +4837,8 @@ def test_delete_worktree_keeps_one_with_work_in_it_until_told(server, make, repo
     tree = Path(talk.get()["worktree"]["path"])
     (tree / "new.txt").write_text("work")
     assert talk.kill()["worktree"] == {**talk.get()["worktree"], "sessionId": talk.id, "sessionStatus": "killed",
-                                       "exists": True, "clean": False, "changes": 1, "commits": 0}
+                                       "exists": True, "clean": False, "changes": 1, "commits": 0,
+                                       "unreferenced": 0}
     assert server.refusal(f"DELETE /v1/worktrees/{talk.id}") == (409, "WORKTREE_NOT_CLEAN")
     git(tree, "add", "."), git(tree, "commit", "-q", "-m", "two")
     assert server.ask(f"DELETE /v1/worktrees/{talk.id}")["removed"] == str(tree)
@@ -4810,6 +4848,122 @@ def test_delete_worktree_keeps_one_with_work_in_it_until_told(server, make, repo
     (Path(forced.get()["worktree"]["path"]) / "new.txt").write_text("work")
     server.ask(f"DELETE /v1/sessions/{forced.id}?worktree=remove")
     assert not Path(forced.get()["worktree"]["path"]).exists()
+
+
+def tree_of(repository: Path, place: Path, inside: str = "") -> Json:
+    """Make a worktree of a repository, as a create would."""
+    row = aegis.SessionRow(*[None] * (len(aegis.SessionRow._fields) - 1))._replace(
+        id=uuid.uuid4().hex[:12], name="t", work_dir=str(repository / inside))
+    return aegis.add_worktree(types.SimpleNamespace(state_dir=place), row).worktree
+
+
+def commit_in(tree: Json, name: str) -> str:
+    """Commit a file in a worktree; gives the commit."""
+    (Path(tree["path"]) / name).write_text("work\n")
+    git(Path(tree["path"]), "add", "."), git(Path(tree["path"]), "commit", "-q", "-m", name)
+    return git(Path(tree["path"]), "rev-parse", "HEAD")
+
+
+def test_removing_a_worktree_loses_no_commit(repository, tmp_path):
+    def branches(commit: str) -> str:
+        return git(repository, "branch", "--format=%(refname:short)", "--contains", commit)
+    detached = tree_of(repository, tmp_path)
+    git(Path(detached["path"]), "checkout", "-q", "--detach")
+    lost = commit_in(detached, "detached.txt")
+    state = aegis.worktree_state(detached)
+    assert (state["clean"], state["changes"], state["commits"], state["unreferenced"]) == (False, 0, 1, 1)
+    with pytest.raises(aegis.ApiError, match="1 commits that are on no branch"):
+        aegis.remove_worktree(detached, force=False)
+    git(repository, "branch", "rescued", lost)
+    aegis.remove_worktree(detached, force=False)
+    assert branches(lost) == "rescued" and not Path(detached["path"]).exists()
+    away, gone, merged = (tree_of(repository, tmp_path) for _ in range(3))
+    work = commit_in(away, "away.txt")
+    git(Path(away["path"]), "checkout", "-q", "--detach", away["base"])
+    state = aegis.worktree_state(away)
+    assert (state["clean"], state["commits"], state["unreferenced"]) == (True, 1, 0)
+    aegis.remove_worktree(away, force=False)
+    assert branches(work) == away["branch"], "its branch holds what it was left with"
+    work = commit_in(gone, "gone.txt")
+    shutil.rmtree(gone["path"])
+    aegis.remove_worktree(gone, force=False)
+    assert branches(work) == gone["branch"]
+    work = commit_in(merged, "merged.txt")
+    git(repository, "merge", "-q", work)
+    aegis.remove_worktree(merged, force=False)
+    assert merged["branch"] not in branches(work), "another branch holds its work: its own is not needed"
+
+
+def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
+    tree = tree_of(repository, tmp_path)
+    for flag in ("--assume-unchanged", "--skip-worktree"):
+        git(Path(tree["path"]), "update-index", flag, "sub/a.txt")
+        (Path(tree["path"]) / "sub" / "a.txt").write_text("work")
+        assert aegis.worktree_state(tree)["changes"] == 1, flag
+        git(Path(tree["path"]), "update-index", "--no" + flag[1:], "sub/a.txt")
+
+
+HOSTILE = {   # what a repository's own configuration would run, by the command that writes it
+    "smudge": ["filter.evil.smudge", "touch {mark}; cat"], "clean": ["filter.evil.clean", "touch {mark}; cat"],
+    "process": ["filter.evil.process", "touch {mark}; cat"], "monitor": ["core.fsmonitor", "touch {mark}; false"],
+    "ssh": ["core.sshCommand", "touch {mark}; false"], "pack": ["remote.origin.uploadpack", "touch {mark}; false"]}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nothing_that_a_repository_names_is_run(repository, tmp_path, kind):
+    (repository / ".gitattributes").write_text("* filter=evil\n")
+    git(repository, "add", "."), git(repository, "commit", "-q", "-m", "two")
+    mark, (name, value) = tmp_path / "ran", HOSTILE[kind]
+    git(repository, "config", name, value.format(mark=mark))
+    if kind in ("ssh", "pack"):   # an object that is not here would be fetched
+        git(repository, "config", "core.repositoryformatversion", "1")
+        for key, word in (("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
+                          ("protocol.file.allow", "always"), ("protocol.ssh.allow", "always"),
+                          ("remote.origin.url", "ssh://x/y" if kind == "ssh" else str(repository))):
+            git(repository, "config", key, word)
+        blob = git(repository, "rev-parse", "HEAD:sub/a.txt")
+        (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+        with pytest.raises(aegis.ApiError):
+            tree_of(repository, tmp_path)
+    else:
+        tree = tree_of(repository, tmp_path)
+        (Path(tree["path"]) / "sub" / "a.txt").write_text("changed\n")
+        assert aegis.worktree_state(tree)["changes"] == 1
+        aegis.remove_worktree(tree, force=True)
+    aegis.note_base(types.SimpleNamespace(state_dir=tmp_path), "0" * 12, str(repository))
+    assert not mark.exists()
+
+
+def test_a_users_own_filters_go_on_working(repository, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    git(repository, "config", "--global", "filter.mine.smudge", "tr a b")
+    git(repository, "config", "--global", "filter.mine.clean", "tr b a")
+    git(repository, "config", "filter.mine.smudge", "tr a c")
+    (repository / ".gitattributes").write_text("*.txt filter=mine\n")
+    git(repository, "add", "."), git(repository, "commit", "-q", "-m", "two")
+    tree = tree_of(repository, tmp_path)
+    assert (Path(tree["path"]) / "sub" / "a.txt").read_text() == "b\n"
+    assert aegis.worktree_state(tree)["clean"] is True
+    aegis.remove_worktree(tree, force=False)
+
+
+def test_a_repository_among_the_files_of_another_and_a_link_out_of_it_are_refused(repository, tmp_path):
+    inner = repository / "inner"
+    git(repository, "clone", "-q", "--bare", ".", "inner")
+    (inner / "config").write_text("[core]\n repositoryformatversion = 0\n bare = false\n worktree = .\n"
+                                  f"[filter \"evil\"]\n smudge = touch {tmp_path}/ran; cat\n")
+    (repository / "away").symlink_to("/etc")
+    git(repository, "add", "away"), git(repository, "commit", "-q", "-m", "link")
+    (repository / "away").unlink()
+    (repository / "away").mkdir()
+    for inside in ("inner", "away"):
+        with pytest.raises(aegis.ApiError) as refused:
+            tree_of(repository, tmp_path, inside)
+        assert (refused.value.status, refused.value.code) == (400, "NOT_A_REPOSITORY"), inside
+    assert git(repository, "worktree", "list").count("\n") == 0 and "aegis/" not in git(repository, "branch")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_worktree_outside_a_repository_is_refused(server, tmp_path):
@@ -5509,12 +5663,33 @@ def test_the_death_of_tmux_is_an_exit_of_all_and_then_goes_on(house):
     pids = [talk.get()["pid"] for talk in talks]
     own.tmux("kill-server")
     for talk in talks:
-        assert talk.wait("session.exited")["reason"]
+        assert "the tmux server did" in talk.wait("session.exited")["reason"]
     eventually(lambda: not any(map(alive, pids)))
     eventually(lambda: own.ask("GET /v1/health")["tmux"]["healthy"])
     fresh = own.open()
     assert fresh.say("[[say again]]")["output"] == "again"
     assert talks[0].get()["window"] is None or talks[0].status == "exited"
+
+
+@alone
+def test_kill_session_ends_what_its_agent_started_wherever_that_went(make):
+    script = ("(setsid sh -c 'trap \"\" HUP TERM; echo $$ > left.pid; exec sleep 900' > /dev/null 2>&1 &); "
+              "while :; do sleep 0.1; done")
+    place = Path(tempfile.mkdtemp(prefix="ae-", dir="/tmp"))
+    talk = make(ready=False, agent="shell", command=["sh", "-c", script], workDir=str(place))
+    other = make(ready=False, agent="shell", command=["sh", "-c", script.replace("left", "other")], workDir=str(place))
+    left, kept = (int(eventually(lambda: (place / f"{name}.pid").read_text())) for name in ("left", "other"))
+    talk.kill()
+    assert not alive(left) and alive(kept)
+    other.kill()
+    shutil.rmtree(place)
+
+
+@alone
+def test_a_window_closed_by_hand_is_told_as_that(make):
+    talk = make()
+    talk.server.tmux("kill-window", "-t", talk.get()["window"])
+    assert "window was closed" in talk.wait("session.exited")["reason"]
 
 
 @alone
@@ -5805,6 +5980,7 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
     own = house()
     lone, parent = own.open("[[say lone]]", name="lone"), own.open("[[say parent]]")
     child = Talk(own, own.ask(f"POST /v1/sessions/{parent.id}/spawn", {"prompt": "[[hang]]"}))
+    grandchild = Talk(own, own.ask(f"POST /v1/sessions/{child.id}/spawn", {}))
     waiting = child.send("[[say later]]")
     dead, asking = own.open(), own.open("[[bash touch x]]")
     asked = asking.wait("permission.requested")["permission"]["id"]
@@ -5831,7 +6007,9 @@ def test_after_a_reboot_all_come_back_that_were_alive(house):
         "done",
     )
     child.wait("prompt.done", promptId=waiting["promptId"])
-    assert child.get()["window"] == parent.get()["window"] and dead.status == "killed"
+    grandchild.wait("session.idle")
+    assert {one.get()["window"] for one in (parent, child, grandchild)} == {parent.get()["window"]}
+    assert dead.status == "killed"
 
 
 # -- labels
@@ -11627,6 +11805,15 @@ def test_bench_prints_its_table(_):
     assert "p50" in done.stdout or "median" in done.stdout
 
 
+@alone
+def test_bench_measures_every_figure(_):
+    done = run_aegis("bench", "--quick", "--quick", "--sessions", "1,2", "--json", within=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["troubles"] == [] and {one["key"] for one in told["figures"]} == set(aegis.MEASURES)
+    assert [one["figure"] for one in told["figures"] if one["median"] is None] == []
+
+
 # ============================================================================
 # CLIENT. A caller of a running Aegis.
 # ============================================================================
@@ -12948,7 +13135,9 @@ CALLS = {
         "options": [{"label": label, "description": label} for label in ("Small", "Medium", "Large")]}]}),
     "plan": lambda rest: ("ExitPlanMode", {"plan": rest}),
     "call": lambda rest: (rest.partition(" ")[0], json.loads(rest.partition(" ")[2])),   # any tool, with JSON
-    "agent": lambda rest: ("Agent", {"description": "Look", "prompt": rest, "subagent_type": "general-purpose"}),
+    "agent": lambda rest: ("Agent", {   # {{directions}} are the subagent's
+        "description": "Look", "prompt": rest.replace("{{", "[[").replace("}}", "]]"),
+        "subagent_type": "general-purpose"}),
 }
 
 
@@ -13014,8 +13203,9 @@ class Messages(BaseHTTPRequestHandler):
             return self.refuse(self.server.limited_until)
         if word == "error":
             return self.fail(prompt, rest)
-        if word == "both":
-            return self.stream(body, [("bash", one.strip()) for one in rest.split(";;")])
+        if word in ("both", "agents"):
+            kind = "bash" if word == "both" else "agent"
+            return self.stream(body, [(kind, one.strip()) for one in rest.split(";;")])
         return self.stream(body, [(word, rest)])
 
     def fail(self, prompt: str, rest: str) -> None:
@@ -13701,6 +13891,66 @@ def test_real_budget_interrupts_the_turn_that_passes_it(start):
 
 
 @real_client
+def test_real_subagents_ask_at_once_and_each_is_decided(start):
+    talk = start("[[agents {{bash touch sub-yes}} {{say yes}};;{{bash touch sub-no}} {{say no}};;"
+                 "{{bash touch sub-hand}} {{say hand}}]] [[say all asked]]")
+    asked = {one["input"]["command"]: one for one in (talk.wait("permission.requested", within=60)["permission"]
+                                                      for _ in range(3))}
+    assert set(asked) == {"touch sub-yes", "touch sub-no", "touch sub-hand"}
+    assert len({one["subagentId"] for one in asked.values()}) == 3 and None not in {
+        one["subagentId"] for one in asked.values()}
+    assert talk.refusal("POST approve", {}) == (409, "PERMISSION_AMBIGUOUS")
+    no, yes, hand = (asked[f"touch sub-{word}"]["id"] for word in ("no", "yes", "hand"))
+    assert talk.ask("POST reject", {"permissionId": no, "message": "not\nthis"})["decision"] == "rejected"
+    assert talk.ask("POST approve", {"permissionId": yes})["decision"] == "approved"
+    assert talk.ask("POST approve", {"permissionId": hand})["decision"] == "approved"
+    assert talk.refusal("POST approve", {"permissionId": no}) == (409, "PERMISSION_DECIDED")
+    made = [talk.server.work / f"sub-{word}" for word in ("yes", "no", "hand")]
+    eventually(lambda: [path.exists() for path in made] == [True, False, True], 60)
+    eventually(lambda: talk.status == "idle", 60)
+    history = {one["id"]: (one["state"], one["decidedBy"]) for one in talk.ask("GET permissions")["history"]}
+    assert history == {no: ("rejected", "api"), yes: ("approved", "api"), hand: ("approved", "api")}
+    for path in made:
+        path.unlink() if path.exists() else None
+
+
+@real_client
+def test_real_silence_is_a_stall_and_life_ends_it(model):
+    own = lab(model, "--stall-seconds", "4")
+    try:
+        talk = own.start().open("[[slow 60]] [[say late]]")
+        talk.wait("prompt.started", within=40)
+        pid = talk.get()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        assert "no life" in talk.wait("session.stalled", within=40)["reason"]
+        assert talk.status == "stalled"
+        os.kill(pid, signal.SIGCONT)
+        talk.wait("session.working", within=40)
+        assert talk.ask("POST interrupt", {})["interrupted"] is True
+        assert own.events.of(talk.id).count("session.stalled") == 1
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_fork_into_a_worktree_edits_there_and_stays_while_there_is_work(start, projects):
+    origin = start("[[say the word is fig]]", workDir=str(projects))
+    origin.wait("session.idle")
+    fork = Talk(origin.server, origin.server.ask(f"POST /v1/sessions/{origin.id}/fork", {
+        "worktree": True, "permissionProfile": "autonomous"}))
+    tree = Path(fork.get()["worktree"]["path"])
+    assert fork.say("[[bash echo new > forked.txt && git add . && git -c user.name=t -c user.email=t commit -qm new "
+                    "&& git checkout -q --detach && git -c user.name=t -c user.email=t commit -q --allow-empty "
+                    "-m lost]] [[say made]]")["output"] == "made"
+    assert (tree / "forked.txt").exists() and not (projects / "forked.txt").exists()
+    left = fork.kill()["worktree"]
+    assert (left["exists"], left["clean"], left["commits"], left["unreferenced"]) == (True, False, 2, 1)
+    fork.server.ask(f"DELETE /v1/worktrees/{fork.id}?force=true")
+    assert "new" in git(projects, "log", "-1", "--format=%s", left["branch"])
+    git(projects, "branch", "-D", left["branch"])
+
+
+@real_client
 def test_real_usage_limit_is_waited_for_to_the_second_and_the_clients_own_timer_is_taken_off():
     account = FakeModel()
     own = lab(account, CLAUDE_CODE_OAUTH_TOKEN="sk-ant-oat01-" + "a" * 80)
@@ -13709,7 +13959,6 @@ def test_real_usage_limit_is_waited_for_to_the_second_and_the_clients_own_timer_
         own.start()
         talks = [own.open(resumeOnReset=True), own.open()]
         for talk, prompt in zip(talks, ("[[limit 15]]", "[[say never]]")):
-            talk.wait("session.ready", within=40)
             talk.send(prompt)
         for talk in talks:
             talk.wait("session.rate_limited")
