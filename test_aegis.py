@@ -5248,9 +5248,8 @@ STEADY = {   # name -> what a session is at when Aegis is killed
     "limited": "[[error 429]]",
 }
 BRIEF = {
-    "background": "[[background 2.5]] [[say held]]",
-    "heard": "[[wait 1.5]] [[say heard]]", "meanwhile": "[[wait 1.5]] [[say meanwhile]]",
-         "under way": "[[wait 3]] [[say after the crash]]"}
+    "background": "[[background 4]] [[say held]]", "heard": "[[wait 3]] [[say heard]]",
+    "meanwhile": "[[wait 3]] [[say meanwhile]]", "under way": "[[wait 4.5]] [[say after the crash]]"}
 
 
 def open_all(own: Server, prompts: Dict[str, Optional[str]]) -> Dict[str, Talk]:
@@ -9063,7 +9062,7 @@ def test_an_event_that_waits_is_not_pruned(house):
         assert hook_now(own, made["id"])["queueLength"] == 1200
         receiver.open()
         own.crash().start()     # its pause is stored, but short
-        receiver.wait_for(1200)
+        receiver.wait_for(1200, 90)
         assert [one["data"]["key"] for one in receiver.accepted()] == keys
 
 
