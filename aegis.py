@@ -7922,20 +7922,20 @@ def add_worktree(context: Context, row: SessionRow) -> SessionRow:
         return ApiError(400, "NOT_A_REPOSITORY", f"worktree needs a git repository with a commit: {what}",
                         fields={"worktree": what})
     try:
-        root = run_git(row.work_dir, "rev-parse", "--show-toplevel")
+        top = run_git(row.work_dir, "rev-parse", "--show-toplevel")
         base = run_git(row.work_dir, "rev-parse", "--verify", "HEAD^{commit}")
     except ApiError as error:
         raise error if error.status == 503 else refuse(f"{row.work_dir} has none ({error.message})") from error
-    inside = os.path.relpath(row.work_dir, os.path.realpath(root))
-    if inside.startswith("..") or not os.path.lexists(os.path.join(root, ".git")):
+    inside = os.path.relpath(row.work_dir, os.path.realpath(top))
+    if inside.startswith("..") or not os.path.lexists(os.path.join(top, ".git")):
         raise refuse(f"{row.work_dir} is not in the work tree of one, but among the files of one")
     folder = context.state_dir / "worktrees"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = str(folder / row.id)
     clean = re.sub(r"[^A-Za-z0-9_-]+", "-", row.name).strip("-")[:40] or "session"
     branch = f"aegis/{clean}" if clean.endswith(row.id[:6]) else f"aegis/{clean}-{row.id[:6]}"
-    worktree = {"path": path, "branch": branch, "root": root, "base": base}
-    run_filtered(root, "worktree", "add", "-q", "-b", branch, path, base)
+    worktree = {"path": path, "branch": branch, "root": main_tree(top), "base": base}
+    run_filtered(top, "worktree", "add", "-q", "-b", branch, path, base)
     work_dir = os.path.normpath(os.path.join(path, inside))
     if not is_below(os.path.realpath(work_dir), os.path.realpath(path)):
         remove_worktree(worktree, force=True)
@@ -7943,6 +7943,12 @@ def add_worktree(context: Context, row: SessionRow) -> SessionRow:
     if not os.path.isdir(work_dir):   # the subdirectory is not in the commit
         work_dir = path
     return row._replace(work_dir=work_dir, worktree=worktree)
+
+
+def main_tree(top: str) -> str:
+    """Find the main work tree of a repository from any of its trees: another session's may be removed before ours."""
+    first = run_git(top, "worktree", "list", "--porcelain").split("\n")[0].partition(" ")[2]
+    return first if os.path.lexists(os.path.join(first, ".git")) else top
 
 
 def worktree_state(worktree: Json) -> Json:
@@ -8001,6 +8007,9 @@ def remove_worktree(worktree: Optional[Json], force: bool) -> None:
         raise ApiError(409, "WORKTREE_NOT_CLEAN", f"{worktree['path']} has {what}: commit them to a branch, or remove "
                        "it by force", changes=state["changes"], unreferenced=state["unreferenced"])
     root, branch = worktree["root"], worktree["branch"]
+    if exists and not os.path.isdir(root):   # the repository is gone, and with it all that this could lead to
+        shutil.rmtree(worktree["path"])
+        return
     if exists:   # by force: git's own check would run what a submodule's configuration says
         run_git(root, "worktree", "remove", "--force", worktree["path"])
     else:
@@ -8012,12 +8021,22 @@ def remove_worktree(worktree: Optional[Json], force: bool) -> None:
             run_git(root, "branch", "-q", "-D", branch)
 
 
+def check_unused(context: Context, worktree: Json) -> None:
+    """Refuse to remove a worktree in which somebody works: a child that was kept, a fork.  Raises ApiError 409."""
+    path = os.path.realpath(worktree["path"])
+    users = [one.row.id for one in list(context.sessions.values()) if one.live and is_below(one.row.work_dir, path)]
+    if users:
+        raise ApiError(409, "WORKTREE_IN_USE", f"session {users[0]} works in {worktree['path']}: kill it first",
+                       sessions=users)
+
+
 def settle_worktree(context: Context, session: Session, wish: str) -> None:
     """Remove an ended session's worktree as told: keep, clean (only when nothing is lost), remove."""
     worktree = session.row.worktree
     if worktree is None or wish == "keep" or not os.path.isdir(worktree["path"]):
         return
     try:
+        check_unused(context, worktree)
         remove_worktree(worktree, wish == "remove")
     except ApiError as error:
         context.log.note("info", "worktree kept", session=session.row.id, why=error.message)
@@ -8932,6 +8951,9 @@ def check_idle(context: Context, session: Session, now: float) -> None:
     elif session.row.limits.get("resumeOnReset") and continue_due(session) is not None:
         session.rested_since = now   # it waits for its account
     elif now - max(session.rested_since, session.output_at, session.alive_at) > limit:
+        if any(child.row.status not in ("idle", "error") for child in live_children(context, session.row.id)):
+            session.rested_since = now   # they would end with it
+            return
         end_by_clock(context, session, f"it was idle for {limit:g} s (idleTimeout)")
 
 
@@ -15751,6 +15773,7 @@ def delete_worktree(ask: Ask, id: str, force: bool) -> Any:
         raise ApiError(409, "SESSION_LIVE", f"session {id} works in it: kill the session first")
 
     def work() -> Json:
+        check_unused(ask.context, worktree)
         remove_worktree(worktree, force)
         return {"id": id, "removed": worktree["path"]}
     return Later(work)

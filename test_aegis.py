@@ -4894,6 +4894,26 @@ def test_removing_a_worktree_loses_no_commit(repository, tmp_path):
     assert merged["branch"] not in branches(work), "another branch holds its work: its own is not needed"
 
 
+@alone
+def test_a_worktree_stays_while_somebody_works_in_it(server, make, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    git(project, "init", "-q"), git(project, "commit", "-q", "--allow-empty", "-m", "one")
+    parent = make(workDir=str(project), worktree=True)
+    tree = Path(parent.get()["worktree"]["path"])
+    child = Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/spawn", {}))
+    fork = Talk(server, server.ask(f"POST /v1/sessions/{parent.id}/fork", {"worktree": True}))
+    assert fork.get()["worktree"]["root"] == str(project), "it needs no other session's worktree"
+    server.ask(f"DELETE /v1/sessions/{parent.id}?children=keep")
+    assert tree.exists() and child.say("[[say still here]]")["output"] == "still here"
+    for query in ("", "?force=true"):
+        assert server.refusal(f"DELETE /v1/worktrees/{parent.id}{query}") == (409, "WORKTREE_IN_USE")
+    child.kill()
+    assert server.ask(f"DELETE /v1/worktrees/{parent.id}")["removed"] == str(tree)
+    assert fork.say("[[say unharmed]]")["output"] == "unharmed" and fork.kill()["worktree"]["exists"] is False
+    assert git(project, "worktree", "list").count("\n") == 0 and "aegis/" not in git(project, "branch")
+
+
 def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
     tree = tree_of(repository, tmp_path)
     for flag in ("--assume-unchanged", "--skip-worktree"):
@@ -6069,6 +6089,10 @@ def test_what_takes_too_long_is_told_or_ended(house):
     assert [own.events.of(talk.id).count("session.stalled") for talk in (quiet, asking, loud)] == [1, 1, 0]
     idle = own.open(idleTimeout=0.5)
     assert "idleTimeout" in idle.wait("session.killed")["reason"]
+    needed = own.open(idleTimeout=0.5)
+    child = Talk(own, own.ask(f"POST /v1/sessions/{needed.id}/spawn", {"prompt": "[[slow 2]] [[say needed]]"}))
+    child.wait("prompt.done")
+    assert "idleTimeout" in needed.wait("session.killed")["reason"]
     busy = own.open("[[slow 1.2]] [[say done]]", idleTimeout=0.5)
     busy.wait("prompt.done")
     assert "idleTimeout" in busy.wait("session.killed")["reason"]
