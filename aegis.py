@@ -22891,7 +22891,7 @@ def read_field(name: str, field: Field, given: Any) -> Any:
     if len(given) == 1 and len(kinds) > 1:
         with contextlib.suppress(Wrong):
             return read_word(name, field, given[0])
-    if kinds == ["object"] or ("object" in kinds and "=" in given[0]):
+    if kinds == ["object"] or ("object" in kinds and ("=" in given[0] or given[0][0:1] in ("@", "{"))):
         return merged_words(name, given)
     return [read_word(name, field.get("items", ANY_ITEM), one) for one in given]
 

@@ -12367,7 +12367,7 @@ def test_a_verbs_fields_are_read_as_the_row_wants_them(words, wanted):
     ("send", "the following arguments are required: SESSION, TEXT"), ("send S", "required: TEXT"),
     ("ls --nmae x", "unrecognized arguments: --nmae x"), ("read S --limit x", "limit must be a whole number, not 'x'"),
     ("ls --status lazy", "invalid choice: 'lazy'"), ("memory set k v --ttl-ms x", "must be a whole number"),
-    ("policy S x", "neither NAME=VALUE nor a JSON object"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
+    ("policy S x", "must be an object such as"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
     ("policy S a:=b", "is not JSON"), ("run", "a prompt is required"),
     ("run x --policy {", "must be a JSON object"), ("call dance", "there is no tool 'dance'"),
     ("call red_session", "did you mean `read_session`?"), ("run x --timeout soon", "invalid float value"),
