@@ -6951,6 +6951,7 @@ def test_a_verification_goes_on_where_it_was_whatever_moment_aegis_dies_at(house
         assert [one["state"] for one in done["earlier"][0]] == ["passed", "failed", "passed"]
         assert sorted(book.read_text().split()) == ["bad", "bad", "last", "last", "slow", "slow"], "none was run twice"
         assert done["checks"][0]["output"] == "heard\n" and len(talk.prompts()) == 1
+        own.events.wait_for("verify.completed", talk.id)
         completed = [one for one in own.events.told(talk.id) if one["type"] == "verify.completed"]
         assert len(completed) == 1
         talk.kill()
