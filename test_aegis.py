@@ -5817,9 +5817,9 @@ def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
         own.tmux("resize-window", "-t", talk.get()["window"], "-x", "60", "-y", "20")
         assert talk.ask("POST interrupt")["interrupted"] is True
     finally:
-        person.kill()
+        os.killpg(person.pid, signal.SIGKILL)   # the shell, and tmux, which it waits for
         person.wait()
-        drainer.join()   # first: its descriptor's number is soon another's
+        drainer.join(WITHIN)   # first: its descriptor's number is soon another's
         os.close(master)
     assert talk.say("[[say alone again]]")["output"] == "alone again"
 
@@ -11451,7 +11451,7 @@ class Actor:
         self.process.wait(5)
         self.server.shutdown()
         self.server.server_close()
-        self.watcher.join()   # first: its descriptor's number is soon another's
+        self.watcher.join(WITHIN)   # first: its descriptor's number is soon another's
         os.close(self.pty)
 
     def press(self, *keys: str, see: str = "") -> None:
@@ -12240,7 +12240,7 @@ class Person:
         with contextlib.suppress(OSError):
             self.process.kill()
             self.process.wait()
-            self.reader.join()   # first: its descriptor's number is soon another's
+            self.reader.join(WITHIN)   # first: its descriptor's number is soon another's
             os.close(self.ours)
 
 
