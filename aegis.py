@@ -4166,6 +4166,8 @@ class Shell:
         sign, word = found[1], self.word()
         if not word.raw:
             raise ShellError("a redirection to nothing")
+        if sign in (">&", "<&") and word.raw != word.text and re.search(r"[$`]", word.text):
+            raise ShellError("a target that bash expands a second time, in spite of its quotes")
         if sign in ("<<", "<<-"):
             if not word.literal or re.search(r"[$`\n]", word.raw):
                 raise ShellError("a here-document whose end cannot be told")
@@ -4494,6 +4496,9 @@ def is_opaque(words: Tuple[Word, ...]) -> bool:
         return not all(word.literal for word in rest[:1])
     if name in ("sudo", "doas"):   # a shell that reads its input
         return any(re.match(r"-[A-Za-z]*[si]|--(?:shell|login)", word.text) for word in rest)
+    if evaluates(words) and (name in EVALUATORS or any(word.text[:2] == "-v" for word in rest[:2])) and any(
+            not word.literal and re.search(r"[*?\[]", word.raw) and not ASSIGNMENT.match(word.raw) for word in rest):
+        return True   # of a file's name, which may hold a subscript
     if name in INTERPRETERS and any(RUNS_TEXT.match(word.text) for word in rest):
         return True
     return name in SHELLS | INTERPRETERS and reads_input(name, rest)
@@ -4574,8 +4579,8 @@ def holes_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, str]]:
 INERT = frozenset(
     "echo printf print : true false test [ [[ cd pushd popd pwd ls cat head tail grep egrep fgrep rg ag wc sort uniq "
     "cut tr diff cmp stat file du df date basename dirname realpath readlink touch mkdir rmdir rm cp mv ln chmod chown "
-    "tee which type whereis jq kill sleep exit return set shift unset curl wget apt apt-get brew dnf yum pip gh find eval "
-    "trap systemctl journalctl ps env-vars md5sum sha1sum sha256sum tree nl rev seq yes column paste".split())
+    "tee which type whereis jq kill sleep exit return set shift unset curl wget apt apt-get brew dnf yum pip gh find "
+    "eval trap systemctl journalctl ps env-vars md5sum sha1sum sha256sum tree nl rev seq yes column paste".split())
 RUNS_BEHIND = {name: re.compile(pattern) for name, pattern in {
     "git": r"-c|--config-env.*|--exec.*|--(?:upload|receive)-pack.*|-[uxO].*|bisect|submodule|rebase|config|"
            r"filter-branch|difftool|mergetool",

@@ -2329,7 +2329,8 @@ SECRET = {"allowBash": True, "allowRead": True, "deny": ["Read(.env)", "Read(~/.
 SLIPS = [(policy, command, expected) for policy, expected, commands in [
     (PUSH, "deny", [
         "git -C . push", "git --no-pager push", "git -c a=b push origin", "git --git-dir=.git push",
-        "git --git-dir .git push", "git -C . -c a=b --no-pager push", "git -C . 'push'", "/usr/bin/git -C . push", "git -P push", "git -C $X push",
+        "git --git-dir .git push", "git -C . -c a=b --no-pager push", "git -C . 'push'", "/usr/bin/git -C . push",
+        "git -P push", "git -C $X push",
     ]),
     (PUSH, "ask", ["git --strange x push", "git $X push", "git --no-pager $X", "git -C . $X", "/usr/bin/git $X"]),
     (PUSH, "allow", ["git -C . log", "git -C push log", "git --no-pager stash push", "git -C . log push",
@@ -2341,6 +2342,12 @@ SLIPS = [(policy, command, expected) for policy, expected, commands in [
         "npm --prefix x publish", "npm -s publish", "cargo +nightly publish", "cargo --color never publish",
         "systemctl --user stop x", "make -j4 deploy", "make -C x deploy",
     ]),
+    (RM, "deny", [">&'$(rm x)'", "echo >&1'$(rm x)'", "echo >&\"a\\$(rm x)\"", "echo >&'`rm x`'"]),
+    ({"allow": ["Bash(echo *)", "Edit(./**)"]}, "none", ["echo >&'$(make)'", "echo >&1'`make`'"]),
+    ({"allow": ["Bash(let *)", "Bash(declare *)", "Bash(test *)", "Bash(local *)"]}, "none", [
+        "let x*", "declare *", "test -v *", "let ${y[x]}"]),
+    ({"allow": ["Bash(let *)", "Bash(declare *)", "Bash([ *)", "Bash(local *)"]}, "allow", [
+        "let x=1", "declare -r x=$1", "[ $? -eq 0 ]", "local x=$?"]),
     (FORCE, "ask", ["git push origin $F", "F=--force; git push origin $F", "git push origin --for{ce,}",
                     "echo --force | xargs git push origin", "git commit $X", "git commit -m a --no-verif{y,}"]),
     (FORCE, "deny", ["git push origin --force", "git commit --no-verify", "git -C . push --force-with-lease"]),
