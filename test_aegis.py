@@ -4618,6 +4618,20 @@ def test_receive_hook_of_what_cannot_be_read_is_no_way_past_a_policy(talk, name,
         talk.ask("PUT permissions", {})
 
 
+def test_receive_hook_sees_paths_from_where_the_agent_stands(talk):
+    work = talk.get()["workDir"]
+    asked = {"tool_name": "Bash", "tool_input": {"command": "cat secret"}}
+    talk.ask("PUT permissions", {"allowBash": True, "deny": ["Read(./sub/secret)"]})
+    try:
+        assert '"deny"' not in report(talk, "PreToolUse", **asked).raw.decode()
+        assert '"deny"' in report(talk, "PreToolUse", cwd=f"{work}/sub", **asked).raw.decode()
+        for wrong in (3, "sub", "/" * 5_000, f"{work}\0/sub"):
+            assert '"deny"' not in report(talk, "PreToolUse", cwd=wrong, **asked).raw.decode()
+        assert talk.ask("GET permissions")["history"][0]["rule"] == "deny Read(./sub/secret)"
+    finally:
+        talk.ask("PUT permissions", {})
+
+
 @pytest.mark.parametrize("number", [10 ** 20, 10 ** 400])
 def test_receive_hook_takes_numbers_of_any_length(talk, number):
     talk.ask("PUT permissions", {"allowBash": False})
