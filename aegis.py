@@ -3458,7 +3458,9 @@ def whole_lines(path: str) -> int:
 # syntax; deny wins over ask, ask over allow, a rule over a flag that allows.
 # What cannot be read is never allowed by a pattern: every shortcut here errs
 # towards asking.  Knows nothing of sessions; reads the file system for links
-# only.  To add a kind of tool: a row in TOOL_KINDS, a field in Policy.  Pure.
+# and names only.  Work is bounded: MAX_STEPS, MAX_LOOKED_AT, MAX_HELD.
+# To add a kind of tool: a row in TOOL_KINDS, a field in Policy.  To add what
+# is known of a program: GLOBAL_OPTIONS, RUNS_BEHIND, FILE_PROGRAMS.  Pure.
 
 ACTIONS = ("allow", "ask", "deny")
 MAX_RULES = 500         # a person reads them; a decision tries them all
@@ -4481,6 +4483,8 @@ def evaluates(words: Tuple[Word, ...]) -> bool:
     return any(word.text in COMPARISONS for word in words)
 
 
+LOADED = re.compile(
+    r"(?:BASH_ENV|ENV|PATH|IFS|PS\d|LD_\w+|DYLD_\w+|\w*(?:PAGER|EDITOR|VISUAL|COMMAND|SSH|ASKPASS))\+?=")
 INPUT_FILE = re.compile(r"-|/dev/(?:stdin|fd/\d+)|/proc/\S+/fd/\d+")
 TAKES_WORD = re.compile(r"-[XWOorI]|--(?:require|import|loader)")   # of shells and interpreters, before a script
 
@@ -4488,6 +4492,8 @@ TAKES_WORD = re.compile(r"-[XWOorI]|--(?:require|import|loader)")   # of shells 
 def is_opaque(words: Tuple[Word, ...]) -> bool:
     """Tell whether nobody can say what a simple command runs."""
     name, rest = program_of(words), words[1:]
+    if not words[0].literal and ASSIGNMENT.match(words[0].raw):   # runs nothing, unless a program runs what it holds
+        return LOADED.match(words[0].raw) is not None
     if not words[0].literal or re.search(r"[ \t\n]", words[0].text) or name in ("source", "."):
         return True
     if name == "eval" or (name in SHELLS and any(takes_script(word.text) for word in rest)):
@@ -4521,7 +4527,7 @@ def hole_of(words: Sequence[Word]) -> Tuple[str, str]:
     """Give the start and the end of a simple command that no expansion can change."""
     unsure = [index for index, word in enumerate(words) if not word.literal]
     texts = [word.text for word in words[:unsure[0]]]
-    if texts:
+    if texts or ASSIGNMENT.match(words[0].raw):
         texts.append(words[unsure[0]].text[:max(0, words[unsure[0]].sure)])
     return " ".join(texts), "".join(" " + word.text for word in words[unsure[-1] + 1:])
 

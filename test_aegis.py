@@ -2373,8 +2373,12 @@ SLIPS = [(policy, command, expected) for policy, expected, commands in [
         "fakeroot rm x", "prlimit rm x", "at now <<< 'rm x'", "ed f <<< '!rm x'", "tmux new -d 'rm x'",
         "make -f - <<E\na:\n\trm x\nE", "socat - EXEC:'rm x'", "expect -c 'spawn rm x'", "bind -x '\"a\": rm x'",
     ]),
+    (RM, "ask", ["PATH=$X ls", "PAGER=$X git log", "X=$Y $Z x", "X='rm x'$Y make"]),
+    (RM, "deny", ["X=$Y rm x", "X=$(rm x)", "X=$(ls) sudo rm x"]),
+    ({"allow": ["Bash(ls *)", "Bash(echo *)"]}, "none", ["X=$(ls) ls", "X=$(ls); echo $X", "X=$Y rm ls"]),
     (RM, "allow", [
-        "git commit -m 'rm x'", "docker ps", "ssh h ls", "make clean", "awk '{print $1}' f", "tar xf a", "sort rm",
+        "X=$(ls); echo $X", "X=$(ls) make", 'X="a $Y" ls', "git commit -m 'rm x'",
+        "docker ps", "ssh h ls", "make clean", "awk '{print $1}' f", "tar xf a", "sort rm",
         "git rm --cached x", "npm rm y", "cat > f <<E\nrm x\nE", "sudo ls", "trap 'ls' EXIT", "npm run rm",
         "python3 -u x.py", "python3 -W ignore x.py", "bash -x script.sh", "./run.sh warm rmx",
     ]),
