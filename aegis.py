@@ -4785,7 +4785,7 @@ class Line:
             return False
         if self.targets(guess(word), places) and not re.search(r"\b(?:HOME|PWD)=", self.command):
             return False
-        if places is None or re.search(r"[$`~]|<\(|\{.*/.*\}|/\.\.", word.raw) or word.sure < 0:
+        if places is None or re.search(r"^!|[$`~]|<\(|\{.*/.*\}|/\.\.", word.raw) or word.sure < 0:
             return True
         paths = {same_text(path, True) for place in places for path in (
             os.path.normpath(os.path.join(place, word.text)),
@@ -4860,21 +4860,21 @@ def flag_denial(policy: Policy, line: Line) -> Optional[Decision]:
     """Find a flag that denies the command, or what it does to a file."""
     if policy.allow_bash is False:
         return by_flag(policy, "bash")
-    for kind in {KIND_OF[tool] for part in line.parts for tool, _ in part.touches if not part.opaque}:
-        said = by_flag(policy, kind)
-        if said.behavior == "deny":
-            return said
-    return None
+    used = {KIND_OF[tool] for part, tool, word, _ in line.touched() if not (part.opaque and word is UNKNOWN)}
+    return next((by_flag(policy, kind) for kind in ("write", "read")
+                 if kind in used and getattr(policy, FIELD_OF[TOOL_KINDS[kind][0]]) is False), None)
 
 
 def ask_about_files(policy: Policy, line: Line) -> Decision:
-    """Decide on the files of a command that may run: whether a flag asks about one of them."""
+    """Decide on the files of a command that may run: whether a flag asks about one of them, or would if it knew."""
     said = by_flag(policy, "bash")
-    if policy.allow_read == "ask" or policy.allow_write == "ask":
-        for part, tool, word, places in line.touched():
-            for target in (line.targets(word, places) or [None]) if not part.opaque else []:
-                about = decide_path(policy, tool, target, line.work_dir)
-                said = worst(said, about) if about.behavior == "ask" else said
+    if policy.allow_read in (None, True) and policy.allow_write in (None, True):
+        return said
+    for _, tool, word, places in line.touched():
+        for target in line.targets(word, places) or [None]:
+            about = decide_path(policy, tool, target, line.work_dir)
+            if about.behavior in ("ask", "deny"):   # what is surely denied was denied before
+                said = worst(said, about._replace(behavior="ask"))
     return said
 
 
