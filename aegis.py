@@ -3502,7 +3502,9 @@ def whole_lines(path: str) -> int:
 # syntax; deny wins over ask, ask over allow, a rule over a flag that allows.
 # What cannot be read is never allowed by a pattern: every shortcut here errs
 # towards asking.  Knows nothing of sessions; reads the file system for links
-# only.  To add a kind of tool: a row in TOOL_KINDS, a field in Policy.  Pure.
+# and names only.  Work is bounded: MAX_STEPS, MAX_LOOKED_AT, MAX_HELD.
+# To add a kind of tool: a row in TOOL_KINDS, a field in Policy.  To add what
+# is known of a program: GLOBAL_OPTIONS, RUNS_BEHIND, FILE_PROGRAMS.  Pure.
 
 ACTIONS = ("allow", "ask", "deny")
 MAX_RULES = 500         # a person reads them; a decision tries them all
@@ -3853,22 +3855,33 @@ def command_pattern(pattern: str) -> str:
 
 
 @functools.lru_cache(maxsize=2048)
-def mention_of(pattern: str) -> "re.Pattern[str]":
-    """Compile what finds the first words of a Bash pattern anywhere in a text."""
+def mention_of(pattern: str) -> Tuple[str, "re.Pattern[str]"]:
+    """Compile what finds the first words of a Bash pattern anywhere in a text; the first of them goes ahead."""
     first = pattern.split("*")[0]
     words = r"\s+".join(map(re.escape, first.split()))
-    end = "" if first != pattern and first[-1:] not in ("", " ") else r"(?![^\s;&|(){}<>`])"
-    return re.compile(rf"(?<![^\s;&|(){{}}<>$=/!,`]){words}{end}")
+    end = "" if first != pattern and first[-1:] not in ("", " ") else r"(?![^\s;&|(){}<>`,\]])"
+    return first.split()[0], re.compile(rf"(?<![^\s;&|(){{}}<>$=/!,`\[:]){words}{end}")
 
 
 def mentions(pattern: str, text: str) -> bool:
     """Tell whether a text that could not be read as commands holds the words of a Bash pattern, in order."""
     first, *rest = pattern.split("*")
-    found = mention_of(pattern).search(text) if first.strip() else re.match("", text)
-    at = found.end() if found else -1
+    at = 0
+    if first.strip():
+        word, search = mention_of(pattern)
+        found = search.search(text) if word in text else None   # nearly always there is none, and that is told at once
+        at = found.end() if found else -1
     for piece in rest:
         at = text.find(piece.strip(), at) if at >= 0 else -1
     return at >= 0
+
+
+def may_fit(pattern: str, start: str, end: str) -> bool:
+    """Tell whether a pattern fits some text with this start and this end, whatever stands between them."""
+    first, *rest = pattern.split("*")
+    last = rest[-1] if rest else pattern
+    return ((first.rstrip() + " ").startswith(start) or (bool(rest) and start.startswith(first))) and (
+        last.endswith(end) or (bool(rest) and end.endswith(last)))
 
 
 # -- paths
@@ -3887,11 +3900,17 @@ def same_text(path: str, fold: bool) -> str:
     return path.casefold() if fold else path
 
 
+OF_A_PROCESS = re.compile(
+    r"/dev/fd/|/proc/(?:self|thread-self|\d+)/(?:task/\d+/)?(?:cwd|root|fd|exe|map_files)(?:/|\Z)")
+
+
 def locate(path: Any, base: str) -> Optional[Target]:
     """Find the file that a path means, seen from a directory; None for what cannot be a path."""
     if not isinstance(path, str) or not path or "\0" in path or len(path) > MAX_PATH:
         return None
     whole = os.path.join(base, path)
+    if whole.startswith(("/proc/", "/dev/fd/")) and OF_A_PROCESS.match(os.path.normpath(whole)):
+        return None   # another file for the agent than for us
     try:
         os.fsencode(whole)
         return Target(os.path.realpath(whole), os.path.normpath(whole))
@@ -3919,19 +3938,26 @@ def path_pattern(pattern: str, fold: bool) -> Tuple[str, str, Tuple[Any, ...], b
     return anchor, "/".join(segments[:plain]), tuple(matchers), deep
 
 
-def path_fits(rule: Rule, target: Target, work_dir: str) -> bool:
+def starts_of(rule: Rule, work_dir: str) -> Set[str]:
+    """Give the directories, or the file, that a rule's pattern speaks of before its first wildcard."""
+    strict = rule.action == "allow"
+    anchor, plain = path_pattern(rule.pattern or "", not strict)[:2]
+    top = {"/": "/", "~": os.path.expanduser("~"), "": work_dir}[anchor]
+    tops = [os.path.join(os.path.realpath(top), plain)]
+    if not strict:
+        tops += [os.path.normpath(os.path.join(top, plain)), os.path.realpath(os.path.join(top, plain))]
+    return {same_text(top.rstrip("/") or "/", not strict) for top in tops}
+
+
+def path_fits(rule: Rule, target: Target, work_dir: str, starts: Optional[Set[str]] = None) -> bool:
     """Tell whether a rule's pattern covers a file.
 
     To allow, the real file must match.  To deny or ask, the seeming one suffices, also by another case, or
     through a link in the pattern itself.
     """
     strict = rule.action == "allow"
-    anchor, plain, segments, deep = path_pattern(rule.pattern or "", not strict)
-    top = {"/": "/", "~": os.path.expanduser("~"), "": work_dir}[anchor]
-    tops = [os.path.join(os.path.realpath(top), plain)]
-    if not strict:
-        tops += [os.path.normpath(os.path.join(top, plain)), os.path.realpath(os.path.join(top, plain))]
-    for start in {same_text(top.rstrip("/") or "/", not strict) for top in tops}:
+    segments, deep = path_pattern(rule.pattern or "", not strict)[2:]
+    for start in starts_of(rule, work_dir) if starts is None else starts:
         for path in {same_text(path, not strict) for path in (target[:1] if strict else target)}:
             if is_below(path, start) and segments_fit(segments, path[len(start):].strip("/"), deep or not strict):
                 return True
@@ -3957,6 +3983,37 @@ def segments_fit(segments: Sequence[Any], path: str, open_end: bool) -> bool:
         else:
             return False
     return at == len(segments)
+
+
+WILD = re.compile(r"[*?\[{]")
+
+
+def may_name(one: str, other: str) -> bool:
+    """Tell whether two names, each perhaps with wildcards, may stand for the same."""
+    one, other = (re.sub(r"\[[^\]]*\]", "?", re.sub(r"\{.*\}", "*", name)) for name in (one, other))
+    if not (WILD.search(one) and WILD.search(other)):
+        return fnmatch.fnmatchcase(one, other) or fnmatch.fnmatchcase(other, one)
+    starts, ends = zip(*((name[:WILD.search(name).start()], re.split(r"[*?\[{]", name)[-1]) for name in (one, other)))
+    return (starts[0].startswith(starts[1]) or starts[1].startswith(starts[0])) and (
+        ends[0].endswith(ends[1]) or ends[1].endswith(ends[0]))
+
+
+def may_meet(path: str, pattern: str) -> bool:
+    """Tell whether a path with wildcards may stand for what a pattern of whole segments covers."""
+    names, segments = path.strip("/").split("/"), [name for name in pattern.split("/") if name]
+
+    def reached(places: Set[int]) -> Set[int]:
+        for place in sorted(places):
+            while place < len(segments) and segments[place] == "**":
+                places, place = places | {place + 1}, place + 1
+        return places
+    places = reached({0})
+    for name in names:
+        if len(segments) in places or name == "**":
+            return True
+        places = reached({at if segments[at] == "**" else at + 1 for at in places
+                          if segments[at] == "**" or may_name(name, segments[at])})
+    return len(segments) in places
 
 
 # -- shell commands, taken apart
@@ -3986,14 +4043,18 @@ class Part(NamedTuple):
     words: Tuple[Word, ...] = ()
     wraps: Tuple[Tuple[Word, ...], ...] = ()   # the commands that it runs in turn: sudo, FOO=x, find -exec...
     forms: Tuple[str, ...] = ()          # what a rule that denies or asks is compared with
-    known: Tuple[str, ...] = ("",)       # of each reading, the text before the first expansion
+    holes: Tuple[Tuple[str, str], ...] = (("", ""),)   # readings with expansions: the text before them, and after
+    perhaps: Tuple[str, ...] = ()        # more forms, if an option takes a word
+    carried: str = ""                    # words that its program might run, as far as anyone knows
     opaque: bool = False                 # what it runs cannot be told
     writes: Tuple[Word, ...] = ()        # targets of output redirections
-    touches: Tuple[Tuple[str, Word], ...] = ()   # (Read or Write, a file), for rules that deny or ask
+    touches: Tuple[Tuple[str, Word], ...] = ()   # (Read, Write or Grep, a file), for rules that deny or ask
+    named: Tuple[Word, ...] = ()         # words that may be files which it reads
+    fed: Tuple[str, ...] = ()            # the ends of here-documents that its program might run
 
 
 UNKNOWN = Word("", '"$@"', -1)   # a word that nobody can tell
-RESERVED = frozenset("if then elif else fi while until do done esac ! time -p coproc function".split())
+RESERVED = frozenset("if then elif else fi while until do done esac ! time -p -- coproc function".split())
 HEADERS = frozenset(("for", "select", "foreach"))   # a list of words follows, not a command
 PLAIN = re.compile(r"""[^ \t\n;&|()<>\\'"$`*?\[{]+""")
 PLAIN_QUOTED = re.compile(r'[^"\\$`]+')
@@ -4004,7 +4065,7 @@ ARITHMETIC = re.compile(r"\(\([ \t]*(?:[\w$.]+[ \t]*)?(?:[+*/%=<>!&|^?:,;-][ \t]
 EMPTY_PARENTHESES = re.compile(r"\([ \t]*\)")
 PARAMETER = re.compile(r"\$(?:\{[^'\"\\`${}()]*(?:\$\w[^'\"\\`${}()]*)*\}|\w+|[@*#?$!-])")
 HIDDEN = re.compile(r"\$[({\[]|`")
-EVALUATED = re.compile(r"\[(?![@*\d]+\])|:[^-=?+}]*[A-Za-z_$]")   # within ${ }: a subscript, or an offset
+EVALUATED = re.compile(r"\[(?![@*\d]+\])|:[^-=?+}]*[A-Za-z_$]|@")   # within ${ }: a subscript, an offset, @P
 ANSI_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|([0-7]{1,3})|c(.)|(.))",
                          re.DOTALL)
 ANSI_CHARS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b", "E": "\x1b"}
@@ -4025,6 +4086,7 @@ class Effort:
     def __init__(self, size: int) -> None:
         self.characters = 2 * size + 20_000   # to read in inner scripts
         self.steps = MAX_STEPS
+        self.documents: List[Tuple[str, str]] = []   # here-documents: their end, and what stands in them
         self.hidden = False                   # a substitution stands in quotes: text, until something evaluates it
         self.evaluates = False                # something evaluates text as arithmetic, subscripts and all
 
@@ -4150,11 +4212,15 @@ class Shell:
         sign, word = found[1], self.word()
         if not word.raw:
             raise ShellError("a redirection to nothing")
+        if sign in (">&", "<&") and word.raw != word.text and re.search(r"[$`]", word.text):
+            raise ShellError("a target that bash expands a second time, in spite of its quotes")
         if sign in ("<<", "<<-"):
             if not word.literal or re.search(r"[$`\n]", word.raw):
                 raise ShellError("a here-document whose end cannot be told")
             self.waiting.append((word.text, word.raw != word.text, sign == "<<-"))
-        elif sign != "<<<" and not (sign in ("<&", ">&") and re.fullmatch(r"\d+-?|-", word.text)):
+        if sign.startswith("<<"):
+            files.append((sign[:3].rstrip("-"), word))
+        elif not (sign in ("<&", ">&") and re.fullmatch(r"\d+-?|-", word.text)):
             files += [("Read", word)] if sign[0] == "<" else []
             files += [("Write", word)] if ">" in sign else []
 
@@ -4175,6 +4241,7 @@ class Shell:
                 # shells differ on an end that is glued to a parenthesis, or to a line that goes on
                 if line == mark or line.startswith((mark + ")", mark + "`")) or (joined and mark.startswith(line[:-1])):
                     raise ShellError("a here-document whose end cannot be told")
+            self.effort.documents.append((mark, self.text[start:body]))
             self.notice(self.text[start:body], quoted or "\\" in self.text[start:body])
             if not quoted:
                 inside = self.within(self.text[start:body])
@@ -4348,11 +4415,22 @@ TEXT_OF_ENV = re.compile(r"^.*?(?:^|\s)(?:-\w*S|--split-string=?)\s*", re.DOTALL
 HARMLESS_FILE = re.compile(r"/dev/(?:null|zero|stdin|stdout|stderr|tty|fd/\d+)")
 # program -> what it does to the files that it names, for rules that deny or ask
 FILE_PROGRAMS = {
-    **dict.fromkeys("cat head tail less more nl tac od xxd hexdump strings base64 grep egrep fgrep rg awk sort uniq wc "
-                    "cut diff cmp source .".split(), ("Read",)),
+    **dict.fromkeys("cat head tail less more nl tac od xxd hexdump strings base64 base32 grep egrep fgrep rg awk gawk "
+                    "uniq wc cut diff cmp source . jq yq paste rev fold fmt column expand pr comm join look bat batcat "
+                    "zcat bzcat xzcat zless zgrep md5sum sha1sum sha256sum sha512sum cksum view ag ack tar".split(),
+                    ("Read",)),
     **dict.fromkeys("tee touch rm rmdir mkdir truncate chmod chown shred unlink".split(), ("Write",)),
-    **dict.fromkeys("cp mv ln sed install rsync".split(), ("Read", "Write")),
+    **dict.fromkeys("cp mv ln sed sort install rsync dd split gzip bzip2 xz vim vi nano emacs scp".split(),
+                    ("Read", "Write")),
 }
+WRITES_IF = {"sed": r"-\w*i|--in-place", "sort": r"-\w*o|--output"}
+# program -> the option, or the first word, with which it reads directories as a whole; "" always
+RECURSES = {"rg": "", "ag": "", "ack": "", "rsync": "", "tar": r"-?\w*[cru]|--create", "zip": r"-\w*r",
+            **dict.fromkeys("grep egrep fgrep cp scp diff".split(), r"-[A-Za-z]*[rRa]|--recursive|--archive")}
+SEARCHERS = ("grep", "egrep", "fgrep", "rg", "ag", "ack")   # of these the first operand is no file
+# programs that do no more with a file's name than to show it
+NAMES_ONLY = frozenset("echo printf : true false test [ [[ cd pushd popd pwd ls stat file du mkdir rmdir touch rm "
+                       "chmod chown which type find basename dirname realpath readlink kill sleep exit export".split())
 
 
 def program_of(words: Sequence[Word]) -> str:
@@ -4384,6 +4462,8 @@ def wrapped(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
     if len(places) > MAX_WRAPPED:
         raise ShellError("too many commands within a command")
     found = [words[index:] for index in places]
+    if name == "find":   # {} is a file that nobody knows
+        found = [tuple(word._replace(sure=0) if "{}" in word.text else word for word in run) for run in found]
     if name == "find" and any(word.text == "-delete" for word in words):
         found.append((Word("rm", "-delete", 2),))
     if name in ("xargs", "parallel"):   # with more words from its input, or in any place
@@ -4409,9 +4489,17 @@ def wrapped_places(words: Sequence[Word], operands: int) -> Iterator[int]:
             unsure -= 1
 
 
+COMPLETERS = ("mapfile", "readarray", "compgen", "complete")   # -C: a command to run
+
+
 def scripts(words: Tuple[Word, ...]) -> List[str]:
     """Give the texts among a command's words that a shell will read as commands."""
     name, texts = program_of(words), [word.text for word in words[1:]]
+    if name == "trap":
+        return [text for text in texts if not text.startswith("-")][:1]
+    if name in COMPLETERS:
+        joined = zip(texts, texts[1:] + [""])
+        return [text[2:] or following for text, following in joined if text.startswith("-C")]
     if name in ("eval", "watch", "parallel"):
         return [" ".join(text for text in texts if not text.startswith("-"))]
     if name == "env":
@@ -4439,50 +4527,216 @@ def evaluates(words: Tuple[Word, ...]) -> bool:
     return any(word.text in COMPARISONS for word in words)
 
 
+LOADED = re.compile(
+    r"(?:BASH_ENV|ENV|PATH|IFS|PS\d|LD_\w+|DYLD_\w+|\w*(?:PAGER|EDITOR|VISUAL|COMMAND|SSH|ASKPASS))\+?=")
+INPUT_FILE = re.compile(r"-|/dev/(?:stdin|fd/\d+)|/proc/\S+/fd/\d+")
+TAKES_WORD = re.compile(r"-[XWOorI]|--(?:require|import|loader)")   # of shells and interpreters, before a script
+
+
 def is_opaque(words: Tuple[Word, ...]) -> bool:
     """Tell whether nobody can say what a simple command runs."""
     name, rest = program_of(words), words[1:]
+    if not words[0].literal and ASSIGNMENT.match(words[0].raw):   # runs nothing, unless a program runs what it holds
+        return LOADED.match(words[0].raw) is not None
     if not words[0].literal or re.search(r"[ \t\n]", words[0].text) or name in ("source", "."):
         return True
     if name == "eval" or (name in SHELLS and any(takes_script(word.text) for word in rest)):
         return not all(word.literal for word in rest)
+    if name == "trap":
+        return not all(word.literal for word in rest[:1])
+    if name in ("sudo", "doas"):   # a shell that reads its input
+        return any(re.match(r"-[A-Za-z]*[si]|--(?:shell|login)", word.text) for word in rest)
+    if evaluates(words) and (name in EVALUATORS or any(word.text[:2] == "-v" for word in rest[:2])) and any(
+            not word.literal and re.search(r"[*?\[]", word.raw) and not ASSIGNMENT.match(word.raw) for word in rest):
+        return True   # of a file's name, which may hold a subscript
     if name in INTERPRETERS and any(RUNS_TEXT.match(word.text) for word in rest):
         return True
-    operands = [word for word in rest if not word.text.startswith("-")]   # without one it reads its input
-    told = [word.text for word in rest] in (["--version"], ["--help"])
-    return name in SHELLS | INTERPRETERS and not operands and not told
+    return name in SHELLS | INTERPRETERS and reads_input(name, rest)
 
 
-def known_text(words: Tuple[Word, ...]) -> str:
-    """Give the start of a simple command that no expansion can change."""
-    unsure = next((index for index, word in enumerate(words) if not word.literal), len(words))
-    texts = [word.text for word in words[:unsure]]
-    if unsure < len(words) and texts:
-        texts.append(words[unsure].text[:max(0, words[unsure].sure)])
-    return " ".join(texts)
+def reads_input(name: str, rest: Sequence[Word]) -> bool:
+    """Tell whether a shell or an interpreter takes its script from its input, or from what nobody has read."""
+    texts = [word.text for word in rest]
+    if texts in (["--version"], ["--help"]):
+        return False
+    if name in SHELLS and any(re.match(r"-[A-Za-z]*s|--(?:rcfile|init-file)", text) for text in texts):
+        return True
+    operands = [word for word, before in zip(rest, [""] + texts)
+                if word.text == "-" or not (word.text.startswith("-") or TAKES_WORD.fullmatch(before))]
+    return (not operands or name in ("su", "runuser") or INPUT_FILE.fullmatch(operands[0].text) is not None
+            or operands[0].raw.startswith("<("))
+
+
+def hole_of(words: Sequence[Word]) -> Tuple[str, str]:
+    """Give the start and the end of a simple command that no expansion can change."""
+    unsure = [index for index, word in enumerate(words) if not word.literal]
+    texts = [word.text for word in words[:unsure[0]]]
+    if texts or ASSIGNMENT.match(words[0].raw):
+        texts.append(words[unsure[0]].text[:max(0, words[unsure[0]].sure)])
+    return " ".join(texts), "".join(" " + word.text for word in words[unsure[-1] + 1:])
+
+
+# program -> its options before the subcommand that take a word
+GLOBAL_OPTIONS = {name: frozenset(options.split()) for name, options in {
+    "git": "-C -c --git-dir --work-tree --namespace --super-prefix --config-env --attr-source",
+    "docker": "-H --host -c --context -l --log-level --config --tlscacert --tlscert --tlskey",
+    "podman": "-c --connection --log-level --url --root --runroot --identity",
+    "kubectl": "-n --namespace --context --kubeconfig -s --server --cluster --user --token --as --as-group --cache-dir "
+               "--certificate-authority --client-certificate --client-key -v --request-timeout --tls-server-name",
+    "helm": "-n --namespace --kube-context --kubeconfig", "npm": "--prefix -C --loglevel --registry -w --workspace "
+    "--userconfig --cache", "pnpm": "-C --dir -F --filter", "yarn": "--cwd", "cargo": "-C -Z --config --color",
+    "systemctl": "-H --host -M --machine -t --type -p --property -n --lines -o --output --root -s --signal",
+    "gh": "-R --repo", "aws": "--profile --region --output --endpoint-url", "gcloud": "--project --account",
+    "make": "-C -f -I -o -W --directory --file --makefile", "apt": "-o -c -t", "apt-get": "-o -c -t", "go": "-C",
+    "pip": "--proxy --log --cache-dir", "uv": "--project --directory", "poetry": "-C --directory -P --project",
+    "terraform": "", "brew": "", "dnf": "-c", "yum": "-c", "snap": "", "hg": "-R --cwd --config", "svn": "",
+}.items()}
+
+
+def without_options(words: Sequence[Word]) -> Tuple[Tuple[Word, ...], Optional[Tuple[Word, ...]]]:
+    """Leave out the options before the first operand; the second way is for one that nobody knows to take a word."""
+    known, at, unknown = GLOBAL_OPTIONS.get(program_of(words)), 1, False
+    while at < len(words) and words[at].text[:1] in ("-", "+") and len(words[at].text) > 1:
+        text, at = words[at].text, at + 1
+        if text == "--":
+            break
+        at += known is not None and text in known
+        unknown = known is not None and not (text in known or "=" in text or text.startswith("--no-"))
+    program = words[0]._replace(text=words[0].text.rpartition("/")[2].lower()) if words[0].literal else words[0]
+    return (program, *words[at:]), (program, *words[at + 1:]) if unknown else None
 
 
 def forms_of(words: Tuple[Word, ...]) -> Iterator[str]:
-    """Give the texts of one reading: without quotes, with them, and with the program's bare name in small letters."""
+    """Give the texts of one reading: without quotes, with them, with the program's bare name, without its options."""
     texts = [word.text for word in words]
     yield " ".join(texts)
     yield " ".join(word.raw for word in words)
     yield " ".join([texts[0].rpartition("/")[2].lower(), *texts[1:]])
+    if len(texts) > 1 and texts[1][:1] in ("-", "+"):
+        yield " ".join(word.text for word in without_options(words)[0])
+
+
+def holes_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, str]]:
+    """Give what is sure of one reading with expansions, in the same ways."""
+    for way in (words, without_options(words)[0]):
+        if any(not word.literal for word in way):
+            yield hole_of(way)
+            if way[0].literal:
+                yield hole_of((way[0]._replace(text=way[0].text.rpartition("/")[2].lower()), *way[1:]))
+
+
+# programs that never run their words, and those that do so only behind a certain one
+INERT = frozenset(
+    "echo printf print : true false test [ [[ cd pushd popd pwd ls cat head tail grep egrep fgrep rg ag wc sort uniq "
+    "cut tr diff cmp stat file du df date basename dirname realpath readlink touch mkdir rmdir rm cp mv ln chmod chown "
+    "tee which type whereis jq kill sleep exit return set shift unset curl wget apt apt-get brew dnf yum pip gh find "
+    "eval trap systemctl journalctl ps env-vars md5sum sha1sum sha256sum tree nl rev seq yes column paste".split())
+RUNS_BEHIND = {name: re.compile(pattern) for name, pattern in {
+    "git": r"-c|--config-env.*|--exec.*|--(?:upload|receive)-pack.*|-[uxO].*|bisect|submodule|rebase|config|"
+           r"filter-branch|difftool|mergetool",
+    "npm": r"exec|x|explore|config|set", "pnpm": r"exec|dlx", "cargo": r"run|--config.*",
+    "docker": r"exec|run|create|compose|build.*", "podman": r"exec|run|create|compose|build.*",
+    "kubectl": r"exec|run|debug", "sort": r"--compress-program.*", "rg": r"--pre.*",
+    "tar": r"--(?:checkpoint-action|use-compress|to-command|rsh-command|info-script|new-volume).*|-?\w*[IF].*",
+    "rsync": r"-\w*e.*|--rsh.*|--rsync-path.*", "scp": r"-[oS].*", "curl": r"-K.*|--config.*", "find": r"-f?ls\b",
+}.items()}
+
+
+def carried_by(words: Tuple[Word, ...], alone: bool) -> str:
+    """Give what a simple command might run of its words: nothing when its program is known not to."""
+    at = next((index for index, word in enumerate(words) if not ASSIGNMENT.match(word.raw)), len(words))
+    values = [word.text.partition("=")[2] for word in words[:at]]
+    if at == len(words):   # what a variable holds matters if it is one that a program runs, with words of its own
+        return " ".join(value for value in values if " " in value.strip())
+    texts = [word.text for word in words[at + 1:]] if may_run(words[at:], alone) else []
+    return " ".join(values + texts).translate(UNQUOTED)
+
+
+def may_run(words: Tuple[Word, ...], alone: bool) -> bool:
+    """Tell whether a program might run its words, as far as anyone knows; a wrapper's are looked at by themselves."""
+    name = program_of(words)
+    if name in RUNS_BEHIND:
+        return any(RUNS_BEHIND[name].fullmatch(word.text) for word in words[1:])
+    return name not in INERT and (alone or name not in WRAPPERS)
+
+
+UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
+
+
+def files_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, Word]]:
+    """Give the files that a program reads or writes, and the directories that it reads as a whole (Grep)."""
+    name, rest = program_of(words), [word for word in words[1:] if not (word.literal and word.text.startswith("-"))]
+    options = [word.text for word in words[1:] if word.text.startswith("-")]
+    tools = FILE_PROGRAMS.get(name, ())
+    if name in ("sed", "sort") and not any(re.match(WRITES_IF[name], option) for option in options):
+        tools = ("Read",)
+    if name == "dd":
+        rest = [word._replace(text=word.text[3:], sure=word.sure - 3) for word in rest
+                if word.text[:3] in ("if=", "of=")]
+    yield from ((tool, word) for tool in tools for word in rest)
+    everything = RECURSES.get(name, "")
+    if name in RECURSES and any(re.match(everything, one) for one in ("", *options, *(w.text for w in rest[:1]))):
+        searched = rest[1:] if name in SEARCHERS and not any(one.startswith("-e") for one in options) else rest
+        yield from (("Grep", word) for word in searched or [Word(".", ".", 1)])
+
+
+OUTPUTS = {"find": r"-fprint0?|-fprintf|-fls", "sort": r"-\w*o|--output", "git": r"--output"}
+
+
+def outputs_of(words: Tuple[Word, ...]) -> Iterator[Word]:
+    """Give the files that a program writes beside its output, of those that seem to read only."""
+    option = OUTPUTS.get(program_of(words))
+    for word, following in zip(words[1:], (*words[2:], None)) if option else ():
+        name, sign, value = word.text.partition("=")
+        if re.fullmatch(option, name) and (sign or following):
+            yield word._replace(text=value, raw=value, sure=max(-1, word.sure - len(name) - 1)) if sign else following
+        elif re.match(r"-\w*o[^=]", word.text) and program_of(words) == "sort":
+            yield UNKNOWN
+
+
+# words of a command that may name a file to read: as it stands, behind = @ : or an option's letter, as an address
+FILE_IN_WORD = re.compile(r"(?:file://|-\w|-{0,2}[\w.-]*[=:]@?|@)(.+)")
+
+
+def files_named(words: Tuple[Word, ...]) -> Iterator[Word]:
+    """Give the files that a program of unknown ways may read."""
+    if program_of(words) in NAMES_ONLY:
+        return
+    for word in words[1:]:
+        if word.text[:1] != "-":
+            yield word
+        found = FILE_IN_WORD.fullmatch(word.text)
+        if found:
+            yield word._replace(text=found[1], raw=found[1], sure=max(-1, word.sure - found.start(1)))
 
 
 def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], files: List[Tuple[str, Word]]) -> Part:
     """Put together what is known of a simple command."""
     opaque = any(map(is_opaque, found))
-    files = [(tool, word) for tool, word in files if not HARMLESS_FILE.fullmatch(word.text)]
-    named = [(tool, word) for reading in found for tool in FILE_PROGRAMS.get(program_of(reading), ())
-             for word in reading[1:] if not word.literal or not word.text.startswith("-")]
-    if len(named) + len(files) > MAX_FILES:
-        named, files = [], [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in named + files)]
-    forms = tuple(dict.fromkeys(form for reading in found for form in forms_of(reading)))
+    input_ = [(sign, word.text) for sign, word in files if sign.startswith("<<")]
+    files = [(tool, word) for tool, word in files if not tool.startswith("<<")]
+    written = [("Write", word) for reading in found for word in outputs_of(reading)]
+    used = [*files, *written, *(file for reading in found for file in files_of(reading))]
+    used = [(tool, word) for tool, word in used if not HARMLESS_FILE.fullmatch(word.text)]
+    named = [word for reading in found for word in files_named(reading)] if found else []
+    if len(used) + len(named) > MAX_FILES:
+        used, named = [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in used)], []
     unsure = [reading for reading in found if not all(word.literal for word in reading)]
-    known = ("",) if opaque else tuple(map(known_text, unsure))
-    writes = tuple(word for tool, word in files if tool == "Write")
-    return Part(text, words, tuple(found[1:]), forms, known, opaque, writes, tuple(dict.fromkeys(files + named)))
+    running = any(may_run(reading, len(found) == 1) for reading in found)
+    return Part(
+        text, words, tuple(found[1:]),
+        forms=tuple(dict.fromkeys(form for reading in found for form in forms_of(reading))),
+        holes=(("", ""),) if opaque else tuple(dict.fromkeys(hole for reading in unsure for hole in holes_of(reading))),
+        perhaps=tuple(" ".join(word.text for word in way) for reading in found
+                      for way in [without_options(reading)[1]] if way),
+        carried="\n".join(filter(None, [
+            *(carried_by(reading, len(found) == 1) for reading in found),
+            *(text_.translate(UNQUOTED) for sign, text_ in input_ if sign == "<<<" and running)])),
+        fed=tuple(text_ for sign, text_ in input_ if sign == "<<" and running),
+        opaque=opaque, writes=tuple(dict.fromkeys(
+            word for tool, word in [*files, *written]
+            if tool == "Write" and not HARMLESS_FILE.fullmatch(word.text))),
+        touches=tuple(dict.fromkeys(used)), named=tuple(dict.fromkeys(named)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -4492,8 +4746,14 @@ def split_command(command: str) -> Tuple[Part, ...]:
     with contextlib.suppress(ShellError):
         parts = tuple(shell.script()) if len(command) <= MAX_COMMAND else (unread(command),)
         if not (shell.effort.hidden and shell.effort.evaluates):
-            return parts
+            return tuple(fed_part(part, shell.effort.documents) if part.fed else part for part in parts)
     return (unread(command),)
+
+
+def fed_part(part: Part, documents: Sequence[Tuple[str, str]]) -> Part:
+    """Add the here-documents of a program that might run them to what it carries."""
+    texts = [text.translate(UNQUOTED) for mark, text in documents if mark in part.fed]
+    return part._replace(carried="\n".join([part.carried, *texts]))
 
 
 def unread(command: str) -> Part:
@@ -4504,6 +4764,27 @@ def unread(command: str) -> Part:
 # -- decisions on shell commands
 
 
+MAX_LOOKED_AT = 400   # files of one command line: about 10 ms
+
+
+def guess(word: Word) -> Word:
+    """Read a path behind $HOME or $PWD as what it most likely means; UNKNOWN for all others."""
+    found = re.fullmatch(r"\$\{?(HOME|PWD)\}?(/[^$`*?\[{~]*)?", word.text)
+    if not found or not re.match(r"\"?\$", word.raw):
+        return UNKNOWN
+    text = (os.path.expanduser("~") if found[1] == "HOME" else ".") + (found[2] or "")
+    return Word(text, text, len(text))
+
+
+def pattern_end(pattern: str) -> str:
+    """Give the segments of a path pattern from its first wildcard on, as path_pattern splits it."""
+    anchor, plain = path_pattern(pattern, True)[:2]
+    segments = [name for name in pattern[len(anchor):].split("/") if name not in ("", ".")]
+    if not anchor and "/" not in pattern.rstrip("/"):
+        segments.insert(0, "**")
+    return same_text("/".join(segments[len([name for name in plain.split("/") if name]):]), True)
+
+
 class Line:
     """A command line to decide on: its parts, and the directories that each may run in (None: any)."""
 
@@ -4512,19 +4793,50 @@ class Line:
         read = tool == "Bash" and isinstance(command, str)
         self.parts = split_command(command) if read else (unread(self.command),)
         self.places = tuple(places_of(self.parts, cwd))
+        self.begins: Dict[Rule, Set[str]] = {}
         self.found: Dict[Tuple[Word, Optional[Tuple[str, ...]]], List[Optional[Target]]] = {}
 
     def targets(self, word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[Target]]:
         """Find the files that a word may mean, once for each decision."""
         if (word, places) not in self.found:
+            if len(self.found) >= MAX_LOOKED_AT:
+                return []
             self.found[word, places] = targets_of(word, places)
         return self.found[word, places]
 
-    def touched(self) -> Iterator[Tuple[Part, str, List[Optional[Target]]]]:
-        """Give the files that each part reads or writes: the part, Read or Write, and what may be meant."""
+    def touched(self) -> Iterator[Tuple[Part, str, Word, Optional[Tuple[str, ...]]]]:
+        """Give the files that each part reads or writes: the part, its tool, the word, where it may run."""
         for part, places in zip(self.parts, self.places):
             for tool, word in part.touches:
-                yield part, tool, self.targets(word, places)
+                yield part, tool, word, places
+
+    def covered(self, rule: Rule, word: Word, places: Optional[Tuple[str, ...]]) -> bool:
+        """Tell whether a rule that denies or asks covers the file that a word means, or most likely means."""
+        if rule.pattern is None:
+            return True
+        targets = self.targets(word, places) or self.targets(guess(word), places)
+        return any(one is None or path_fits(rule, one, self.work_dir, self.starts(rule)) for one in targets)
+
+    def starts(self, rule: Rule) -> Set[str]:
+        """Give where a rule's pattern begins, looked up once for each decision."""
+        if rule not in self.begins:
+            self.begins[rule] = starts_of(rule, self.work_dir)
+        return self.begins[rule]
+
+    def may_cover(self, rule: Rule, word: Word, places: Optional[Tuple[str, ...]]) -> bool:
+        """Tell whether such a rule may cover what a word with expansions turns out to mean."""
+        if self.targets(word, places):
+            return False
+        if self.targets(guess(word), places) and not re.search(r"\b(?:HOME|PWD)=", self.command):
+            return False
+        if places is None or re.search(r"^!|[$`~]|<\(|\{.*/.*\}|/\.\.", word.raw) or word.sure < 0:
+            return True
+        paths = {same_text(path, True) for place in places for path in (
+            os.path.normpath(os.path.join(place, word.text)),
+            os.path.join(os.path.realpath(os.path.join(place, word.text[:word.sure].rpartition("/")[0])),
+                         word.text[word.text[:word.sure].rfind("/") + 1:]))}
+        rest = pattern_end(rule.pattern or "")
+        return any(may_meet(path, f"{start}/{rest}") for start in self.starts(rule) for path in paths)
 
     def shown(self, part: Part) -> str:
         """Give what a decision says of a part: nothing when it is the whole."""
@@ -4581,51 +4893,90 @@ def certain_rule(policy: Policy, action: str, line: Line) -> Optional[Decision]:
         for rule in rules:
             if any(fits(command_pattern(rule.pattern), form) for form in part.forms):
                 return decision(rule, line.shown(part))
-    for part, tool, targets in line.touched():
+    for part, tool, word, places in line.touched():
         for rule in rules_for(policy.rules, tool)[action]:
-            if rule.pattern is None or any(one is None or path_fits(rule, one, line.work_dir) for one in targets):
+            if line.covered(rule, word, places):
                 return decision(rule, line.shown(part))
     return None
-
-
-UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
 
 
 def flag_denial(policy: Policy, line: Line) -> Optional[Decision]:
     """Find a flag that denies the command, or what it does to a file."""
     if policy.allow_bash is False:
         return by_flag(policy, "bash")
-    for kind in {KIND_OF[tool] for part in line.parts for tool, _ in part.touches if not part.opaque}:
-        said = by_flag(policy, kind)
-        if said.behavior == "deny":
-            return said
-    return None
+    used = {KIND_OF[tool] for part, tool, word, _ in line.touched() if not (part.opaque and word is UNKNOWN)}
+    return next((by_flag(policy, kind) for kind in ("write", "read")
+                 if kind in used and getattr(policy, FIELD_OF[TOOL_KINDS[kind][0]]) is False), None)
 
 
 def ask_about_files(policy: Policy, line: Line) -> Decision:
-    """Decide on the files of a command that may run: whether a flag asks about one of them."""
+    """Decide on the files of a command that may run: whether a flag asks about one of them, or would if it knew."""
     said = by_flag(policy, "bash")
-    if policy.allow_read == "ask" or policy.allow_write == "ask":
-        for part, tool, targets in line.touched():
-            for target in (targets or [None]) if not part.opaque else []:
-                about = decide_path(policy, tool, target, line.work_dir)
-                said = worst(said, about) if about.behavior == "ask" else said
+    if policy.allow_read in (None, True) and policy.allow_write in (None, True):
+        return said
+    for _, tool, word, places in line.touched():
+        for target in line.targets(word, places) or [None]:
+            about = decide_path(policy, tool, target, line.work_dir)
+            if about.behavior in ("ask", "deny"):   # what is surely denied was denied before
+                said = worst(said, about._replace(behavior="ask"))
     return said
 
 
 def possible_rule(policy: Policy, line: Line) -> Optional[Decision]:
-    """Find a rule that would deny or ask if an expansion gave the fitting text; that is a reason to ask."""
-    by_action = rules_for(policy.rules, line.tool)
-    for part in line.parts:
+    """Find a rule that would deny or ask if an expansion gave the fitting text; that is a reason to ask.
+
+    So is the name of what is denied among the words of a program that might run them, or read the file.
+    """
+    by_action, reads = rules_for(policy.rules, line.tool), rules_for(policy.rules, "Read")
+    for part, places in zip(line.parts, line.places):
         for rule in by_action["deny"] + by_action["ask"]:
-            literal = command_pattern(rule.pattern or "").split("*")[0].rstrip() + " "
-            if any(literal.startswith(known) for known in part.known):
-                return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
-    for part, tool, targets in line.touched():
+            pattern = command_pattern(rule.pattern or "")
+            if (any(may_fit(pattern, *hole) for hole in part.holes) or any(fits(pattern, one) for one in part.perhaps)
+                    or (part.carried and mentions(pattern, part.carried))):
+                return might_match(rule, part)
+        for rule in reads["deny"] + reads["ask"] if part.named else ():
+            if any((word.literal or guess(word) is not UNKNOWN) and line.covered(rule, word, places)
+                   for word in part.named):
+                return might_match(rule, part)
+    for part, tool, word, places in line.touched():
         rules = rules_for(policy.rules, tool)
-        for rule in rules["deny"] + rules["ask"] if not targets else []:
-            return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+        for rule in rules["deny"] + rules["ask"]:
+            if line.may_cover(rule, word, places) or (tool == "Grep" and rule.pattern and any(
+                    one and holds(rule, one, line.work_dir) for one in line.targets(word, places))):
+                return might_match(rule, part)
     return None
+
+
+def might_match(rule: Rule, part: Part) -> Decision:
+    """Ask because of a rule that may have been meant."""
+    return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+
+
+MAX_HELD = 500   # of directories that are looked through: about 2 ms
+
+
+def holds(rule: Rule, target: Target, work_dir: str, wanted: str = "*") -> bool:
+    """Tell whether a directory holds a file that a rule covers: one that the rule spells out, or near the top."""
+    rest = pattern_end(rule.pattern or "")
+    for start in starts_of(rule, work_dir):
+        if is_below(start, same_text(target.real, True)) and os.path.lexists(start) and not rest.strip("*/"):
+            return may_name(os.path.basename(start), wanted) or rest != ""
+    last = next((name for name in reversed(rest.split("/")) if name != "**"), "") if rest else ""
+    return bool(last) and any(
+        may_name(name.casefold(), last) and may_name(name, wanted) and path_fits(rule, Target(path, path), work_dir)
+        for name, path in entries_below(target.real))
+
+
+def entries_below(top: str) -> Iterator[Tuple[str, str]]:
+    """Give the first entries of a directory and those below it, level by level: name and path."""
+    left, waiting = MAX_HELD, collections.deque([top])
+    while waiting and left:
+        with contextlib.suppress(OSError), os.scandir(waiting.popleft()) as entries:
+            for entry in itertools.islice(entries, left):
+                left -= 1
+                yield entry.name, entry.path
+                if entry.name not in (".git", "node_modules") and entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
 
 
 def allowing_rule(rules: Sequence[Rule], part: Part) -> Optional[Rule]:
@@ -4840,6 +5191,20 @@ def decide_url(policy: Policy, url: Any) -> Decision:
     return decide_plain(policy, "WebFetch", covers)
 
 
+def search_decision(policy: Policy, tool: str, target: Optional[Target], given: Json,
+                    work_dir: str) -> Optional[Decision]:
+    """Ask about a search through a directory that holds a file which a rule denies or asks about."""
+    if tool not in ("Grep", "Glob") or target is None:
+        return None
+    wanted = given.get("pattern" if tool == "Glob" else "glob")
+    wanted = str(wanted).rpartition("/")[2] if isinstance(wanted, str) and not wanted.endswith("*") else "*"
+    rules = rules_for(policy.rules, tool)
+    for rule in rules["deny"] + rules["ask"]:
+        if rule.pattern and holds(rule, target, work_dir, wanted):
+            return Decision("ask", f"{rule.action} {rule.text}, which covers a file there")
+    return None
+
+
 def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str, cwd: Optional[str] = None) -> Decision:
     """Decide whether an agent may use a tool in this way; cwd is where it stands, when that is not work_dir."""
     tool = SAME_AS.get(tool, tool)
@@ -4849,7 +5214,9 @@ def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str, cwd: Opti
         command = given.get(SUBJECTS[tool][0])
         return decide_shell(policy, Line(tool, command, cwd, work_dir), isinstance(command, str))
     if kind in ("read", "write"):
-        return decide_path(policy, tool, path_of(tool, given, cwd), work_dir)
+        target = path_of(tool, given, cwd)
+        said = decide_path(policy, tool, target, work_dir)
+        return search_decision(policy, tool, target, given, work_dir) or said if said.behavior != "deny" else said
     if tool == "WebFetch":
         return decide_url(policy, given.get("url"))
     value = next((given[key] for key in SUBJECTS.get(tool, ()) if isinstance(given.get(key), str)), "")
