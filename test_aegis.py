@@ -13439,17 +13439,26 @@ def test_real_subagents_ask_at_once_and_each_is_decided(start):
 @real_client
 def test_real_silence_is_a_stall_and_life_ends_it(model):
     own = lab(model, "--stall-seconds", "4")
+    wrapper = own.root / "wrapper"   # tmux wakes its own child when that is stopped, but not a grandchild
+    wrapper.write_text(f'#!/bin/sh\n"{CLIENT}" "$@"\nexit $?\n')
+    wrapper.chmod(0o755)
+    own.env["AEGIS_CLAUDE_CMD"] = str(wrapper)
     try:
-        talk = own.start().open("[[slow 60]] [[say late]]")
+        talk, asking = own.start().open("[[slow 60]] [[say late]]"), own.open("[[bash touch x]] [[say after]]")
         talk.wait("prompt.started", within=40)
-        pid = talk.get()["pid"]
-        os.kill(pid, signal.SIGSTOP)
+        client = aegis.descendants(talk.get()["pid"])
+        for pid in client:
+            os.kill(pid, signal.SIGSTOP)
         assert "no life" in talk.wait("session.stalled", within=40)["reason"]
-        assert talk.status == "stalled"
-        os.kill(pid, signal.SIGCONT)
+        assert "waited for a decision" in asking.wait("session.stalled", within=40)["reason"]
+        assert (talk.status, asking.status) == ("stalled", "stalled")
+        asking.ask("POST approve", {})
+        asking.wait("session.idle", within=40)
+        for pid in client:
+            os.kill(pid, signal.SIGCONT)
         talk.wait("session.working", within=40)
         assert talk.ask("POST interrupt", {})["interrupted"] is True
-        assert own.events.of(talk.id).count("session.stalled") == 1
+        assert [own.events.of(one.id).count("session.stalled") for one in (talk, asking)] == [1, 1]
     finally:
         own.close()
 
