@@ -1021,6 +1021,9 @@ MIGRATIONS = (
     CREATE TABLE telegram_topics (
         chat INTEGER NOT NULL, session TEXT NOT NULL, thread INTEGER NOT NULL, PRIMARY KEY (chat, session));
     """,
+    """
+    ALTER TABLE permissions ADD COLUMN cwd TEXT;
+    """,
 )
 
 
@@ -1105,6 +1108,7 @@ class PermissionRow(NamedTuple):
     asked_at: float
     decided_at: Optional[float]
     use: Optional[str] = None      # the agent's own id of the tool call
+    cwd: Optional[str] = None      # where the agent stood: a cd in one command holds for the next
 
 
 class TemplateRow(NamedTuple):
@@ -1836,7 +1840,7 @@ SCOPES: Dict[str, str] = {
     "permissions:decide": "approve, reject, answer, and set policies",
     "memory:read": "read the memory",
     "memory:write": "change the memory",
-    "webhooks:admin": "webhooks and their dead letters",
+    "webhooks:admin": "webhooks and their dead letters, which tell of everybody's sessions",
     "admin": "everything, keys and the audit log among it",
 }
 FAMILIES = tuple(dict.fromkeys(scope.partition(":")[0] + ":*" for scope in SCOPES if ":" in scope))
@@ -3167,6 +3171,8 @@ def read_line(raw: bytes, subagent: bool) -> List[Entry]:
     if not isinstance(line, dict) or (line.get("isSidechain") and not subagent):
         return []
     kind = line.get("type")
+    if not isinstance(line.get("timestamp"), str):
+        line["timestamp"] = None
     if kind == "attachment":
         return _decision_entries(line)
     if kind == "system":
@@ -3502,6 +3508,8 @@ ACTIONS = ("allow", "ask", "deny")
 MAX_RULES = 500         # a person reads them; a decision tries them all
 MAX_RULE_TEXT = 2_000   # the longest path is 4,096 bytes, and nobody writes that one out
 MAX_PATH = 4_096        # PATH_MAX of Linux: the system opens nothing longer
+MAX_COMMAND = 100_000   # characters; a longer command line is not read
+MAX_STEPS = 12_000      # words, lines of here-documents and special characters: about 25 ms
 MAX_PARTS = 200         # simple commands in one command line; more is a program, and is not read
 MAX_NESTED = 40         # substitutions, wrappers and scripts inside one another
 MAX_WRAPPED = 20        # commands that one simple command may run in turn
@@ -3511,7 +3519,7 @@ MAX_FILES = 100         # files named by one simple command
 TOOL_KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "read": ("allowRead", ("Read", "Grep", "Glob", "LS", "NotebookRead")),
     "write": ("allowWrite", ("Write", "Edit", "MultiEdit", "NotebookEdit")),
-    "bash": ("allowBash", ("Bash",)),
+    "bash": ("allowBash", ("Bash", "PowerShell", "REPL")),
     "network": ("allowNetwork", ("WebFetch", "WebSearch")),
     "mcp": ("allowMcp", ("mcp__*",)),
     "other": ("allowOther", ()),
@@ -3520,11 +3528,13 @@ KIND_OF = {tool: kind for kind, (_, tools) in TOOL_KINDS.items() for tool in too
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")   # questions to a person: no flag answers them
 SAME_AS = {"Monitor": "Bash", "Task": "Agent"}         # tools that Claude Code judges by another's rules
 COVERS = {"Read": TOOL_KINDS["read"][1], "Edit": TOOL_KINDS["write"][1], "Write": TOOL_KINDS["write"][1]}
+ALSO_DENIES = {"Bash": TOOL_KINDS["bash"][1]}   # what a rule covers as well when it denies or asks
 CLIENT_NAMES = {tool.lower(): tool for tool in (*KIND_OF, "Agent", "Skill")}
 
 # tool -> the fields of its input that a pattern is compared with, the first one given
 SUBJECTS = {
-    "Bash": ("command",), "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
+    "Bash": ("command",), "PowerShell": ("command",), "REPL": ("code",),
+    "Read": ("file_path",), "Write": ("file_path",), "Edit": ("file_path",),
     "MultiEdit": ("file_path",), "NotebookEdit": ("notebook_path",), "NotebookRead": ("notebook_path",),
     "Grep": ("path",), "Glob": ("path",), "LS": ("path",), "WebFetch": ("url",),
     "Agent": ("subagent_type",), "Skill": ("skill", "command"),
@@ -3810,7 +3820,7 @@ def names(rule: Rule, tool: str) -> bool:
         return not (strict and tool in QUESTION_TOOLS)
     if ours.startswith("mcp__") and not ours.endswith("*"):
         return theirs == ours or (theirs.startswith(ours + "__") and "__" not in ours[5:])
-    return theirs in COVERS.get(ours, ()) or fits(ours, theirs)
+    return theirs in COVERS.get(ours, ()) or fits(ours, theirs) or (not strict and theirs in ALSO_DENIES.get(ours, ()))
 
 
 # -- texts with wildcards
@@ -3988,11 +3998,13 @@ HEADERS = frozenset(("for", "select", "foreach"))   # a list of words follows, n
 PLAIN = re.compile(r"""[^ \t\n;&|()<>\\'"$`*?\[{]+""")
 PLAIN_QUOTED = re.compile(r'[^"\\$`]+')
 BLANKS = re.compile(r"(?:[ \t]|\\\n)*")
-REDIRECTION = re.compile(r"\d*(&>>?|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
+REDIRECTION = re.compile(r"(?:\d*|\{\w+\})(&>>?|[<>](?:\\\n)*&(?:\\\n)*-|<<<|<<-?|<>|>>|>\||>&|<&|>|<)(?!\()")
 # numbers and names with an operator between any two: no quote, no subscript, nothing nested, no command
 ARITHMETIC = re.compile(r"\(\([ \t]*(?:[\w$.]+[ \t]*)?(?:[+*/%=<>!&|^?:,;-][ \t]*(?:[\w$.]+[ \t]*)?)*\)\)")
 EMPTY_PARENTHESES = re.compile(r"\([ \t]*\)")
 PARAMETER = re.compile(r"\$(?:\{[^'\"\\`${}()]*(?:\$\w[^'\"\\`${}()]*)*\}|\w+|[@*#?$!-])")
+HIDDEN = re.compile(r"\$[({\[]|`")
+EVALUATED = re.compile(r"\[(?![@*\d]+\])|:[^-=?+}]*[A-Za-z_$]")   # within ${ }: a subscript, or an offset
 ANSI_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|([0-7]{1,3})|c(.)|(.))",
                          re.DOTALL)
 ANSI_CHARS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b", "E": "\x1b"}
@@ -4007,20 +4019,39 @@ def ansi_char(found: "re.Match[str]") -> str:
     return chr(ord(found[5]) & 31) if found[5] else ANSI_CHARS.get(found[6], found[6])
 
 
+class Effort:
+    """What the scripts within one command line may still cost, and what stands in any of them."""
+
+    def __init__(self, size: int) -> None:
+        self.characters = 2 * size + 20_000   # to read in inner scripts
+        self.steps = MAX_STEPS
+        self.hidden = False                   # a substitution stands in quotes: text, until something evaluates it
+        self.evaluates = False                # something evaluates text as arithmetic, subscripts and all
+
+    def step(self) -> None:
+        """Count one step.  Raises ShellError when there were too many."""
+        self.steps -= 1
+        if self.steps < 0:
+            raise ShellError("too long")
+
+
 class Shell:
     """Takes a command line apart.  Every piece of text is passed once for each level it is nested."""
 
-    def __init__(self, text: str, depth: int = 0, budget: Optional[List[int]] = None) -> None:
+    def __init__(self, text: str, depth: int = 0, effort: Optional[Effort] = None) -> None:
         self.text, self.depth, self.at = text, depth, 0
-        self.budget = [2 * len(text) + 20_000] if budget is None else budget   # characters to read in inner scripts
+        self.effort = effort or Effort(len(text))
         self.parts: List[Part] = []
         self.waiting: List[Tuple[str, bool, bool]] = []   # here-documents: their end, whether quoted, whether tabs go
-        if depth > MAX_NESTED or "\0" in text:
-            raise ShellError("nested too deeply, or with a NUL")
+        if depth > MAX_NESTED:
+            raise ShellError("nested too deeply")
 
     def script(self, closer: str = "") -> List[Part]:
         """Read commands up to the closing parenthesis or the end."""
+        if "\0" in self.text:
+            raise ShellError("a NUL")
         while True:
+            self.effort.step()
             self.at = BLANKS.match(self.text, self.at).end()
             char = self.text[self.at:self.at + 1]
             if char in ("", ")"):
@@ -4034,8 +4065,8 @@ class Shell:
                 self.at += 1
                 self.here_documents()
             elif char in ";|" or (char == "&" and not REDIRECTION.match(self.text, self.at)):
-                self.at += 1
-            elif char == "(" and not ARITHMETIC.match(self.text, self.at):
+                self.at += 2 if self.text.startswith("&!", self.at) else 1   # zsh: & and disown
+            elif char == "(" and not self.arithmetic(self.at):
                 self.nest()
             else:
                 self.command()
@@ -4044,6 +4075,13 @@ class Shell:
         """Give the place of the next newline, or the end."""
         end = self.text.find("\n", self.at)
         return len(self.text) if end < 0 else end
+
+    def arithmetic(self, start: int) -> Optional["re.Match[str]"]:
+        """Find plain arithmetic in double parentheses."""
+        found = ARITHMETIC.match(self.text, start)
+        if found and re.search(r"[A-Za-z_]", found[0]):   # the values of names are evaluated, too
+            self.effort.evaluates = True
+        return found
 
     def nest(self) -> None:
         """Read the commands behind an opening parenthesis."""
@@ -4064,15 +4102,16 @@ class Shell:
 
     def within(self, text: str) -> Shell:
         """Make what reads a text inside this one."""
-        self.budget[0] -= len(text)
-        if self.budget[0] < 0:
+        self.effort.characters -= len(text)
+        if self.effort.characters < 0:
             raise ShellError("scripts within scripts without end")
-        return Shell(text, self.depth + 1, self.budget)
+        return Shell(text, self.depth + 1, self.effort)
 
     def command(self) -> None:
         """Read one simple command."""
         start, words, files = self.at, [], []
         while True:
+            self.effort.step()
             self.at = BLANKS.match(self.text, self.at).end()
             redirection = REDIRECTION.match(self.text, self.at)
             char = self.text[self.at:self.at + 1]
@@ -4081,7 +4120,7 @@ class Shell:
             elif char in ("", *"\n;&|)") or (char == "#"):
                 break
             elif char == "(":
-                harmless = ARITHMETIC.match(self.text, self.at) or EMPTY_PARENTHESES.match(self.text, self.at)
+                harmless = self.arithmetic(self.at) or EMPTY_PARENTHESES.match(self.text, self.at)
                 if not harmless:   # an array, a glob of zsh, a pattern of [[
                     raise ShellError("a parenthesis within a command")
                 self.at = harmless.end()
@@ -4104,7 +4143,10 @@ class Shell:
 
     def redirection(self, found: "re.Match[str]", files: List[Tuple[str, Word]]) -> None:
         """Read a redirection; a file goes into files."""
-        self.at = BLANKS.match(self.text, found.end()).end()
+        self.at = found.end()
+        if "&" in found[1] and found[1].endswith("-"):   # it closes: what is glued to it is a word of its own
+            return
+        self.at = BLANKS.match(self.text, self.at).end()
         sign, word = found[1], self.word()
         if not word.raw:
             raise ShellError("a redirection to nothing")
@@ -4121,6 +4163,7 @@ class Shell:
         for mark, quoted, tabs in self.waiting:
             start, joined = self.at, False
             while True:
+                self.effort.step()
                 if self.at >= len(self.text):
                     raise ShellError("a here-document without its end")
                 end = self.line_end()
@@ -4132,6 +4175,7 @@ class Shell:
                 # shells differ on an end that is glued to a parenthesis, or to a line that goes on
                 if line == mark or line.startswith((mark + ")", mark + "`")) or (joined and mark.startswith(line[:-1])):
                     raise ShellError("a here-document whose end cannot be told")
+            self.notice(self.text[start:body], quoted or "\\" in self.text[start:body])
             if not quoted:
                 inside = self.within(self.text[start:body])
                 inside.expansions("")
@@ -4142,6 +4186,7 @@ class Shell:
         """Read one word; quotes go, expansions stay as written."""
         start, pieces, length, sure = self.at, [], 0, -1
         while self.at < len(self.text):
+            self.effort.step()
             char = self.text[self.at]
             found = PLAIN.match(self.text, self.at)
             if found:
@@ -4157,8 +4202,14 @@ class Shell:
         text, raw = "".join(pieces), self.text[start:self.at]
         if self.waiting and "\n" in raw:
             raise ShellError("a here-document behind a word of several lines")
+        self.notice(text, "'" in raw or "\\" in raw)
         sure = 0 if raw[:1] == "=" and raw != "=" else sure   # zsh: =rm is the path of rm
         return Word(text, raw, len(text) if sure < 0 else sure)
+
+    def notice(self, text: str, quoted: bool) -> None:
+        """Notice a substitution that quotes make a text: what evaluates subscripts would run it all the same."""
+        if quoted and ("$" in text or "`" in text) and HIDDEN.search(text):
+            self.effort.hidden = True
 
     # Each of the following reads one special piece of a word; gives its text, and how much of that is certain.
 
@@ -4185,6 +4236,7 @@ class Shell:
         """Read a text in which only expansions and some escapes are special, up to the closing quote or the end."""
         pieces, length, sure = [], 0, -1
         while self.text[self.at:self.at + 1] != closer:
+            self.effort.step()
             char = self.text[self.at:self.at + 1]
             found = PLAIN_QUOTED.match(self.text, self.at)
             if found:
@@ -4211,8 +4263,10 @@ class Shell:
     def dollar(self, quoted: bool = False) -> Tuple[str, int]:
         """Read what begins with a dollar sign."""
         start, following = self.at, self.text[self.at + 1:self.at + 2]
-        arithmetic = ARITHMETIC.match(self.text, self.at + 1)
+        arithmetic = self.arithmetic(self.at + 1) if following == "(" else None
         found = PARAMETER.match(self.text, self.at)
+        if found and EVALUATED.search(found[0]):
+            self.effort.evaluates = True
         if arithmetic or found:
             self.at = (arithmetic or found).end()
         elif following == "(":
@@ -4263,6 +4317,7 @@ class Shell:
         """Note a simple command, and the commands in the scripts that it runs."""
         found = readings(words) if words else []
         for reading in found:
+            self.effort.evaluates |= evaluates(reading)
             for script in scripts(reading):
                 self.inner(script)
         self.parts.append(part_of(text, words, found, files))
@@ -4371,6 +4426,19 @@ def takes_script(option: str) -> bool:
     return re.match(r"-[A-Za-z]*c|--command|--session-command", option) is not None
 
 
+EVALUATORS = frozenset("let declare typeset local export readonly unset read mapfile readarray getopts wait".split())
+COMPARISONS = frozenset("-v -eq -ne -lt -le -gt -ge".split())   # of [, [[ and test; a condition is split at its &&
+
+
+def evaluates(words: Tuple[Word, ...]) -> bool:
+    """Tell whether a simple command takes words for variables with subscripts, or for arithmetic."""
+    if program_of(words) in EVALUATORS or any("[" in word.raw and ASSIGNMENT.match(word.raw) for word in words):
+        return True
+    if program_of(words) == "printf":
+        return len(words) > 1 and (words[1].text.startswith("-v") or not words[1].literal)
+    return any(word.text in COMPARISONS for word in words)
+
+
 def is_opaque(words: Tuple[Word, ...]) -> bool:
     """Tell whether nobody can say what a simple command runs."""
     name, rest = program_of(words), words[1:]
@@ -4407,7 +4475,7 @@ def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], f
     opaque = any(map(is_opaque, found))
     files = [(tool, word) for tool, word in files if not HARMLESS_FILE.fullmatch(word.text)]
     named = [(tool, word) for reading in found for tool in FILE_PROGRAMS.get(program_of(reading), ())
-             for word in reading[1:] if word.literal and not word.text.startswith("-")]
+             for word in reading[1:] if not word.literal or not word.text.startswith("-")]
     if len(named) + len(files) > MAX_FILES:
         named, files = [], [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in named + files)]
     forms = tuple(dict.fromkeys(form for reading in found for form in forms_of(reading)))
@@ -4420,22 +4488,47 @@ def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], f
 @functools.lru_cache(maxsize=64)
 def split_command(command: str) -> Tuple[Part, ...]:
     """Take a command line apart; what cannot be read is one opaque part."""
-    try:
-        return tuple(Shell(command).script())
-    except ShellError:
-        return (Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN))),)
+    shell = Shell(command)
+    with contextlib.suppress(ShellError):
+        parts = tuple(shell.script()) if len(command) <= MAX_COMMAND else (unread(command),)
+        if not (shell.effort.hidden and shell.effort.evaluates):
+            return parts
+    return (unread(command),)
+
+
+def unread(command: str) -> Part:
+    """Give the one part of a command that cannot be taken apart."""
+    return Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN)))
 
 
 # -- decisions on shell commands
 
 
-class Line(NamedTuple):
-    """A command line to decide on."""
+class Line:
+    """A command line to decide on: its parts, and the directories that each may run in (None: any)."""
 
-    command: str
-    parts: Tuple[Part, ...]
-    places: Tuple[Optional[Tuple[str, ...]], ...]   # for each part, the directories it may run in; None: any
-    work_dir: str
+    def __init__(self, tool: str, command: Any, cwd: str, work_dir: str) -> None:
+        self.tool, self.command, self.work_dir = tool, command if isinstance(command, str) else "", work_dir
+        read = tool == "Bash" and isinstance(command, str)
+        self.parts = split_command(command) if read else (unread(self.command),)
+        self.places = tuple(places_of(self.parts, cwd))
+        self.found: Dict[Tuple[Word, Optional[Tuple[str, ...]]], List[Optional[Target]]] = {}
+
+    def targets(self, word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[Target]]:
+        """Find the files that a word may mean, once for each decision."""
+        if (word, places) not in self.found:
+            self.found[word, places] = targets_of(word, places)
+        return self.found[word, places]
+
+    def touched(self) -> Iterator[Tuple[Part, str, List[Optional[Target]]]]:
+        """Give the files that each part reads or writes: the part, Read or Write, and what may be meant."""
+        for part, places in zip(self.parts, self.places):
+            for tool, word in part.touches:
+                yield part, tool, self.targets(word, places)
+
+    def shown(self, part: Part) -> str:
+        """Give what a decision says of a part: nothing when it is the whole."""
+        return part.text if len(self.parts) > 1 else ""
 
 
 def places_of(parts: Sequence[Part], work_dir: str) -> Iterator[Optional[Tuple[str, ...]]]:
@@ -4475,41 +4568,63 @@ def targets_of(word: Word, places: Optional[Tuple[str, ...]]) -> List[Optional[T
 
 def certain_rule(policy: Policy, action: str, line: Line) -> Optional[Decision]:
     """Find a rule that denies, or asks about, a command line or a file that it touches."""
-    rules = rules_for(policy.rules, "Bash")[action]
+    rules = rules_for(policy.rules, line.tool)[action]
     whole = line.command.strip()
-    bare = re.sub(r"\\\n|[\\'\"\0]", "", whole) if any(part.opaque for part in line.parts) else None
+    bare = whole.replace("\\\n", "").translate(UNQUOTED) if any(part.opaque for part in line.parts) else None
     for rule in rules:
         pattern = rule.pattern and command_pattern(rule.pattern)
         if pattern is None or fits(pattern, whole):
             return decision(rule)
         if bare is not None and (mentions(pattern, whole) or mentions(pattern, bare)):
             return decision(rule)
-    for part, places in zip(line.parts, line.places):
-        shown = part.text if len(line.parts) > 1 else ""
+    for part in line.parts:
         for rule in rules:
             if any(fits(command_pattern(rule.pattern), form) for form in part.forms):
-                return decision(rule, shown)
-        for tool, word in part.touches:
-            for rule in rules_for(policy.rules, tool)[action]:
-                if rule.pattern is None or any(target is None or path_fits(rule, target, line.work_dir)
-                                               for target in targets_of(word, places)):
-                    return decision(rule, shown)
+                return decision(rule, line.shown(part))
+    for part, tool, targets in line.touched():
+        for rule in rules_for(policy.rules, tool)[action]:
+            if rule.pattern is None or any(one is None or path_fits(rule, one, line.work_dir) for one in targets):
+                return decision(rule, line.shown(part))
     return None
+
+
+UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
+
+
+def flag_denial(policy: Policy, line: Line) -> Optional[Decision]:
+    """Find a flag that denies the command, or what it does to a file."""
+    if policy.allow_bash is False:
+        return by_flag(policy, "bash")
+    for kind in {KIND_OF[tool] for part in line.parts for tool, _ in part.touches if not part.opaque}:
+        said = by_flag(policy, kind)
+        if said.behavior == "deny":
+            return said
+    return None
+
+
+def ask_about_files(policy: Policy, line: Line) -> Decision:
+    """Decide on the files of a command that may run: whether a flag asks about one of them."""
+    said = by_flag(policy, "bash")
+    if policy.allow_read == "ask" or policy.allow_write == "ask":
+        for part, tool, targets in line.touched():
+            for target in (targets or [None]) if not part.opaque else []:
+                about = decide_path(policy, tool, target, line.work_dir)
+                said = worst(said, about) if about.behavior == "ask" else said
+    return said
 
 
 def possible_rule(policy: Policy, line: Line) -> Optional[Decision]:
     """Find a rule that would deny or ask if an expansion gave the fitting text; that is a reason to ask."""
-    by_action = rules_for(policy.rules, "Bash")
-    for part, places in zip(line.parts, line.places):
+    by_action = rules_for(policy.rules, line.tool)
+    for part in line.parts:
         for rule in by_action["deny"] + by_action["ask"]:
             literal = command_pattern(rule.pattern or "").split("*")[0].rstrip() + " "
             if any(literal.startswith(known) for known in part.known):
                 return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
-        for tool, word in part.touches:
-            rules = rules_for(policy.rules, tool)
-            for rule in rules["deny"] + rules["ask"]:
-                if not targets_of(word, places):
-                    return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
+    for part, tool, targets in line.touched():
+        rules = rules_for(policy.rules, tool)
+        for rule in rules["deny"] + rules["ask"] if not targets else []:
+            return Decision("ask", f"{rule.action} {rule.text}, which might match", clip(part.text, 200))
     return None
 
 
@@ -4538,9 +4653,8 @@ def allows(pattern: str, words: Tuple[Word, ...]) -> bool:
 
 def decide_part(policy: Policy, line: Line, index: int) -> Decision:
     """Decide on one part of a command line that no rule denies or asks about."""
-    part, places = line.parts[index], line.places[index]
-    shown = part.text if len(line.parts) > 1 else ""
-    rule = allowing_rule(rules_for(policy.rules, "Bash")["allow"], part)
+    part, places, shown = line.parts[index], line.places[index], line.shown(line.parts[index])
+    rule = allowing_rule(rules_for(policy.rules, line.tool)["allow"], part)
     if rule:
         said = decision(rule, shown)
     elif (not part.words and not part.opaque and len(line.parts) > 1) or stays_inside(part, places, line.work_dir):
@@ -4548,7 +4662,7 @@ def decide_part(policy: Policy, line: Line, index: int) -> Decision:
     else:
         said = by_flag(policy, "bash")._replace(part=clip(shown, 200))
     for word in part.writes:
-        for target in targets_of(word, places) or [None]:
+        for target in line.targets(word, places) or [None]:
             write = decide_path(policy, "Write", target, line.work_dir)
             said = worst(said, write._replace(part=clip(part.text, 200)))
     return said
@@ -4563,23 +4677,22 @@ def stays_inside(part: Part, places: Optional[Tuple[str, ...]], work_dir: str) -
     return bool(found) and all(one and is_below(one.real, os.path.realpath(work_dir)) for one in found)
 
 
-def decide_shell(policy: Policy, command: Any, work_dir: str) -> Decision:
+def decide_shell(policy: Policy, line: Line, readable: bool) -> Decision:
     """Decide on a shell command: every part must be allowed, and one that is denied denies the whole."""
-    readable = isinstance(command, str)
-    parts = split_command(command) if readable else (Part("", opaque=True),)
-    line = Line(command if readable else "", parts, tuple(places_of(parts, work_dir)), work_dir)
-    denied = certain_rule(policy, "deny", line) or (by_flag(policy, "bash") if policy.allow_bash is False else None)
+    denied = certain_rule(policy, "deny", line) or flag_denial(policy, line)
     asked = denied or certain_rule(policy, "ask", line) or possible_rule(policy, line)
     if asked:
         return asked
-    exact = None if any(part.opaque for part in parts) else line.command.strip()
-    allowed = rules_for(policy.rules, "Bash")["allow"]
+    exact = None if any(part.opaque for part in line.parts) else line.command.strip()
+    allowed = rules_for(policy.rules, line.tool)["allow"]
     blanket = next((decision(rule) for rule in allowed if rule.pattern in (None, exact)), None)
     if not readable:
         return unreadable(blanket or by_flag(policy, "bash"), "the command")
-    if blanket or policy.allow_bash is True or not parts:
+    if blanket or not line.parts:
         return blanket or by_flag(policy, "bash")
-    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(parts))))
+    if policy.allow_bash is True:
+        return ask_about_files(policy, line)
+    return functools.reduce(worst, (decide_part(policy, line, index) for index in range(len(line.parts))))
 
 
 # -- decisions
@@ -4627,13 +4740,72 @@ def decide_path(policy: Policy, tool: str, target: Optional[Target], work_dir: s
     """Decide on a tool that takes a file; one that cannot be told is never allowed."""
     if target is None:
         return unreadable(decide_plain(policy, tool, lambda rule: rule.action != "allow"), "the file")
-    return decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+    said = decide_plain(policy, tool, lambda rule: path_fits(rule, target, work_dir))
+    if said.behavior != "allow" or KIND_OF[tool] != "write" or is_boundless(policy) or not guarded(target, work_dir):
+        return said
+    exact = next((rule for rule in rules_for(policy.rules, tool)["allow"] if names_guarded(rule.pattern)
+                  and path_fits(rule, target, work_dir)), None)
+    return decision(exact) if exact else Decision("ask", f"what stands there may run as code, and {said.rule} allows")
 
 
-def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
-    """Find the file that a tool's input names; a search without one is in the working directory."""
+def is_boundless(policy: Policy) -> bool:
+    """Tell whether a policy lets the agent run whatever it likes, so that no file can give it more."""
+    flags = [getattr(policy, field) for field in FIELD_OF.values()]
+    return policy.allow_bash is True and not any(flag in (False, "ask") for flag in flags) and all(
+        rule.action == "allow" for rule in policy.rules)
+
+
+# names that make a program run what stands in the file, or below the directory: agents, git, editors, shells
+GUARDED = frozenset((
+    ".claude .claude.json .mcp.json .git .gitconfig .gitmodules .githooks .hg .svn .jj .husky .pre-commit-config.yaml "
+    "lefthook.yml .lefthook.yml .envrc .direnv .mise.toml mise.toml .vscode .vscode-server .idea .zed .cursor "
+    ".devcontainer .devcontainer.json .codex .gemini .aider.conf.yml .bashrc .bash_profile .bash_login .bash_logout "
+    ".bash_aliases .profile .login .zshrc .zshenv .zprofile .zlogin .kshrc .npmrc .yarnrc .yarnrc.yml .pnpmfile.cjs "
+    ".vimrc .exrc .nvimrc .nvim.lua .nvim .emacs .dir-locals.el .gdbinit .lldbinit .inputrc .tmux.conf .ssh").split())
+
+
+LINKED = (".git", ".claude", ".husky", ".vscode")   # of these, also where a link leads
+
+
+def guarded(target: Target, work_dir: str) -> bool:
+    """Tell whether a file may run as code by what it is called, or belongs to the repository of a directory."""
+    tops = (os.path.realpath(work_dir), os.path.normpath(work_dir))
+    for path in target:
+        top = next((one for one in tops if is_below(path, one)), "")   # what the caller chose to work in is no secret
+        if any(plain_name(name) in GUARDED for name in path[len(top):].split("/")):
+            return True
+    links = [os.path.realpath(path) for path in (f"{tops[0]}/{name}" for name in LINKED) if os.path.islink(path)]
+    return any(is_below(target.real, kept) for kept in (git_dir(tops[0]), *links) if kept)
+
+
+def plain_name(name: str) -> str:
+    """Bring a name into the form in which the most forgiving file system compares it."""
+    name = name if name.isascii() else "".join(
+        char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+    return name.casefold()
+
+
+def names_guarded(pattern: Optional[str]) -> bool:
+    """Tell whether a rule itself names a file that may run as code: without wildcards, so that it is meant."""
+    return bool(pattern) and not re.search(r"[*?\[]", pattern) and any(
+        plain_name(name) in GUARDED for name in pattern.split("/"))
+
+
+def git_dir(work_dir: str) -> Optional[str]:
+    """Find the directory that a .git file points to; None when there is no such file."""
+    try:
+        with open(os.open(f"{work_dir}/.git", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            told = file.read(MAX_PATH + 10) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+        found = re.match(rb"gitdir:\s*(.+?)\s*\Z", told, re.DOTALL)
+        return os.path.realpath(os.path.join(work_dir, os.fsdecode(found[1]))) if found else None
+    except (OSError, ValueError):
+        return None
+
+
+def path_of(tool: str, given: Json, cwd: str) -> Optional[Target]:
+    """Find the file that a tool's input names; a search without one is where the agent stands."""
     path = next((given[key] for key in SUBJECTS[tool] if given.get(key) is not None), None)
-    path = work_dir if path is None and tool in SEARCHES else path
+    path = cwd if path is None and tool in SEARCHES else path
     if not isinstance(path, str):
         return None
     pattern = given.get("pattern")
@@ -4642,7 +4814,7 @@ def path_of(tool: str, given: Json, work_dir: str) -> Optional[Target]:
         if ".." in pattern[len(plain[0]):].split("/"):
             return None
         path = os.path.join(os.path.expanduser(path), os.path.expanduser(plain[0] + plain[1]))
-    return locate(os.path.expanduser(path), work_dir) if path else None
+    return locate(os.path.expanduser(path), cwd) if path else None
 
 
 def host_of(url: str, strict: bool) -> str:
@@ -4668,15 +4840,16 @@ def decide_url(policy: Policy, url: Any) -> Decision:
     return decide_plain(policy, "WebFetch", covers)
 
 
-def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str) -> Decision:
-    """Decide whether an agent may use a tool in this way."""
+def decide_tool(policy: Policy, tool: str, given: Json, work_dir: str, cwd: Optional[str] = None) -> Decision:
+    """Decide whether an agent may use a tool in this way; cwd is where it stands, when that is not work_dir."""
     tool = SAME_AS.get(tool, tool)
     given = given if isinstance(given, dict) else {}
-    kind = KIND_OF.get(tool)
+    kind, cwd = KIND_OF.get(tool), cwd or work_dir
     if kind == "bash":
-        return decide_shell(policy, given.get("command"), work_dir)
+        command = given.get(SUBJECTS[tool][0])
+        return decide_shell(policy, Line(tool, command, cwd, work_dir), isinstance(command, str))
     if kind in ("read", "write"):
-        return decide_path(policy, tool, path_of(tool, given, work_dir), work_dir)
+        return decide_path(policy, tool, path_of(tool, given, cwd), work_dir)
     if tool == "WebFetch":
         return decide_url(policy, given.get("url"))
     value = next((given[key] for key in SUBJECTS.get(tool, ()) if isinstance(given.get(key), str)), "")
@@ -5048,7 +5221,6 @@ class Context:
         self.traffic: Any = None                       # see METRICS
         self.probes: Any = None                        # see DIAGNOSTICS
         self.rounds: Dict[str, float] = {}             # workers -> monotonic time of their last rounds
-        self.queues: Dict[str, Callable[[], Any]] = {}   # further queues by name -> what diagnostics tells of them
         self.connections: Callable[[], Tuple[int, int]] = lambda: (0, 0)   # open ones, and requests in threads
         self.guard: Any = None                         # see OUTBOUND
         self.webhooks: Any = None                      # see COURIERS
@@ -6107,7 +6279,13 @@ def request_of(session: Session, body: Json) -> PermissionRow:
     return PermissionRow(
         new_id("perm-"), session.row.id, tool, given, summarise(tool, given), None, suggestions,
         str(body["agent_id"]) if body.get("agent_id") else None, "pending", None, None, None, None, time.time(), None,
-        str(body["tool_use_id"]) if body.get("tool_use_id") else None)
+        str(body["tool_use_id"]) if body.get("tool_use_id") else None, standing_in(body.get("cwd")))
+
+
+def standing_in(told: Any) -> Optional[str]:
+    """Read the directory in which an agent says that it stands; None for what cannot be one."""
+    plain = isinstance(told, str) and told.startswith("/") and len(told) <= MAX_PATH and "\0" not in told
+    return told if plain and told.encode("utf-8", "ignore").decode() == told else None   # no half of a pair
 
 
 def summarise(tool: str, given: Json) -> str:
@@ -6166,7 +6344,7 @@ def ask_policy(session: Session, request: PermissionRow) -> Decision:
     """Ask the session's policy about a request; about a question to a person it has no opinion."""
     if request.tool in QUESTION_TOOLS:
         return Decision("none", "a question to a person")
-    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir)
+    return decide_tool(session.policy, request.tool, request.input, session.row.work_dir, request.cwd)
 
 
 def decide_by_policy(session: Session, body: Json) -> Optional[Json]:
@@ -7706,7 +7884,7 @@ FILTER_KEY = re.compile(r"filter\.(.*)\.(clean|smudge|process|required)", re.DOT
 def run_git(directory: str, *words: str, config: Mapping[str, str] = GIT_SAFE) -> str:
     """Run git without the repository's own programs.  Raises ApiError 409 with what it said."""
     safe = [word for name, value in config.items() for word in ("-c", f"{name}={value}")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "AEGIS_"))}
     try:
         done = subprocess.run(
             ["git", *safe, "-C", directory, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -8100,8 +8278,8 @@ def changed_in(context: Context, row: SessionRow, base: Json, repository: Reposi
         files = [f"{kind.decode()} {path.decode('utf-8', 'replace')}" for kind, path in zip(listed[::2], listed[1::2])]
         raw = apart.git("diff-tree", "-p", "--no-color", "--find-renames", *words, most=4 * CHANGE_SHOWN)
         text_, cut = shortened(raw.decode("utf-8", "replace"))
-        about = f"every change {about}" + (f"; {left_out} files are left out, for their size" if left_out else "")
-        return Difference(about, listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
+        left = f"; {left_out} files are left out: too large, or too many" if left_out else ""
+        return Difference(f"every change {about}{left}", listed_files(files), text_, cut or len(raw) > 4 * CHANGE_SHOWN)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -10284,6 +10462,7 @@ def sweep_runs(context: Context) -> None:
     """Prune, now and then: the body of its thread."""
     pause = 0.0
     while not context.stopping.wait(pause):
+        context.rounds["aegis-prune"] = time.monotonic()
         pause = PRUNE_SECONDS
         with contextlib.suppress(ApiError, OSError):
             pause = 0.05 if prune_runs(context, time.time()) >= PRUNED_AT_ONCE else PRUNE_SECONDS
@@ -10952,6 +11131,8 @@ class Panel:
     def start(self) -> None:
         """Go on with the reviews that the last Aegis left, and end the sessions that it did not come to end."""
         store = self.context.store
+        for folder in self.context.run_dir.glob("*.change"):   # a change that was being read
+            shutil.rmtree(folder, ignore_errors=True)
         for row in store.rows(ConsensusRow, "consensus", "ended_at IS NULL ORDER BY created_at"):
             reviewers = reviewers_of(self.context, row.id)
             self.loop.inbox.runs.update((one.session, row.id) for one in reviewers if one.session)
@@ -11188,7 +11369,8 @@ def reviewer_session(context: Context, row: SessionRow, agent: Optional[str], mo
     wanted = Wanted(
         name=None, work_dir=row.work_dir, prompt=None, agent=name, model=model or (row.model if same else None),
         permission_mode="default", args=list(AGENTS[name].apart), env=row.launch["env"] if same else {},
-        command=row.launch["command"] if same else None, policy=READ_ONLY, labels={"consensus": consensus_id})
+        command=row.launch["command"] if same else None, policy=READ_ONLY, labels={"consensus": consensus_id},
+        owner=row.owner)
     own = ("name", "prompt", "idempotency", "parent", "origin")   # of each session that is started
     return {key: value for key, value in wanted._asdict().items() if key not in own}
 
@@ -11296,6 +11478,27 @@ class Group(NamedTuple):
     run: Optional[str] = None  # the run's state
 
 
+class StagePart(NamedTuple):
+    """What groups need to know of a stage: none of its texts."""
+
+    pipeline: str
+    name: str
+    depends_on: List[str]
+    state: str
+    session: Optional[str]
+    verify: Optional[str]
+    ended_at: Optional[float]
+
+
+class ReviewerPart(NamedTuple):
+    """What groups need to know of a reviewer."""
+
+    consensus: str
+    place: int
+    session: Optional[str]
+    ended_at: Optional[float]
+
+
 def live_rows(context: Context) -> Dict[str, SessionRow]:
     """Give the rows of all live sessions, as of now."""
     return {one.row.id: one.row for one in list(context.sessions.values()) if one.live}
@@ -11320,21 +11523,27 @@ def families(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
             for top, members in groups.items() if live.keys() & members.keys()]
 
 
-def runs_in_sight(context: Context, kind: Any, table: str, label: str, live: Mapping[str, SessionRow]) -> List[Any]:
-    """List the runs of a kind that are not over, or whose sessions live on."""
+def runs_in_sight(context: Context, kind: Any, part: Any, table: str, label: str,
+                  live: Mapping[str, SessionRow]) -> List[Tuple[Any, List[Any]]]:
+    """List the runs of a kind that are not over, or whose sessions live on, each with its parts."""
     kept = sorted({row.labels[label] for row in live.values() if label in row.labels})[:500]
-    marks = ", ".join("?" * len(kept))
-    return context.store.rows(kind, table, f"ended_at IS NULL OR id IN ({marks}) ORDER BY created_at", *kept)
+    where = f"ended_at IS NULL OR id IN ({', '.join('?' * len(kept))})"
+    parts, owner = RUN_PARTS[table]
+    found: Dict[str, List[Any]] = {}
+    for one in context.store.rows(part, parts, f"{owner} IN (SELECT id FROM {table} WHERE {where}) ORDER BY place",
+                                  *kept):
+        found.setdefault(getattr(one, owner), []).append(one)
+    runs = context.store.rows(kind, table, f"{where} ORDER BY created_at", *kept)
+    return [(row, found.get(row.id, [])) for row in runs]
 
 
 def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
     """Make a group of each pipeline: stages wait for those they depend on."""
     groups = []
-    for row in runs_in_sight(context, PipelineRow, "pipelines", "pipeline", live):
-        stages = stages_of(context, row.id)
+    for row, stages in runs_in_sight(context, PipelineRow, StagePart, "pipelines", "pipeline", live):
         over = {one.name for one in stages if one.ended_at is not None}
-        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages if one.state == "waiting"
-                 for name in one.depends_on if name not in over]
+        waits: List[Json] = [{"kind": "stage", "who": one.name, "for": name} for one in stages
+                             if one.state == "waiting" for name in one.depends_on if name not in over]
         waits += [{"kind": "verification", "who": one.name, "for": one.verify} for one in stages
                   if one.state == "verifying"]
         members = {one.session: one.name for one in stages[::-1] if one.session}
@@ -11346,11 +11555,10 @@ def pipeline_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Gr
 def consensus_groups(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
     """Make a group of each consensus review: the verdict waits for its reviewers."""
     groups = []
-    for row in runs_in_sight(context, ConsensusRow, "consensus", "consensus", live):
-        reviewers = reviewers_of(context, row.id)
+    for row, reviewers in runs_in_sight(context, ConsensusRow, ReviewerPart, "consensus", "consensus", live):
         open_ = [one for one in reviewers if one.ended_at is None]
-        waits = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
-                 for one in open_]
+        waits: List[Json] = [{"kind": "reviewer", "who": row.id, "for": one.session or f"reviewer {one.place + 1}"}
+                             for one in open_]
         members = {row.session: "reviewed", **{one.session: f"reviewer {one.place + 1}" for one in reviewers
                                                if one.session}}
         groups.append(Group("consensus", row.id, ", ".join(row.criteria), row.created_at, members, waits,
@@ -12544,8 +12752,11 @@ class Webhooks:
                 if row.name not in given:
                     self.remove(row)
             for name, fields in given.items():
-                self.take_given(name, fields)
-            for row in self.context.store.rows(WebhookRow, "webhooks"):
+                try:
+                    self.take_given(name, fields)
+                except ApiError as error:
+                    self.context.log.note("error", f"a webhook of AEGIS_WEBHOOKS is not made: {error}", name=name)
+            for row in all_webhooks(self.context):
                 self.employ(row)
 
     def take_given(self, name: str, fields: Json) -> None:
@@ -12659,6 +12870,11 @@ def webhook_fields(events: Sequence[str], url: str, session: Optional[str], labe
             raise faulty({field: str(error)}) from None
     return {"url": url, "types": list(events), "session": session, "labels": dict(labels or {}),
             "secret": secret or new_signing_secret()}
+
+
+def all_webhooks(context: Context) -> List[WebhookRow]:
+    """List the endpoints, oldest first."""
+    return context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
 
 
 def find_webhook(context: Context, webhook_id: str) -> WebhookRow:
@@ -13350,7 +13566,8 @@ def react(bot: Telegram, update_: Json) -> Tuple[List[Statement], str]:
     thread = message.get("message_thread_id") if message.get("is_topic_message") else None
     heard = Heard(bot, int(update_["update_id"]), chat, user, thread, message["chat"].get("type") == "private", message)
     try:
-        return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
+        with acting(Act(AuditEntry("telegram.press" if query else "telegram.message", heard.by))):
+            return on_press(heard, str(query.get("data") or "")) if query else (on_message(heard), "")
     except ApiError as error:
         if error.status >= 500:
             raise
@@ -13919,9 +14136,12 @@ class App:
 
 def keep_books(context: Context) -> None:
     """Write now and then what is not worth a write of its own: the body of its thread."""
-    noted = 0
+    noted, pause = context.bus.head[0], 0.0
+    with contextlib.suppress(ApiError, OSError):
+        check_head(context)
     note_head(context)
-    while not context.stopping.wait(HEAD_SECONDS):
+    while not context.stopping.wait(pause):
+        pause, context.rounds["aegis-books"] = HEAD_SECONDS, time.monotonic()
         try:
             write_books(context)
         except (ApiError, OSError) as error:
@@ -13929,6 +14149,21 @@ def keep_books(context: Context) -> None:
         if context.bus.head[0] >= noted + HEAD_NOTED:
             noted = context.bus.head[0]
             note_head(context)
+
+
+def check_head(context: Context) -> None:
+    """Hold the audit log against the head that the last server kept; what does not fit is told before it is lost."""
+    file = context.state_dir / HEAD_FILE
+    try:
+        seq, digest = read_head(read_tail(file))
+    except ValueError:
+        return   # there is none yet
+    found = context.store.value("SELECT hash FROM audit WHERE seq = ?", seq) if seq else digest
+    if found != digest:
+        about = {"kept": head_text(seq, digest), "found": head_text(*context.bus.head)}
+        context.log.note("error", "the audit log was cut off or changed while no server was at it", **about)
+        os.replace(file, file.with_name(f"{HEAD_FILE}.{seq}"))
+        context.bus.commit((), (), [AuditEntry("audit.broken", "aegis", about=about)])
 
 
 def write_books(context: Context) -> None:
@@ -14280,7 +14515,7 @@ DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the f
 TMUX_AT_LEAST = (3, 0)
 NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
-           "aegis-consensus")
+           "aegis-consensus", "aegis-prune", "aegis-books")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
                "CLAUDE_CODE_USE_VERTEX")
 SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
@@ -14301,14 +14536,21 @@ def without_secrets(text_: str, secrets_: Iterable[str] = ()) -> str:
     """Take secrets out of a text: those that are known, and what looks like one."""
     for secret in secrets_:
         text_ = text_.replace(secret, "(hidden)") if len(secret) >= 4 else text_
-    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", text_)
+    return SECRET_TEXT.sub(lambda found: (found.group(1) or "") + "(hidden)", masked(text_))
 
 
 def known_secrets(context: Context) -> List[str]:
     """List the secrets that no answer may hold."""
-    chosen = [getattr(context.settings, one.name) for one in SETTINGS if one.secret]
-    given = [value for one in chosen for value in (one if isinstance(one, tuple) else (one,)) if isinstance(value, str)]
-    return [one for one in (*given, *(s.row.secret for s in list(context.sessions.values()))) if one]
+    given = [one for setting in SETTINGS if setting.secret for one in texts_in(getattr(context.settings, setting.name))]
+    return [one for one in (*given, *(session.row.secret for session in list(context.sessions.values()))) if one]
+
+
+def texts_in(value: Any) -> List[str]:
+    """List the texts in a setting's value, whatever its shape; names of an object are none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text_ for one in value for text_ in texts_in(one)] if isinstance(value, (list, tuple)) else (
+        [value] if isinstance(value, str) else [])
 
 
 def settings_view(context: Context) -> List[Json]:
@@ -14467,16 +14709,18 @@ def file_size(path: Path) -> Optional[int]:
 
 
 def queues_view(context: Context) -> Json:
-    """Tell what waits: prompts, held requests, events, log lines, and what other rooms have queued."""
+    """Tell what waits: prompts, held requests, events, log lines, and what channels have still to send."""
     live, listeners = list(context.sessions.values()), list(context.bus.listeners)
     lags = [one.queue.qsize() for one in listeners]
+    hooks = context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
+    channels = [context.telegram.health(), *(webhook_health(context, row) for row in hooks)]
     return {
         "prompts": sum(len(one.facts.waiting) for one in live), "holds": sum(len(one.holds) for one in live),
         "pending": sum(len(one.facts.pending) for one in live),
         "events": {"listeners": len(listeners), "maxLag": max(lags, default=0), "limit": BUS_QUEUE,
                    "last": context.bus.last},
         "log": {"lines": len(context.log.lines), "dropped": context.log.dropped},
-        **{name: count() for name, count in context.queues.items()},
+        "channels": [{name: one[name] for name in ("channel", "name", "state", "queueLength")} for one in channels],
     }
 
 
@@ -16230,10 +16474,10 @@ def get_diagnostics(ask: Ask, full: bool) -> Any:
     return Later(lambda: diagnostics(ask.context, full))
 
 
-def list_webhooks(ask: Ask) -> Json:
+def list_webhooks(ask: Ask) -> Any:
     """List the webhooks, and how each fares."""
-    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    return {"webhooks": [wire_webhook(ask.context, row) for row in rows]}
+    rows = all_webhooks(ask.context)
+    return Later(lambda: {"webhooks": [wire_webhook(ask.context, row) for row in rows]})   # counts long queues
 
 
 def create_webhook(ask: Ask, name: Optional[str], url: str, events: List[str], session: Optional[str],
@@ -16309,12 +16553,15 @@ def delete_dead_letter(ask: Ask, id: str) -> Json:
     return {"id": letter.id, "deleted": True}
 
 
-def get_channel_health(ask: Ask) -> Json:
+def get_channel_health(ask: Ask) -> Any:
     """Tell how each channel fares: state, last success, last error, queue length."""
-    rows = ask.context.store.rows(WebhookRow, "webhooks", "1 ORDER BY created_at, id")
-    channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
-    well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
-    return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
+    rows = all_webhooks(ask.context)
+
+    def work() -> Json:
+        channels = [ask.context.telegram.health(), *(webhook_health(ask.context, row) for row in rows)]
+        well = all(one["state"] in ("active", "paused", "off", "starting") for one in channels)
+        return {"status": "ok" if well else "degraded", "channels": channels, "timestamp": iso(time.time())}
+    return Later(work) if rows else work()
 
 
 # -- keys, tokens for streams, the audit log
@@ -16632,7 +16879,8 @@ MEMORY_SHAPE = shape(
 CHECK = shape(
     "Check", "One check of a verification.",
     {**each("name command state", WORD), "passed": maybe(YES), "exitCode": maybe({"type": "integer"}),
-     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "output": TEXT, "reason": maybe(TEXT), "found": YES})
+     "seconds": maybe(AMOUNT), "timeout": AMOUNT, "reason": maybe(TEXT), "found": YES},
+    {"output": TEXT})   # not in a list
 VERIFY = shape(
     "Verify", "A verification, with the checks of its last round and of those before.",
     {**each("id sessionId workDir", WORD), "state": one_of(*STEPS, *OVER), "passed": maybe(YES),
@@ -17526,6 +17774,8 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     if "id" in words or "id" in given:   # MCP has no path: there the id is a field like others
         path = owned_path(route.route.partition(" ")[2])
         check_owner(ask.context, ask.who, path, str(words.get("id") or given.get("id")))
+    if route.whole_body and body is None and not route.raw and route.scope != "hook":
+        raise faulty({route.whole_body: "is required, as the JSON body; {} is an empty one, and says so"})
     given.update(from_words(route.takes, query))
     given.update(words)
     values = validate(route.takes, given)
@@ -17975,7 +18225,7 @@ def prompt_text(ask: Ask, name: str, given: Mapping[str, str]) -> Tuple[str, str
         words = found["session"].get("prompt")
         if words is None:
             raise ApiError(404, "PROMPT_NOT_FOUND", f"template {clip(name, 60)} holds no prompt")
-        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_text(ask.context)))
+        filled = fill_body({"prompt": words}, lookup(values_for(found["variables"], given), memory_for(ask)))
         return found["description"], filled["prompt"]
     faults = {name: "is required" for name, (_, must) in own.takes.items() if must and not given.get(name)}
     faults.update({clip(name, 60): "is no argument of this prompt" for name in given if name not in own.takes})
@@ -18420,6 +18670,7 @@ class Mcp:
         if ask.headers.get("mcp-protocol-version") in MODERN:
             raise McpError(INVALID, "this revision has no such stream: use subscriptions/listen", 405, Allow="POST")
         session, listener = self.session_of(ask), Listener()
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         if session:
             with self.lock:
@@ -18535,6 +18786,7 @@ class Mcp:
             own.leave()
             listener.queue.put(None)
         ask.caller.when_left(leave)
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         spawn("aegis-mcp", work)
         try:
@@ -18603,6 +18855,7 @@ class Mcp:
         honoured = {**({"resourcesListChanged": True} if lists else {}),
                     **({"resourceSubscriptions": uris} if uris else {})}
         watched, listener = {plain_uri(uri): uri for uri in uris}, Listener()
+        listener.sees = sight(ask.context, ask.who)
         ask.context.bus.listen(listener)
         opening = notification("subscriptions/acknowledged", {"notifications": honoured, "_meta": meta})
         return Stream(listener, iter(()), lambda event: notices(event, watched, lists, meta), message_frame(opening))
@@ -21856,7 +22109,7 @@ def as_request(route: Route, values: Mapping[str, Any]) -> Tuple[str, str, Optio
         lambda found: urllib.parse.quote(str(values[found.group(1)]), "/" if found.group()[0] == "*" else ""), path)
     rest = {name: value for name, value in values.items() if name not in inside}
     if route.whole_body:
-        return method, path, rest.get(route.whole_body) or {}
+        return method, path, rest.get(route.whole_body)
     if method != "GET":
         return method, path, rest or None
     words = {name: value if isinstance(value, str) else dump(value) for name, value in rest.items()
@@ -22638,7 +22891,7 @@ def read_field(name: str, field: Field, given: Any) -> Any:
     if len(given) == 1 and len(kinds) > 1:
         with contextlib.suppress(Wrong):
             return read_word(name, field, given[0])
-    if kinds == ["object"] or ("object" in kinds and "=" in given[0]):
+    if kinds == ["object"] or ("object" in kinds and ("=" in given[0] or given[0][0:1] in ("@", "{"))):
         return merged_words(name, given)
     return [read_word(name, field.get("items", ANY_ITEM), one) for one in given]
 
@@ -23261,7 +23514,7 @@ def message_text(terminal: Terminal, message: Json) -> str:
     line = progress_line(message)
     if line:
         return terminal.paint(safe_text(line), "dim")
-    who = "you" if message["role"] == "user" else message["role"]
+    who = "you" if message["role"] == "user" else safe_line(message["role"])
     return f"{terminal.paint(who, 'bold')}  {safe_text(message['text'])}"
 
 
@@ -23269,9 +23522,9 @@ def event_line(terminal: Terminal, event: Json) -> str:
     """Lay an event out as one line: when, what, where, and what else it carries."""
     rest = {name: value for name, value in event.items() if name not in ("id", "type", "sessionId", "timestamp")
             and not isinstance(value, (dict, list)) and value is not None}
-    words = " ".join(f"{name}={safe_line(value)}" for name, value in rest.items())
+    words = " ".join(f"{safe_line(name)}={safe_line(value)}" for name, value in rest.items())
     kind = terminal.paint(safe_line(event["type"]).ljust(26), "bold")
-    line = f"{event.get('timestamp', '')}  {kind}  {event.get('sessionId') or '-':12}  {words}"
+    line = f"{safe_line(event.get('timestamp'))}  {kind}  {safe_line(event.get('sessionId')):12}  {words}"
     return line if terminal.room() is None else fit(line, (terminal.room() or 80) + (8 if terminal.moves else 0))
 
 
@@ -23575,7 +23828,7 @@ EVERY_VERB = (
     Verb("ls", list_live, "GET /v1/sessions", hidden=("page", "limit"), more=(
         (("-a", "--all"), {"action": "store_true", "help": "those that ended, too"}),
         (("-n", "--number"), {"type": int, "default": 200, "metavar": "N", "help": "at most so many (default: 200)"}),
-        *WATCH)),
+        *WATCH), about="List the sessions that live, newest first, or all of them."),
     Verb("show", do_row, "GET /v1/sessions/:id"),
     Verb("read", read_output, "GET /v1/sessions/:id/read", more=(
         (("-m", "--messages"), {"action": "store_true", "help": "print the last messages, not the answer alone"}),)),

@@ -59,7 +59,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 import aegis
 
@@ -281,7 +280,7 @@ class Server:
             self.process.kill()
             self.process.wait(5)
         with contextlib.suppress(Exception):
-            for pid in self.tmux("list-panes", "-a", "-F", "#{pane_pid}").split():
+            for pid in self.tmux("list-panes", "-a", "-F", "#{?pane_dead,,#{pane_pid}}").split():
                 with contextlib.suppress(OSError):
                     os.killpg(int(pid), signal.SIGKILL)
             self.tmux("kill-server")
@@ -707,14 +706,14 @@ class Shards:
         """Run tests from the back, and leave the process."""
         self.here = True
         try:
-            capture = self.config.pluginmanager.getplugin("capturemanager")
+            capture, runner = map(self.config.pluginmanager.getplugin, ("capturemanager", "runner"))
             capture.stop_global_capturing()      # its file is the parent's, too
             capture.start_global_capturing()
             with open(tell, "w", encoding="utf-8") as out:
                 for place in reversed(range(1, len(self.items))):
                     item = self.items[place]
                     if not ALONE.keys() & {item.name, *item.fixturenames} and self.claim(place):
-                        reports = runtestprotocol(item, log=False, nextitem=self.items[0])
+                        reports = runner.runtestprotocol(item, log=False, nextitem=self.items[0])
                         data = [self.config.hook.pytest_report_to_serializable(config=self.config, report=one)
                                 for one in reports]
                         print(json.dumps([place, data]), file=out, flush=True)
@@ -2205,6 +2204,16 @@ DENIED = [
     'echo "#"; rm x',
     "ls ''#; rm x",
     "cat <<\\EOF\nx\nEOF\nrm x",
+    "<&-rm -rf x",
+    ">&-rm x",
+    "3<&-rm x",
+    "{a}<&-rm x",
+    "{a}</dev/null rm x",
+    "<\\\n&-rm x",
+    "<&\\\n-rm x",
+    "true &!rm x",
+    "true &|rm x",
+    "true &! rm x",
 ]
 
 
@@ -2323,8 +2332,46 @@ def test_what_only_looks_denied_is_allowed(command):
     assert bash_says(RM, command) == "allow"
 
 
+SUBSCRIPTS = [  # a substitution in quotes is a text, until something evaluates it as a subscript or a number
+    "printf -v 'a[$(rm x)]' y",
+    "printf -v 'a[`rm x`]' y",
+    "printf -va[\\$\\(rm x\\)] y",
+    "test -v 'a[$(rm x)]'",
+    "[ -v 'a[$(rm x)]' ]",
+    "[[ -v 'a[$(rm x)]' ]]",
+    "[[ 'a[$(rm x)]' -eq 0 ]]",
+    "[[ -n x && 'a[$(rm x)]' -gt 0 ]]",
+    "let 'a[$(rm x)]=1'",
+    "read 'a[$(rm x)]' <<< y",
+    "declare 'a[$(rm x)]=1'",
+    "declare -i x='a[$(rm x)]'",
+    "unset 'a[$(rm x)]'",
+    "x='a[$(rm x)]'; echo $((x))",
+    "x='a[$(rm x)]'; ((x))",
+    "x='$(rm x)'; [[ a[$x] -eq 1 ]]",
+    "x='a[$(rm x)]'; echo ${y:x}",
+    "x='a[$(rm x)]'; echo ${y[x]}",
+    "x='a[$(rm x)]'; y[x]=1",
+    "x=\"a[\\$(rm x)]\"; echo $((x))",
+    "read x <<< 'a[$(rm x)]'; echo $((x))",
+    "read x <<'E'\na[$(rm x)]\nE\necho $((x))",
+    "echo 'a[$(rm x)]' | while read x; do echo $((x)); done",
+]
+
+
+@pytest.mark.parametrize("command", SUBSCRIPTS)
+def test_a_subscript_that_runs_a_command_is_opaque(command):
+    assert bash_says(RM, command) == "deny"
+    assert bash_says({"allowBash": True, "ask": ["Bash(rm *)"]}, command) == "ask"
+    names = "printf test [ [[ let read echo declare unset x= y while".split()
+    assert bash_says({"allow": [f"Bash({name} *)" for name in names]}, command) == "none"
+
+
 # policy, command, expected
 SHELL = [
+    ({"allow": ["Bash(printf *)"]}, "printf '%s $(x)' y", "allow"),
+    ({"allow": ["Bash([ *)", "Bash(echo *)"]}, "[ -f x ] && echo '$(x)'", "allow"),
+    ({"allow": ["Bash(echo *)"]}, "echo $((1 + 2)) '`x`'", "allow"),
     (GIT, "git status", "allow"),
     (GIT, "git", "allow"),
     (GIT, "gitx", "none"),
@@ -2405,8 +2452,30 @@ SHELL = [
     ({"allow": ["Bash(git *)", "Edit(./**)"]}, "cd sub && git x > out", "allow"),
     ({"allow": ["Bash(git *)", "Edit(./**)"]}, "(git x) > o", "allow"),
     ({"allow": ["Bash(git *)", "Edit(./**)"]}, "> o", "none"),
-    ({"allow": ["Bash"], "allowWrite": False}, "git x > out", "allow"),
-    ({"allowBash": True, "allowWrite": False}, "echo x > out", "allow"),
+    ({"allow": ["Bash"], "allowWrite": False}, "git x > out", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "echo x > out", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "echo x | tee out", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "sed -i s/a/b/ f", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "cp a b", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "touch $X", "deny"),
+    ({"allowBash": True, "allowWrite": False}, "ls -la | grep x 2>/dev/null >&2", "allow"),
+    ({"allowBash": True, "allowRead": False}, "cat f", "deny"),
+    ({"allowBash": True, "allowRead": False}, "x < f", "deny"),
+    ({"allowBash": True, "allowRead": False}, "ls", "allow"),
+    ({"allowBash": True, "allowWrite": "ask"}, "echo x > f", "ask"),
+    ({"allowBash": True, "allowWrite": "ask", "allow": ["Edit(./**)"]}, "echo x > f", "allow"),
+    ({"allowBash": True, "allowWrite": "ask", "allow": ["Edit(./**)"]}, "echo x > /etc/f", "ask"),
+    ({"allow": ["Bash"], "allowWrite": "ask"}, "echo x > f", "allow"),
+    ({"allowBash": True, "allowRead": "ask"}, "cat $X", "ask"),
+    ({"allowBash": True, "allowRead": "ask"}, "ls $X", "allow"),
+    ({"allow": ["Bash(echo *)"]}, "<&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, ">&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "2<&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "{a}<&-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "<&\\\n-rm echo -rf /x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "{a}>&-rm echo x", "none"),
+    ({"allow": ["Bash(echo *)"]}, "echo x 2>&-", "allow"),
+    ({"allow": ["Bash(echo *)"]}, "echo <&- x", "allow"),
     ({"allowBash": True, "deny": ["Write(//etc/**)"]}, "ls > /etc/x", "deny"),
     ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls >> /etc/x", "deny"),
     ({"allowBash": True, "deny": ["Edit(//etc/**)"]}, "ls > x", "allow"),
@@ -2597,6 +2666,17 @@ TOOLS = [
     ({"allowBash": True}, "Bash", {}, "ask"),
     ({"allowBash": True}, "Bash", {"command": ["ls"]}, "ask"),
     ({"allowBash": False}, "Bash", {}, "deny"),
+    (RM, "PowerShell", {"command": "rm x"}, "deny"),
+    (RM, "PowerShell", {"command": "Remove-Item x"}, "ask"),
+    (RM, "REPL", {"code": "x"}, "ask"),
+    ({"allow": ["Bash"]}, "PowerShell", {"command": "ls"}, "none"),
+    ({"allow": ["Bash(ls)", "PowerShell(ls *)", "PowerShell(ls)"]}, "PowerShell", {"command": "ls"}, "none"),
+    ({"allow": ["PowerShell"]}, "PowerShell", {"command": "ls"}, "allow"),
+    ({"allowBash": True}, "PowerShell", {"command": "ls"}, "allow"),
+    ({"allowBash": False}, "PowerShell", {"command": "ls"}, "deny"),
+    ({"allowBash": False, "allow": ["REPL"]}, "REPL", {"code": "1"}, "deny"),
+    ({"allowBash": "ask"}, "REPL", {"code": "1"}, "ask"),
+    ({"profile": "restricted"}, "PowerShell", {"command": "ls"}, "deny"),
     (RM, "Bash", {"command": 3}, "ask"),
     ({"allowBash": True}, "Bash", None, "ask"),
 ]
@@ -2605,6 +2685,86 @@ TOOLS = [
 @pytest.mark.parametrize("policy, tool, given, expected", TOOLS)
 def test_tools(policy, tool, given, expected):
     assert policy_says(policy, tool, given).behavior == expected
+
+
+TRUSTED = {"profile": "trusted"}
+# policy, file, what is said of writing it; the working directory is /w
+CODE = [
+    (TRUSTED, ".claude/settings.json", "ask"),
+    (TRUSTED, ".claude/hooks/x.sh", "ask"),
+    (TRUSTED, "sub/.claude/settings.local.json", "ask"),
+    (TRUSTED, ".git/hooks/pre-commit", "ask"),
+    (TRUSTED, "sub/.git/config", "ask"),
+    (TRUSTED, ".git", "ask"),
+    (TRUSTED, ".GIT/config", "ask"),
+    (TRUSTED, ".g\u200cit/config", "ask"),
+    (TRUSTED, "x/../.git/config", "ask"),
+    (TRUSTED, ".mcp.json", "ask"),
+    (TRUSTED, ".vscode/tasks.json", "ask"),
+    (TRUSTED, ".husky/pre-commit", "ask"),
+    (TRUSTED, ".envrc", "ask"),
+    (TRUSTED, ".gitignore", "allow"),
+    (TRUSTED, ".github/x.yml", "allow"),
+    (TRUSTED, "package.json", "allow"),
+    (TRUSTED, "git/config", "allow"),
+    ({"allowWrite": True}, ".git/config", "ask"),
+    ({"allowWrite": True}, "/elsewhere/.git/config", "ask"),
+    ({"allowWrite": True}, "x", "allow"),
+    ({"allow": ["Edit"]}, ".mcp.json", "ask"),
+    ({"allow": ["*"]}, ".mcp.json", "ask"),
+    ({"allow": ["Edit(**/.claude/**)"]}, ".claude/settings.json", "ask"),
+    ({"allow": ["Edit(./.claude/*)"]}, ".claude/settings.json", "ask"),
+    ({"allow": ["Edit(./.claude/settings.json)"]}, ".claude/settings.json", "allow"),
+    ({"allow": ["Edit(./**)", "Edit(.envrc)"]}, ".envrc", "allow"),
+    ({"allow": ["Edit(./**)", "Edit(.envrc)"]}, ".mcp.json", "ask"),
+    ({"allow": ["Edit(./src)"]}, "src/.git/config", "ask"),
+    ({"allowWrite": True, "deny": ["Edit(.git)"]}, ".git/config", "deny"),
+    ({"allowWrite": True, "allowBash": True}, ".git/config", "allow"),
+    ({"allowWrite": True, "allowBash": True, "deny": ["Bash(rm *)"]}, ".git/config", "ask"),
+    ({"profile": "autonomous"}, ".git/config", "allow"),
+    ({"profile": "autonomous", "allowNetwork": False}, ".git/config", "ask"),
+]
+
+
+@pytest.mark.parametrize("policy, path, expected", CODE)
+def test_what_may_run_as_code_is_written_unasked_only_where_a_rule_names_it(policy, path, expected):
+    assert policy_says(policy, "Write", {"file_path": path}, "/w").behavior == expected
+    assert policy_says(policy, "Read", {"file_path": path}, "/w").behavior != "deny"
+
+
+def test_what_a_git_file_or_a_link_leads_to_is_guarded_too(tmp_path):
+    work = tmp_path / "work"
+    (work / "kept" / "hooks").mkdir(parents=True)
+    (work / "agents").mkdir()
+    (work / ".git").write_text("gitdir: kept\n")
+    (work / ".claude").symlink_to("agents")
+    said = lambda path: policy_says(TRUSTED, "Write", {"file_path": path}, str(work)).behavior
+    assert [said(path) for path in ("kept/hooks/post-commit", "agents/settings.json", "x")] == ["ask", "ask", "allow"]
+    shell = {"allow": ["Bash(echo *)", "Edit(./**)"]}
+    assert [bash_says(shell, f"echo x > {path}", str(work)) for path in (".git", "kept/config", "x")] == [
+        "ask", "ask", "allow"]
+
+
+# policy, tool, input, where the agent stands, what is said; the working directory is /w
+STANDS = [
+    ({"allowBash": True, "deny": ["Read(sub/secret)"]}, "Bash", {"command": "cat secret"}, "/w/sub", "deny"),
+    ({"allowBash": True, "deny": ["Read(sub/secret)"]}, "Bash", {"command": "cat secret"}, "/w", "allow"),
+    ({"allowBash": True, "deny": ["Read(sub/secret)"]}, "Bash", {"command": "cd ..; cat sub/secret"}, "/w/x", "deny"),
+    ({"allow": ["Bash(echo *)", "Edit(/src/**)"]}, "Bash", {"command": "echo x > src/y"}, "/w/other", "none"),
+    ({"allow": ["Bash(echo *)", "Edit(/src/**)"]}, "Bash", {"command": "echo x > y"}, "/w/src", "allow"),
+    ({"allow": ["Bash(git *)"]}, "Bash", {"command": "cd .. && git x"}, "/w/a", "allow"),
+    ({"allow": ["Bash(git *)"]}, "Bash", {"command": "cd a && git x"}, "/", "none"),
+    ({"allowRead": True, "deny": ["Read(./a/**)"]}, "Read", {"file_path": "b"}, "/w/a", "deny"),
+    ({"allow": ["Read(./**)"]}, "Grep", {"pattern": "x"}, "/etc", "none"),
+]
+
+
+@pytest.mark.parametrize("policy, tool, given, cwd, expected", STANDS)
+def test_paths_are_seen_from_where_the_agent_stands(policy, tool, given, cwd, expected):
+    policy = aegis.policy_from_json(policy, {})
+    assert aegis.decide_tool(policy, tool, given, "/w", cwd).behavior == expected
+    for told, read in ((cwd, cwd), ("x", None), (3, None), ("/a\0", None), ("/" * 5000, None), ("/\ud800", None)):
+        assert aegis.standing_in(told) == read
 
 
 SRC = {"allow": ["Edit(./src/**)"]}
@@ -2834,14 +2994,14 @@ def test_all_faults_are_named_at_once_and_profiles_by_name():
 CLIENT = [
     ({}, []),
     ({"profile": "autonomous"}, []),
-    ({"allowBash": False}, ["Bash"]),
+    ({"allowBash": False}, ["Bash", "PowerShell", "REPL"]),
     ({"allowMcp": False}, ["mcp__*"]),
     ({"allowWrite": False}, ["Write", "Edit", "MultiEdit", "NotebookEdit"]),
     ({"allowNetwork": False}, ["WebFetch", "WebSearch"]),
     ({"allowRead": False}, ["Read", "Grep", "Glob", "LS", "NotebookRead"]),
     ({"deny": ["Bash(rm *)"], "ask": ["Read"]}, ["Bash(rm *)"]),
     ({"deny": ["Write(.env)", "bash(rm *)"]}, ["Write(.env)", "Edit(.env)", "Bash(rm *)"]),
-    ({"allowBash": False, "deny": ["Bash"]}, ["Bash"]),
+    ({"allowBash": False, "deny": ["Bash"]}, ["Bash", "PowerShell", "REPL"]),
 ]
 
 
@@ -2970,23 +3130,38 @@ HUGE = [
 ]
 
 
+HUGE += [
+    ("cat " + "f " * 90 + ";") * 200,
+    "cat " + " ".join(f"a/b/c/{number}" for number in range(10_000)),
+    "cd a; cd b; cd c; cd d; cat " + " ".join(f"a/b/c/{number}" for number in range(99)),
+    "sudo " + "-a " * 30_000 + "x",
+    "((" + "1+" * 50_000,
+    "case " + "git " * 25_000,
+    "case git" + " " * 100_000 + "x",
+    "x" * 400_000,
+    "rm_" * 130_000,
+    "case " + "$(x) rm_ " * 40_000,
+]
+
+
 @pytest.mark.parametrize("number", range(len(HUGE)))
 def test_a_huge_command_is_decided_in_time(number):
-    policy = {
+    policy = aegis.policy_from_json({
         "allow": ["Bash(ls *)", "Bash(a * b * c *)", "Edit(./**)"],
-        "deny": ["Bash(rm *)", "Bash(* --force)", "Bash(x *x*x*x*y)", "Read(**/a/**/b/**/c)"],
-    }
-    begun = time.perf_counter()
-    bash_says(policy, HUGE[number][:40_000])   # what is quadratic takes minutes already
-    assert time.perf_counter() - begun < 2.0
+        "ask": ["Bash(git push *)", "Bash(*a*b*c*d*)"],
+        "deny": ["Bash(rm *)", "Bash(* --force)", "Bash(x *x*x*x*y)", "Read(**/a/**/b/**/c)", "Edit(//etc/**)"],
+    }, {})
+    begun = time.thread_time()
+    aegis.decide_tool(policy, "Bash", {"command": HUGE[number]}, "/tmp/w")
+    assert time.thread_time() - begun < 0.5   # a tenth of that when nothing else runs
 
 
 def test_a_long_path_against_many_wildcards_is_decided_in_time():
     policy = {"allowRead": True, "deny": ["Read(" + "**/a/" * 300 + "b)", "Read(" + "*a" * 500 + "b)"]}
-    begun = time.perf_counter()
+    begun = time.thread_time()
     assert policy_says(policy, "Read", {"file_path": "/w/" + "a/" * 2_000}, "/w").behavior == "allow"
     assert policy_says(policy, "Read", {"file_path": "/w/" + "a" * 4_000}, "/w").behavior == "allow"
-    assert time.perf_counter() - begun < 2.0
+    assert time.thread_time() - begun < 2.0
 
 
 def test_a_typical_command_is_decided_quickly():
@@ -4396,6 +4571,49 @@ def prompt_ids(talk: Talk) -> List[str]:
     return list(dict.fromkeys(one["promptId"] for one in lines if one.get("type") == "user" and one.get("promptId")))
 
 
+def raw_report(talk: Talk, raw: bytes) -> Answer:
+    """Report something that need not be JSON that anybody can read."""
+    path, secret = hook_of(talk)
+    return talk.server.call(f"POST {path}", raw, {"X-Aegis-Secret": secret}, auth=False)
+
+
+@pytest.mark.parametrize("name", ["PreToolUse", "PermissionRequest"])
+@pytest.mark.parametrize("given", ["9" * 5_000, "[" * 5_000 + "]" * 5_000, "{", '{"hook_event_name": "Stop"} x'])
+def test_receive_hook_of_what_cannot_be_read_is_no_way_past_a_policy(talk, name, given):
+    raw = f'{{"hook_event_name": "{name}", "tool_name": "Bash", "tool_input": {{"command": "rm x", "a": {given}}}}}'
+    assert raw_report(talk, raw.encode()).status == 400
+    try:
+        talk.ask("PUT permissions", {"allowBash": False})
+        answer = raw_report(talk, raw.encode())
+        assert answer.status == 200 and '"deny"' in answer.raw.decode() and name in answer.raw.decode()
+    finally:
+        talk.ask("PUT permissions", {})
+
+
+@pytest.mark.parametrize("number", [10 ** 20, 10 ** 400])
+def test_receive_hook_takes_numbers_of_any_length(talk, number):
+    talk.ask("PUT permissions", {"allowBash": False})
+    try:
+        answer = report(talk, "PreToolUse", tool_name="Bash", tool_input={"command": "rm x", "timeout": number})
+        assert answer.json["hookSpecificOutput"]["permissionDecision"] == "deny"
+    finally:
+        talk.ask("PUT permissions", {})
+
+
+@alone
+def test_receive_hook_denies_what_the_policy_denies_though_the_store_takes_nothing(house):
+    own = house()
+    talk = own.open(permissions={"allowBash": False})
+    asked = {"tool_name": "Bash", "tool_input": {"command": "rm locked"}}
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"), isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        for name in ("PreToolUse", "PermissionRequest"):
+            assert '"deny"' in report(talk, name, **asked).raw.decode()
+        database.execute("ROLLBACK")
+    recorded = eventually(lambda: len(talk.ask("GET permissions")["history"]) == 2 and talk.ask("GET permissions"))
+    assert {(one["state"], one["decidedBy"]) for one in recorded["history"]} == {("rejected", "policy")}
+
+
 def test_receive_hook_wants_the_sessions_own_secret(make, talk):
     other = make()
     path, secret = hook_of(talk)
@@ -4437,6 +4655,62 @@ def test_a_stop_ends_the_shell_line_that_was_typed_and_nothing_that_waits():
              ((open_, shell), "a", [open_]), ((open_, shell), "new", []), ((open_,), "", [open_])]
     for prompts, told, ended in cases:
         assert aegis.ending_with(aegis.Facts(prompts=prompts), told) == ended, (prompts, told)
+
+
+@pytest.mark.parametrize("text, command", [
+    ("/clear", True), ("/a.b one", True), ("/\u00fcn\u00ef", True), ("/-dash", True), (" /x y", True), ("/", True),
+    ("/tmp/foo is a path", False), ("/x/y", False), ("a /clear", False), ("!ls", False)])
+def test_send_text_never_lets_a_commands_name_be_one(text, command):
+    assert (aegis.COMMAND_LIKE.match(text) is not None) is command
+
+
+@pytest.mark.parametrize("waited, stashed, footer, again", [
+    (0.5, False, "? for shortcuts", False), (3.0, False, "? for shortcuts", True),
+    (3.0, True, "? for shortcuts", False),
+    (0.0, True, "Removed 3 invisible characters · review and press Enter to send", True)])
+def test_enter_is_pressed_again_only_when_it_cannot_send_what_somebody_else_wrote(waited, stashed, footer, again):
+    reading = aegis.Reading("idle", "input box", "a draft", excerpt=footer)
+    session = types.SimpleNamespace(stashed=stashed)
+    assert aegis.may_enter(session, reading, time.monotonic() - waited) is again
+    assert not aegis.may_enter(session, reading._replace(kind="asking"), 0.0)
+
+
+def test_a_session_with_an_odd_transcript_is_read_and_ends(make):
+    talk = make()
+    talk.say("[[say one]]")
+    odd = [{"content": 5}, {"content": [{"type": "tool_use", "input": 5}], "usage": [1]}, {"content": "x", "usage": {
+        "input_tokens": "many", "cache_creation": [1]}}]
+    with open(talk.get()["transcriptPath"], "a") as file:
+        for message in odd:
+            for kind in ("user", "assistant", "system", 7):
+                file.write(json.dumps({"type": kind, "timestamp": 5, "message": message}) + "\n")
+        deep = "[" * 20_000 + "]" * 20_000
+        file.write(f'{{"type": "assistant", "message": {{"content": [{{"type": "tool_use", "input": {deep}}}]}}}}\n')
+        file.write('{"type": "attachment", "attachment": ' + "[" * 300 + "]" * 300 + "}\n")
+    assert talk.read("limit=100")["output"] == "one"
+    assert talk.say("[[say two]]")["output"] == "two" and talk.kill()["killed"] is True
+
+
+@alone
+def test_a_shells_output_is_told_though_its_history_is_full(make):
+    talk = make(agent="shell", command=["/bin/sh"])
+    for number in range(3):
+        sent = talk.send("seq 1 3000")
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        sent = talk.send(f"echo here {number}")
+        talk.wait("prompt.done", promptId=sent["promptId"])
+        assert talk.read()["output"] == f"here {number}"
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", " \u200d \u2060\n", "\x07"])
+def test_send_text_and_create_session_refuse_a_prompt_that_nobody_could_see(server, talk, nothing):
+    assert talk.refusal("POST send", {"text": nothing}) == (400, "INVALID_REQUEST")
+    body = {"workDir": str(server.work), "prompt": nothing}
+    assert server.refusal("POST /v1/sessions", body) == (400, "INVALID_REQUEST")
+
+
+def test_list_sessions_refuses_a_directory_that_cannot_be(server):
+    assert server.refusal("GET /v1/sessions?workDir=%00") == (400, "INVALID_REQUEST")
 
 
 def test_a_turn_that_shows_late_and_then_draws_without_a_rest_has_started(talk):
@@ -4784,8 +5058,9 @@ def test_a_change_is_told_before_the_first_commit_and_without_git(tmp_path):
     assert change.files == ["W new"] and change.text == "=== new\nnew\n\n" and "no git repository" in change.about
 
 
-HOSTILE_GIT = ("core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
-           "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
+HOSTILE_CONFIG = (
+    "core.fsmonitor", "core.pager", "core.sshCommand", "diff.external", "filter.x.clean", "filter.x.smudge",
+    "filter.x.process", "diff.x.textconv", "diff.x.command", "core.editor", "merge.x.driver")
 
 
 def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, tmp_path):
@@ -4797,7 +5072,7 @@ def test_a_hostile_repository_runs_nothing_when_its_change_is_told(repository, t
         git(repository, "add", "-A")
         git(inner, "config", "core.fsmonitor", f"touch {tmp_path}/ran-inner; false")
         (inner / "loose").write_text("x")
-        for name in HOSTILE_GIT:
+        for name in HOSTILE_CONFIG:
             git(repository, "config", name, f"touch {tmp_path}/ran-{name}; cat")
         for name in ("post-index-change", "reference-transaction", "pre-commit"):
             hook = repository / ".git" / "hooks" / name
@@ -4880,6 +5155,23 @@ def test_kill_session_takes_the_whole_process_family(house):
     assert not alive(child) and not alive(talk.get()["pid"])
 
 
+@alone
+def test_kill_session_while_its_agent_starts_leaves_no_agent(house):
+    own = house()
+    for number in range(12):
+        name = f"early {number}"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            making = pool.submit(own.call, "POST /v1/sessions", {"workDir": str(own.work), "name": name})
+            made = own.events.wait_for("session.created", None, 0, name=name)
+            gone = own.call(f"DELETE /v1/sessions/{made['sessionId']}")
+            answer = making.result()
+        assert gone.status == 200 and answer.status in (201, 409), (gone.raw, answer.raw)
+        assert own.ask(f"GET /v1/sessions/{made['sessionId']}")["status"] == "killed"
+        eventually(lambda: made["sessionId"] not in own.tmux("list-panes", "-a", "-F", "#{@aegis_id}"))
+        assert [path.name for path in (own.state / "run").iterdir() if made["sessionId"] in path.name] == []
+    assert own.ask("GET /v1/health")["sessions"]["active"] == 0
+
+
 def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
     stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
     known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
@@ -4913,6 +5205,12 @@ def test_kill_session_of_an_agent_that_has_exited_is_clean(make):
     assert (answer["status"], answer["killed"]) == ("exited", False)
 
 
+def test_create_batch_tells_of_an_item_that_is_no_object(server):
+    made = server.ask("POST /v1/sessions/batch", {"sessions": [7, None, "x", []]})
+    assert (made["created"], [one["index"] for one in made["errors"]]) == (0, [0, 1, 2, 3])
+    assert {one["code"] for one in made["errors"]} == {"INVALID_REQUEST"}
+
+
 def test_create_batch_spoils_nothing_by_one_bad_item(server):
     good = {"workDir": str(server.work), "prompt": "[[say hi]]", "name": "task-1"}
     items = [good, {"workDir": "/no/such", "name": "task-2"}, good, {"workDir": str(server.work), "foo": 1},
@@ -4933,7 +5231,7 @@ def test_create_batch_spoils_nothing_by_one_bad_item(server):
     assert (error["index"], error["id"], error["code"]) == (2, "nobody", "SESSION_NOT_FOUND")
 
 
-@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [1]}, {"sessions": [{}] * 1000},
+@pytest.mark.parametrize("body", [{}, {"sessions": []}, {"sessions": {}}, {"sessions": [{}] * 1000},
                                   {"ids": []}])
 def test_create_batch_refuses_what_is_no_batch(server, body):
     answer = server.call("POST /v1/sessions/batch", body)
@@ -4970,9 +5268,8 @@ STEADY = {   # name -> what a session is at when Aegis is killed
     "limited": "[[error 429]]",
 }
 BRIEF = {
-    "background": "[[background 2.5]] [[say held]]",
-    "heard": "[[wait 1.5]] [[say heard]]", "meanwhile": "[[wait 1.5]] [[say meanwhile]]",
-         "under way": "[[wait 3]] [[say after the crash]]"}
+    "background": "[[background 4]] [[say held]]", "heard": "[[wait 3]] [[say heard]]",
+    "meanwhile": "[[wait 3]] [[say meanwhile]]", "under way": "[[wait 4.5]] [[say after the crash]]"}
 
 
 def open_all(own: Server, prompts: Dict[str, Optional[str]]) -> Dict[str, Talk]:
@@ -5145,6 +5442,26 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
         typed = talk.prompts().count(text)
         assert typed <= 1, f"typed twice when Aegis died after {moment} s"
         assert typed == 1 or sending.result() != 200, f"lost when Aegis died after {moment} s"
+
+
+@alone
+def test_a_prompt_is_not_typed_again_into_an_agent_that_may_yet_read_it(house):
+    own = house()   # tmux wakes a program of its own that stops, and no grandchild
+    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+    os.kill(pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(attempt, talk, "[[say thawed]]")
+        eventually(lambda: talk.ask("GET queue")["queue"][0]["attempts"])   # the last thing before the keys
+        concurrent.futures.wait([sending], timeout=0.5)
+        own.crash()
+        sending.result()
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed")["reason"]
+    os.kill(pid, signal.SIGCONT)
+    eventually(lambda: talk.prompts() == ["[[say thawed]]"])
+    assert talk.say("[[say on]]")["output"] == "on"
+    assert talk.prompts() == ["[[say thawed]]", "[[say on]]"], "the agent read it late, and once"
 
 
 class Diary:
@@ -5487,7 +5804,8 @@ def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
         with contextlib.suppress(OSError):
             while os.read(master, 65_536):
                 pass
-    threading.Thread(target=drain, daemon=True).start()
+    drainer = threading.Thread(target=drain, daemon=True)
+    drainer.start()
     try:
         eventually(lambda: talk.ask("GET pane")["width"] == 46)
         assert talk.say("[[say " + "small " * 30 + "]]")["output"].split() == ["small"] * 30
@@ -5501,6 +5819,7 @@ def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
     finally:
         person.kill()
         person.wait()
+        drainer.join()   # first: its descriptor's number is soon another's
         os.close(master)
     assert talk.say("[[say alone again]]")["output"] == "alone again"
 
@@ -6687,8 +7006,8 @@ def test_old_runs_are_swept_away_and_never_a_live_one(house, tmp_path):
 def test_what_ended_in_time_counts_though_aegis_was_away_until_long_after(house):
     own = house()
     talk = own.open()
-    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]", "timeout": 6})
-    judged = review(talk, "wait 1 approve", reviewers=1, timeout=6)
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]", "timeout": 30})
+    judged = review(talk, "wait 1 approve", reviewers=1, timeout=30)
     paths = [eventually(lambda: own.ask(f"GET /v1/sessions/{find()}")["transcriptPath"]) for find in (
         lambda: own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"],
         lambda: own.ask(f"GET /v1/consensus/{judged['id']}")["reviewers"][0]["sessionId"])]
@@ -6710,6 +7029,7 @@ def test_sessions_of_any_attempt_that_a_crash_left_over_are_ended(house):
     kept = finished(own, pipeline(own, {"prompt": "[[say x]]"}, keep=True))
     judged = ruled(own, review(talk, reviewers=2, keep=True))
     own.crash()
+    (own.state / "run" / "x.change" / "objects").mkdir(parents=True)
     database = sqlite3.connect(str(own.state / "aegis.db"))
     for table, run in (("pipelines", made), ("consensus", judged)):
         assert database.execute(f"UPDATE {table} SET keep = 0 WHERE id = ?", (run["id"],)).rowcount == 1
@@ -6719,6 +7039,7 @@ def test_sessions_of_any_attempt_that_a_crash_left_over_are_ended(house):
         eventually(lambda: [one["status"] for one in own.ask(f"GET /v1/sessions?label={label}")["sessions"]] == [
             "killed"] * count)
     assert own.ask(f"GET /v1/sessions/{kept['stages'][0]['sessionId']}")["status"] == "idle"
+    assert not list((own.state / "run").glob("*.change"))
 
 
 def test_runs_and_what_was_noted_for_them_are_kept_for_so_many_days(tmp_path):
@@ -7142,15 +7463,16 @@ def test_what_was_begun_and_not_noted_yet_is_found_after_a_crash(house):
     own = house()
     book = own.root / "book"
     gate = {"checks": [check(f"echo x >> {book}; sleep 1", "gate")]}
-    made = pipeline(own, {"name": "a", "prompt": "[[wait 1]] [[say a]]"},
-                    {"name": "b", "prompt": "[[wait 1]] [[say b]]", "session": "same", "verify": gate})
+    made = pipeline(own, {"name": "a", "prompt": "[[wait 3]] [[say a]]"},
+                    {"name": "b", "prompt": "[[wait 3]] [[say b]]", "session": "same", "verify": gate})
     for name in "ab":
         own.events.wait_for("prompt.started", after=own.events.wait_for(
             "pipeline.stage", stage=name, state="running")["id"])
         eventually(lambda: [one for one in own.ask(f"GET /v1/pipelines/{made['id']}")["stages"]
                             if one["name"] == name and one["promptId"]])
         session = "NULL" if name == "a" else "session"
-        forget_note(own, f"UPDATE stages SET session = {session}, prompt = NULL WHERE name = ?", name)
+        forget_note(own, f"UPDATE stages SET session = {session}, prompt = NULL WHERE name = ? AND state = 'running'",
+                    name)
     own.events.wait_for("pipeline.stage", stage="b", state="verifying")
     eventually(book.exists)
     forget_note(own, "UPDATE stages SET state = 'running', verify = NULL WHERE name = 'b'")
@@ -8403,6 +8725,36 @@ def test_create_webhook_names_what_is_wrong(poster, body, field):
     assert "whsec_AAAA" not in answer.raw.decode()
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0",
+                                  "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[fe80::1]",
+                                  "LOCALHOST.", "169.254.169.254", "[fd00:ec2::254]", "192.168.0.1", "[2002:7f00:1::]"])
+def test_create_webhook_refuses_private_addresses_however_they_are_written(server, host):
+    made = server.call("POST /v1/webhooks", {"url": f"http://{host}:9200/"})
+    if made.status == 201:      # a spelling that this system's resolver does not take leads nowhere either
+        assert server.ask(f"POST /v1/webhooks/{made.json['id']}/test", {})["delivered"] is False
+        server.ask(f"DELETE /v1/webhooks/{made.json['id']}")
+        assert not re.fullmatch(r"[\d.]+|\[.*\]|localhost", host)
+    else:
+        assert made.status == 400 and "AEGIS_WEBHOOK_ALLOW" in made.json["fields"]["url"]
+
+
+@alone
+def test_a_webhooks_address_is_checked_at_every_try(house):
+    own = house(**{**FAST, "AEGIS_WEBHOOK_RETRIES": "0"})
+    with receiving() as receiver:
+        made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"]})
+        assert own.ask(f"POST /v1/webhooks/{made['id']}/test", {})["delivered"] is True
+        own.crash()
+        own.env["AEGIS_WEBHOOK_ALLOW"] = "10.0.0.0/8,localhost"
+        own.start()
+        assert "no public address" in own.ask(f"POST /v1/webhooks/{made['id']}/test", {})["error"]
+        remembers(own, 1)
+        assert "no public address" in hook_now(own, made["id"], deadLetters=1)["lastError"]
+        by_name = own.ask("POST /v1/webhooks", {"url": receiver.url.replace("127.0.0.1", "localhost")})
+        assert own.ask(f"POST /v1/webhooks/{by_name['id']}/test", {})["delivered"] is True
+        assert len(receiver.taken) == 2 and receiver.taken[1][1]["Host"].startswith("localhost:")
+
+
 def test_create_webhook_refuses_a_name_twice_and_a_session_that_is_none(poster, hook):
     with receiving() as receiver:
         hook(receiver, name="mine")
@@ -8586,11 +8938,13 @@ def test_a_receiver_that_hangs_holds_nobody_up(poster, hook):
         assert [one["data"]["key"] for one in quick.accepted()] == keys and len(slow.taken) <= 10
 
 
-def test_retry_after_is_obeyed(poster, hook):
+@alone
+def test_retry_after_is_obeyed(house):
+    own = house(**FAST)
     with receiving("busy") as receiver:
-        hook(receiver)
+        own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.*"]})
         began = time.monotonic()
-        remembers(poster, 1)
+        remembers(own, 1)
         receiver.wait_for(2)
         assert time.monotonic() - began > 0.9      # without it the second try comes after 0.02 s
 
@@ -8724,15 +9078,12 @@ def test_every_event_arrives_in_order_or_is_a_dead_letter(house):
 def test_an_event_that_waits_is_not_pruned(house):
     own = house(AEGIS_KEEP_EVENTS="10", **FAST)
     with receiving() as receiver:
-        receiver.close()
-        own.env["AEGIS_WEBHOOK_RETRIES"] = "100"
-        own.crash().start()
         made = own.ask("POST /v1/webhooks", {"url": receiver.url, "events": ["memory.set"]})
-        keys = remembers(own, 1200)
-        assert hook_now(own, made["id"])["queueLength"] == 1200
-        receiver.open()
-        own.crash().start()     # its pause is stored, but short
-        receiver.wait_for(1200)
+        own.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": True})
+        keys = remembers(own, 1010)       # the events are pruned at every thousandth
+        assert hook_now(own, made["id"])["queueLength"] == 1010
+        own.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": False})
+        receiver.wait_for(1010, 60)
         assert [one["data"]["key"] for one in receiver.accepted()] == keys
 
 
@@ -8955,19 +9306,24 @@ def test_a_turns_end_is_told_with_its_answer(chatty):
     assert told["chat_id"] == CHAT and "message_thread_id" not in told
 
 
-def test_what_cannot_be_told_now_is_told_later_once_and_only_the_newest(chatty):
-    fake, own, talk = chatty
+@alone
+def test_what_cannot_be_told_now_is_told_later_once_and_only_the_newest(house):
+    fake = FakeTelegram()
+    own = house(**telegram_settings(fake))
+    talk = own.open()
     fake.said(f"^{named_talk(talk)} is idle")
     for status, more in ((500, {}), (429, {"parameters": {"retry_after": 1}, "description": "Too Many"})):
         fake.faults.append(("sendMessage", status, more))
     for word in ("first", "second", "third"):
         talk.say(f"[[say {word}]]")
+    began = time.monotonic()
     fake.said(f"^{named_talk(talk)} is idle.\nthird")
-    mine = [one["text"].split("\n")[-1] for one in fake.messages.values()
-            if one["text"].startswith(f"{talk.get()['name']} is idle.\n")]
-    assert mine[-1] == "third" and len(mine) == len(set(mine)) < 4
+    mine = [one["text"].split("\n")[-1] for one in fake.messages.values()]
+    assert time.monotonic() - began > 0.9 and mine[-1] == "third" and len(mine) == len(set(mine)) < 4
+    eventually(lambda: own.ask("GET /v1/channels/health")["channels"][0]["queueLength"] == 0)
     health = own.ask("GET /v1/channels/health")["channels"][0]
-    assert "sendMessage" in health["lastError"] and health["state"] == "active"
+    assert "Too Many" in health["lastError"] and health["state"] == "active"
+    fake.close()
 
 
 def test_a_message_that_telegram_refuses_holds_nothing_up(chatty):
@@ -9180,6 +9536,8 @@ def test_the_commands_of_the_chat(chatty):
     assert "It had ended before" in fake.press(f"Kill {name}", question)["text"]
     fake.reply(question, "are you there?")
     fake.said("No: session .* is killed")
+    rows = own.ask(f"GET /v1/audit?session={talk.id}")["entries"]
+    assert [one["action"] for one in rows if one["who"] == f"telegram:{ANN}"] == ["telegram.press"]
 
 
 @alone
@@ -9460,6 +9818,25 @@ def test_streams_tell_a_key_of_its_own_things_alone_also_in_replay(guarded, two)
         stream.close()
 
 
+def test_post_mcp_gives_a_key_no_more_than_its_rows_do(guarded, two):
+    mine, _, ours, theirs = two
+    accept = {"Accept": "application/json, text/event-stream"}
+
+    def tool(name: str, headers: Json, **arguments: Any) -> Json:
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
+        return guarded.ask("POST /mcp", message, {**accept, **headers})["result"]["structuredContent"]
+    assert tool("get_session", mine, id=ours.id)["id"] == ours.id
+    for name in ("get_session", "read_pane", "list_queue"):
+        assert tool(name, mine, id=theirs.id)["code"] == "SESSION_NOT_FOUND"
+    assert [one["id"] for one in tool("list_sessions", mine)["sessions"]].count(theirs.id) == 0
+    reader = bearer(mint(guarded, "sessions:read"))
+    assert tool("set_memory", reader, key="x", value=1)["missingScope"] == "memory:write"
+    assert tool("set_memory", mine, key="by/mcp", value=1)["key"] == "by/mcp"
+    told = guarded.ask("GET /v1/audit?action=POST%20/v1/memory")["entries"][0]
+    assert (told["target"], told["address"]) == ("by/mcp", "127.0.0.1") and told["who"].startswith("key-")
+    assert guarded.refusal("POST /mcp", {}, accept, auth=False) == (401, "UNAUTHORIZED")
+
+
 def test_no_prompt_reads_the_memory_for_a_key_that_may_not(guarded):
     key = bearer(mint(guarded, "sessions:read", "sessions:write"))
     guarded.ask("POST /v1/memory", {"key": "hidden", "value": "treasure"})
@@ -9694,6 +10071,29 @@ def test_list_audit_tells_of_keys_and_of_sessions(guarded):
 
 
 @alone
+def test_a_change_and_its_audit_row_are_both_there_or_neither_after_a_crash(house):
+    own = house()
+    sent, killed = [0], threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not killed.is_set():
+                own.ask("POST /v1/memory", {"key": f"k{sent[0]}", "value": 1})
+                sent[0] += 1
+    writer = threading.Thread(target=write)
+    writer.start()
+    eventually(lambda: sent[0] >= 30 and (own.state / "audit.head").exists())
+    own.crash()
+    killed.set()
+    writer.join(WITHIN)
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as db:
+        keys = {row[0] for row in db.execute("SELECT key FROM memory")}
+        told = {row[0] for row in db.execute("SELECT target FROM audit WHERE action = 'POST /v1/memory'")}
+        assert keys == told and len(keys) >= sent[0]
+        assert aegis.verify_audit(db, [aegis.read_head((own.state / "audit.head").read_text())])[2] is None
+
+
+@alone
 def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
     own = house()
     own.ask("POST /v1/memory", {"key": "a", "value": 1})
@@ -9712,6 +10112,10 @@ def test_audit_verify_works_offline_and_finds_what_was_done_to_it(house):
                          "UPDATE sqlite_sequence SET seq = 1 WHERE name = 'audit';")
     cut = run_aegis("audit", "verify", "--state-dir", str(own.state))
     assert cut.returncode == 1 and "end was cut off" in cut.stdout and "trigger" in cut.stdout
+    own.start()   # the next server keeps what was found, and says so for good
+    told = eventually(lambda: own.ask("GET /v1/audit?action=audit.broken")["entries"])[0]
+    assert told["details"]["kept"] == head and told["seq"] == 2
+    assert "was cut off or changed" in own.log.read_text() and (own.state / "audit.head.2").read_text().strip() == head
     assert run_aegis("audit", "verify", "--state-dir", "/nowhere").returncode == 2
     assert run_aegis("audit", "polish").returncode == 2
 
@@ -9755,6 +10159,10 @@ def test_put_permissions_takes_an_array_of_rules(talk):
     assert talk.refusal("PUT permissions", ["zebra"]) == (400, "INVALID_REQUEST")
     assert talk.refusal("POST send", ["zebra"]) == (400, "BAD_JSON")
     assert talk.ask("PUT permissions", [])["policy"] == {}
+    told = talk.ask("PUT permissions", {"allowRead": True})["policy"]
+    assert talk.refusal("PUT permissions", None) == (400, "INVALID_REQUEST")   # nothing is not an empty policy
+    assert talk.ask("GET permissions")["policy"] == told
+    assert talk.ask("PUT permissions", {})["policy"] == {}
 
 
 def test_put_profile_takes_an_object(talk):
@@ -9809,6 +10217,8 @@ def test_get_diagnostics_tells_versions_resources_queues_and_workers(server, tal
     assert {one["name"] for one in told["workers"]} == set(aegis.WORKERS) and all(o["alive"] for o in told["workers"])
     assert set(aegis.WORKERS) <= set(re.findall(r"aegis-[a-z]+", aegis.__doc__)), "the thread map knows them all"
     assert told["queues"]["events"]["listeners"] >= 1 and told["queues"]["prompts"] >= 0
+    assert [(one["channel"], one["queueLength"]) for one in told["queues"]["channels"]][0] == ("telegram", 0)
+    assert len([one for one in told["workers"] if one["lastRoundSeconds"] is not None]) >= 4
     assert {one["name"]: one["state"] for one in told["checks"]}["database"] == "ok"
     sources = {one["name"]: one["source"] for one in told["settings"]}
     assert (sources["port"], sources["state_dir"], sources["host"]) == ("flag", "env", "default")
@@ -9858,9 +10268,10 @@ def house_once() -> Iterator[Server]:
     ("GET /v1/events?token=abc.def&x=1", "GET /v1/events?token=(hidden)&x=1"),
     ('{"password": "hunter22"}', '{"password": "(hidden)"}'), ("key sk-ant-api03-abcdefgh", "key (hidden)"),
     ("bot 12345678:AAF-abcdefghijklmnopqrstuvwxyz012345", "bot (hidden)"), ("the own-secret here", "the (hidden) here"),
+    ("key aegis_0123456789abcdefghij here", "key aegis_012345… here"),
     ("tokens: input 5", "tokens: input 5"), ("no such file", "no such file")])
 def test_what_looks_like_a_secret_is_masked(said_, kept):
-    assert aegis.without_secrets(said_, ["own-secret"]) == kept
+    assert aegis.without_secrets(said_, aegis.texts_in(({"a": ["own-secret", 5]}, None))) == kept
 
 
 def program(path: Path, body: str) -> str:
@@ -9952,6 +10363,9 @@ def test_every_route_wants_a_key_of_its_scope(guarded, ring, route):
         answer = guarded.call(*given, headers=bad, auth=False)
         assert (answer.status, answer.json["code"]) == (401, "UNAUTHORIZED") and answer.headers["WWW-Authenticate"]
         check_envelope(answer)
+    if route.scope == "any":   # any key will do
+        assert guarded.call(*given, headers=ring["memory:read"]).status in (400, 404, 405)
+        return
     answer = guarded.call(*given, headers=ring[f"not {route.scope}"])
     assert (answer.status, answer.json["code"], answer.json["missingScope"]) == (403, "MISSING_SCOPE", route.scope)
     assert route.scope in answer.json["error"] and route.scope in answer.headers["WWW-Authenticate"]
@@ -10441,6 +10855,39 @@ def test_post_mcp_wants_the_token_and_opens_no_tool_without_it(strict):
     assert Mcp(strict, NEWEST).tool("list_sessions")["sessions"] == []
 
 
+def test_post_mcp_lets_a_key_do_what_its_scopes_allow_and_to_its_own(guarded, two, ring):
+    mine, _, ours, theirs = two
+
+    def told(key: Json, method: str, **params: Any) -> Json:
+        return guarded.call("POST /mcp", rpc(method, **params), key).json
+
+    def code(holder: Json, tool: str, **arguments: Any) -> Optional[str]:
+        return told(holder, "tools/call", name=tool, arguments=arguments)["result"]["structuredContent"].get("code")
+    assert code(ring["memory:read"], "list_sessions") == "MISSING_SCOPE"
+    assert code(ring["memory:read"], "set_memory", key="k", value=1) == "MISSING_SCOPE"
+    assert code(ring["memory:read"], "list_memory") is None
+    assert [one["uri"] for one in told(ring["memory:read"], "resources/list")["result"]["resources"]] == [
+        "aegis://health", "aegis://sessions"]
+    assert code(mine, "get_session", id=ours.id) is None
+    assert code(mine, "get_session", id=theirs.id) == "SESSION_NOT_FOUND"
+    assert code(mine, "kill_session", id=theirs.id) == "SESSION_NOT_FOUND"
+    assert told(mine, "resources/read", uri=f"aegis://sessions/{theirs.id}/pane")["error"]["code"] == -32002
+    seen = [one["uri"] for one in told(mine, "resources/list")["result"]["resources"]]
+    assert f"aegis://sessions/{ours.id}" in seen and f"aegis://sessions/{theirs.id}" not in seen
+    watch = rpc("resources/subscribe", uri=f"aegis://sessions/{theirs.id}")
+    assert guarded.call("POST /mcp", watch, {**mine, "Mcp-Session-Id": "s"}).json["error"]["code"] == -32002
+
+
+def test_post_mcp_stands_in_the_audit_log_as_the_call_that_it_made(guarded, two):
+    mine, _, ours, _ = two
+    call = rpc("tools/call", name="send_prompt", arguments={"id": ours.id, "text": "[[say secret]]"})
+    answer = guarded.call("POST /mcp", call, mine)
+    request = answer.headers["X-Request-Id"]
+    entries = [one for one in guarded.ask("GET /v1/audit?limit=50")["entries"] if one["requestId"] == request]
+    assert [(one["action"], one["sessionId"]) for one in entries] == [("POST /v1/sessions/:id/send", ours.id)]
+    assert entries[0]["target"] == answer.json["result"]["structuredContent"]["promptId"]
+
+
 @pytest.mark.parametrize("version", ["2025-06-18", NEWEST])
 def test_post_mcp_tells_of_progress_while_it_waits(server, make, version):
     talk, client = make(), Mcp(server, version)
@@ -10839,6 +11286,36 @@ def test_hundreds_of_idle_connections_cost_no_one_anything(server, talk):
 
 
 @alone
+def test_refused_clients_that_stay_keep_no_room_from_others(house):
+    own = house()
+    lines = [socket.create_connection(("127.0.0.1", own.port)) for _ in range(500)]
+    for line in lines:
+        line.sendall(b"GET / HTTP/9\r\n\r\n")
+    assert own.open().say("[[say room]]")["output"] == "room"
+    for line in lines:
+        assert b"505" in line.recv(100)
+        line.close()
+
+
+@alone
+def test_who_takes_no_answers_is_answered_in_the_end_and_takes_no_room_meanwhile(house):
+    own = house()
+    asked, lines = 40, [socket.create_connection(("127.0.0.1", own.port)) for _ in range(420)]
+    for line in lines:
+        line.sendall(head("GET", "/v1/openapi.json") * asked)
+    assert own.open().say("[[say room]]")["output"] == "room"
+    for line in lines:
+        line.close()
+    with socket.create_connection(("127.0.0.1", own.port)) as line:
+        line.sendall(head("GET", "/v1/openapi.json") * asked)
+        heard = b""
+        while heard.count(b"HTTP/1.1 200") < asked:
+            piece = line.recv(50_000)
+            assert piece
+            heard += piece
+
+
+@alone
 def test_readers_that_left_hold_nothing_and_readers_that_wait_leave_room_for_work(house):
     own = house()
     talk = own.open("[[hang]]")
@@ -10927,7 +11404,8 @@ class Actor:
             stdout=child, stderr=child, cwd=str(self.cwd), env={**OUTSIDE, "CLAUDE_CONFIG_DIR": str(self.home)},
             start_new_session=True)
         os.close(child)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
         eventually(lambda: "? for shortcuts" in self.screen)
 
     def _serve(self) -> Any:
@@ -10972,6 +11450,7 @@ class Actor:
         self.process.wait(5)
         self.server.shutdown()
         self.server.server_close()
+        self.watcher.join()   # first: its descriptor's number is soon another's
         os.close(self.pty)
 
     def press(self, *keys: str, see: str = "") -> None:
@@ -11760,6 +12239,7 @@ class Person:
         with contextlib.suppress(OSError):
             self.process.kill()
             self.process.wait()
+            self.reader.join()   # first: its descriptor's number is soon another's
             os.close(self.ours)
 
 
@@ -11788,7 +12268,10 @@ def test_no_text_of_others_reaches_a_terminal_as_keys(given, shown):
     assert aegis.safe_text(given) == shown
     assert json.loads(aegis.safe_json({"x": given})) == {"x": given}
     assert not aegis.UNSAFE.search(aegis.safe_json(given))
-    assert "\n" not in aegis.safe_line(given) and "\t" not in aegis.safe_line(given)
+    event = dict.fromkeys(("type", "timestamp", "sessionId", "role", "text", given), given)
+    for line in (aegis.safe_line(given), aegis.event_line(aegis.Terminal(), event)):
+        assert not aegis.UNSAFE.search(line) and "\n" not in line and "\t" not in line
+    assert not aegis.UNSAFE.search(aegis.message_text(aegis.Terminal(), event))
 
 
 def test_a_table_keeps_its_columns_whatever_is_in_them():
@@ -11829,6 +12312,7 @@ def test_what_a_session_says_cannot_drive_the_terminal(make, server, person):
     assert not aegis.UNSAFE.search(one.drawn.replace("\r\n", "\n")), one.drawn
 
 
+@alone
 def test_output_that_cannot_be_written_ends_a_command_quietly(server):
     ours, theirs = os.pipe()
     os.close(ours)
@@ -11883,7 +12367,7 @@ def test_a_verbs_fields_are_read_as_the_row_wants_them(words, wanted):
     ("send", "the following arguments are required: SESSION, TEXT"), ("send S", "required: TEXT"),
     ("ls --nmae x", "unrecognized arguments: --nmae x"), ("read S --limit x", "limit must be a whole number, not 'x'"),
     ("ls --status lazy", "invalid choice: 'lazy'"), ("memory set k v --ttl-ms x", "must be a whole number"),
-    ("policy S x", "neither NAME=VALUE nor a JSON object"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
+    ("policy S x", "must be an object such as"), ("policy S @/no/such", "must be a JSON object, or @FILE"),
     ("policy S a:=b", "is not JSON"), ("run", "a prompt is required"),
     ("run x --policy {", "must be a JSON object"), ("call dance", "there is no tool 'dance'"),
     ("call red_session", "did you mean `read_session`?"), ("run x --timeout soon", "invalid float value"),
@@ -11953,6 +12437,7 @@ def test_a_refusal_is_one_line_and_an_exit_code(server, strict, talk):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+@alone
 def test_a_server_behind_tls_is_reached_by_the_script_itself(server, tmp_path):
     import ssl
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -12188,6 +12673,7 @@ def test_send_waits_and_tells_only_what_is_new(server, make):
     assert cli(server, "send", "nobody", "x").returncode == 1
 
 
+@alone
 def test_tail_follows_a_session_to_its_end(server, make):
     talk = make("[[say first]]")
     talk.read()
@@ -12238,6 +12724,7 @@ def test_ls_watch_stays_true_fits_the_terminal_and_gives_it_back(server, make, p
     assert one.leaves() == 130 and "\x1b[?25h\x1b[?1049l" in one.drawn
 
 
+@alone
 def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
     talk = make(labels={"piped": "yes"})
     with cli_process(server, "ls", "-w", "-a", "--label", "piped", "--json") as watching:
@@ -12249,13 +12736,18 @@ def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
     assert watching.returncode == 143
 
 
+def viewed(server: Server) -> bool:
+    """Tell whether anybody has a view of their own.  tmux 3.3a can crash when it lists clients while one leaves."""
+    return len(server.tmux("list-sessions", "-F", "#{session_id}").split()) > 1
+
+
 def test_attach_runs_tmux_and_nothing_else(server, make, person):
     talk = make(name=f"att-{uuid.uuid4().hex[:6]}")
     printed = cli(server, "attach", talk.id, "--print").stdout
     assert printed.startswith(f"tmux -u -L {server.socket} new-session -t ")
     one = person("attach", talk.id)
     one.sees("demo agent|Demo")
-    assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+    assert eventually(lambda: viewed(server))
     one.types("\x02d")
     assert one.leaves() in (0, 1)          # tmux's own: a view that ends with its only client may count as lost
     assert cli(server, "attach", talk.id).returncode == 2          # no terminal
@@ -12263,7 +12755,7 @@ def test_attach_runs_tmux_and_nothing_else(server, make, person):
     words = shlex.join([sys.executable, "-c", IMPORTED, str(HERE), "attach", talk.id])
     subprocess.run([*outer, "new-session", "-d", words], env=server.env, check=True)      # within somebody's own tmux
     try:
-        assert eventually(lambda: server.tmux("list-clients", "-F", "#{window_id}").count(talk.get()["window"]))
+        assert eventually(lambda: viewed(server))
     finally:
         subprocess.run([*outer, "kill-server"], env=server.env)
     good = talk.get()["attach"]
@@ -12329,25 +12821,23 @@ BEFORE = {"bash": "", "zsh": "compdef() { :; }; _files() { :; }\n"
                              "compadd() { shift; print -rn -- ${(M)@:#${words[CURRENT]}*}; }\n"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_completes_commands_flags_and_what_lives(server, make, shell):
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+@alone
+def test_completion_completes_commands_flags_and_what_lives(server, make):
     odd, name = make(name="$(touch pwned) x"), f"tab-{uuid.uuid4().hex[:6]}"
     talk = make(name=name)
     lines = {"aegis re": ["read", "reject", "resume"], "aegis pipeline c": ["create", "cancel"],
-             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name], f"aegis kill {odd.id[:8]}": [odd.id],
-             f"aegis read {talk.id[:6]}": [talk.id], "aegis pipeline create --par": ["--parallel"],
+             "aegis ls --st": ["--status"], f"aegis read {name[:5]}": [name],
+             f"aegis kill {odd.id[:8]}": [odd.id], "aegis pipeline create --par": ["--parallel"],
              "aegis run --perm": ["--permission-mode", "--permissions", "--permission-profile"]}
-    script = BEFORE[shell] + f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
-    for line in lines:
-        words = line.split()
-        script += COMPLETES[shell].format(words=line, last=len(words) - 1)
-    done = subprocess.run([shell, "-c", script], env=server.env, cwd=str(server.work), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60)
-    found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
-    assert found == [sorted(one) for one in lines.values()], done
-    assert not (server.work / "pwned").exists()
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        script = f"source <({shlex.quote(sys.executable)} {shlex.quote(str(AEGIS))} completion {shell})\n"
+        for line in lines:
+            script += COMPLETES[shell].format(words=line, last=len(line.split()) - 1)
+        done = subprocess.run([shell, "-c", BEFORE[shell] + script], env=server.env, cwd=str(server.work),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        found = [sorted(one.split()) for one in done.stdout.decode().splitlines()]
+        assert found == [sorted(one) for one in lines.values()], done
+    assert talk.status == "idle" and not (server.work / "pwned").exists()
 
 
 # ============================================================================
@@ -13158,6 +13648,27 @@ def test_real_question_is_asked_and_answered(start):
 
 
 @real_client
+def test_real_permissions_and_questions_are_decided_in_telegram(model):
+    fake = FakeTelegram()
+    own = lab(model, **telegram_settings(fake)).start()
+    try:
+        talk = own.open("[[bash touch told]] [[ask]] [[say after]]")
+        fake.press("Approve", fake.said("asks for your permission.\nBash: touch told"))
+        fake.press("Blue", fake.said("asks:\nWhich colour"))
+        fake.reply(fake.said("is idle.\nafter"), "[[say done]]")
+        fake.said("is idle.\ndone")
+        own.open("[[plan Paint it.]] [[say painted]]", permissionMode="plan")
+        fake.press("Yes, manually approve edits", fake.said("asks:.*No, keep planning"))
+        fake.said("is idle.\npainted")
+        assert (own.work / "told").exists()
+        assert any("Blue" in one["text"] for one in talk.read("limit=20")["messages"] if one["role"] == "tool")
+        fake.said(f"touch told.*Approved by telegram:{ANN}")
+    finally:
+        own.close()
+        fake.close()
+
+
+@real_client
 def test_real_approval_may_change_the_input_and_may_be_for_always(start):
     talk = start("[[bash touch not-this]] [[say after]]")
     talk.wait("permission.requested")
@@ -13670,3 +14181,35 @@ def test_real_client_drives_another_through_mcp(claude, start, wire, tmp_path):
     assert f"Echo: hello over {wire}" in answers[1] and "Echo: and once more" in answers[3]
     driven = [one for one in claude.ask("GET /v1/sessions?limit=50")["sessions"] if one["name"] == f"inner-{wire}"]
     assert [(one["status"], one["turns"], one["agent"]) for one in driven] == [("killed", 2, "claude")]
+
+
+@real_client
+def test_real_run_at_a_terminal_asks_and_prints_the_answer(claude):
+    one = Person(claude, "run", "[[bash touch by-cli]] [[ask]] [[bash touch not-by-cli]] [[say that is all]]", "--rm")
+    try:
+        one.sees(r"Bash asks for permission[\s\S]*│ command: touch by-cli[\s\S]*y yes")
+        one.types("y\n")
+        one.sees(r"Which colour\?[\s\S]*2\. Green[\s\S]*└")
+        one.types("2\n")
+        one.sees(r"│ command: touch not-by-cli[\s\S]*y yes")
+        one.types("n use make\n")
+        assert one.leaves() == 0 and "that is all" in one.drawn, one.drawn
+        assert (claude.work / "by-cli").exists() and not (claude.work / "not-by-cli").exists()
+    finally:
+        one.close()
+        with contextlib.suppress(OSError):
+            (claude.work / "by-cli").unlink()
+
+
+@real_client
+def test_real_run_without_a_terminal_stops_at_a_request_and_goes_on_with_send(claude):
+    done = cli(claude, "run", "[[bash touch later]] [[say well]]", "--json", "--work-dir", str(claude.work))
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["outcome"], result["pendingPermission"]["tool"]) == (6, "waiting", "Bash"), done
+    session = result["sessionId"]
+    assert told(claude, "approve", session)["decision"] == "approved"
+    assert told(claude, "read", session, "--wait")["output"] == "well"
+    done = cli(claude, "send", session, "[[say again]]", "--wait")
+    assert (done.returncode, done.stdout) == (0, "again\n"), done
+    told(claude, "kill", session)
+    (claude.work / "later").unlink()
