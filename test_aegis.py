@@ -4914,6 +4914,23 @@ def test_a_worktree_stays_while_somebody_works_in_it(server, make, tmp_path):
     assert git(project, "worktree", "list").count("\n") == 0 and "aegis/" not in git(project, "branch")
 
 
+@alone
+def test_worktrees_that_a_crash_left_to_nobody_go_unless_there_is_work_in_them(house, tmp_path):
+    project, own = tmp_path / "project", Server()
+    git(tmp_path, "init", "-q", "project"), git(project, "commit", "-q", "--allow-empty", "-m", "one")
+    own.state.mkdir(mode=0o700)
+    clean, dirty = tree_of(project, own.state), tree_of(project, own.state)
+    (Path(dirty["path"]) / "work.txt").write_text("work")
+    try:
+        own.start()
+        eventually(lambda: not Path(clean["path"]).exists())
+        eventually(lambda: "left alone" in own.log.read_text())
+        assert Path(dirty["path"], "work.txt").exists()
+        assert clean["branch"] not in git(project, "branch") and dirty["branch"] in git(project, "branch")
+    finally:
+        own.close()
+
+
 def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
     tree = tree_of(repository, tmp_path)
     for flag in ("--assume-unchanged", "--skip-worktree"):
