@@ -5834,9 +5834,9 @@ def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
         own.tmux("resize-window", "-t", talk.get()["window"], "-x", "60", "-y", "20")
         assert talk.ask("POST interrupt")["interrupted"] is True
     finally:
-        person.kill()
+        os.killpg(person.pid, signal.SIGKILL)   # the shell, and tmux, which it waits for
         person.wait()
-        drainer.join()   # first: its descriptor's number is soon another's
+        drainer.join(WITHIN)   # first: its descriptor's number is soon another's
         os.close(master)
     assert talk.say("[[say alone again]]")["output"] == "alone again"
 
@@ -6968,6 +6968,7 @@ def test_a_verification_goes_on_where_it_was_whatever_moment_aegis_dies_at(house
         assert [one["state"] for one in done["earlier"][0]] == ["passed", "failed", "passed"]
         assert sorted(book.read_text().split()) == ["bad", "bad", "last", "last", "slow", "slow"], "none was run twice"
         assert done["checks"][0]["output"] == "heard\n" and len(talk.prompts()) == 1
+        own.events.wait_for("verify.completed", talk.id)
         completed = [one for one in own.events.told(talk.id) if one["type"] == "verify.completed"]
         assert len(completed) == 1
         talk.kill()
@@ -11467,7 +11468,7 @@ class Actor:
         self.process.wait(5)
         self.server.shutdown()
         self.server.server_close()
-        self.watcher.join()   # first: its descriptor's number is soon another's
+        self.watcher.join(WITHIN)   # first: its descriptor's number is soon another's
         os.close(self.pty)
 
     def press(self, *keys: str, see: str = "") -> None:
@@ -12256,7 +12257,7 @@ class Person:
         with contextlib.suppress(OSError):
             self.process.kill()
             self.process.wait()
-            self.reader.join()   # first: its descriptor's number is soon another's
+            self.reader.join(WITHIN)   # first: its descriptor's number is soon another's
             os.close(self.ours)
 
 
@@ -13014,6 +13015,92 @@ def test_every_curl_of_the_readme_works(house):
     said = done.stdout.decode()
     assert '"statusCode"' not in said, said
     assert set(re.findall(r"=== (\d+)", said)) <= {"0", "28"}, said
+
+
+# The contract's own commands, but for $ID and the like: the command, the status, and what the answer must hold.
+SAYS_JSON = '-H "Content-Type: application/json"'
+CONTRACT: List[Tuple[str, int, Callable[[Json], Any]]] = [
+    ("/v1/health", 200, lambda told: told.keys() >= {"version", "platform", "uptime", "sessions", "timestamp"}
+     and told["status"] == "ok" and told["tmux"] == {"healthy": True, "error": None}),
+    ("/v1/sessions/stats", 200, lambda told: told.keys() >= {"active", "idle", "stalled"}),
+    ("""-X POST /v1/sessions %s -d '{"name": "feature-auth", "workDir": "$WORK",
+        "prompt": "Build a login page with email/password fields."}'""", 201,
+     lambda told: told["promptDelivery"].items() >= {"delivered": True, "attempts": 1}.items()
+     and (told["name"], told["status"]) == ("feature-auth", "working") and TIME.fullmatch(told["createdAt"])),
+    ("/v1/sessions", 200, lambda told: [one["name"] for one in told["sessions"]] == ["feature-auth"]),
+    ("/v1/sessions/$ID/read", 200, lambda told: told["id"] and {"input", "output"} <= told["tokenUsage"].keys()
+     and "output" in told),
+    ("""-X POST /v1/sessions/$ID/send %s -d '{"text": "Add form validation."}'""", 200, lambda told: told["promptId"]),
+    ("-X POST /v1/sessions/$ID/interrupt", 200, lambda told: "interrupted" in told),
+    ("""-X POST /v1/sessions/$ID/spawn %s -d '{"prompt": "Review the changes in the parent session."}'""", 201,
+     lambda told: told["parentId"] and told["workDir"]),
+    ("-X POST /v1/sessions/$ID/fork", 201, lambda told: told["forkedFrom"] and told["parentId"] is None),
+    ("""-X POST /v1/sessions/batch %s -d '{"sessions": [{"name": "task-1", "workDir": "$WORK", "prompt": "Task 1"},
+        {"name": "task-2", "workDir": "$WORK", "prompt": "Task 2"}]}'""", 200, lambda told: told["created"] == 2),
+    ("-X POST /v1/sessions/$ID/verify", 200, lambda told: "passed" in told and isinstance(told["checks"], list)),
+    ("""-X POST /v1/pipelines %s -d '{"name": "build-and-test", "stages": [{"prompt": "Run tests and fix failures"},
+        {"prompt": "Run lint and fix issues"}]}'""", 201, lambda told: len(told["stages"]) == 2),
+    ("/v1/pipelines", 200, lambda told: told["pipelines"][0]["name"] == "build-and-test"),
+    ("/v1/templates", 200, lambda told: len(told["templates"]) >= 4 and "variables" in told["templates"][0]),
+    ("/v1/swarm", 200, lambda told: {"family"} <= {one["kind"] for one in told["groups"]}),
+    ("""-X POST /v1/sessions/$ID/consensus %s -d '{"criteria": ["correctness", "security", "performance"],
+        "reviewers": 3}'""", 201, lambda told: len(told["reviewers"]) == 3),
+    ("/v1/consensus/$REVIEW?wait=done", 200, lambda told: told["verdict"] in ("approved", "rejected")
+     and all(one["verdict"] and len(one["criteria"]) == 3 for one in told["reviewers"])),
+    ("""-X PUT /v1/sessions/$ID/permissions %s -d '{"allowRead": true, "allowWrite": true, "allowBash": false}'""", 200,
+     lambda told: told["policy"]["allowBash"] is False),
+    ("""-X PUT /v1/sessions/$ID/permission-profile %s -d '{"profile": "restricted"}'""", 200,
+     lambda told: told["profile"] == "restricted"),
+    ("""-X POST /v1/sessions/$ID/approve %s -d '{"permissionId": "perm-1"}'""", 404, lambda told: told["error"]),
+    ("""-X POST /v1/sessions/$ID/reject %s -d '{"permissionId": "perm-1"}'""", 404, lambda told: told["error"]),
+    ("""-X POST /v1/auth/keys %s -d '{"name": "ci-bot", "scopes": ["sessions:read", "sessions:write"]}'""", 201,
+     lambda told: told["key"] and told["scopes"] == ["sessions:read", "sessions:write"]),
+    ("/v1/auth/keys", 200, lambda told: [one["name"] for one in told["keys"]] == ["ci-bot"]),
+    ("-X DELETE /v1/auth/keys/$KEY", 200, lambda told: told["revoked"] is True),
+    ("-X POST /v1/auth/sse-token", 200, lambda told: told["token"] and told["expiresAt"]),
+    ("""-X POST /v1/memory %s -d '{"key": "project-context", "value": "Using Fastify v5", "ttlMs": 3600000}'""", 200,
+     lambda told: told["key"] == "project-context"),
+    ("/v1/memory/project-context", 200, lambda told: told["value"] == "Using Fastify v5"),
+    ("/v1/memory", 200, lambda told: len(told["entries"]) == 1),
+    ("/v1/memory?prefix=project-", 200, lambda told: told["entries"][0]["key"] == "project-context"),
+    ("-X DELETE /v1/memory/project-context", 200, lambda told: told["deleted"] is True),
+    ("""-X POST /v1/sessions/$ID/memories %s -d '{"key": "task-status", "value": "in-progress"}'""", 200,
+     lambda told: told["key"] == "task-status"),
+    ("/v1/sessions/$ID/memories", 200, lambda told: told["entries"][0]["value"] == "in-progress"),
+    ("/v1/metrics", 200, lambda told: told["tokenUsage"]["input"] > 0 and "costUsd" in told),
+    ("/v1/diagnostics", 200, lambda told: told["tmux"]["healthy"] and told["resources"] and told["settings"]),
+    ("/v1/tools", 200, lambda told: all("inputSchema" in one for one in told["tools"])),
+    ("/v1/channels/health", 200, lambda told: {"telegram"} <= {one["channel"] for one in told["channels"]}),
+    ("/v1/webhooks/dead-letter", 200, lambda told: told["deadLetters"] == []),
+    ("""-X DELETE /v1/sessions/batch %s -d '{"ids": ["$ID", "$CHILD"]}'""", 200, lambda told: told["killed"] >= 1),
+    ("-X DELETE /v1/sessions/$ID", 200, lambda told: told["status"] == "killed"),
+    ("/v1/sessions/nobody", 404, lambda told: (told["code"], told["statusCode"]) == ("SESSION_NOT_FOUND", 404)),
+]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@alone
+def test_every_curl_of_the_contract_works(house):
+    own = house(AEGIS_AGENT="demo")
+    known, wait = {"WORK": str(own.work)}, 30
+    names = {"/v1/sessions ": "ID", "/spawn ": "CHILD", "/consensus ": "REVIEW", "/auth/keys ": "KEY"}
+    for command, status, holds in CONTRACT:
+        filled_in = re.sub(r"\$([A-Z]+)", lambda found: known[found.group(1)], command.replace("%s", SAYS_JSON))
+        line = re.sub(r"(^|(?<= ))(/v1/[^ ]*)", rf'"http://localhost:{own.port}\2"', filled_in, count=1)
+        done = subprocess.run(["sh", "-c", f"curl -s -w '\\n%{{http_code}}' --max-time {wait} {line}"], env=own.env,
+                              stdout=subprocess.PIPE, timeout=60)
+        text, _, code = done.stdout.decode().rpartition("\n")
+        told = json.loads(text)
+        assert int(code) == status and holds(told), (line, code, text)
+        made = next((name for part, name in names.items() if status == 201 and part in command + " "), None)
+        if made:
+            known[made] = told["id"]
+    streamed = subprocess.run(["curl", "-s", "-N", "--max-time", "1", f"http://localhost:{own.port}/v1/events?after=0"],
+                              env=own.env, stdout=subprocess.PIPE, timeout=60).stdout.decode()
+    assert {"session.created", "session.working", "session.killed", "consensus.completed"} <= set(
+        re.findall(r"(?m)^event: (.*)$", streamed)) <= set(aegis.EVENT_TYPES)
+    assert {"session.created", "session.idle", "session.working", "session.stalled", "session.killed",
+            "permission.requested", "consensus.completed"} <= set(aegis.EVENT_TYPES)
 
 
 @alone
