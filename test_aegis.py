@@ -4940,17 +4940,17 @@ def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
         git(Path(tree["path"]), "update-index", "--no" + flag[1:], "sub/a.txt")
 
 
-HOSTILE = {   # what a repository's own configuration would run, by the command that writes it
+PLANTED = {   # what a repository's own configuration would run, by the command that writes it
     "smudge": ["filter.evil.smudge", "touch {mark}; cat"], "clean": ["filter.evil.clean", "touch {mark}; cat"],
     "process": ["filter.evil.process", "touch {mark}; cat"], "monitor": ["core.fsmonitor", "touch {mark}; false"],
     "ssh": ["core.sshCommand", "touch {mark}; false"], "pack": ["remote.origin.uploadpack", "touch {mark}; false"]}
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", PLANTED)
 def test_nothing_that_a_repository_names_is_run(repository, tmp_path, kind):
     (repository / ".gitattributes").write_text("* filter=evil\n")
     git(repository, "add", "."), git(repository, "commit", "-q", "-m", "two")
-    mark, (name, value) = tmp_path / "ran", HOSTILE[kind]
+    mark, (name, value) = tmp_path / "ran", PLANTED[kind]
     git(repository, "config", name, value.format(mark=mark))
     if kind in ("ssh", "pack"):   # an object that is not here would be fetched
         git(repository, "config", "core.repositoryformatversion", "1")
@@ -5191,7 +5191,7 @@ def test_kill_session_while_its_agent_starts_leaves_no_agent(house):
 
 def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
     stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
+    known = types.SimpleNamespace(id="none", pid=stranger.pid, launch={"birth": "the day before"})
     try:
         aegis.end_agent(types.SimpleNamespace(row=known))
         assert stranger.poll() is None
