@@ -86,8 +86,8 @@ aegis-start (one for each stage and reviewer, while it starts) -
 aegis-mcp (one for each tool that waits, while its caller is told of progress) -
 aegis-bridge (in `aegis.py mcp`: one for each request) -
 aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-in (polls) -
-aegis-log - and short ones for an exit, an audit, a trust question, a program's version (aegis-probe).  A command
-that follows events has aegis-feed.
+aegis-log - and short ones for an exit, an audit, worktrees of nobody, a trust question, a program's version
+(aegis-probe).  A command that follows events has aegis-feed.
 
 Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
@@ -14262,6 +14262,23 @@ def expire_requests(context: Context, session: Session) -> None:
         context.bus.commit(change.statements, change.drafts, change.audits)
 
 
+def orphans(context: Context) -> List[Path]:
+    """List the worktrees of sessions that were never stored: Aegis was killed between the two."""
+    return [path for path in sorted((context.state_dir / "worktrees").glob("[0-9a-f]" * 12))
+            if not context.store.value("SELECT 1 FROM sessions WHERE id = ?", path.name)]
+
+
+def drop_worktrees(context: Context, paths: Sequence[Path]) -> None:
+    """Remove worktrees that are no session's; one with work in it stays."""
+    for path in paths:
+        try:
+            root = main_tree(str(path))
+            remove_worktree({"path": str(path), "root": root, "base": tip_of(root, "HEAD"),
+                             "branch": run_git(str(path), "symbolic-ref", "--short", "HEAD")}, False)
+        except ApiError as error:
+            context.log.note("warning", "a worktree of no session: left alone", path=path, why=error.message)
+
+
 def pane_tag(pane: Pane) -> str:
     """Tell which session a pane belongs to: by its tag, or by the launch file it was started with."""
     named = re.search(r"/run/([0-9a-f]{12})\.launch", pane.command)
@@ -14465,6 +14482,9 @@ class App:
         self.context.exits.start()
         book_earlier_usage(self.context)
         adopt_all(self.context)
+        left = orphans(self.context)   # before anybody can make one that is not stored yet
+        if left:
+            spawn("aegis-orphans", drop_worktrees, self.context, left)
         self.monitor.start()
         self.watch.start()
         spawn("aegis-sweep", sweep_memory, self.context)

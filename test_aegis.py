@@ -5038,6 +5038,23 @@ def test_a_worktree_stays_while_somebody_works_in_it(server, make, tmp_path):
     assert git(project, "worktree", "list").count("\n") == 0 and "aegis/" not in git(project, "branch")
 
 
+@alone
+def test_worktrees_that_a_crash_left_to_nobody_go_unless_there_is_work_in_them(house, tmp_path):
+    project, own = tmp_path / "project", Server()
+    git(tmp_path, "init", "-q", "project"), git(project, "commit", "-q", "--allow-empty", "-m", "one")
+    own.state.mkdir(mode=0o700)
+    clean, dirty = tree_of(project, own.state), tree_of(project, own.state)
+    (Path(dirty["path"]) / "work.txt").write_text("work")
+    try:
+        own.start()
+        eventually(lambda: not Path(clean["path"]).exists())
+        eventually(lambda: "left alone" in own.log.read_text())
+        assert Path(dirty["path"], "work.txt").exists()
+        assert clean["branch"] not in git(project, "branch") and dirty["branch"] in git(project, "branch")
+    finally:
+        own.close()
+
+
 def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
     tree = tree_of(repository, tmp_path)
     for flag in ("--assume-unchanged", "--skip-worktree"):
@@ -5047,17 +5064,17 @@ def test_what_an_index_hides_is_no_clean_worktree(repository, tmp_path):
         git(Path(tree["path"]), "update-index", "--no" + flag[1:], "sub/a.txt")
 
 
-HOSTILE = {   # what a repository's own configuration would run, by the command that writes it
+PLANTED = {   # what a repository's own configuration would run, by the command that writes it
     "smudge": ["filter.evil.smudge", "touch {mark}; cat"], "clean": ["filter.evil.clean", "touch {mark}; cat"],
     "process": ["filter.evil.process", "touch {mark}; cat"], "monitor": ["core.fsmonitor", "touch {mark}; false"],
     "ssh": ["core.sshCommand", "touch {mark}; false"], "pack": ["remote.origin.uploadpack", "touch {mark}; false"]}
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", PLANTED)
 def test_nothing_that_a_repository_names_is_run(repository, tmp_path, kind):
     (repository / ".gitattributes").write_text("* filter=evil\n")
     git(repository, "add", "."), git(repository, "commit", "-q", "-m", "two")
-    mark, (name, value) = tmp_path / "ran", HOSTILE[kind]
+    mark, (name, value) = tmp_path / "ran", PLANTED[kind]
     git(repository, "config", name, value.format(mark=mark))
     if kind in ("ssh", "pack"):   # an object that is not here would be fetched
         git(repository, "config", "core.repositoryformatversion", "1")
@@ -5298,7 +5315,7 @@ def test_kill_session_while_its_agent_starts_leaves_no_agent(house):
 
 def test_kill_session_ends_no_stranger_that_was_given_the_pid_of_an_agent():
     stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    known = types.SimpleNamespace(pid=stranger.pid, launch={"birth": "the day before"})
+    known = types.SimpleNamespace(id="none", pid=stranger.pid, launch={"birth": "the day before"})
     try:
         aegis.end_agent(types.SimpleNamespace(row=known))
         assert stranger.poll() is None
@@ -14161,17 +14178,26 @@ def test_real_subagents_ask_at_once_and_each_is_decided(start):
 @real_client
 def test_real_silence_is_a_stall_and_life_ends_it(model):
     own = lab(model, "--stall-seconds", "4")
+    wrapper = own.root / "wrapper"   # tmux wakes its own child when that is stopped, but not a grandchild
+    wrapper.write_text(f'#!/bin/sh\n"{CLIENT}" "$@"\nexit $?\n')
+    wrapper.chmod(0o755)
+    own.env["AEGIS_CLAUDE_CMD"] = str(wrapper)
     try:
-        talk = own.start().open("[[slow 60]] [[say late]]")
+        talk, asking = own.start().open("[[slow 60]] [[say late]]"), own.open("[[bash touch x]] [[say after]]")
         talk.wait("prompt.started", within=40)
-        pid = talk.get()["pid"]
-        os.kill(pid, signal.SIGSTOP)
+        client = aegis.descendants(talk.get()["pid"])
+        for pid in client:
+            os.kill(pid, signal.SIGSTOP)
         assert "no life" in talk.wait("session.stalled", within=40)["reason"]
-        assert talk.status == "stalled"
-        os.kill(pid, signal.SIGCONT)
+        assert "waited for a decision" in asking.wait("session.stalled", within=40)["reason"]
+        assert (talk.status, asking.status) == ("stalled", "stalled")
+        asking.ask("POST approve", {})
+        asking.wait("session.idle", within=40)
+        for pid in client:
+            os.kill(pid, signal.SIGCONT)
         talk.wait("session.working", within=40)
         assert talk.ask("POST interrupt", {})["interrupted"] is True
-        assert own.events.of(talk.id).count("session.stalled") == 1
+        assert [own.events.of(one.id).count("session.stalled") for one in (talk, asking)] == [1, 1]
     finally:
         own.close()
 
