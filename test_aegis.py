@@ -562,7 +562,8 @@ def strict() -> Iterator[Server]:
     """A server with every lock closed: token, allowed directories, no trust, JSON log, fast heartbeat."""
     shared = Server("--log-format", "json", "--heartbeat-seconds", "0.05", "--trust-workdir", "off",
                     "--allowed-hosts", "box.example", "--allowed-origins", "https://panel.example",
-                    "--create-seconds", "1", script=True, AEGIS_AUTH_TOKEN="s3cret-tökén".encode("utf-8").hex())
+                    "--create-seconds", "1", "--failed-auth-rate", "0", script=True,
+                    AEGIS_AUTH_TOKEN="s3cret-tökén".encode("utf-8").hex())
     shared.env["AEGIS_WORK_DIRS"] = str(shared.work)
     shared.start()
     yield shared
