@@ -9109,8 +9109,14 @@ def interrupt(context: Context, session: Session, by: str = "api") -> Tuple[bool
         return interrupt_alone(context, session, by)
 
 
+TYPED_SECONDS = 5.0   # how long an interrupt waits for a prompt that is being typed to be taken
+
+
 def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tuple[bool, str]:
     """End the turn; called with the session's key lock held."""
+    typed = next((one for one in session.facts.waiting if one.typed_at), None)
+    if typed and not session.facts.pending and not session.facts.current:   # its turn begins any moment
+        taken(session, typed.id, REPORT_SECONDS + TYPED_SECONDS)
     with session.lock:
         pending = list(session.facts.pending)
         current, busy = session.facts.current, session.facts.busy

@@ -5060,7 +5060,8 @@ def test_worktrees_that_a_crash_left_to_nobody_go_unless_there_is_work_in_them(h
         eventually(lambda: not Path(clean["path"]).exists())
         eventually(lambda: "left alone" in own.log.read_text())
         assert Path(dirty["path"], "work.txt").exists()
-        assert clean["branch"] not in git(project, "branch") and dirty["branch"] in git(project, "branch")
+        eventually(lambda: clean["branch"] not in git(project, "branch"))
+        assert dirty["branch"] in git(project, "branch")
     finally:
         own.close()
 
