@@ -12906,6 +12906,8 @@ def test_attach_runs_tmux_and_nothing_else(server, make, person):
     one.types("\x02d")
     assert one.leaves() in (0, 1)          # tmux's own: a view that ends with its only client may count as lost
     assert cli(server, "attach", talk.id).returncode == 2          # no terminal
+    if talk.get()["endedAt"]:   # tmux 3.3a may crash, about once in forty times, when a view of a group leaves
+        talk = make()
     outer = ["tmux", "-L", f"outer-{uuid.uuid4().hex[:6]}", "-f", "/dev/null"]
     words = shlex.join([sys.executable, "-c", IMPORTED, str(HERE), "attach", talk.id])
     subprocess.run([*outer, "new-session", "-d", words], env=server.env, check=True)      # within somebody's own tmux
