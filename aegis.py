@@ -6410,11 +6410,14 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         catch_up(session)
         if taken(session, prompt.id, 0.0):
             return
-        if is_draft_of(prompt, reading.draft) and presses < 5 and may_enter(session, reading, pressed_at):
+        unread = reading.kind == "idle" and is_draft_of(prompt, reading.draft)
+        if unread and presses < 5 and may_enter(session, reading, pressed_at):
             presses, pressed_at = presses + 1, time.monotonic()
             press(context, session, "Enter")
             with session.changing("delivery", "Enter again", reading.draft) as change:
                 change.prompt(find_prompt(session, prompt.id), attempts=presses)
+        elif unread:   # Enter is yet to be read
+            pass
         elif prompt.kind == "bash" and reading.kind == "working" and not reading.draft:
             start_unreported(session, prompt.id, "the shell line left the box, and the agent works")
             return
@@ -6433,8 +6436,6 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
 
 def may_enter(session: Session, reading: Reading, pressed_at: float) -> bool:
     """Tell whether Enter may be pressed again: one that is only late would send what a person had written before."""
-    if reading.kind != "idle":
-        return False
     late = time.monotonic() - pressed_at >= ENTER_AGAIN and not session.stashed
     return late or ENTER_WANTED.search(reading.excerpt) is not None
 
