@@ -14245,8 +14245,7 @@ def test_real_usage_limit_is_waited_for_to_the_second_and_the_clients_own_timer_
         talks = [own.open(resumeOnReset=True), own.open()]
         for talk, prompt in zip(talks, ("[[limit 15]]", "[[say never]]")):
             talk.send(prompt)
-        for talk in talks:
-            talk.wait("session.rate_limited")
+            talk.wait("session.rate_limited")   # first: the other one's limit is the same account's
         eventually(lambda: moment(talks[0].get()["resetsAt"]) == account.limited_until)
         eventually(lambda: "Automatic continue cancelled" in talks[1].ask("GET pane")["text"])
         talks[0].wait("prompt.done", within=60)
