@@ -5403,6 +5403,14 @@ def ended_turn(path: str) -> bool:
     return any(json.loads(one).get("subtype") == "turn_duration" for one in Path(path).read_text().splitlines())
 
 
+def ended_last_turn(path: str) -> bool:
+    """Tell from an agent's own transcript that it has finished the turn of its last prompt."""
+    lines = [json.loads(one) for one in Path(path).read_text().splitlines()]
+    begins = [place for place, one in enumerate(lines) if one.get("promptSource")]
+    return not begins or any(one.get("subtype") == "turn_duration" or "[Request interrupted" in json.dumps(one)
+                             for one in lines[begins[-1]:])
+
+
 class Reborn(NamedTuple):
     """What came through the crash of a server."""
 
@@ -8204,7 +8212,8 @@ def used_in(*paths: str) -> Json:
 
 def settled_usage(talk: Talk, *paths: str) -> Json:
     """Wait until a session's usage is what stands in its files, and give that."""
-    talk.read("limit=0")     # waits for the last lines of a turn that has just ended
+    talk.read("limit=0")     # waits for the last lines of a turn that has just ended, if not for as long as it takes
+    eventually(lambda: all(map(ended_last_turn, paths)))
     return eventually(lambda: (used_in(*paths) == talk.get()["tokenUsage"]) and used_in(*paths))
 
 
