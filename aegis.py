@@ -14365,15 +14365,17 @@ def unclaim(session: Session, request_id: str) -> None:
 
 def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> None:
     """Decide about a prompt that was being typed when the last Aegis died."""
-    for _ in range(20):
+    began = until = time.monotonic()
+    until += ADOPT_SECONDS
+    while time.monotonic() < until and not context.stopping.is_set():
         if taken(session, prompt.id, 0.1):
             return
         locate_transcript(session)
         reading = inspect(context, session)
         if reading and reading.kind == "idle" and is_draft_of(prompt, reading.draft):
             press(context, session, "Enter")
-        elif reading and reading.kind not in ("idle", "unknown"):
-            continue
+        elif reading and reading.kind not in ("idle", "unknown"):   # at work, on this one for all we know
+            until = min(time.monotonic() + ADOPT_SECONDS, began + GIVE_UP_SECONDS)
     again = prompt.kind == "prompt" and reads_keys(context, session)   # a command leaves no trace that it ran
     for _ in range(10 * again):
         locate_transcript(session)
