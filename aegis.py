@@ -6740,12 +6740,9 @@ def closed_answer(session: Session, report: Json) -> Optional[Json]:
             said = ask_policy(session, request)
             if said.behavior == "deny":
                 spawn("aegis-record", record_late, session, request, said)
-    if name == "PreToolUse" and said.behavior == "ask":
-        return tool_answer("ask", f"this session's permission policy asks about it ({said.rule})")
-    if said.behavior != "deny":
-        return None
-    told = policy_decision(said)
-    return tool_answer("deny", told["message"]) if name == "PreToolUse" else permission_answer(told)
+    if name == "PreToolUse":
+        return tool_verdict(said) or None
+    return permission_answer(policy_decision(said)) if said.behavior == "deny" else None
 
 
 def record_late(session: Session, request: PermissionRow, said: Decision) -> None:
@@ -6797,12 +6794,16 @@ def check_tool(session: Session, body: Json) -> Json:
     """Answer PreToolUse: the policy may forbid what the agent would not even ask about, or make it ask."""
     request = request_of(session, body)
     said = ask_policy(session, request)
+    if said.behavior == "deny":
+        record_by_policy(session, request, said)
+    return tool_verdict(said)
+
+
+def tool_verdict(said: Decision) -> Json:
+    """Write what a PreToolUse report is told of the policy's decision: nothing, unless it forbids or asks."""
     if said.behavior == "ask":
         return tool_answer("ask", f"this session's permission policy asks about it ({said.rule})")
-    if said.behavior != "deny":
-        return {}
-    record_by_policy(session, request, said)
-    return tool_answer("deny", policy_decision(said)["message"])
+    return tool_answer("deny", policy_decision(said)["message"]) if said.behavior == "deny" else {}
 
 
 def tool_answer(decision: str, reason: str) -> Json:
