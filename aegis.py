@@ -319,6 +319,7 @@ QUIET_SECONDS = 0.25           # a pane without output for this long is looked a
 UNASKED_SECONDS = 2.0          # how long a permission dialog must stand before it counts without its agent's report
 ADOPT_SECONDS = 2.0            # after a restart a dialog, or what became of our answer, may still be on its way
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
+LATE_SECONDS = 30.0            # after its end, a turn's or a subagent's last lines may still come for so long
 ESCAPE_GAP = 1.5               # two Escapes or Ctrl-Cs within a second open a menu or end the agent
 PANE_SIZE = (120, 40)          # columns and rows of a window that nobody is attached to
 HISTORY_LINES = 5_000          # scrollback that tmux keeps for each pane
@@ -6579,6 +6580,17 @@ def unsettled(session: Session) -> bool:
     return session.live and last != session.settled_prompt and age(session.stopped_at) < SETTLE_SECONDS
 
 
+def await_last_lines(session: Session) -> None:
+    """See to it that lines are read which an agent or its subagents write after they told of their end."""
+    with session.lock:
+        ends = [one.ended for one in session.subagents.values() if one.ended]
+        if session.closed_ids and session.closed_ids[-1] != session.settled_prompt:
+            ends.append(session.stopped_at)
+    youngest = min(map(age, ends), default=math.inf)
+    if youngest < LATE_SECONDS:
+        session.context.look_later(session, max(0.5, youngest / 2))
+
+
 def _digest_prompt(session: Session, entry: Entry) -> None:
     with session.lock:
         prompt = next((one for one in session.facts.prompts
@@ -7784,6 +7796,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
     catch_up(session)
     count_subagents(session)
     save_books(session)
+    await_last_lines(session)
     with session.lock:
         if not session.live or session.ending:
             return reading

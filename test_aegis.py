@@ -8311,6 +8311,18 @@ def test_only_what_a_session_used_itself_counts_in_a_conversation_that_it_found(
     assert aegis.own_since(fork, str(fresh), 50.0) == 50.0 and aegis.own_since(fork, str(fresh), None) == 30.0
 
 
+def test_lines_that_a_subagent_writes_after_its_end_are_counted(make):
+    talk = make("[[agents touch a]] [[say both]]", permissions={"allowBash": True})
+    talk.wait("session.idle")
+    path = talk.get()["transcriptPath"]
+    used = settled_usage(talk, path)
+    for number in (1, 2, 3):
+        with next(Path(path).with_suffix("").glob("subagents/*.jsonl")).open("ab") as file:
+            file.write(said("late", number, {"input_tokens": 3, "output_tokens": 4}))
+        eventually(lambda: talk.get()["tokenUsage"]["output"] == used["output"] + 4 * number)
+    assert talk.get()["tokenUsage"] == used_in(path)
+
+
 def test_get_metrics_counts_subagents_and_decisions(server, make):
     talk = make()
     talk.send("[[agents touch a ;; touch b]] [[say both]]")
@@ -14007,15 +14019,21 @@ def test_real_usage_counts_subagents_and_no_copied_history(start):
     talk = start("[[agent look around]] [[say one]]")
     talk.wait("session.idle")
     path = talk.get()["transcriptPath"]
-    # it works in the background: the turn that tells of it may follow by itself
-    eventually(lambda: len(list(Path(path).with_suffix("").glob("subagents/*.jsonl"))) == 1
-               and talk.get()["tokenUsage"]["output"] >= 80 and talk.status == "idle")
-    used = settled_usage(talk, path)
+    # it works in the background: its end is told within this turn, or begins a turn of its own
+    eventually(lambda: "<task-notification>" in Path(path).read_text() and talk.status == "idle")
+    settled_usage(talk, path)
     fork = Talk(talk.server, talk.server.ask(f"POST /v1/sessions/{talk.id}/fork", {}))
     fork.say("[[say two]]")
     eventually(lambda: fork.get()["tokenUsage"]["output"] == 20)
-    told = {one["id"]: one["tokenUsage"] for one in talk.server.ask("GET /v1/metrics")["bySession"]}
-    assert told[talk.id] == used and told[fork.id]["output"] == 20
+    subagents = [json.loads(line)["message"]["usage"]["output_tokens"]
+                 for file in Path(path).with_suffix("").glob("subagents/*.jsonl")
+                 for line in file.read_text().splitlines() if json.loads(line)["type"] == "assistant"]
+    assert subagents == [20]
+
+    def told() -> Json:
+        return {one["id"]: one["tokenUsage"] for one in talk.server.ask("GET /v1/metrics")["bySession"]}
+    assert eventually(lambda: told()[talk.id] == used_in(path) and used_in(path))["output"] >= 60
+    assert told()[fork.id]["output"] == 20
     versions = talk.server.ask("GET /v1/diagnostics")["versions"]
     assert re.search(r"\d+\.\d+\.\d+", versions["agents"]["claude"]["version"])
     fork.kill()
