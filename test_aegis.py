@@ -71,6 +71,8 @@ WITHIN = 20.0        # seconds until something that should happen at once counts
 BLOCK = 50            # tests that a process takes in their order
 PROCESSES = int(os.environ.get("AEGIS_TEST_PROCESSES", "2"))
 LANES = 5             # tests marked alone that run at once, beside the others: most of the time they wait
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:     # as in the background of a script: programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 OUTSIDE = dict(os.environ)    # as it was: a test may change its own, PATH for one, while others start programs
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
 REAL_TURNS = int(os.environ.get("AEGIS_TEST_REAL_TURNS", "10"))   # and on the real client
