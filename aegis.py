@@ -944,8 +944,7 @@ MIGRATIONS = (
         PRIMARY KEY (session, day, model)) WITHOUT ROWID;
     CREATE INDEX usage_when ON usage(day, session);
     CREATE TABLE usage_files (
-        session TEXT NOT NULL, path TEXT NOT NULL, offset INTEGER NOT NULL, recent TEXT NOT NULL,
-        PRIMARY KEY (session, path)) WITHOUT ROWID;
+        session TEXT NOT NULL, path TEXT NOT NULL, ledger TEXT NOT NULL, PRIMARY KEY (session, path)) WITHOUT ROWID;
     CREATE TABLE unbooked (session TEXT PRIMARY KEY) WITHOUT ROWID;
     INSERT INTO unbooked SELECT id FROM sessions WHERE ledger LIKE '%_tokens%';
     CREATE TABLE bounds (bucket INTEGER PRIMARY KEY, upto REAL NOT NULL);
@@ -5656,7 +5655,6 @@ class Subagent(NamedTuple):
     type: Optional[str]
     began: float
     ended: Optional[float]
-    ledger: Json
 
 
 class Session:
@@ -5696,7 +5694,7 @@ class Session:
         self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
         self.unsaved = False                            # the ledger in memory is newer than the stored one
         self.booked: Booked = {}                        # what of its usage is not stored yet
-        self.files: Optional[Dict[str, Tuple[int, Json]]] = None   # subagents' transcripts: read up to, last messages
+        self.files: Optional[Dict[str, Json]] = None   # a ledger for each of its subagents' transcripts
         self.files_unsaved: Dict[str, None] = {}
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
         self.reading: Optional[Reading] = None
@@ -5860,8 +5858,8 @@ def books_statements(session: Session) -> List[Statement]:
     """Write the statements that store a session's usage by day, in the transaction that stores its ledger."""
     files = session.files or {}
     return usage_statements(session.row.id, session.booked) + [
-        ("INSERT OR REPLACE INTO usage_files VALUES (?, ?, ?, ?)",
-         (session.row.id, path, files[path][0], dump(files[path][1]))) for path in session.files_unsaved]
+        ("INSERT OR REPLACE INTO usage_files VALUES (?, ?, ?)", (session.row.id, path, dump(files[path])))
+        for path in session.files_unsaved]
 
 
 def books_are_stored(session: Session) -> None:
@@ -6528,10 +6526,10 @@ def count_subagents(session: Session) -> None:
     with session.transcript_lock:
         for path, size in subagent_files(session.row.parts):
             if session.files is None:
-                known = session.context.store.pairs("SELECT path, offset, recent FROM usage_files WHERE session = ?",
+                known = session.context.store.pairs("SELECT path, ledger FROM usage_files WHERE session = ?",
                                                     session.row.id)
-                session.files = {where: (offset, json.loads(recent)) for where, offset, recent in known}
-            if size > session.files.get(path, (0, {}))[0]:
+                session.files = {where: json.loads(ledger) for where, ledger in known}
+            if size > session.files.setdefault(path, new_ledger())["offset"]:
                 count_subagent(session, session.files, path)
 
 
@@ -6545,23 +6543,21 @@ def subagent_files(parts: Sequence[str]) -> List[Tuple[str, int]]:
     return found
 
 
-def count_subagent(session: Session, files: Dict[str, Tuple[int, Json]], path: str) -> None:
-    """Read one subagent's new lines into its session's books."""
-    offset, recent = files.get(path, (0, {}))
+def count_subagent(session: Session, files: Dict[str, Json], path: str) -> None:
+    """Read one subagent's new lines into its own books and its session's."""
     while True:
-        end, lines = read_new_lines(path, offset)
-        if end == offset:
+        own = files[path]
+        end, lines = read_new_lines(path, own["offset"])
+        if end == own["offset"]:
             return
         entries = [entry for line in lines for entry in parse_line(line, subagent=True)]
         with session.lock:
-            booked = {day: dict(counts) for day, counts in session.booked.items()}
-            ledger = count_usage({**session.row.ledger, "recent": recent}, entries, booked)
-            recent = dict(list(ledger["recent"].items())[-2:])
-            session.row = session.row._replace(ledger={**ledger, "recent": session.row.ledger["recent"]})
-            session.booked, session.unsaved = booked, True
-            files[path], session.files_unsaved[path] = (end, recent), None
+            booked, ledger = {day: dict(counts) for day, counts in session.booked.items()}, session.row.ledger
+            whole = count_usage({**ledger, "recent": own["recent"]}, entries, booked)
+            session.row = session.row._replace(ledger={**whole, "recent": ledger["recent"]})
+            files[path] = {**count_usage({**own, "since": ledger.get("since")}, entries), "offset": end}
+            session.booked, session.files_unsaved[path], session.unsaved = booked, None, True
             session.changed.notify_all()
-        offset = end
 
 
 def save_books(session: Session) -> None:
@@ -7746,7 +7742,7 @@ def note_subagent(session: Session, name: str, agent_id: str, kind: Any) -> None
     if not re.fullmatch(r"[\w-]{1,100}", agent_id):
         return
     with session.lock:
-        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None, new_ledger())
+        known = session.subagents.get(agent_id) or Subagent(agent_id, None, time.time(), None)
         ended = {"SubagentStop": time.time(), "SubagentStart": None}.get(name, known.ended)   # others may come late
         word = clip(kind, 100) if isinstance(kind, str) and kind else None
         session.subagents[agent_id] = known._replace(ended=ended, type=word or known.type)
@@ -11904,7 +11900,8 @@ def families(context: Context, live: Mapping[str, SessionRow]) -> List[Group]:
             top = parents[top]
         groups.setdefault(top, {top: "parent"})[child] = "child"
     for session_id in live:
-        if session_id not in parents and subagents_of(context, session_id):
+        session = context.sessions.get(session_id)
+        if session_id not in parents and session and subagents_of(session):
             groups.setdefault(session_id, {session_id: "parent"})
     named_ = {top: live.get(top) or find_session(context, top).row for top in groups}
     return [Group("family", top, named_[top].name, named_[top].created_at, members)
@@ -11978,23 +11975,19 @@ def group_state(group: Group, live: Mapping[str, SessionRow]) -> str:
     return "working" if group.run == "running" or statuses & set(AT_WORK) else "idle"
 
 
-def subagents_of(context: Context, session_id: str) -> List[Subagent]:
-    """List the subagents that a live session's agent has or had, with what they used."""
-    session = context.sessions.get(session_id)
-    if session is None:
-        return []
+def subagents_of(session: Session) -> List[Subagent]:
+    """List the subagents that a live session's agent has or had."""
     recall_subagents(session)
     with session.lock:
-        at_rest = session.row.status not in ("working", *NEEDS_SOMEBODY) and not session.facts.tasks
-        known = list(session.subagents.values())
-    for one in known:   # an interrupt ends them without a report
-        read_subagent(session, one, at_rest)
-    return list(session.subagents.values())
+        if session.row.status not in ("working", *NEEDS_SOMEBODY) and not session.facts.tasks:
+            for one in list(session.subagents.values()):   # an interrupt ends them without a report
+                session.subagents[one.id] = one._replace(ended=one.ended or time.time())
+        return list(session.subagents.values())
 
 
-def subagent_path(session: Session, agent_id: str) -> Optional[str]:
+def subagent_path(row: SessionRow, agent_id: str) -> str:
     """Name a subagent's transcript."""
-    return f"{session.row.parts[-1][:-6]}/subagents/agent-{agent_id}.jsonl" if session.row.parts else None
+    return f"{row.parts[-1][:-6]}/subagents/agent-{agent_id}.jsonl" if row.parts else ""
 
 
 def recall_subagents(session: Session) -> None:
@@ -12004,30 +11997,21 @@ def recall_subagents(session: Session) -> None:
     session.subagents_known = True
     if session.adopted_at == -math.inf:
         return
-    with contextlib.suppress(OSError), os.scandir(os.path.dirname(subagent_path(session, "") or "")) as entries:
+    with contextlib.suppress(OSError), os.scandir(os.path.dirname(subagent_path(session.row, ""))) as entries:
         for entry in itertools.islice(entries, SUBAGENTS_KEPT):
             found = re.fullmatch(r"agent-([\w-]{1,100})\.jsonl", entry.name)
             if found and found[1] not in session.subagents:
                 over = b'"stop_reason":"end_turn"' in read_tail(Path(entry.path), 65_536).encode().replace(b": ", b":")
                 about = entry.stat()
-                session.subagents[found[1]] = Subagent(found[1], None, about.st_ctime, about.st_mtime if over else None,
-                                                       new_ledger())
+                session.subagents[found[1]] = Subagent(found[1], None, about.st_ctime, about.st_mtime if over else None)
 
 
-def read_subagent(session: Session, one: Subagent, at_rest: bool) -> None:
-    """Read the new lines of a subagent's transcript into its books."""
-    path, ledger = subagent_path(session, one.id), one.ledger
-    while path:
-        offset, lines = read_new_lines(path, ledger["offset"])
-        if offset == ledger["offset"]:
-            break
-        entries = [entry for line in lines for entry in parse_line(line, subagent=True)]
-        ledger = {**count_usage(ledger, entries), "offset": offset}
-    with session.lock:
-        now = session.subagents.get(one.id, one)
-        ended = now.ended or (time.time() if at_rest else None)
-        if (now.ledger, now.ended) != (ledger, ended):
-            session.subagents[one.id] = now._replace(ledger=ledger, ended=ended)
+def wire_subagent(context: Context, session: Session, one: Subagent) -> Json:
+    """Give a subagent its shape on the wire."""
+    ledger = (session.files or {}).get(subagent_path(session.row, one.id)) or new_ledger()
+    return {"id": one.id, "type": one.type, "state": "working" if one.ended is None else "ended",
+            "tokenUsage": token_usage(ledger), "costUsd": cost_usd(ledger, context.prices),
+            "startedAt": iso(one.began), "endedAt": iso(one.ended)}
 
 
 def waits_of(context: Context, session: Session, live: Mapping[str, SessionRow]) -> List[Json]:
@@ -12047,10 +12031,10 @@ def waits_of(context: Context, session: Session, live: Mapping[str, SessionRow])
 def wire_member(context: Context, row: SessionRow, part: str, live: Mapping[str, SessionRow]) -> Json:
     """Give a member of a group its shape on the wire."""
     session, now = context.sessions.get(row.id), time.time()
-    helpers = subagents_of(context, row.id)
-    shown = [{"id": one.id, "type": one.type, "state": "working" if one.ended is None else "ended",
-              "tokenUsage": token_usage(one.ledger), "costUsd": cost_usd(one.ledger, context.prices),
-              "startedAt": iso(one.began), "endedAt": iso(one.ended)} for one in helpers]
+    if session:
+        count_subagents(session)
+    shown = [wire_subagent(context, session, one) for one in subagents_of(session)] if session else []
+    row = session.row if session else row
     return {"sessionId": row.id, "name": row.name, "role": part, "status": row.status,
             "waitsFor": waits_of(context, session, live) if session else [], "subagents": shown,
             "tokenUsage": token_usage(row.ledger), "costUsd": cost_usd(row.ledger, context.prices),

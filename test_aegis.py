@@ -8700,9 +8700,11 @@ def fetch(url: str, guard: Any = None, seconds: float = 5.0) -> Any:
 
 
 def test_the_address_connected_to_is_the_one_that_was_checked(monkeypatch):
-    answers = [["127.0.0.1"], ["10.0.0.1"]]
+    answers, truly = [["127.0.0.1"], ["10.0.0.1"]], socket.getaddrinfo
 
-    def look_up(host: str, port: int, **more: Any) -> Any:
+    def look_up(host: str, port: int, *rest: Any, **more: Any) -> Any:
+        if host != "fickle.example":     # a test beside this one
+            return truly(host, port, *rest, **more)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in answers.pop(0)]
     monkeypatch.setattr(aegis.socket, "getaddrinfo", look_up)
     with receiving() as receiver:
@@ -11640,6 +11642,7 @@ class Actor:
             time.sleep(0.08)
         if see:
             eventually(lambda: see in self.shown[begin:])
+            time.sleep(aegis.PAGE_DEBOUNCE + 0.02)
 
     def send(self, prompt: str) -> None:
         """Send a prompt."""
