@@ -5297,8 +5297,8 @@ def claude_arguments(plan: LaunchPlan) -> List[str]:
 
 
 def demo_program(settings: Settings) -> Sequence[str]:
-    """Run this very file."""
-    kept = kept_code(settings.state_dir)
+    """Run this very file, from its compiled code: an importer's or the one that was kept at the start."""
+    kept = globals().get("__cached__") or kept_code(settings.state_dir)
     return [*python_words(kept if os.path.exists(kept) else "", "demo_agent_main"), os.path.abspath(__file__)]
 
 

@@ -11581,7 +11581,7 @@ class Actor:
         chosen = () if {"--resume", "--session-id"} & set(flags) else ("--session-id", self.id)
         self.pty, child = os.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, str(AEGIS), "demo-agent", *chosen, *flags, "--settings", str(path)], stdin=child,
+            [*aegis.demo_program(aegis.Settings({})), *chosen, *flags, "--settings", str(path)], stdin=child,
             stdout=child, stderr=child, cwd=str(self.cwd), env={**OUTSIDE, "CLAUDE_CONFIG_DIR": str(self.home)},
             start_new_session=True)
         os.close(child)
@@ -12221,8 +12221,8 @@ class Pipe:
     def __init__(self, server: Server, *words: str, **env: str) -> None:
         own = {"PATH": OUTSIDE["PATH"], "HOME": str(server.root / "home"), "AEGIS_STATE_DIR": str(server.root / "none"),
                "AEGIS_URL": f"http://127.0.0.1:{server.port}", **env}
-        self.process = subprocess.Popen([sys.executable, str(AEGIS), "mcp", *words], env=own, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, "-c", IMPORTED, str(HERE), "mcp", *words], env=own,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.heard: List[Json] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
