@@ -2197,6 +2197,8 @@ TMUX_OPTIONS = (      # of the private server; a person who attaches gets the sa
 Command = Sequence[str]
 
 
+VIEW_OPTION = "@aegis-view"   # set on a session that is a person's view of the windows, and ends when they leave
+VIEW_SECONDS = 5.0            # how often such sessions are looked at while there are any
 REPEATABLE = ("list-panes", "capture-pane", "display-message")   # may be asked again when the client died meanwhile
 NO_SERVER = re.compile(r"no server running|error connecting|can't find session|no current session")
 
@@ -2282,6 +2284,7 @@ class Tmux:
         self.closed = False
         self.serial = itertools.count(1)
         self.hurry = threading.Event()         # somebody waits for an answer: read on at once
+        self.views_changed = threading.Event()   # a person came or left
         self.token = secrets.token_hex(8)      # makes the markers unguessable for what runs in the panes
 
     # -- the control client
@@ -2290,6 +2293,7 @@ class Tmux:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
         self._connect()
         spawn("aegis-tmux", self._read_forever)
+        spawn("aegis-views", self._tend_views)
         told = (self.run(("display-message", "-p", "#{pid} #{version}")) or [""])[-1].split()
         if len(told) != 2:
             raise TmuxError("display-message", f"{self.program} does not answer as tmux does: set AEGIS_TMUX (--tmux)")
@@ -2386,6 +2390,8 @@ class Tmux:
                     block = (line[7:], [])
                 elif line.startswith((b"%window-close", b"%unlinked-window-close")):
                     spawn("aegis-audit", self.on_change)
+                elif line.startswith((b"%sessions-changed", b"%client-detached")):
+                    self.views_changed.set()
                 elif line.startswith(b"%exit"):
                     return
             if panes:
@@ -2469,6 +2475,34 @@ class Tmux:
             raise TmuxError(commands[0][0], done.stderr.decode("utf-8", "replace").strip())
         lines = done.stdout.decode("utf-8", "replace").split("\n")
         return lines[:-1] if lines[-1] == "" else lines
+
+    # -- views
+
+    def _tend_views(self) -> None:
+        """End the views that nobody looks at any more.
+
+        That is not left to tmux's destroy-unattached: with it tmux 3.3a crashes, and all agents end, when any client
+        leaves while a view is being detached.
+        """
+        left = True
+        while not self.closed:
+            self.views_changed.wait(VIEW_SECONDS if left else None)
+            self.views_changed.clear()
+            try:
+                left = not self.closed and self._sweep_views()
+            except TmuxError as error:
+                self.log.note("warning", "views not looked at", error=error)
+                left = self.client is not None   # else the next control client begins with news
+
+    def _sweep_views(self) -> bool:
+        """End the views that are left alone; tells whether there are others."""
+        told = self.run(("list-sessions", "-F", f"#{{session_id}} #{{session_attached}} #{{{VIEW_OPTION}}}"))
+        views = [words for words in map(str.split, told) if len(words) == 3]
+        for session, attached, _ in views:
+            if attached == "0":
+                with contextlib.suppress(TmuxError):   # it ended by itself
+                    self.run(("kill-session", "-t", session))
+        return any(attached != "0" for _, attached, _ in views)
 
     # -- windows and panes
 
@@ -2601,6 +2635,7 @@ class Tmux:
     def close(self) -> None:
         """Leave; the server and every agent in it go on."""
         self.closed = True
+        self.views_changed.set()
         client = self.client
         if client is not None:
             reap(client)
@@ -5932,7 +5967,7 @@ def attach_command(context: Context, row: SessionRow) -> Optional[str]:
     if row.ended_at is not None or not row.window:
         return None
     return (f"{context.settings.tmux} -L {context.settings.tmux_socket} new-session -t {TMUX_SESSION} "
-            f"'\\;' set destroy-unattached on '\\;' select-window -t {row.window}"
+            f"'\\;' set {VIEW_OPTION} on '\\;' select-window -t {row.window}"
             f" '\\;' select-pane -t {row.pane}").replace("'\\;'", "\\;")
 
 
@@ -23931,7 +23966,7 @@ def event_line(terminal: Terminal, event: Json) -> str:
 
 COLOURS = re.compile("\x1b\\[[0-9;:]*m")         # colours: the only escape sequences of a pane that are let through
 ATTACH = re.compile(r"(?P<tmux>\S*tmux\S*) -L (?P<socket>[\w.-]+) new-session -t (?P<group>[\w-]+) \\; "
-                    r"set destroy-unattached on \\; select-window -t (?P<window>@\d+)"
+                    rf"set {VIEW_OPTION} on \\; select-window -t (?P<window>@\d+)"
                     r"( \\; select-pane -t (?P<pane>%\d+))?")
 WATCH = ((("-w", "--watch"), {"action": "store_true", "help": "go on showing it as it changes"}),)
 
@@ -24199,7 +24234,7 @@ def attach_words(command: str, host: str, environ: Mapping[str, str]) -> List[st
                                                           else [])]
     if os.path.basename(environ.get("TMUX", "").split(",")[0]) == found["socket"]:
         return [*start, "switch-client", "-t", found["window"], *end]
-    return [*start, "new-session", "-t", found["group"], ";", "set", "destroy-unattached", "on", *end]
+    return [*start, "new-session", "-t", found["group"], ";", "set", VIEW_OPTION, "on", *end]
 
 
 # ============================================================================
