@@ -24,6 +24,10 @@ Rooms, top to bottom; a room uses only rooms above it:
     EXITS         tells at once when a process ends
     SCREENS       text of a terminal -> what the agent is doing
     TRANSCRIPTS   an agent's JSONL -> answers, messages, tokens, cost
+    RULES         a policy and its rules, read and written
+    PATHS         which files a rule speaks of
+    PROGRAMS      what a simple command runs, reads and writes
+    SHELL         a command line, taken apart
     POLICY        what an agent may do without being asked
     AGENTS        what is special about claude, demo and shell
     SESSIONS      the state machine, and the live session
@@ -76,7 +80,8 @@ Rooms, top to bottom; a room uses only rooms above it:
     COMMAND LINE  serve, doctor, bench, selftest, audit, demo-agent; main
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
-for each event stream - aegis-tmux (reads the control client) - aegis-exits (process deaths) -
+for each event stream - aegis-tmux (reads the control client) - aegis-views (ends people's views) -
+aegis-exits (process deaths) -
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired), aegis-prune (old runs) -
 aegis-books (last use of keys, the audit log's head) -
@@ -3531,15 +3536,13 @@ def whole_lines(path: str) -> int:
 
 
 # ============================================================================
-# POLICY. What an agent may do without being asked.
+# RULES. A policy and its rules, read and written.
 # ============================================================================
 # A policy is a flag for each kind of tool and rules in Claude Code's own
 # syntax; deny wins over ask, ask over allow, a rule over a flag that allows.
-# What cannot be read is never allowed by a pattern: every shortcut here errs
-# towards asking.  Knows nothing of sessions; reads the file system for links
-# and names only.  Work is bounded: MAX_STEPS, MAX_LOOKED_AT, MAX_HELD.
-# To add a kind of tool: a row in TOOL_KINDS, a field in Policy.  To add what
-# is known of a program: GLOBAL_OPTIONS, RUNS_BEHIND, FILE_PROGRAMS.  Pure.
+# Here stand what they hold, their two forms (JSON on the wire, Claude Code's
+# own settings) and which rules speak of a tool.  To add a kind of tool: a
+# row in TOOL_KINDS, a field in Policy.  Pure.
 
 ACTIONS = ("allow", "ask", "deny")
 MAX_RULES = 500         # a person reads them; a decision tries them all
@@ -3919,7 +3922,12 @@ def may_fit(pattern: str, start: str, end: str) -> bool:
         last.endswith(end) or (bool(rest) and end.endswith(last)))
 
 
-# -- paths
+# ============================================================================
+# PATHS. Which files a rule speaks of.
+# ============================================================================
+# Links and `..` are resolved before a pattern is held against a path, and
+# both names count: the one that was written and the one that it leads to.
+# Knows nothing of sessions; reads the file system for links and names only.
 
 
 class Target(NamedTuple):
@@ -4051,7 +4059,12 @@ def may_meet(path: str, pattern: str) -> bool:
     return len(segments) in places
 
 
-# -- shell commands, taken apart
+# ============================================================================
+# PROGRAMS. What a simple command runs, reads and writes.
+# ============================================================================
+# env, xargs, find -exec, sh -c and their like run other commands; sed -i,
+# sort -o and redirections write files.  To add what is known of a program:
+# WRAPPERS, GLOBAL_OPTIONS, RUNS_BEHIND, FILE_PROGRAMS.  Pure.
 
 
 class ShellError(Exception):
@@ -4089,6 +4102,352 @@ class Part(NamedTuple):
 
 
 UNKNOWN = Word("", '"$@"', -1)   # a word that nobody can tell
+# program -> operands that stand before the command it runs
+WRAPPERS = {name: 0 for name in (
+    "sudo doas env nice nohup stdbuf xargs command builtin exec time watch setsid ionice chronic strace ltrace "
+    "unbuffer caffeinate busybox toybox noglob nocorrect parallel pkexec unshare nsenter -").split()}
+WRAPPERS.update(timeout=1, repeat=1, taskset=1, chrt=1, flock=1, chroot=1)
+FIND_RUNS = ("-exec", "-execdir", "-ok", "-okdir")
+SHELLS = frozenset("sh bash zsh dash ksh mksh ash fish su runuser flock script".split())
+INTERPRETERS = frozenset("python pypy perl ruby node nodejs deno bun php lua osascript tclsh".split())
+RUNS_TEXT = re.compile(r"-[A-Za-z]*[ceEprBR]|--(?:eval|print|command|run)|eval$")   # of an interpreter
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?:\[[^\]]*\])?\+?=")
+TEXT_OF_ENV = re.compile(r"^.*?(?:^|\s)(?:-\w*S|--split-string=?)\s*", re.DOTALL)
+HARMLESS_FILE = re.compile(r"/dev/(?:null|zero|stdin|stdout|stderr|tty|fd/\d+)")
+# program -> what it does to the files that it names, for rules that deny or ask
+FILE_PROGRAMS = {
+    **dict.fromkeys("cat head tail less more nl tac od xxd hexdump strings base64 base32 grep egrep fgrep rg awk gawk "
+                    "uniq wc cut diff cmp source . jq yq paste rev fold fmt column expand pr comm join look bat batcat "
+                    "zcat bzcat xzcat zless zgrep md5sum sha1sum sha256sum sha512sum cksum view ag ack tar".split(),
+                    ("Read",)),
+    **dict.fromkeys("tee touch rm rmdir mkdir truncate chmod chown shred unlink".split(), ("Write",)),
+    **dict.fromkeys("cp mv ln sed sort install rsync dd split gzip bzip2 xz vim vi nano emacs scp".split(),
+                    ("Read", "Write")),
+}
+WRITES_IF = {"sed": r"-\w*i|--in-place", "sort": r"-\w*o|--output"}
+# program -> the option, or the first word, with which it reads directories as a whole; "" always
+RECURSES = {"rg": "", "ag": "", "ack": "", "rsync": "", "tar": r"-?\w*[cru]|--create", "zip": r"-\w*r",
+            **dict.fromkeys("grep egrep fgrep cp scp diff".split(), r"-[A-Za-z]*[rRa]|--recursive|--archive")}
+SEARCHERS = ("grep", "egrep", "fgrep", "rg", "ag", "ack")   # of these the first operand is no file
+# programs that do no more with a file's name than to show it
+NAMES_ONLY = frozenset("echo printf : true false test [ [[ cd pushd popd pwd ls stat file du mkdir rmdir touch rm "
+                       "chmod chown which type find basename dirname realpath readlink kill sleep exit export".split())
+
+
+def program_of(words: Sequence[Word]) -> str:
+    """Name the program that a simple command starts, without its directory and version."""
+    name = words[0].text.rpartition("/")[2].lower()
+    return name.rstrip("0123456789.") or name
+
+
+def readings(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
+    """Give a simple command as written, and every command that it runs in turn."""
+    found = [words]
+    for reading in found:   # grows meanwhile
+        found += wrapped(reading)
+        if len(found) > MAX_WRAPPED:
+            raise ShellError("too many commands within a command")
+    return found
+
+
+def wrapped(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
+    """Give the commands that a simple command may run, more of them when options make that uncertain."""
+    assigned = next((index for index, word in enumerate(words) if not ASSIGNMENT.match(word.raw)), len(words))
+    if assigned:
+        return [words[assigned:]] if assigned < len(words) else []
+    name = program_of(words)
+    if name == "find":
+        places = [index for index, word in enumerate(words, 1) if word.text in FIND_RUNS and index < len(words)]
+    else:
+        places = list(wrapped_places(words, WRAPPERS[name])) if name in WRAPPERS else []
+    if len(places) > MAX_WRAPPED:
+        raise ShellError("too many commands within a command")
+    found = [words[index:] for index in places]
+    if name == "find":   # {} is a file that nobody knows
+        found = [tuple(word._replace(sure=0) if "{}" in word.text else word for word in run) for run in found]
+    if name == "find" and any(word.text == "-delete" for word in words):
+        found.append((Word("rm", "-delete", 2),))
+    if name in ("xargs", "parallel"):   # with more words from its input, or in any place
+        replaces = any(re.match(r"-\w*[IiJ]|--replace", word.text) for word in words) or name == "parallel"
+        found = [(*(word._replace(sure=0) if replaces else word for word in run), UNKNOWN) for run in found]
+    return found
+
+
+def wrapped_places(words: Sequence[Word], operands: int) -> Iterator[int]:
+    """Give the places where the command behind a wrapper may begin: any option might take a word."""
+    unsure = 0
+    for index, word in enumerate(words[1:], 1):
+        if word.text.startswith("-"):
+            unsure += word.text != "--"
+        elif ASSIGNMENT.match(word.text):
+            continue
+        elif operands:
+            operands -= 1
+        else:
+            yield index
+            if not unsure:
+                return
+            unsure -= 1
+
+
+COMPLETERS = ("mapfile", "readarray", "compgen", "complete")   # -C: a command to run
+
+
+def scripts(words: Tuple[Word, ...]) -> List[str]:
+    """Give the texts among a command's words that a shell will read as commands."""
+    name, texts = program_of(words), [word.text for word in words[1:]]
+    if name == "trap":
+        return [text for text in texts if not text.startswith("-")][:1]
+    if name in COMPLETERS:
+        joined = zip(texts, texts[1:] + [""])
+        return [text[2:] or following for text, following in joined if text.startswith("-C")]
+    if name in ("eval", "watch", "parallel"):
+        return [" ".join(text for text in texts if not text.startswith("-"))]
+    if name == "env":
+        joined = " ".join(texts)
+        return [TEXT_OF_ENV.sub("", joined, 1)] if TEXT_OF_ENV.match(joined) else []
+    first = next((index for index, text in enumerate(texts) if takes_script(text)), None) if name in SHELLS else None
+    return [] if first is None else [text for text in texts[first + 1:] if not text.startswith("-")]
+
+
+def takes_script(option: str) -> bool:
+    """Tell whether a shell's option says that a script follows."""
+    return re.match(r"-[A-Za-z]*c|--command|--session-command", option) is not None
+
+
+EVALUATORS = frozenset("let declare typeset local export readonly unset read mapfile readarray getopts wait".split())
+COMPARISONS = frozenset("-v -eq -ne -lt -le -gt -ge".split())   # of [, [[ and test; a condition is split at its &&
+
+
+def evaluates(words: Tuple[Word, ...]) -> bool:
+    """Tell whether a simple command takes words for variables with subscripts, or for arithmetic."""
+    if program_of(words) in EVALUATORS or any("[" in word.raw and ASSIGNMENT.match(word.raw) for word in words):
+        return True
+    if program_of(words) == "printf":
+        return len(words) > 1 and (words[1].text.startswith("-v") or not words[1].literal)
+    return any(word.text in COMPARISONS for word in words)
+
+
+LOADED = re.compile(
+    r"(?:BASH_ENV|ENV|PATH|IFS|PS\d|LD_\w+|DYLD_\w+|\w*(?:PAGER|EDITOR|VISUAL|COMMAND|SSH|ASKPASS))\+?=")
+INPUT_FILE = re.compile(r"-|/dev/(?:stdin|fd/\d+)|/proc/\S+/fd/\d+")
+TAKES_WORD = re.compile(r"-[XWOorI]|--(?:require|import|loader)")   # of shells and interpreters, before a script
+
+
+def is_opaque(words: Tuple[Word, ...]) -> bool:
+    """Tell whether nobody can say what a simple command runs."""
+    name, rest = program_of(words), words[1:]
+    if not words[0].literal and ASSIGNMENT.match(words[0].raw):   # runs nothing, unless a program runs what it holds
+        return LOADED.match(words[0].raw) is not None
+    if not words[0].literal or re.search(r"[ \t\n]", words[0].text) or name in ("source", "."):
+        return True
+    if name == "eval" or (name in SHELLS and any(takes_script(word.text) for word in rest)):
+        return not all(word.literal for word in rest)
+    if name == "trap":
+        return not all(word.literal for word in rest[:1])
+    if name in ("sudo", "doas"):   # a shell that reads its input
+        return any(re.match(r"-[A-Za-z]*[si]|--(?:shell|login)", word.text) for word in rest)
+    if evaluates(words) and (name in EVALUATORS or any(word.text[:2] == "-v" for word in rest[:2])) and any(
+            not word.literal and re.search(r"[*?\[]", word.raw) and not ASSIGNMENT.match(word.raw) for word in rest):
+        return True   # of a file's name, which may hold a subscript
+    if name in INTERPRETERS and any(RUNS_TEXT.match(word.text) for word in rest):
+        return True
+    return name in SHELLS | INTERPRETERS and reads_input(name, rest)
+
+
+def reads_input(name: str, rest: Sequence[Word]) -> bool:
+    """Tell whether a shell or an interpreter takes its script from its input, or from what nobody has read."""
+    texts = [word.text for word in rest]
+    if texts in (["--version"], ["--help"]):
+        return False
+    if name in SHELLS and any(re.match(r"-[A-Za-z]*s|--(?:rcfile|init-file)", text) for text in texts):
+        return True
+    operands = [word for word, before in zip(rest, [""] + texts)
+                if word.text == "-" or not (word.text.startswith("-") or TAKES_WORD.fullmatch(before))]
+    return (not operands or name in ("su", "runuser") or INPUT_FILE.fullmatch(operands[0].text) is not None
+            or operands[0].raw.startswith("<("))
+
+
+def hole_of(words: Sequence[Word]) -> Tuple[str, str]:
+    """Give the start and the end of a simple command that no expansion can change."""
+    unsure = [index for index, word in enumerate(words) if not word.literal]
+    texts = [word.text for word in words[:unsure[0]]]
+    if texts or ASSIGNMENT.match(words[0].raw):
+        texts.append(words[unsure[0]].text[:max(0, words[unsure[0]].sure)])
+    return " ".join(texts), "".join(" " + word.text for word in words[unsure[-1] + 1:])
+
+
+# program -> its options before the subcommand that take a word
+GLOBAL_OPTIONS = {name: frozenset(options.split()) for name, options in {
+    "git": "-C -c --git-dir --work-tree --namespace --super-prefix --config-env --attr-source",
+    "docker": "-H --host -c --context -l --log-level --config --tlscacert --tlscert --tlskey",
+    "podman": "-c --connection --log-level --url --root --runroot --identity",
+    "kubectl": "-n --namespace --context --kubeconfig -s --server --cluster --user --token --as --as-group --cache-dir "
+               "--certificate-authority --client-certificate --client-key -v --request-timeout --tls-server-name",
+    "helm": "-n --namespace --kube-context --kubeconfig", "npm": "--prefix -C --loglevel --registry -w --workspace "
+    "--userconfig --cache", "pnpm": "-C --dir -F --filter", "yarn": "--cwd", "cargo": "-C -Z --config --color",
+    "systemctl": "-H --host -M --machine -t --type -p --property -n --lines -o --output --root -s --signal",
+    "gh": "-R --repo", "aws": "--profile --region --output --endpoint-url", "gcloud": "--project --account",
+    "make": "-C -f -I -o -W --directory --file --makefile", "apt": "-o -c -t", "apt-get": "-o -c -t", "go": "-C",
+    "pip": "--proxy --log --cache-dir", "uv": "--project --directory", "poetry": "-C --directory -P --project",
+    "terraform": "", "brew": "", "dnf": "-c", "yum": "-c", "snap": "", "hg": "-R --cwd --config", "svn": "",
+}.items()}
+
+
+def without_options(words: Sequence[Word]) -> Tuple[Tuple[Word, ...], Optional[Tuple[Word, ...]]]:
+    """Leave out the options before the first operand; the second way is for one that nobody knows to take a word."""
+    known, at, unknown = GLOBAL_OPTIONS.get(program_of(words)), 1, False
+    while at < len(words) and words[at].text[:1] in ("-", "+") and len(words[at].text) > 1:
+        text, at = words[at].text, at + 1
+        if text == "--":
+            break
+        at += known is not None and text in known
+        unknown = known is not None and not (text in known or "=" in text or text.startswith("--no-"))
+    program = words[0]._replace(text=words[0].text.rpartition("/")[2].lower()) if words[0].literal else words[0]
+    return (program, *words[at:]), (program, *words[at + 1:]) if unknown else None
+
+
+def forms_of(words: Tuple[Word, ...]) -> Iterator[str]:
+    """Give the texts of one reading: without quotes, with them, with the program's bare name, without its options."""
+    texts = [word.text for word in words]
+    yield " ".join(texts)
+    yield " ".join(word.raw for word in words)
+    yield " ".join([texts[0].rpartition("/")[2].lower(), *texts[1:]])
+    if len(texts) > 1 and texts[1][:1] in ("-", "+"):
+        yield " ".join(word.text for word in without_options(words)[0])
+
+
+def holes_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, str]]:
+    """Give what is sure of one reading with expansions, in the same ways."""
+    for way in (words, without_options(words)[0]):
+        if any(not word.literal for word in way):
+            yield hole_of(way)
+            if way[0].literal:
+                yield hole_of((way[0]._replace(text=way[0].text.rpartition("/")[2].lower()), *way[1:]))
+
+
+# programs that never run their words, and those that do so only behind a certain one
+INERT = frozenset(
+    "echo printf print : true false test [ [[ cd pushd popd pwd ls cat head tail grep egrep fgrep rg ag wc sort uniq "
+    "cut tr diff cmp stat file du df date basename dirname realpath readlink touch mkdir rmdir rm cp mv ln chmod chown "
+    "tee which type whereis jq kill sleep exit return set shift unset curl wget apt apt-get brew dnf yum pip gh find "
+    "eval trap systemctl journalctl ps env-vars md5sum sha1sum sha256sum tree nl rev seq yes column paste".split())
+RUNS_BEHIND = {name: re.compile(pattern) for name, pattern in {
+    "git": r"-c|--config-env.*|--exec.*|--(?:upload|receive)-pack.*|-[uxO].*|bisect|submodule|rebase|config|"
+           r"filter-branch|difftool|mergetool",
+    "npm": r"exec|x|explore|config|set", "pnpm": r"exec|dlx", "cargo": r"run|--config.*",
+    "docker": r"exec|run|create|compose|build.*", "podman": r"exec|run|create|compose|build.*",
+    "kubectl": r"exec|run|debug", "sort": r"--compress-program.*", "rg": r"--pre.*",
+    "tar": r"--(?:checkpoint-action|use-compress|to-command|rsh-command|info-script|new-volume).*|-?\w*[IF].*",
+    "rsync": r"-\w*e.*|--rsh.*|--rsync-path.*", "scp": r"-[oS].*", "curl": r"-K.*|--config.*", "find": r"-f?ls\b",
+}.items()}
+
+
+def carried_by(words: Tuple[Word, ...], alone: bool) -> str:
+    """Give what a simple command might run of its words: nothing when its program is known not to."""
+    at = next((index for index, word in enumerate(words) if not ASSIGNMENT.match(word.raw)), len(words))
+    values = [word.text.partition("=")[2] for word in words[:at]]
+    if at == len(words):   # what a variable holds matters if it is one that a program runs, with words of its own
+        return " ".join(value for value in values if " " in value.strip())
+    texts = [word.text for word in words[at + 1:]] if may_run(words[at:], alone) else []
+    return " ".join(values + texts).translate(UNQUOTED)
+
+
+def may_run(words: Tuple[Word, ...], alone: bool) -> bool:
+    """Tell whether a program might run its words, as far as anyone knows; a wrapper's are looked at by themselves."""
+    name = program_of(words)
+    if name in RUNS_BEHIND:
+        return any(RUNS_BEHIND[name].fullmatch(word.text) for word in words[1:])
+    return name not in INERT and (alone or name not in WRAPPERS)
+
+
+UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
+
+
+def files_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, Word]]:
+    """Give the files that a program reads or writes, and the directories that it reads as a whole (Grep)."""
+    name, rest = program_of(words), [word for word in words[1:] if not (word.literal and word.text.startswith("-"))]
+    options = [word.text for word in words[1:] if word.text.startswith("-")]
+    tools = FILE_PROGRAMS.get(name, ())
+    if name in ("sed", "sort") and not any(re.match(WRITES_IF[name], option) for option in options):
+        tools = ("Read",)
+    if name == "dd":
+        rest = [word._replace(text=word.text[3:], sure=word.sure - 3) for word in rest
+                if word.text[:3] in ("if=", "of=")]
+    yield from ((tool, word) for tool in tools for word in rest)
+    everything = RECURSES.get(name, "")
+    if name in RECURSES and any(re.match(everything, one) for one in ("", *options, *(w.text for w in rest[:1]))):
+        searched = rest[1:] if name in SEARCHERS and not any(one.startswith("-e") for one in options) else rest
+        yield from (("Grep", word) for word in searched or [Word(".", ".", 1)])
+
+
+OUTPUTS = {"find": r"-fprint0?|-fprintf|-fls", "sort": r"-\w*o|--output", "git": r"--output"}
+
+
+def outputs_of(words: Tuple[Word, ...]) -> Iterator[Word]:
+    """Give the files that a program writes beside its output, of those that seem to read only."""
+    option = OUTPUTS.get(program_of(words))
+    for word, following in zip(words[1:], (*words[2:], None)) if option else ():
+        name, sign, value = word.text.partition("=")
+        if re.fullmatch(option, name) and (sign or following):
+            yield word._replace(text=value, raw=value, sure=max(-1, word.sure - len(name) - 1)) if sign else following
+        elif re.match(r"-\w*o[^=]", word.text) and program_of(words) == "sort":
+            yield UNKNOWN
+
+
+# words of a command that may name a file to read: as it stands, behind = @ : or an option's letter, as an address
+FILE_IN_WORD = re.compile(r"(?:file://|-\w|-{0,2}[\w.-]*[=:]@?|@)(.+)")
+
+
+def files_named(words: Tuple[Word, ...]) -> Iterator[Word]:
+    """Give the files that a program of unknown ways may read."""
+    if program_of(words) in NAMES_ONLY:
+        return
+    for word in words[1:]:
+        if word.text[:1] != "-":
+            yield word
+        found = FILE_IN_WORD.fullmatch(word.text)
+        if found:
+            yield word._replace(text=found[1], raw=found[1], sure=max(-1, word.sure - found.start(1)))
+
+
+def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], files: List[Tuple[str, Word]]) -> Part:
+    """Put together what is known of a simple command."""
+    opaque = any(map(is_opaque, found))
+    input_ = [(sign, word.text) for sign, word in files if sign.startswith("<<")]
+    files = [(tool, word) for tool, word in files if not tool.startswith("<<")]
+    written = [("Write", word) for reading in found for word in outputs_of(reading)]
+    used = [*files, *written, *(file for reading in found for file in files_of(reading))]
+    used = [(tool, word) for tool, word in used if not HARMLESS_FILE.fullmatch(word.text)]
+    named = [word for reading in found for word in files_named(reading)] if found else []
+    if len(used) + len(named) > MAX_FILES:
+        used, named = [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in used)], []
+    unsure = [reading for reading in found if not all(word.literal for word in reading)]
+    running = any(may_run(reading, len(found) == 1) for reading in found)
+    return Part(
+        text, words, tuple(found[1:]),
+        forms=tuple(dict.fromkeys(form for reading in found for form in forms_of(reading))),
+        holes=(("", ""),) if opaque else tuple(dict.fromkeys(hole for reading in unsure for hole in holes_of(reading))),
+        perhaps=tuple(" ".join(word.text for word in way) for reading in found
+                      for way in [without_options(reading)[1]] if way),
+        carried="\n".join(filter(None, [
+            *(carried_by(reading, len(found) == 1) for reading in found),
+            *(text_.translate(UNQUOTED) for sign, text_ in input_ if sign == "<<<" and running)])),
+        fed=tuple(text_ for sign, text_ in input_ if sign == "<<" and running),
+        opaque=opaque, writes=tuple(dict.fromkeys(
+            word for tool, word in [*files, *written]
+            if tool == "Write" and not HARMLESS_FILE.fullmatch(word.text))),
+        touches=tuple(dict.fromkeys(used)), named=tuple(dict.fromkeys(named)))
+
+
+# ============================================================================
+# SHELL. A command line, taken apart.
+# ============================================================================
+# A reader of the shell's grammar that knows quotes, substitutions, here-
+# documents and compound commands, and gives the simple commands in them: each
+# must be allowed.  What it cannot read is opaque, and never allowed by a
+# pattern.  Work is bounded by MAX_STEPS, MAX_PARTS and MAX_NESTED.  Pure.
+
 RESERVED = frozenset("if then elif else fi while until do done esac ! time -p -- coproc function".split())
 HEADERS = frozenset(("for", "select", "foreach"))   # a list of words follows, not a command
 PLAIN = re.compile(r"""[^ \t\n;&|()<>\\'"$`*?\[{]+""")
@@ -4434,346 +4793,6 @@ SPECIAL: Dict[str, Callable[[Shell], Tuple[str, int]]] = {
 }
 
 
-# -- what a simple command runs
-
-# program -> operands that stand before the command it runs
-WRAPPERS = {name: 0 for name in (
-    "sudo doas env nice nohup stdbuf xargs command builtin exec time watch setsid ionice chronic strace ltrace "
-    "unbuffer caffeinate busybox toybox noglob nocorrect parallel pkexec unshare nsenter -").split()}
-WRAPPERS.update(timeout=1, repeat=1, taskset=1, chrt=1, flock=1, chroot=1)
-FIND_RUNS = ("-exec", "-execdir", "-ok", "-okdir")
-SHELLS = frozenset("sh bash zsh dash ksh mksh ash fish su runuser flock script".split())
-INTERPRETERS = frozenset("python pypy perl ruby node nodejs deno bun php lua osascript tclsh".split())
-RUNS_TEXT = re.compile(r"-[A-Za-z]*[ceEprBR]|--(?:eval|print|command|run)|eval$")   # of an interpreter
-ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?:\[[^\]]*\])?\+?=")
-TEXT_OF_ENV = re.compile(r"^.*?(?:^|\s)(?:-\w*S|--split-string=?)\s*", re.DOTALL)
-HARMLESS_FILE = re.compile(r"/dev/(?:null|zero|stdin|stdout|stderr|tty|fd/\d+)")
-# program -> what it does to the files that it names, for rules that deny or ask
-FILE_PROGRAMS = {
-    **dict.fromkeys("cat head tail less more nl tac od xxd hexdump strings base64 base32 grep egrep fgrep rg awk gawk "
-                    "uniq wc cut diff cmp source . jq yq paste rev fold fmt column expand pr comm join look bat batcat "
-                    "zcat bzcat xzcat zless zgrep md5sum sha1sum sha256sum sha512sum cksum view ag ack tar".split(),
-                    ("Read",)),
-    **dict.fromkeys("tee touch rm rmdir mkdir truncate chmod chown shred unlink".split(), ("Write",)),
-    **dict.fromkeys("cp mv ln sed sort install rsync dd split gzip bzip2 xz vim vi nano emacs scp".split(),
-                    ("Read", "Write")),
-}
-WRITES_IF = {"sed": r"-\w*i|--in-place", "sort": r"-\w*o|--output"}
-# program -> the option, or the first word, with which it reads directories as a whole; "" always
-RECURSES = {"rg": "", "ag": "", "ack": "", "rsync": "", "tar": r"-?\w*[cru]|--create", "zip": r"-\w*r",
-            **dict.fromkeys("grep egrep fgrep cp scp diff".split(), r"-[A-Za-z]*[rRa]|--recursive|--archive")}
-SEARCHERS = ("grep", "egrep", "fgrep", "rg", "ag", "ack")   # of these the first operand is no file
-# programs that do no more with a file's name than to show it
-NAMES_ONLY = frozenset("echo printf : true false test [ [[ cd pushd popd pwd ls stat file du mkdir rmdir touch rm "
-                       "chmod chown which type find basename dirname realpath readlink kill sleep exit export".split())
-
-
-def program_of(words: Sequence[Word]) -> str:
-    """Name the program that a simple command starts, without its directory and version."""
-    name = words[0].text.rpartition("/")[2].lower()
-    return name.rstrip("0123456789.") or name
-
-
-def readings(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
-    """Give a simple command as written, and every command that it runs in turn."""
-    found = [words]
-    for reading in found:   # grows meanwhile
-        found += wrapped(reading)
-        if len(found) > MAX_WRAPPED:
-            raise ShellError("too many commands within a command")
-    return found
-
-
-def wrapped(words: Tuple[Word, ...]) -> List[Tuple[Word, ...]]:
-    """Give the commands that a simple command may run, more of them when options make that uncertain."""
-    assigned = next((index for index, word in enumerate(words) if not ASSIGNMENT.match(word.raw)), len(words))
-    if assigned:
-        return [words[assigned:]] if assigned < len(words) else []
-    name = program_of(words)
-    if name == "find":
-        places = [index for index, word in enumerate(words, 1) if word.text in FIND_RUNS and index < len(words)]
-    else:
-        places = list(wrapped_places(words, WRAPPERS[name])) if name in WRAPPERS else []
-    if len(places) > MAX_WRAPPED:
-        raise ShellError("too many commands within a command")
-    found = [words[index:] for index in places]
-    if name == "find":   # {} is a file that nobody knows
-        found = [tuple(word._replace(sure=0) if "{}" in word.text else word for word in run) for run in found]
-    if name == "find" and any(word.text == "-delete" for word in words):
-        found.append((Word("rm", "-delete", 2),))
-    if name in ("xargs", "parallel"):   # with more words from its input, or in any place
-        replaces = any(re.match(r"-\w*[IiJ]|--replace", word.text) for word in words) or name == "parallel"
-        found = [(*(word._replace(sure=0) if replaces else word for word in run), UNKNOWN) for run in found]
-    return found
-
-
-def wrapped_places(words: Sequence[Word], operands: int) -> Iterator[int]:
-    """Give the places where the command behind a wrapper may begin: any option might take a word."""
-    unsure = 0
-    for index, word in enumerate(words[1:], 1):
-        if word.text.startswith("-"):
-            unsure += word.text != "--"
-        elif ASSIGNMENT.match(word.text):
-            continue
-        elif operands:
-            operands -= 1
-        else:
-            yield index
-            if not unsure:
-                return
-            unsure -= 1
-
-
-COMPLETERS = ("mapfile", "readarray", "compgen", "complete")   # -C: a command to run
-
-
-def scripts(words: Tuple[Word, ...]) -> List[str]:
-    """Give the texts among a command's words that a shell will read as commands."""
-    name, texts = program_of(words), [word.text for word in words[1:]]
-    if name == "trap":
-        return [text for text in texts if not text.startswith("-")][:1]
-    if name in COMPLETERS:
-        joined = zip(texts, texts[1:] + [""])
-        return [text[2:] or following for text, following in joined if text.startswith("-C")]
-    if name in ("eval", "watch", "parallel"):
-        return [" ".join(text for text in texts if not text.startswith("-"))]
-    if name == "env":
-        joined = " ".join(texts)
-        return [TEXT_OF_ENV.sub("", joined, 1)] if TEXT_OF_ENV.match(joined) else []
-    first = next((index for index, text in enumerate(texts) if takes_script(text)), None) if name in SHELLS else None
-    return [] if first is None else [text for text in texts[first + 1:] if not text.startswith("-")]
-
-
-def takes_script(option: str) -> bool:
-    """Tell whether a shell's option says that a script follows."""
-    return re.match(r"-[A-Za-z]*c|--command|--session-command", option) is not None
-
-
-EVALUATORS = frozenset("let declare typeset local export readonly unset read mapfile readarray getopts wait".split())
-COMPARISONS = frozenset("-v -eq -ne -lt -le -gt -ge".split())   # of [, [[ and test; a condition is split at its &&
-
-
-def evaluates(words: Tuple[Word, ...]) -> bool:
-    """Tell whether a simple command takes words for variables with subscripts, or for arithmetic."""
-    if program_of(words) in EVALUATORS or any("[" in word.raw and ASSIGNMENT.match(word.raw) for word in words):
-        return True
-    if program_of(words) == "printf":
-        return len(words) > 1 and (words[1].text.startswith("-v") or not words[1].literal)
-    return any(word.text in COMPARISONS for word in words)
-
-
-LOADED = re.compile(
-    r"(?:BASH_ENV|ENV|PATH|IFS|PS\d|LD_\w+|DYLD_\w+|\w*(?:PAGER|EDITOR|VISUAL|COMMAND|SSH|ASKPASS))\+?=")
-INPUT_FILE = re.compile(r"-|/dev/(?:stdin|fd/\d+)|/proc/\S+/fd/\d+")
-TAKES_WORD = re.compile(r"-[XWOorI]|--(?:require|import|loader)")   # of shells and interpreters, before a script
-
-
-def is_opaque(words: Tuple[Word, ...]) -> bool:
-    """Tell whether nobody can say what a simple command runs."""
-    name, rest = program_of(words), words[1:]
-    if not words[0].literal and ASSIGNMENT.match(words[0].raw):   # runs nothing, unless a program runs what it holds
-        return LOADED.match(words[0].raw) is not None
-    if not words[0].literal or re.search(r"[ \t\n]", words[0].text) or name in ("source", "."):
-        return True
-    if name == "eval" or (name in SHELLS and any(takes_script(word.text) for word in rest)):
-        return not all(word.literal for word in rest)
-    if name == "trap":
-        return not all(word.literal for word in rest[:1])
-    if name in ("sudo", "doas"):   # a shell that reads its input
-        return any(re.match(r"-[A-Za-z]*[si]|--(?:shell|login)", word.text) for word in rest)
-    if evaluates(words) and (name in EVALUATORS or any(word.text[:2] == "-v" for word in rest[:2])) and any(
-            not word.literal and re.search(r"[*?\[]", word.raw) and not ASSIGNMENT.match(word.raw) for word in rest):
-        return True   # of a file's name, which may hold a subscript
-    if name in INTERPRETERS and any(RUNS_TEXT.match(word.text) for word in rest):
-        return True
-    return name in SHELLS | INTERPRETERS and reads_input(name, rest)
-
-
-def reads_input(name: str, rest: Sequence[Word]) -> bool:
-    """Tell whether a shell or an interpreter takes its script from its input, or from what nobody has read."""
-    texts = [word.text for word in rest]
-    if texts in (["--version"], ["--help"]):
-        return False
-    if name in SHELLS and any(re.match(r"-[A-Za-z]*s|--(?:rcfile|init-file)", text) for text in texts):
-        return True
-    operands = [word for word, before in zip(rest, [""] + texts)
-                if word.text == "-" or not (word.text.startswith("-") or TAKES_WORD.fullmatch(before))]
-    return (not operands or name in ("su", "runuser") or INPUT_FILE.fullmatch(operands[0].text) is not None
-            or operands[0].raw.startswith("<("))
-
-
-def hole_of(words: Sequence[Word]) -> Tuple[str, str]:
-    """Give the start and the end of a simple command that no expansion can change."""
-    unsure = [index for index, word in enumerate(words) if not word.literal]
-    texts = [word.text for word in words[:unsure[0]]]
-    if texts or ASSIGNMENT.match(words[0].raw):
-        texts.append(words[unsure[0]].text[:max(0, words[unsure[0]].sure)])
-    return " ".join(texts), "".join(" " + word.text for word in words[unsure[-1] + 1:])
-
-
-# program -> its options before the subcommand that take a word
-GLOBAL_OPTIONS = {name: frozenset(options.split()) for name, options in {
-    "git": "-C -c --git-dir --work-tree --namespace --super-prefix --config-env --attr-source",
-    "docker": "-H --host -c --context -l --log-level --config --tlscacert --tlscert --tlskey",
-    "podman": "-c --connection --log-level --url --root --runroot --identity",
-    "kubectl": "-n --namespace --context --kubeconfig -s --server --cluster --user --token --as --as-group --cache-dir "
-               "--certificate-authority --client-certificate --client-key -v --request-timeout --tls-server-name",
-    "helm": "-n --namespace --kube-context --kubeconfig", "npm": "--prefix -C --loglevel --registry -w --workspace "
-    "--userconfig --cache", "pnpm": "-C --dir -F --filter", "yarn": "--cwd", "cargo": "-C -Z --config --color",
-    "systemctl": "-H --host -M --machine -t --type -p --property -n --lines -o --output --root -s --signal",
-    "gh": "-R --repo", "aws": "--profile --region --output --endpoint-url", "gcloud": "--project --account",
-    "make": "-C -f -I -o -W --directory --file --makefile", "apt": "-o -c -t", "apt-get": "-o -c -t", "go": "-C",
-    "pip": "--proxy --log --cache-dir", "uv": "--project --directory", "poetry": "-C --directory -P --project",
-    "terraform": "", "brew": "", "dnf": "-c", "yum": "-c", "snap": "", "hg": "-R --cwd --config", "svn": "",
-}.items()}
-
-
-def without_options(words: Sequence[Word]) -> Tuple[Tuple[Word, ...], Optional[Tuple[Word, ...]]]:
-    """Leave out the options before the first operand; the second way is for one that nobody knows to take a word."""
-    known, at, unknown = GLOBAL_OPTIONS.get(program_of(words)), 1, False
-    while at < len(words) and words[at].text[:1] in ("-", "+") and len(words[at].text) > 1:
-        text, at = words[at].text, at + 1
-        if text == "--":
-            break
-        at += known is not None and text in known
-        unknown = known is not None and not (text in known or "=" in text or text.startswith("--no-"))
-    program = words[0]._replace(text=words[0].text.rpartition("/")[2].lower()) if words[0].literal else words[0]
-    return (program, *words[at:]), (program, *words[at + 1:]) if unknown else None
-
-
-def forms_of(words: Tuple[Word, ...]) -> Iterator[str]:
-    """Give the texts of one reading: without quotes, with them, with the program's bare name, without its options."""
-    texts = [word.text for word in words]
-    yield " ".join(texts)
-    yield " ".join(word.raw for word in words)
-    yield " ".join([texts[0].rpartition("/")[2].lower(), *texts[1:]])
-    if len(texts) > 1 and texts[1][:1] in ("-", "+"):
-        yield " ".join(word.text for word in without_options(words)[0])
-
-
-def holes_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, str]]:
-    """Give what is sure of one reading with expansions, in the same ways."""
-    for way in (words, without_options(words)[0]):
-        if any(not word.literal for word in way):
-            yield hole_of(way)
-            if way[0].literal:
-                yield hole_of((way[0]._replace(text=way[0].text.rpartition("/")[2].lower()), *way[1:]))
-
-
-# programs that never run their words, and those that do so only behind a certain one
-INERT = frozenset(
-    "echo printf print : true false test [ [[ cd pushd popd pwd ls cat head tail grep egrep fgrep rg ag wc sort uniq "
-    "cut tr diff cmp stat file du df date basename dirname realpath readlink touch mkdir rmdir rm cp mv ln chmod chown "
-    "tee which type whereis jq kill sleep exit return set shift unset curl wget apt apt-get brew dnf yum pip gh find "
-    "eval trap systemctl journalctl ps env-vars md5sum sha1sum sha256sum tree nl rev seq yes column paste".split())
-RUNS_BEHIND = {name: re.compile(pattern) for name, pattern in {
-    "git": r"-c|--config-env.*|--exec.*|--(?:upload|receive)-pack.*|-[uxO].*|bisect|submodule|rebase|config|"
-           r"filter-branch|difftool|mergetool",
-    "npm": r"exec|x|explore|config|set", "pnpm": r"exec|dlx", "cargo": r"run|--config.*",
-    "docker": r"exec|run|create|compose|build.*", "podman": r"exec|run|create|compose|build.*",
-    "kubectl": r"exec|run|debug", "sort": r"--compress-program.*", "rg": r"--pre.*",
-    "tar": r"--(?:checkpoint-action|use-compress|to-command|rsh-command|info-script|new-volume).*|-?\w*[IF].*",
-    "rsync": r"-\w*e.*|--rsh.*|--rsync-path.*", "scp": r"-[oS].*", "curl": r"-K.*|--config.*", "find": r"-f?ls\b",
-}.items()}
-
-
-def carried_by(words: Tuple[Word, ...], alone: bool) -> str:
-    """Give what a simple command might run of its words: nothing when its program is known not to."""
-    at = next((index for index, word in enumerate(words) if not ASSIGNMENT.match(word.raw)), len(words))
-    values = [word.text.partition("=")[2] for word in words[:at]]
-    if at == len(words):   # what a variable holds matters if it is one that a program runs, with words of its own
-        return " ".join(value for value in values if " " in value.strip())
-    texts = [word.text for word in words[at + 1:]] if may_run(words[at:], alone) else []
-    return " ".join(values + texts).translate(UNQUOTED)
-
-
-def may_run(words: Tuple[Word, ...], alone: bool) -> bool:
-    """Tell whether a program might run its words, as far as anyone knows; a wrapper's are looked at by themselves."""
-    name = program_of(words)
-    if name in RUNS_BEHIND:
-        return any(RUNS_BEHIND[name].fullmatch(word.text) for word in words[1:])
-    return name not in INERT and (alone or name not in WRAPPERS)
-
-
-UNQUOTED = dict.fromkeys(map(ord, "\\'\"\0"))   # what a shell takes away
-
-
-def files_of(words: Tuple[Word, ...]) -> Iterator[Tuple[str, Word]]:
-    """Give the files that a program reads or writes, and the directories that it reads as a whole (Grep)."""
-    name, rest = program_of(words), [word for word in words[1:] if not (word.literal and word.text.startswith("-"))]
-    options = [word.text for word in words[1:] if word.text.startswith("-")]
-    tools = FILE_PROGRAMS.get(name, ())
-    if name in ("sed", "sort") and not any(re.match(WRITES_IF[name], option) for option in options):
-        tools = ("Read",)
-    if name == "dd":
-        rest = [word._replace(text=word.text[3:], sure=word.sure - 3) for word in rest
-                if word.text[:3] in ("if=", "of=")]
-    yield from ((tool, word) for tool in tools for word in rest)
-    everything = RECURSES.get(name, "")
-    if name in RECURSES and any(re.match(everything, one) for one in ("", *options, *(w.text for w in rest[:1]))):
-        searched = rest[1:] if name in SEARCHERS and not any(one.startswith("-e") for one in options) else rest
-        yield from (("Grep", word) for word in searched or [Word(".", ".", 1)])
-
-
-OUTPUTS = {"find": r"-fprint0?|-fprintf|-fls", "sort": r"-\w*o|--output", "git": r"--output"}
-
-
-def outputs_of(words: Tuple[Word, ...]) -> Iterator[Word]:
-    """Give the files that a program writes beside its output, of those that seem to read only."""
-    option = OUTPUTS.get(program_of(words))
-    for word, following in zip(words[1:], (*words[2:], None)) if option else ():
-        name, sign, value = word.text.partition("=")
-        if re.fullmatch(option, name) and (sign or following):
-            yield word._replace(text=value, raw=value, sure=max(-1, word.sure - len(name) - 1)) if sign else following
-        elif re.match(r"-\w*o[^=]", word.text) and program_of(words) == "sort":
-            yield UNKNOWN
-
-
-# words of a command that may name a file to read: as it stands, behind = @ : or an option's letter, as an address
-FILE_IN_WORD = re.compile(r"(?:file://|-\w|-{0,2}[\w.-]*[=:]@?|@)(.+)")
-
-
-def files_named(words: Tuple[Word, ...]) -> Iterator[Word]:
-    """Give the files that a program of unknown ways may read."""
-    if program_of(words) in NAMES_ONLY:
-        return
-    for word in words[1:]:
-        if word.text[:1] != "-":
-            yield word
-        found = FILE_IN_WORD.fullmatch(word.text)
-        if found:
-            yield word._replace(text=found[1], raw=found[1], sure=max(-1, word.sure - found.start(1)))
-
-
-def part_of(text: str, words: Tuple[Word, ...], found: List[Tuple[Word, ...]], files: List[Tuple[str, Word]]) -> Part:
-    """Put together what is known of a simple command."""
-    opaque = any(map(is_opaque, found))
-    input_ = [(sign, word.text) for sign, word in files if sign.startswith("<<")]
-    files = [(tool, word) for tool, word in files if not tool.startswith("<<")]
-    written = [("Write", word) for reading in found for word in outputs_of(reading)]
-    used = [*files, *written, *(file for reading in found for file in files_of(reading))]
-    used = [(tool, word) for tool, word in used if not HARMLESS_FILE.fullmatch(word.text)]
-    named = [word for reading in found for word in files_named(reading)] if found else []
-    if len(used) + len(named) > MAX_FILES:
-        used, named = [(tool, UNKNOWN) for tool in dict.fromkeys(tool for tool, _ in used)], []
-    unsure = [reading for reading in found if not all(word.literal for word in reading)]
-    running = any(may_run(reading, len(found) == 1) for reading in found)
-    return Part(
-        text, words, tuple(found[1:]),
-        forms=tuple(dict.fromkeys(form for reading in found for form in forms_of(reading))),
-        holes=(("", ""),) if opaque else tuple(dict.fromkeys(hole for reading in unsure for hole in holes_of(reading))),
-        perhaps=tuple(" ".join(word.text for word in way) for reading in found
-                      for way in [without_options(reading)[1]] if way),
-        carried="\n".join(filter(None, [
-            *(carried_by(reading, len(found) == 1) for reading in found),
-            *(text_.translate(UNQUOTED) for sign, text_ in input_ if sign == "<<<" and running)])),
-        fed=tuple(text_ for sign, text_ in input_ if sign == "<<" and running),
-        opaque=opaque, writes=tuple(dict.fromkeys(
-            word for tool, word in [*files, *written]
-            if tool == "Write" and not HARMLESS_FILE.fullmatch(word.text))),
-        touches=tuple(dict.fromkeys(used)), named=tuple(dict.fromkeys(named)))
-
-
 @functools.lru_cache(maxsize=64)
 def split_command(command: str) -> Tuple[Part, ...]:
     """Take a command line apart; what cannot be read is one opaque part."""
@@ -4796,8 +4815,15 @@ def unread(command: str) -> Part:
     return Part(command, opaque=True, touches=(("Read", UNKNOWN), ("Write", UNKNOWN)))
 
 
-# -- decisions on shell commands
+# ============================================================================
+# POLICY. What an agent may do without being asked.
+# ============================================================================
+# A tool and its input against a policy.  What cannot be read is never allowed
+# by a pattern: every shortcut here errs towards asking.  Knows nothing of
+# sessions; looks into directories for names only, at most MAX_LOOKED_AT files
+# of a command line and MAX_HELD entries below a directory.
 
+# -- decisions on shell commands
 
 MAX_LOOKED_AT = 400   # files of one command line: about 10 ms
 
