@@ -9181,7 +9181,9 @@ def interrupt(context: Context, session: Session, by: str = "api") -> Tuple[bool
         return interrupt_alone(context, session, by)
 
 
-TYPED_SECONDS = 5.0   # how long an interrupt waits for a prompt that is being typed to be taken
+TYPED_SECONDS = 5.0      # how long an interrupt waits for a prompt that is being typed to be taken
+INTERRUPT_SECONDS = 6.0   # and for the turn's end
+UNHEARD_SECONDS = 2.0    # a key that ends a turn has done so by then, or was not heard
 
 
 def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tuple[bool, str]:
@@ -9195,11 +9197,11 @@ def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tupl
     if pending:
         for request in pending:
             interrupt_request(context, session, request, by)
+        ended = end_of_turn(context, session, current.id if current else None, INTERRUPT_SECONDS)
     elif current or busy:
-        press_interrupt(context, session, current.id if current else None)
+        ended = interrupt_turn(context, session, current.id if current else None)
     else:
         return False, "no turn is running"
-    ended = end_of_turn(context, session, current.id if current else None, 5.0)
     return ended, "the turn ended" if ended else "the turn has not ended yet"
 
 
@@ -9223,18 +9225,25 @@ def choose_in_dialog(context: Context, session: Session, dialog: Reading, label:
     inspect(context, session)
 
 
-def press_interrupt(context: Context, session: Session, prompt_id: Optional[str]) -> None:
-    """Press Ctrl-C while the screen says that the agent works; a second one waits until it cannot mean "exit"."""
-    for _ in range(3):
+def interrupt_turn(context: Context, session: Session, prompt_id: Optional[str]) -> bool:
+    """Press Ctrl-C while the screen says that the agent works; tells whether the turn ended.
+
+    One that went unheard is pressed again, so late that it cannot mean "exit".  A program whose screen is not read gets
+    one alone: many take the second for "at once".
+    """
+    until, pressed = time.monotonic() + INTERRUPT_SECONDS, False
+    while time.monotonic() < until:
         wait = session.escape_at + ESCAPE_GAP - time.monotonic()
         if wait > 0 and end_of_turn(context, session, prompt_id, wait):
-            return
-        kind = look(context, session).kind if session.agent.reports else "working"
-        if kind in ("working", "permission_prompt", "asking"):   # a dialog takes no Ctrl-C
+            return True
+        kind = look(context, session).kind if session.agent.reports else "idle" if pressed else "working"
+        works = kind in ("working", "permission_prompt", "asking")
+        if works:   # a dialog takes no Ctrl-C
             press_once(context, session, "C-c" if kind == "working" else "Escape")
-            return
-        if end_of_turn(context, session, prompt_id, 0.3):
-            return
+            pressed = True
+        if end_of_turn(context, session, prompt_id, UNHEARD_SECONDS if works else 0.3):
+            return True
+    return False
 
 
 def press_once(context: Context, session: Session, key: str) -> None:

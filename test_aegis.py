@@ -4428,6 +4428,28 @@ def test_interrupt_session_in_a_permission_dialog_ends_the_turn(make):
     assert talk.get()["pendingPermission"] is None and talk.say("[[say on]]")["output"] == "on"
 
 
+@alone
+def test_interrupt_session_presses_again_what_went_unheard(server, make):
+    """tmux wakes a program of its own that stops, and no grandchild."""
+    talk = make(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    talk.send("[[hang]]")
+    talk.wait("prompt.started")
+    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+    ttys = dict(line.split() for line in server.tmux("list-panes", "-a", "-F", "#{pane_pid} #{pane_tty}").splitlines())
+    with open(ttys[str(talk.get()["pid"])], "rb", buffering=0) as tty:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                ending = pool.submit(talk.ask, "POST interrupt")
+                eventually(lambda: struct.unpack("i", fcntl.ioctl(tty, termios.FIONREAD, b"\0" * 4))[0])
+                termios.tcflush(tty, termios.TCIFLUSH)
+                os.kill(pid, signal.SIGCONT)
+                assert ending.result()["interrupted"] is True
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert talk.say("[[say on]]")["output"] == "on"
+
+
 def test_interrupt_session_by_many_at_once_ends_one_turn(make):
     talk = make("[[hang]]")
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
