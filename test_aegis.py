@@ -778,9 +778,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, **env: str) -> Any:
-    """Run aegis.py to its end; gives the finished process."""
+    """Run what aegis.py does to its end; gives the finished process."""
     with tempfile.TemporaryDirectory(prefix="ae-", dir="/tmp") as fresh:
-        return subprocess.run([sys.executable, str(AEGIS), *words],
+        return subprocess.run([sys.executable, "-c", IMPORTED, str(HERE), *words],
                               env={**clean_environment(root or Path(fresh)), **env},
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=within,
                               universal_newlines=True)
