@@ -5357,9 +5357,18 @@ def claude_arguments(plan: LaunchPlan) -> List[str]:
     return [*words[: len(words) - len(own)], *plan.settings.claude_args, *own]
 
 
+def imported_code() -> str:
+    """Name the file of compiled code that this module was imported from; "" where it is not of this very source."""
+    name, about = globals().get("__cached__") or "", os.stat(__file__)
+    stamp = b"".join(part.to_bytes(4, "little") for part in (0, int(about.st_mtime) & 0xFFFFFFFF, about.st_size))
+    with contextlib.suppress(OSError), open(name, "rb") as file:
+        return name if file.read(16)[4:] == stamp else ""
+    return ""
+
+
 def demo_program(settings: Settings) -> Sequence[str]:
     """Run this very file, from its compiled code: an importer's or the one that was kept at the start."""
-    kept = globals().get("__cached__") or kept_code(settings.state_dir)
+    kept = imported_code() or kept_code(settings.state_dir)
     return [*python_words(kept if os.path.exists(kept) else "", "demo_agent_main"), os.path.abspath(__file__)]
 
 

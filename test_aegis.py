@@ -3321,6 +3321,18 @@ def test_an_agent_gets_a_deliberate_environment(house):
     assert "GIVEN" not in (own.work / "env2.txt").read_text(encoding="utf-8")
 
 
+def test_a_demo_agent_never_runs_another_versions_code(tmp_path):
+    shutil.copy(AEGIS, tmp_path / "aegis.py")
+    words = ["-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); import aegis; print(aegis.imported_code())"]
+
+    def compiled(*flags: str) -> str:
+        return subprocess.run([sys.executable, *flags, *words, str(tmp_path)], env=clean_environment(tmp_path),
+                              stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout.strip()
+    assert Path(compiled()).parent == tmp_path / "__pycache__"
+    os.utime(tmp_path / "aegis.py", (0, 0))
+    assert compiled("-B") == ""
+
+
 def test_a_missing_program_is_a_clear_error_within_a_second(server):
     for body in ({"agent": "claude"}, {"agent": "shell", "command": ["/no/such/program"]}):
         began = time.monotonic()
