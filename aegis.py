@@ -21757,6 +21757,7 @@ Figure = Tuple[str, List[float], Json]   # key of its measure, samples, words fo
 MEASURES: Dict[str, Measure] = {
     "start":        Measure("server start, new state directory",                    "ms", 300, None, (700, 1300)),
     "start.again":  Measure("server start, known state directory",                  "ms", 300, None, (700, 1300)),
+    "start.module": Measure("... as a module, python3 -m aegis",                    "ms", 300, None, (700, 1300)),
     "start.rss":    Measure("RSS after start",                                      "MB", 40, None, (130, 160)),
     "missing":      Measure("create with a missing agent program: the error",       "ms", 1000),
     "create.own":   Measure("agent's own start in a bare tmux window",              "ms"),
@@ -21903,11 +21904,12 @@ class BenchServer:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
-    def launch(self) -> float:
-        """Start it; gives the seconds from the spawn to its listening line."""
+    def launch(self, *program: str) -> float:
+        """Start it, as a script unless told; gives the seconds from the spawn to its listening line."""
         kept = {name: value for name, value in os.environ.items()
                 if name == "AEGIS_TMUX" or not name.startswith(("AEGIS_", "CLAUDE", "TMUX_PANE"))}
-        words = [sys.executable, os.path.abspath(__file__), "--demo", "--port", "0", "--state-dir", self.state]
+        file = os.path.abspath(__file__)
+        words = [sys.executable, *(program or (file,)), "--demo", "--port", "0", "--state-dir", self.state]
         log = f"{self.state}/stderr"
         with open(log, "wb") as stderr:   # a file: a pipe would have to be emptied by us, and take our time
             began = time.perf_counter()
@@ -21916,7 +21918,7 @@ class BenchServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                cwd="/",
+                cwd=os.path.dirname(file),
                 env={**kept, "AEGIS_CLAUDE_CMD": "/nonexistent"},
                 start_new_session=True,
             )
@@ -22079,8 +22081,8 @@ def rss_mb(pid: int) -> float:
 
 
 def bench_start(stage: Stage) -> Iterator[Figure]:
-    """Start servers, each twice on a state directory of its own."""
-    fresh, again, rss = [], [], []
+    """Start servers, each three times on a state directory of its own."""
+    fresh, again, module, rss = [], [], [], []
     for _ in range(stage.pick(5, 1)):
         with BenchServer() as server:
             fresh.append(server.launch() * 1e3)
@@ -22088,9 +22090,12 @@ def bench_start(stage: Stage) -> Iterator[Figure]:
             rss.append(rss_mb(server.pid))
             server.halt()
             again.append(server.launch() * 1e3)
+            server.halt()
+            module.append(server.launch("-m", "aegis") * 1e3)
             server.connect()
     yield "start", fresh, {}
     yield "start.again", again, {}
+    yield "start.module", module[1:] or module, {}   # the first may have compiled it
     yield "start.rss", rss, {}
 
 
