@@ -623,6 +623,18 @@ class Log:
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda char: repr(char.group())[1:-1], masked(line_)) + "\n"
 
 
+class Wrong(Exception):
+    """The command line is wrong; says how."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> Any:
+        """Refuse a command line."""
+        raise Wrong(f"{message}; `{self.prog} --help` tells more")
+
+
 def spawn(name: str, work: Callable[..., Any], *args: Any) -> threading.Thread:
     """Begin a daemon thread; what it raises is the caller's to have caught."""
     thread = threading.Thread(target=work, args=args, name=name, daemon=True)
@@ -13128,7 +13140,10 @@ class Courier(Listener):
         self.context.log.note("warning", f"a webhook did not arrive: {outcome.said}", webhook=self.id, event=event.id,
                               tries=row.tries + 1)
         failed = {"last_error": outcome.said, "last_error_at": now}
-        if outcome.status == 410:
+        now_row = self.context.store.row(WebhookRow, "webhooks", "id = ?", self.id)
+        if now_row is None or now_row.url != row.url:
+            self.record([update("webhooks", self.id, failed)])   # that was its old address: it has a new one now
+        elif outcome.status == 410:
             self.disable(row, failed)
         elif row.tries >= self.context.settings.webhook_retries:
             self.place = event.id
@@ -13175,6 +13190,7 @@ class Courier(Listener):
         event = Event(letter.event, letter.session, letter.type, letter.at, letter.data)
         outcome = send_message(self.context, row, f"msg_{row.id}_{event.id}", message_body(event))
         if outcome.arrived:
+            self.context.webhooks.arrived.append(letter.id)
             self.record([("DELETE FROM dead_letters WHERE id = ?", (letter.id,)),
                          ("UPDATE webhooks SET delivered = delivered + 1, last_success_at = ? WHERE id = ?",
                           (time.time(), self.id))])
@@ -13194,6 +13210,7 @@ class Webhooks:
         self.lock = threading.RLock()
         self.couriers: Dict[str, Courier] = {}
         self.letters = threading.Condition()
+        self.arrived: "collections.deque[str]" = collections.deque(maxlen=1_000)   # dead letters that came to life
 
     def start(self) -> None:
         """Take over the endpoints of the settings, then begin to send."""
@@ -13361,6 +13378,8 @@ def change_webhook(context: Context, row: WebhookRow, url: Optional[str], events
     changed = {"url": checked["url"], "types": checked["types"], "updated_at": time.time()}
     with context.store.lock:
         place = []
+        if url is not None and url != row.url:
+            changed.update(tries=0, next_at=None)   # what the old address did says nothing of the new one
         if paused is not None:
             changed.update(state="paused" if paused else "active", reason=None, tries=0, next_at=None)
             place = [place_statement(row.id, context.bus.last)] if row.state == "disabled" else []
@@ -13406,7 +13425,7 @@ def find_letter(context: Context, letter_id: str) -> LetterRow:
 
 
 def retry_letter(context: Context, letter: LetterRow) -> Json:
-    """Have a dead letter tried once more, and wait for what comes of it.  Raises ApiError 409."""
+    """Have a dead letter tried once more, and wait for what comes of it.  Raises ApiError 409, or 404 when it went."""
     row = find_webhook(context, letter.webhook)
     if row.state != "active":
         raise ApiError(409, "WEBHOOK_NOT_ACTIVE", f"webhook {row.name!r} is {row.state}: PATCH /v1/webhooks/{row.id} "
@@ -13420,6 +13439,8 @@ def retry_letter(context: Context, letter: LetterRow) -> Json:
         context.webhooks.letters.wait_for(lambda: context.stopping.is_set() or (now() or letter).state == "dead"
                                           or now() is None, 2 * context.settings.webhook_seconds + 5)
     left = now()
+    if left is None and letter.id not in context.webhooks.arrived:
+        raise ApiError(404, "DEAD_LETTER_NOT_FOUND", f"dead letter {letter.id} was deleted before it arrived")
     return {"id": letter.id, "delivered": left is None, "state": left.state if left else "delivered",
             "error": left.reason if left and left.state == "dead" else None}
 
@@ -13539,10 +13560,15 @@ def keyboard(rows: Sequence[Sequence[Tuple[str, str]]]) -> Json:
 
 
 def permission_note(name: str, asked: Json) -> Tuple[str, Json]:
-    """Write what an agent asks to do, with the buttons that decide."""
-    change = f"\n\n{clip(asked['detail'], 3_000)}" if asked.get("detail") else ""
-    return (f"{name} asks for your permission.\n{clip(asked['summary'], 3_000)}{change}",
-            keyboard([[("Approve", f"a:{asked['id']}"), ("Reject", f"r:{asked['id']}")]]))
+    """Write what an agent asks to do, all of it, with the buttons that decide: nobody approves what they cannot see."""
+    shown = [f"{key}: {value if isinstance(value, str) else dump(value)}" for key, value in asked["input"].items()
+             if (not asked["detail"] or key == "file_path") and asked["summary"] != f"{asked['tool']}: {value}"]
+    text_ = "\n".join([f"{name} asks for your permission.", asked["summary"], *shown,
+                       *([asked["detail"]] if asked["detail"] else [])])
+    reject = ("Reject", f"r:{asked['id']}")
+    if units(text_) > MESSAGE_UNITS * (MAX_PIECES - 1):
+        return f"{text_[:MESSAGE_UNITS]}\n… it is too long to be shown here: decide it elsewhere.", keyboard([[reject]])
+    return text_, keyboard([[("Approve", f"a:{asked['id']}"), reject]])
 
 
 def question_note(name: str, asked: Json) -> Tuple[str, Json]:
@@ -14207,9 +14233,10 @@ def meant(heard: Heard, word: str, session_id: Optional[str]) -> Session:
     context = heard.bot.context
     if not word and session_id is None:
         raise ApiError(400, "INVALID_REQUEST", "name a session, or reply to one of its messages")
-    by_name = context.store.value(
-        "SELECT id FROM sessions WHERE name = ? ORDER BY ended_at IS NULL DESC, created_at DESC", word)
-    return find_session(context, by_name or word or session_id or "")
+    known = context.store.value(   # an id is meant before anybody's name
+        "SELECT id FROM sessions WHERE ? IN (id, name) ORDER BY id = ? DESC, ended_at IS NULL DESC, created_at DESC",
+        word, word)
+    return find_session(context, known or word or session_id or "")
 
 
 def say_sessions(heard: Heard, word: str, session_id: Optional[str]) -> List[Statement]:
@@ -14767,6 +14794,11 @@ class Tickets:
             lost()
         return ticket
 
+    def forget(self, ticket: Ticket) -> None:
+        """Drop a ticket whose key is dead: it takes nobody's place any more."""
+        with self.lock:
+            self.known = {digest: one for digest, one in self.known.items() if one is not ticket}
+
     def close(self, ticket: Ticket, end: Callable[[], Any], now: float) -> None:
         """Note that a stream ended; the ticket may open another one for a while."""
         with self.lock:
@@ -14890,7 +14922,10 @@ class Access:
     def open_ticket(self, secret: str, address: str, again: bool, end: Callable[[], Any]) -> Ticket:
         """Let a stream in that shows a ticket.  Raises ApiError 401, or 429."""
         ticket = self.tickets.open(secret, address, again, end, time.time())
-        if ticket is None or not self.lives(ticket.who):
+        if ticket is not None and not self.lives(ticket.who):
+            self.tickets.forget(ticket)
+            ticket = None
+        if ticket is None:
             why = "this stream token is unknown, used or expired (POST /v1/auth/sse-token makes another)"
             raise self.failed(address, why)
         return ticket
@@ -15602,6 +15637,7 @@ class Ask(NamedTuple):
     caller: Caller = Caller()                 # tells when they hang up; this one never does
     who: Who = ANYBODY
     address: str = ""                         # where they call from
+    bucket: str = ""                          # what requests from there are counted in
     request_id: str = ""
     given: str = ""                           # the token they showed, for whoever is to check it
     headers: Mapping[str, str] = {}           # for protocols inside ours, which have some of their own
@@ -16629,7 +16665,8 @@ def read_stages(ask: Ask, row: PipelineRow, given: Sequence[Json], shared: Json)
         except ApiError as error:
             inner = error.more.get("fields") or {"": error.message}
             fields = {f"stages.{place}.{name}".rstrip("."): wrong for name, wrong in inner.items()}
-            raise ApiError(error.status, error.code, f"stage {place + 1}: {error.message}", fields=fields) from None
+            raise ApiError(error.status, error.code, f"stage {place + 1}: {error.message}",
+                           **{**error.more, "headers": error.headers, "fields": fields}) from None
     check_stages(rows)
     return rows
 
@@ -16682,7 +16719,13 @@ def quotes_memory(spec: Json) -> bool:
 
 def settled_values(values: Mapping[str, str]) -> Callable[[str], str]:
     """Make the source of variables that are known before a stage starts: those that quote nothing."""
-    known = {name: fill(value, lookup({})) for name, value in values.items() if not named_in(value)}
+    known = {}
+    for name, value in values.items():
+        try:
+            if not named_in(value):
+                known[name] = fill(value, lookup({}))
+        except Unfilled as wrong:
+            raise faulty({f"variables.{name}": str(wrong)}) from None
 
     def value_of(name: str) -> str:
         if name in values and name not in known:
@@ -19210,13 +19253,18 @@ class Mcp:
                            f"{BATCH_MESSAGES} messages")
 
         def one(message: Any) -> Any:
+            of = message.get("id") if isinstance(message, dict) else None
             try:
                 if isinstance(message, dict) and message.get("method") == "initialize":
-                    raise McpError(INVALID, "initialize goes alone", of=message.get("id"))
+                    raise McpError(INVALID, "initialize goes alone", of=of)
+                if message is not messages[0]:   # the first was counted with its request
+                    ask.context.access.count(ask.who, ask.bucket)
                 answer = reply_to(ask, message, version, self.methods)
                 return answer.work() if isinstance(answer, Later) else answer
             except McpError as error:
                 return error.body()
+            except ApiError as error:   # too many
+                return McpError(INTERNAL, error.message, of=of).body()
 
         def work() -> Any:
             told = [answer for answer in map(one, messages) if answer is not None]
@@ -19263,17 +19311,20 @@ class Mcp:
         ask.context.bus.listen(listener)
         spawn("aegis-mcp", work)
         try:
-            self._flown(ask, message, leave, lambda: self._progress(listener, message, over, send))
+            self._flown(ask, message, leave, lambda: self._progress(ask, listener, message, over, send))
             if not own.left and over.wait(TICK):     # a server that stops ends the waiting, too
-                send(message_frame(done[0]))
+                dead = not ask.context.access.lives(ask.who)   # its key expired meanwhile: it learns nothing more
+                send(message_frame(done[0] if not dead else McpError(
+                    INTERNAL, "this key was revoked, or expired, while its request waited", of=message["id"]).body()))
         finally:
             own.leave()
             ask.context.bus.leave(listener)
 
-    def _progress(self, listener: Listener, message: Json, over: threading.Event, send: Callable[[bytes], Any]) -> None:
+    def _progress(self, ask: Ask, listener: Listener, message: Json, over: threading.Event,
+                  send: Callable[[bytes], Any]) -> None:
         token, subjects = meta_of(message).get("progressToken"), subjects_of(message)
         began, count, text_ = time.monotonic(), itertools.count(1), "under way"
-        while not over.is_set():
+        while not over.is_set() and ask.context.access.lives(ask.who):
             told = {"progressToken": token, "progress": next(count), "message": text_}
             send(message_frame(notification("progress", told)) if isinstance(token, (str, int)) else b": ping\n")
             event = None
@@ -19840,7 +19891,9 @@ class Server(ThreadingHTTPServer):
         try:
             route, words = find_route(head.method, head.path)
         except ApiError:
-            if access.identify(head.headers, connection.address) is NOBODY:
+            who = access.identify(head.headers, connection.address)
+            access.count(who, connection.bucket)   # asking for what is not there is asking
+            if who is NOBODY:
                 raise access.refusal("this needs a token", wrong=False) from None
             raise
         if route.scope is None or route.scope == "hook":
@@ -19851,6 +19904,7 @@ class Server(ThreadingHTTPServer):
         else:
             connection.who = access.identify(head.headers, connection.address)
         if connection.who is NOBODY:
+            access.count(NOBODY, connection.bucket)
             raise access.refusal("this needs a token", wrong=False)
         access.check_scope(connection.who, route.scope, connection.address, route.route)
         return route, words
@@ -19910,7 +19964,7 @@ class Server(ThreadingHTTPServer):
         if key and who.key:   # one caller's key means nothing to another
             key = f"{who.key} {key}"
         ask = Ask(self.app.context, key, head.headers.get("last-event-id"), head.headers.get("x-aegis-secret"),
-                  connection.caller, who, connection.address, connection.request_id,
+                  connection.caller, who, connection.address, connection.bucket, connection.request_id,
                   presented(head.headers) or "" if route.scope is None else "", head.headers,
                   wished_form(head.path, head.headers.get("accept", "")) if route.texts else "json")
 
@@ -20157,6 +20211,7 @@ class Server(ThreadingHTTPServer):
         except OSError:
             connection.caller.leave()
         finally:
+            self._stop_listening(connection)
             self._give_back(connection, True)
 
     def _stop_listening(self, connection: Connection) -> None:
@@ -22487,7 +22542,7 @@ def table_line(told: Json) -> str:
 
 def bench_parser() -> argparse.ArgumentParser:
     """Describe the command line of bench."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="aegis.py bench", description="Measures Aegis on this box, with a server and agents of its own."
     )
     parser.add_argument("--quick", action="count", default=0,
@@ -22620,6 +22675,7 @@ class Client:
         self.headers = {"Accept": "application/json, text/event-stream", "User-Agent": f"aegis/{__version__}",
                         "Host": urllib.parse.urlsplit(url).netloc,
                         **({"Authorization": f"Bearer {token}"} if token else {})}
+        self.patient = False                        # what is read is read again while the server is restarted
         self.line: Any = None                       # the kept connection
         self.sockets: List[socket.socket] = []      # of all connections, also of one that its answer ends
 
@@ -22632,6 +22688,22 @@ class Client:
     def call(self, method: str, path: str, body: Optional[Json] = None, seconds: float = CALL_SECONDS,
              key: Optional[str] = None) -> Any:
         """Make a request and give its JSON; `key`, its Idempotency-Key, lets it be repeated.  Raises ApiError."""
+        if method == "GET" and self.patient:
+            return self._through_restart(lambda: self._call(method, path, body, seconds, key))
+        return self._call(method, path, body, seconds, key)
+
+    def _through_restart(self, work: Callable[[], Any]) -> Any:
+        """Read again while the server comes back, as events() does."""
+        until = time.monotonic() + COME_BACK_SECONDS
+        while True:
+            try:
+                return work()
+            except ApiError as error:
+                if error.status not in COME_BACK_STATUS or self.closed or time.monotonic() > until:
+                    raise
+            time.sleep(0.5)
+
+    def _call(self, method: str, path: str, body: Optional[Json], seconds: float, key: Optional[str]) -> Any:
         again = method == "GET" or key is not None
         headers = {**self.headers, **({"Idempotency-Key": key} if key else {})}
         while True:
@@ -22844,6 +22916,7 @@ class Bridge:
         self.turns = threading.Semaphore(UNDER_WAY)   # taken by the threads: stdin is read on, for it may cancel one
         self.session = self.version = ""             # what initialize came to
         self.watching = False
+        self.subscribed: Dict[str, bytes] = {}       # resource -> the message that asked for news of it
 
     def run(self, source: Any) -> int:
         """Hand lines on until stdin ends."""
@@ -22874,6 +22947,10 @@ class Bridge:
                                             or message["method"] == "initialize"):
             self.send(raw, message)
         else:
+            of = message.get("id") if isinstance(message, dict) else None
+            if isinstance(of, (str, int)):
+                with self.lock:
+                    self.lines[of] = None   # under way from now on: it may be cancelled before it has a connection
             spawn("aegis-bridge", self._turn, raw, message)
 
     def _turn(self, raw: bytes, message: Any) -> None:
@@ -22885,10 +22962,9 @@ class Bridge:
         params = message.get("params")
         wanted = params.get("requestId") if isinstance(params, dict) else None
         with self.lock:
-            line = self.lines.get(wanted) if isinstance(wanted, (str, int)) else None
-            if line is not None:
+            if isinstance(wanted, (str, int)) and wanted in self.lines:
                 self.cancelled[wanted] = True
-                hang_up(line)
+                hang_up(self.lines[wanted])
 
     def send(self, raw: bytes, message: Any) -> None:
         """Make the request of one message, and write what comes back."""
@@ -22899,6 +22975,8 @@ class Bridge:
             line = self.client._dial(DIAL_SECONDS)
             with self.lock:
                 self.lines[of] = line
+                if self.cancelled.get(of):
+                    return
             line.sock.settimeout(REQUEST_SECONDS)
             line.request("POST", self.client.place.prefix + "/mcp", raw, {**self.headers(message),
                                                                          "Content-Type": "application/json"})
@@ -22956,23 +23034,33 @@ class Bridge:
                 if self.cancelled.get(of):
                     return
                 self.lines.pop(of, None)
-            self.learn(told, message)
+            if isinstance(message, dict) and told.get("result") is not None:
+                self.learn(told["result"], message)
         self.write(told)
 
-    def learn(self, told: Json, message: Any) -> None:
-        """Note what a handshake came to; from the first watched resource on, listen."""
-        method, result = message.get("method") if isinstance(message, dict) else None, told.get("result")
+    def learn(self, result: Any, message: Json) -> None:
+        """Note what a handshake came to, and what is watched; from the first watched resource on, listen."""
+        method, params = message.get("method"), message.get("params")
+        uri = str(params.get("uri")) if isinstance(params, dict) else ""
         if method == "initialize" and isinstance(result, dict):
             self.version = str(result.get("protocolVersion", ""))
-        if method == "resources/subscribe" and result is not None and not self.watching:
-            self.watching = True
-            spawn("aegis-bridge", self.watch)
+        elif method == "resources/unsubscribe":
+            self.subscribed.pop(uri, None)
+        elif method == "resources/subscribe":
+            self.subscribed[uri] = dump(message).encode()
+            if not self.watching:
+                self.watching = True
+                spawn("aegis-bridge", self.watch)
 
     def watch(self) -> None:
-        """Pass on what the session watches, through restarts of the server."""
-        while not self.client.closed:
+        """Pass on what the session watches, through restarts of the server, which forgets what that was."""
+        for again in itertools.chain([False], itertools.repeat(True)):
+            if self.client.closed:
+                return
             line = None
             try:
+                for raw in list(self.subscribed.values()) * again:
+                    self.ask_again(raw)
                 line = self.client._dial(DIAL_SECONDS)
                 line.sock.settimeout(STREAM_SECONDS)
                 line.request("GET", self.client.place.prefix + "/mcp", headers=self.headers({}))
@@ -22986,6 +23074,17 @@ class Bridge:
             finally:
                 self.client._drop(line)
             time.sleep(1.0)
+
+    def ask_again(self, raw: bytes) -> None:
+        """Make a request whose answer its client has had already."""
+        line = self.client._dial(DIAL_SECONDS)
+        try:
+            line.sock.settimeout(DIAL_SECONDS)
+            line.request("POST", self.client.place.prefix + "/mcp", raw, {
+                **self.headers(json.loads(raw)), "Content-Type": "application/json"})
+            line.getresponse().read()
+        finally:
+            self.client._drop(line)
 
     def write(self, told: Any) -> None:
         """Write one message, on one line."""
@@ -23021,7 +23120,7 @@ def hang_up(line: Any) -> None:
 
 def bridge(argv: Sequence[str]) -> int:
     """Speak MCP on stdin and stdout, for a running server."""
-    parser = argparse.ArgumentParser(prog="aegis.py mcp", description=bridge.__doc__)
+    parser = Parser(prog="aegis.py mcp", description=bridge.__doc__)
     parser.add_argument("--url", default="", help="the server's address (AEGIS_URL; default: the one of this box)")
     parser.add_argument("--token", default="", help="its token, or @FILE that holds it (AEGIS_TOKEN); a token written "
                         "here can be read by every user of this box")
@@ -23097,6 +23196,19 @@ def fit(text_: str, width: int) -> str:
             break
         taken.append(char)
     return "".join(taken) + "…"
+
+
+def in_rows(text_: str, width: int) -> List[str]:
+    """Cut a line into pieces of so many columns."""
+    pieces_, used = [""], 0
+    for char in text_:
+        wide = cells(char)
+        if used + wide > width:
+            pieces_.append("")
+            used = 0
+        pieces_[-1] += char
+        used += wide
+    return pieces_
 
 
 def lay_out(rows: Sequence[Sequence[str]], room: Optional[int]) -> List[List[str]]:
@@ -23250,18 +23362,6 @@ TYPED = ("prompt", "text", "value", "command")     # fields whose argument `-` s
 BY_NAME = {"sessions": "SESSION", "pipelines": "PIPELINE"}   # what may be named otherwise than by its id
 
 
-class Wrong(Exception):
-    """The command line is wrong; says how."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> Any:
-        """Refuse a command line."""
-        raise Wrong(f"{message}; `{self.prog} --help` tells more")
-
-
 class Verb(NamedTuple):
     """One command of a caller."""
 
@@ -23383,7 +23483,7 @@ def read_word(name: str, field: Field, word: str) -> Any:
         return os.path.abspath(os.path.expanduser(word)) if name == "workDir" else word
     if kinds == ["object"]:
         return read_json(name, word)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(word)
         if any(TYPES[kind][0](value) for kind in kinds):
             return value
@@ -23431,6 +23531,9 @@ def with_ids(client: Client, row: Route, values: Json) -> Json:
 def find_named(client: Client, collection: str, word: str) -> str:
     """Find what is meant by an id, a name (of one that lives before one that ended), or the beginning of an id."""
     ids, names = [], []
+    if re.fullmatch(r"[\w-]{1,64}", word, re.ASCII):
+        with contextlib.suppress(ApiError):   # an id is meant before anybody's name
+            return client.call("GET", f"/v1/{collection}/{word}")["id"]
     for one in every(client, collection):
         if one["id"] == word or (one["name"] == word and one.get("endedAt") is None):
             return one["id"]
@@ -23622,6 +23725,7 @@ class Dialogue:
         """Follow until a prompt is over, or nobody here can help it on."""
         until = None if seconds is None else time.monotonic() + seconds
         self.news.listen(f"{self.path}/events")
+        self.client.patient = True
         while True:
             prompt = self.client.call("GET", f"{self.path}/queue/{prompt_id}")
             self.look()
@@ -23740,7 +23844,7 @@ class Dialogue:
             import termios
             termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
         self.asking = key
-        lines = permission_lines(permission) if permission else question_lines(question or {})
+        lines = self.rows_of(permission_lines(permission) if permission else question_lines(question or {}))
         title = f"{permission['tool']} asks for permission" if permission else "the agent asks"
         self.terminal.note(f"┌ {safe_line(title)}", "magenta")
         self.bar(lines[:SHOWN_LINES])
@@ -23748,6 +23852,15 @@ class Dialogue:
             self.terminal.note(f"│ … {len(lines) - SHOWN_LINES} more lines: d shows them", "magenta")
         self.terminal.note(f"└ {ASK_HELP}" if permission else "└ a number, a label, several with commas, or words",
                            "magenta")
+
+    @staticmethod
+    def rows_of(lines: Sequence[str]) -> List[str]:
+        """Cut lines into rows of the terminal: one that the terminal wraps would leave the bar."""
+        try:
+            width = max(20, os.get_terminal_size(2).columns - 4)
+        except OSError:
+            width = 76
+        return [row for line in lines for row in in_rows(line.expandtabs(4), width)]
 
     def bar(self, lines: Sequence[str]) -> None:
         """Print lines behind a bar."""
@@ -23780,7 +23893,7 @@ class Dialogue:
         elif word.lower() in ("n", "no"):
             self.decide("reject", {**which, **({"message": rest.strip()} if rest.strip() else {})}, permission["id"])
         elif word.lower() == "d" and not rest:
-            self.bar(permission_lines(permission))
+            self.bar(self.rows_of(permission_lines(permission)))
         else:
             raise Wrong(ASK_HELP)
 
@@ -23976,7 +24089,7 @@ def tail(job: Job) -> Optional[int]:
         for message in known["messages"]:
             last = message["id"]
             job.terminal.say(safe_json(message) if job.terminal.as_json else message_text(job.terminal, message))
-        last = last or "0-0"
+        last, job.client.patient = last or "0-0", True
         if known["status"] in ENDED:
             return None
         if known["status"] != told:
@@ -24045,7 +24158,7 @@ def keep_showing(job: Job, draw: Callable[[], Drawing], **query: str) -> int:
                       flush=True)
             elif drawing.lines != shown:
                 terminal.say(safe_json(drawing.value) if terminal.as_json else "\n".join(drawing.lines))
-            shown = drawing.lines
+            shown, job.client.patient = drawing.lines, True
             if drawing.code is not None:
                 return drawing.code
             for kind, what in news.wait(1.0):
@@ -24075,7 +24188,7 @@ def list_live(job: Job) -> Optional[int]:
 
     def draw() -> Drawing:
         found = (one for one in every(job.client, "sessions", **query) if whole_list or one["status"] not in ENDED)
-        sessions = list(itertools.islice(found, job.options.number))
+        sessions = list(itertools.islice(found, max(0, min(job.options.number, 10 ** 9))))
         titles = ("ID", "NAME", "STATUS", "ACTIVE", "AGENT", "TURNS", "QUEUE", "COST", "WORKDIR", "NOTE")
         return Drawing(sessions, job.terminal.table(titles, [session_cells(one, time.time()) for one in sessions]))
     if job.options.watch:
@@ -24420,7 +24533,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb, options: bool) ->
 
 def usage_line(verb: Verb) -> str:
     """Write the line that shows how a verb is used."""
-    bare = argparse.ArgumentParser(prog=f"aegis.py {verb.name} [OPTION]...", add_help=False)
+    bare = Parser(prog=f"aegis.py {verb.name} [OPTION]...", add_help=False)
     add_arguments(bare, verb, options=False)
     return bare.format_usage()[7:].strip().replace("%", "%%")
 
@@ -24465,6 +24578,10 @@ def run_verb(verb: Verb, words: Sequence[str]) -> int:
         return refuse_verb(terminal, verb, error.message + advice(error), code)
     except KeyboardInterrupt:
         return STOPPED
+    except UnicodeError:
+        return refuse_verb(terminal, verb, "an argument is not UTF-8", USAGE)
+    except RecursionError:
+        return refuse_verb(terminal, verb, "JSON is nested too deeply", USAGE)
     except OSError as error:   # of the output: all others are told as ApiErrors
         forget_output()
         gone = isinstance(error, BrokenPipeError)
@@ -24632,7 +24749,7 @@ SHORT_TOKEN = 16   # characters: 64 bits of hexadecimal digits
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line, from the table of settings."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="aegis.py",
         description="Serves the coding agents of this box over HTTP.",
         epilog="`aegis.py help` lists the commands for a running server and all others.  Only from the environment: "
@@ -24655,7 +24772,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Gather settings: flags before environment before defaults.  Raises ValueError, SystemExit."""
+    """Gather settings: flags before environment before defaults.  Raises ValueError, Wrong, SystemExit (--help)."""
     options = build_parser().parse_args(argv)
     given = {
         one.name: environ[f"AEGIS_{one.name.upper()}"] for one in SETTINGS if environ.get(f"AEGIS_{one.name.upper()}")
@@ -24754,7 +24871,7 @@ class Stopper:
 
 def doctor(argv: Sequence[str]) -> int:
     """Say what is wrong with this box or the running server, and what to do about it."""
-    parser = argparse.ArgumentParser(prog="aegis.py doctor", description=doctor.__doc__,
+    parser = Parser(prog="aegis.py doctor", description=doctor.__doc__,
                                      epilog="Further flags are those of serving, such as --port and --state-dir.")
     parser.add_argument("--url", help="the server to ask (AEGIS_URL; default: the one that the settings say)")
     parser.add_argument("--token", help="its bearer token; better in AEGIS_TOKEN or AEGIS_AUTH_TOKEN, which `ps` hides")
@@ -24839,13 +24956,14 @@ def print_docs(argv: Sequence[str]) -> int:
 
 def audit_main(argv: Sequence[str]) -> int:
     """Check the audit log of a state directory, with or without a server at it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="aegis.py audit", description="`audit verify` checks the audit log from its first row to its last.  Exit "
         "status: 0 unbroken, 1 broken, 2 cannot be read.")
     parser.add_argument("what", choices=["verify"])
     parser.add_argument("--state-dir", default=os.environ.get("AEGIS_STATE_DIR") or "~/.aegis", metavar="DIR")
     parser.add_argument("--head", action="append", default=[], metavar="NUMBER:HASH",
                         help="a head that was noted before, such as from the server's log: the log must still hold it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     folder = Path(os.path.expanduser(options.state_dir))
     try:
@@ -24858,11 +24976,15 @@ def audit_main(argv: Sequence[str]) -> int:
     except (OSError, ValueError, sqlite3.Error) as error:
         print(f"aegis: the audit log of {folder} cannot be read: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    for told in filter(None, (wrong, "a trigger that guards the log is missing" if guards < 3 else "",
-                              "" if kept else f"there is no {HEAD_FILE}: a cut end would not show")):
-        print(f"audit: {told}")
-    print(f"audit: {rows} rows are whole, up to {head_text(rows, head)}")
-    return 1 if wrong or guards < 3 else 0
+    told = [*filter(None, (wrong, "a trigger that guards the log is missing" if guards < 3 else "",
+                           "" if kept else f"there is no {HEAD_FILE}: a cut end would not show"))]
+    broken = bool(wrong) or guards < 3
+    if options.json:
+        print(dump({"unbroken": not broken, "rows": rows, "head": head_text(rows, head), "notes": told}))
+    else:
+        print("\n".join([*(f"audit: {one}" for one in told),
+                         f"audit: {rows} rows are whole, up to {head_text(rows, head)}"]))
+    return 1 if broken else 0
 
 
 SCREEN_WORDS = {   # words that captures are named by -> kind of reading
@@ -24874,7 +24996,7 @@ SCREEN_WORDS = {   # words that captures are named by -> kind of reading
 
 def selftest(argv: Sequence[str]) -> int:
     """Replay captured screens through the rules and print what was expected against what was read."""
-    parser = argparse.ArgumentParser(prog="aegis.py selftest", description=selftest.__doc__)
+    parser = Parser(prog="aegis.py selftest", description=selftest.__doc__)
     parser.add_argument(
         "--screens",
         metavar="DIR",
@@ -24923,8 +25045,17 @@ COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {   # beside the verbs, ea
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command; serve when none is named."""
-    words = begin_with_verb(sys.argv[1:] if argv is None else argv)
+    """Run a command; what is wrong with its words is said in one line."""
+    try:
+        return obey(sys.argv[1:] if argv is None else argv)
+    except Wrong as wrong:
+        print(f"aegis: {safe_line(str(wrong))}", file=sys.stderr)
+        return EXIT_SETTINGS
+
+
+def obey(argv: Sequence[str]) -> int:
+    """Run a command; serve when none is named.  Raises Wrong."""
+    words = begin_with_verb(argv)
     verb, rest = find_verb(words)
     if verb:
         return run_verb(verb, rest)

@@ -806,10 +806,10 @@ def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, 
     (("--host", "0.0.0.0"), {}, "AEGIS_AUTH_TOKEN"),
     (("--host", "::"), {}, "AEGIS_AUTH_TOKEN"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
-def test_a_bad_setting_is_refused_by_name(words, env, names, capsys):
-    with pytest.raises((ValueError, SystemExit)) as refused:
+def test_a_bad_setting_is_refused_by_name(words, env, names):
+    with pytest.raises((ValueError, aegis.Wrong)) as refused:
         aegis.read_settings(words, env)
-    assert names in f"{refused.value} {capsys.readouterr().err}"
+    assert names in str(refused.value)
 
 
 @pytest.mark.parametrize("words", [("--no-such-flag",), ("--host", "0.0.0.0")])
@@ -1597,6 +1597,8 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(house):
     assert own.refusal("POST /v1/auth/verify", {"token": "x"}, auth=False) == (429, "RATE_LIMITED")
     asked = [own.call("POST /v1/auth/verify", {}, auth=False).status for _ in range(60)]
     assert set(asked) == {200, 429} and asked.count(200) <= 41
+    for route in ("GET /v1/sessions", "GET /v1/nowhere", "PUT /v1/sessions"):    # refusals are counted like answers
+        assert own.call(route, auth=False).status == 429, route
     assert [own.call("GET /v1/health", headers=bearer(busy)).status for _ in range(100)] == [200] * 100
     assert own.call("GET /v1/sessions", headers=bearer(calm)).status == 200
     assert own.refusal("GET /v1/audit", headers=bearer(calm)) == (403, "MISSING_SCOPE")
@@ -6492,6 +6494,15 @@ def test_create_template_gives_a_session_its_fields_and_the_body_wins(server, ma
         assert other.get()["labels"] == {"my": "own"}
 
 
+def test_a_blank_in_a_stages_variable_that_is_none_is_named(server):
+    made = server.ask("POST /v1/templates", {"name": f"t-{uuid.uuid4().hex[:6]}", "variables": {"a": {}},
+                                             "session": {"prompt": "[[say {{a}}]]"}})
+    body = {"stages": [{"template": made["id"], "variables": {"a": "use {{ in Jinja"}}]}
+    answer = server.call("POST /v1/pipelines", body)
+    assert answer.status == 400 and "stages.0.variables.a" in answer.json["fields"], answer.json
+    server.ask(f"DELETE /v1/templates/{made['id']}")
+
+
 def test_create_template_fills_children_forks_and_batches_too(server, make):
     with template(server, variables={"word": {}}, session={"prompt": "[[say {{word}}]]"}) as made:
         parent = make("[[say parent]]")
@@ -8598,7 +8609,7 @@ class Receiver:
         self.moods: "collections.deque[str]" = collections.deque(moods)
         self.default, self.tls = "ok", tls
         self.taken: List[Tuple[str, Json, bytes]] = []     # mood, headers, body of each request
-        self.news, self.closed = threading.Condition(), threading.Event()
+        self.news, self.closed, self.released = threading.Condition(), threading.Event(), threading.Event()
         self.port = port
         self.open()
 
@@ -8654,9 +8665,11 @@ class Receiver:
         elif mood == "garbage":
             talk.sendall(b"no such protocol\r\n\r\n")
         elif mood not in ("hang", "drip", "silent"):
+            if mood == "held 410":
+                self.released.wait(WITHIN)
             more = {"redirect": f"Location: http://127.0.0.1:{self.port}/elsewhere\r\n",
-                    "busy": "Retry-After: 1\r\n"}.get(mood, "")
-            status = {"ok": "200", "redirect": "302", "busy": "503"}.get(mood, mood)
+                    "busy": "Retry-After: 1\r\n", "later": "Retry-After: 3600\r\n"}.get(mood, "")
+            status = {"ok": "200", "redirect": "302", "busy": "503", "later": "503"}.get(mood, mood[-3:])
             talk.sendall(f"HTTP/1.1 {status} So\r\n{more}Content-Length: 2\r\n\r\nhi".encode())
 
     def accepted(self) -> List[Json]:
@@ -9091,6 +9104,35 @@ def test_retry_dead_letter_sends_it_under_its_old_id(poster, hook):
         assert len(set(bodies)) == 1
         assert poster.refusal(f"POST /v1/webhooks/dead-letter/{letter['id']}/retry", {}) == (404,
                                                                                              "DEAD_LETTER_NOT_FOUND")
+
+
+def test_retry_dead_letter_never_says_delivered_of_one_that_was_deleted(poster, hook):
+    with receiving() as receiver:
+        receiver.default = "500"
+        made = hook(receiver)
+        remembers(poster, 1)
+        letter = eventually(lambda: poster.ask(f"GET /v1/webhooks/dead-letter?webhook={made['id']}")["deadLetters"])[0]
+        receiver.default, count = "hang", len(receiver.taken)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            trying = pool.submit(poster.refusal, f"POST /v1/webhooks/dead-letter/{letter['id']}/retry", {})
+            receiver.wait_for(count + 1)
+            poster.ask(f"DELETE /v1/webhooks/dead-letter/{letter['id']}")
+            assert trying.result() == (404, "DEAD_LETTER_NOT_FOUND")
+
+
+@pytest.mark.parametrize("mood", ["later", "held 410"])
+def test_update_webhook_lets_no_old_address_decide_about_the_new_one(poster, hook, mood):
+    with receiving(mood) as old, receiving() as new:
+        made = hook(old)
+        remembers(poster, 1)
+        old.wait_for(1)
+        if mood == "later":
+            eventually(lambda: poster.ask(f"GET /v1/webhooks/{made['id']}")["nextTryAt"])
+        poster.ask(f"PATCH /v1/webhooks/{made['id']}", {"url": new.url})
+        old.released.set()
+        new.wait_for(1)
+        remembers(poster, 1, "after")
+        assert len(new.wait_for(2)) == 2 and hook_now(poster, made["id"], state="active", deadLetters=0)
 
 
 def test_delete_dead_letter_takes_it_away(poster, hook):
@@ -9597,6 +9639,20 @@ def test_approve_permission_by_a_button(chatty):
     assert [one["state"] for one in talk.ask("GET permissions")["history"] if one["id"] == asked["id"]] == ["approved"]
 
 
+def test_a_button_approves_only_what_its_message_shows(chatty):
+    fake, own, talk = chatty
+    talk.send(f"[[bash echo {'tidying up ' * 60}; touch PWNED]]")
+    message = fake.said(f"^{named_talk(talk)} asks for your permission.*touch PWNED")
+    fake.press("Reject", message)
+    text, buttons = aegis.permission_note("one", {"id": "perm-1", "tool": "Bash", "summary": "Bash: x", "detail": None,
+                                                  "input": {"command": "x" * 100_000, "description": "harmless"}})
+    assert [one["text"] for row in buttons["inline_keyboard"] for one in row] == ["Reject"] and "elsewhere" in text
+    text, buttons = aegis.permission_note("one", {
+        "id": "perm-1", "tool": "mcp__a__b", "summary": "harmless", "detail": None,
+        "input": {"description": "harmless", "target": {"all": True}}})
+    assert "target: {\"all\":true}" in text and "Approve" in json.dumps(buttons)
+
+
 def test_reject_permission_by_a_button_and_late_presses_are_told_the_truth(chatty):
     fake, own, talk = chatty
     request(talk)
@@ -9606,7 +9662,7 @@ def test_reject_permission_by_a_button_and_late_presses_are_told_the_truth(chatt
     fake.said("touch x.*Rejected by telegram")
     eventually(talk.settle)
     again = request(talk)
-    message = fake.said(f"^{named_talk(talk)} asks for your permission.\nBash: touch x$")
+    message = fake.said(f"^{named_talk(talk)} asks for your permission.\nBash: touch x\n[^.]*$")
     talk.ask("POST approve", {"permissionId": again["id"]})
     fake.said("touch x.*Approved by api")                 # whoever decided, the message says so
     assert "already approved by api" in fake.press("Reject", message)["text"]
@@ -10178,6 +10234,14 @@ def test_create_stream_token_dies_with_its_key(guarded):
         assert Page(guarded, token).status == 401
     assert page.ended()
     page.close()
+
+
+def test_tokens_of_an_old_secret_take_no_room_from_the_new_one(guarded):
+    made = mint(guarded, "sessions:read")
+    tokens = [stream_token(guarded, bearer(made)) for _ in range(aegis.TICKETS_EACH)]
+    fresh = guarded.ask(f"POST /v1/auth/keys/{made['id']}/rotate", {})
+    assert {Page(guarded, token).status for token in tokens} == {401}
+    assert stream_token(guarded, bearer(fresh))
 
 
 def test_create_stream_token_is_limited_for_each_key(guarded):
@@ -11060,6 +11124,32 @@ def test_post_mcp_takes_batches_of_the_one_revision_that_has_them(server):
         ("a", None), (None, -32600), (2, -32601), (3, -32600), (4, None)]
     silent = server.call("POST /mcp", [{"jsonrpc": "2.0", "method": "x"}])
     assert (silent.status, silent.raw) == (202, b"")
+
+
+def test_post_mcp_counts_each_message_of_a_batch(guarded):
+    key = bearer(mint(guarded, "sessions:read", rateLimit=5))
+    told = guarded.call("POST /mcp", [rpc("ping", number) for number in range(20)], key).json
+    assert ["result" in one for one in told] == [True] * 5 + [False] * 15
+    assert "too often" in told[-1]["error"]["message"]
+    assert [one["id"] for one in told] == list(range(20))
+
+
+def test_post_mcp_tells_nothing_more_when_the_key_has_expired(guarded):
+    talk = guarded.open()
+    talk.send("[[hang]]")
+    key = bearer(mint(guarded, "sessions:read", "sessions:all", ttlSeconds=2))
+    client = Mcp(guarded, NEWEST)
+    message, headers = client.message("tools/call", {"name": "read_session",
+                                                     "arguments": {"id": talk.id, "wait": "idle"}})
+    waiting = messages_of_stream(guarded, "POST", {
+        **headers, **key, "Accept": "application/json, text/event-stream", "Content-Type": "application/json"},
+        json.dumps(message))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(list, waiting)
+        eventually(lambda: guarded.call("GET /v1/sessions", headers=key).status == 401)
+        talk.ask("POST interrupt")
+        assert "result" not in heard.result()[-1] and "expired" in heard.result()[-1]["error"]["message"]
+    talk.kill()
 
 
 def test_post_mcp_wants_the_token_and_opens_no_tool_without_it(strict):
@@ -12331,6 +12421,17 @@ def test_bridge_answers_at_once_while_another_request_waits_and_cancels_that(ser
     assert [one for one in pipe.heard if one.get("id") == "long"] == []
 
 
+def test_bridge_cancels_what_has_hardly_begun(make, pipe):
+    talk = make()
+    talk.send("[[hang]]")
+    pipe.write(rpc("tools/call", "long", name="read_session", arguments={"id": talk.id, "wait": "idle"}),
+               {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "long"}})
+    assert pipe.ask("ping", "beside")["result"] == {}
+    talk.ask("POST interrupt")
+    assert pipe.ask("tools/call", "after", name="read_session", arguments={"id": talk.id, "wait": "idle"})["result"]
+    assert [one for one in pipe.heard if one.get("id") == "long"] == []
+
+
 def test_bridge_writes_nothing_but_messages(pipe):
     pipe.write(b"\n", b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"NaN\n", [rpc("ping", 1)], {"zebra": 1})
     wrong = eventually(lambda: len(pipe.heard) >= 7 and pipe.heard[1:])
@@ -12367,9 +12468,20 @@ def test_bridge_lives_on_when_the_server_restarts(house):
     own = house(AEGIS_AGENT="demo")
     one = Pipe(own)
     one.ask("initialize", 0, protocolVersion="2025-11-25", capabilities={})
+    uri = "aegis://memory/watched"
+    own.ask("POST /v1/memory", {"key": "watched", "value": 0})
+    assert one.ask("resources/subscribe", "s", uri=uri)["result"] == {}
+
+    def told_of_a_change() -> bool:
+        count = len(one.heard)
+        own.ask("POST /v1/memory", {"key": "watched", "value": count})
+        return any(message.get("params", {}).get("uri") == uri for message in list(one.heard))
+    eventually(told_of_a_change)
     own.crash()
     assert one.ask("ping", 1)["error"]["code"] == -32000
     own.start()
+    one.heard.clear()
+    eventually(told_of_a_change)     # the new server knew nothing of what was watched
     assert one.ask("ping", 2)["result"] == {} and one.close() == 0
 
 
@@ -12591,7 +12703,10 @@ def test_a_verbs_fields_are_read_as_the_row_wants_them(words, wanted):
     ("run x --policy {", "must be a JSON object"), ("call dance", "there is no tool 'dance'"),
     ("call red_session", "did you mean `read_session`?"), ("run x --timeout soon", "invalid float value"),
     ("pipeline create /no/such", "must be a JSON object"), ("attach", "required: SESSION"),
-    ("ls --url nowhere", "is no address of a server"), ("ls --token @/no/such", "the token cannot be read"),
+    ("memory get \udcff", "not UTF-8"), ("audit polish", "invalid choice"), ("doctor --bogus", "unrecognized"),
+    ("mcp --bogus", "unrecognized"), ("bench --bogus", "unrecognized"), ("--bogus", "unrecognized"),
+    ("selftest", "--screens"), ("ls --url nowhere", "is no address of a server"),
+    ("ls --token @/no/such", "the token cannot be read"),
 ], ids=lambda one: one)
 def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(server, capsys, monkeypatch, words, why):
     monkeypatch.setenv("AEGIS_URL", f"http://127.0.0.1:{server.port}")
@@ -12794,10 +12909,9 @@ def test_run_waits_for_somebody_elses_decision_when_told(server):
     name = f"wait-{uuid.uuid4().hex[:6]}"
     running = cli_process(server, "run", "[[bash rm x]] [[say well]]", "--requests", "wait", "--name", name,
                           stderr=subprocess.PIPE)
-    eventually(lambda: told(server, "show", name)["pendingPermission"])
+    assert any(b"waiting for a decision: Bash: rm x" in line for line in running.stderr)
     assert told(server, "approve", name)["decision"] == "approved"
-    out, err = running.communicate(timeout=WITHIN)
-    assert (running.returncode, out) == (0, b"well\n") and b"waiting for a decision: Bash: rm x" in err
+    assert (running.communicate(timeout=WITHIN)[0], running.returncode) == (b"well\n", 0)
 
 
 def test_run_at_a_terminal_asks_and_only_yes_means_yes(server, person):
@@ -12953,6 +13067,34 @@ def test_ls_watch_in_a_pipe_prints_what_changed(server, make):
             pass
         watching.terminate()
     assert watching.returncode == 143
+
+
+def test_an_id_is_meant_before_a_name_that_looks_like_it(server, make):
+    meant = make()
+    trap = make(name=meant.id)
+    assert told(server, "kill", meant.id)["id"] == meant.id
+    assert (meant.status, trap.status) == ("killed", "idle")
+
+
+def test_a_command_cannot_draw_beyond_the_bar_that_shows_it(server, person):
+    fake = f"rm -rf ~/precious;:{' ' * 40}└ (decided){' ' * 70}┌ Bash asks for permission{' ' * 50}│ Bash: ls"
+    one = person("run", f"[[bash {fake}]] [[say fine]]", columns=80)
+    one.sees(r"y yes")
+    drawn = re.sub("\x1b\\[[?0-9;]*[A-Za-z]", "", one.drawn).replace("\r", "").split("\n")
+    begin = next(place for place, row in enumerate(drawn) if row.startswith("┌ Bash asks"))
+    end = max(place for place, row in enumerate(drawn) if "y yes" in row)
+    assert end - begin > 3 and all(row.startswith("│") and aegis.cells(row) <= 80 for row in drawn[begin + 1:end])
+    one.types("n\n")
+
+
+@alone
+def test_run_comes_through_a_restart_of_the_server(house):
+    own = house(AEGIS_AGENT="demo")
+    with cli_process(own, "run", "[[slow 3]] [[say well]]", "--name", "lasting", stderr=subprocess.DEVNULL) as running:
+        eventually(lambda: own.ask("GET /v1/sessions?status=working")["sessions"])
+        own.crash()
+        own.start()
+        assert (running.communicate(timeout=2 * WITHIN)[0], running.returncode) == (b"well\n", 0)
 
 
 def viewed(server: Server) -> bool:
