@@ -757,6 +757,8 @@ def complaint(field: Field, value: Any) -> Optional[str]:
     fitting = next((kind for kind in kinds if TYPES[kind][0](value)), None)
     if fitting is None:
         return "must be " + " or ".join(TYPES[kind][1] for kind in kinds)
+    if fitting == "null":
+        return None   # bounds are for the other types
     if fitting == "string" and _has_lone_surrogate(value):
         return "holds half a surrogate pair, which is not text"
     for keyword, (holds, says) in RULES.items():
@@ -2315,6 +2317,7 @@ class Tmux:
         if len(told) != 2:
             raise TmuxError("display-message", f"{self.program} does not answer as tmux does: set AEGIS_TMUX (--tmux)")
         self.server_pid, self.version = told
+        self._end_orphans()
         self.resizes_hidden = tuple(map(int, re.findall(r"\d+", self.version)[:2])) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
@@ -2340,6 +2343,20 @@ class Tmux:
         with self.lock:
             self.client, self.error, self.waiters = client, None, collections.deque()
             self.connects += 1
+
+    def _end_orphans(self) -> None:
+        """End the control clients of an Aegis that was killed.
+
+        tmux keeps one whose pipe broke while it was written to; a server that is told to end then waits for it for
+        ever, and answers nobody meanwhile.
+        """
+        told = self.run(("list-clients", "-F", "#{client_control_mode}:#{client_pid}"))
+        for pid in [int(line[2:]) for line in told if line.startswith("1:")]:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                words = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE, check=False,
+                                       timeout=TMUX_TIMEOUT).stdout
+                if self.client and pid != self.client.pid and b"-C start-server ;" in words:
+                    os.kill(pid, signal.SIGKILL)
 
     def _read_forever(self) -> None:
         pause = 0.05
@@ -8568,8 +8585,8 @@ class Apart:
 
     def __init__(self, folder: Path, repository: Repository, seconds: float, objects: Sequence[Path] = ()) -> None:
         self.folder, self.root, self.until = folder, repository.root, time.monotonic() + seconds
-        for name in ("objects/info", "refs", "info"):
-            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (folder.parent, folder, *(folder / name for name in ("objects", "objects/info", "refs", "info"))):
+            path.mkdir(mode=0o700, exist_ok=True)   # git and copies leave files in them that others might read
         (folder / "HEAD").write_text("ref: refs/heads/none\n")
         off = "fsmonitor = false\n untrackedCache = false\n splitIndex = false\n quotePath = false\n"
         off += "".join(f" {name} = /dev/null\n" for name in ("hooksPath", "attributesFile", "excludesFile"))
@@ -9892,6 +9909,7 @@ def wire_template(row: TemplateRow) -> Json:
 
 MAX_KEY = 512                  # characters: a path fits
 MAX_ENTRY = 262_144            # bytes of one value as JSON; larger things belong into files
+MAX_LEVELS = 100               # levels of one value: it is written again as a part of answers, events and prompts
 MAX_ENTRIES = 10_000           # of one session, or of all together
 MAX_MEMORY = 67_108_864        # bytes of all values of one session, or of all together
 SWEEP_SECONDS = 5.0            # pause between two looks for what has expired
@@ -9929,7 +9947,7 @@ def check_version(known: Optional[MemoryRow], wanted: Optional[int], key: str) -
 def check_space(context: Context, session_id: str, more: int, size: int) -> None:
     """Refuse entries or bytes beyond what a memory may hold.  Raises ApiError 409."""
     count, held = context.store.pairs(
-        "SELECT count(*), coalesce(sum(size), 0) FROM memory WHERE session = ?", session_id)[0]
+        f"SELECT count(*), coalesce(sum(size), 0) FROM memory WHERE {MEMORY_ALIVE}", session_id, time.time())[0]
     if count + more > MAX_ENTRIES or (size > 0 and held + size > MAX_MEMORY):
         raise ApiError(409, "MEMORY_FULL", f"the memory is full ({count:,} of {MAX_ENTRIES:,} entries, {held:,} of "
                        f"{MAX_MEMORY:,} bytes): delete entries, or give them a time to live")
@@ -9938,6 +9956,8 @@ def check_space(context: Context, session_id: str, more: int, size: int) -> None
 def remember(context: Context, session_id: str, key: str, value: Any, seconds: Optional[float],
              if_version: Optional[int] = None) -> MemoryRow:
     """Set an entry, for so many seconds or for good.  Raises ApiError 400, 409, 413."""
+    if shallow(value, MAX_LEVELS) != value:
+        raise faulty({"value": f"is nested more than {MAX_LEVELS} deep"})
     raw, now = encode_value(value), time.time()
     with context.store.lock:
         known = find_entry(context, session_id, key)
@@ -10118,7 +10138,7 @@ def read_manifest(work_dir: str, name: str) -> Optional[str]:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode) or about.st_size > MANIFEST_BYTES:
             return None
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return None
 
@@ -10350,6 +10370,7 @@ class Verifier:
         self.context = context
         self.folder = context.run_dir
         self.slots = threading.BoundedSemaphore(CHECKS_AT_ONCE)
+        self.line: "collections.deque[str]" = collections.deque()   # checks that wait for a slot, the next one first
         self.cancelled: "set[str]" = set()
 
     def start(self) -> None:
@@ -10424,9 +10445,15 @@ class Verifier:
 
     def check_safely(self, row: CheckRow, work_dir: str) -> None:
         """Run one check when there is room; what the store refuses is found by the next look at the round."""
-        while not self.slots.acquire(timeout=0.2):
-            if self.quits(row.verify):
-                return
+        self.line.append(row.id)
+        try:   # in turn: a semaphore alone lets whoever has just released it take it again
+            while not (self.line[0] == row.id and self.slots.acquire(timeout=0.2)):
+                if self.quits(row.verify):
+                    return
+                if self.line[0] != row.id:
+                    self.context.stopping.wait(CHECK_LOOK)
+        finally:
+            self.line.remove(row.id)
         try:
             self.run_check(row, work_dir)
         except ApiError as error:
@@ -10566,8 +10593,8 @@ def insert_checks(rows: Sequence[CheckRow]) -> List[Statement]:
 
 def same_verify(context: Context, known: VerifyRow, checks: Sequence[Check], parallel: bool, fix: int) -> VerifyRow:
     """Give the verification that a key began.  Raises ApiError 409 when another one was wanted then."""
-    wanted = [(one.name, list(one.words)) for one in checks if not one.found]
-    stored = [(one.name, one.words) for one in checks_of(context, known.id, 0) if not one.found]
+    wanted = [(one.name, list(one.words), one.timeout) for one in checks if not one.found]
+    stored = [(one.name, one.words, one.timeout) for one in checks_of(context, known.id, 0) if not one.found]
     if (wanted, int(parallel), fix) != (stored, known.parallel, known.fix):
         raise ApiError(409, "IDEMPOTENCY_CONFLICT",
                        f"this Idempotency-Key began verification {known.id} from another body")
@@ -10965,6 +10992,7 @@ class Step(NamedTuple):
     depends_on: Sequence[str]
     state: str
     stops: bool                # its failure ends the pipeline
+    chat: str = ""             # the stage whose session its turns are in: one at a time
 
 
 class Plan(NamedTuple):
@@ -10983,7 +11011,11 @@ def plan_stages(steps: Sequence[Step], room: int) -> Plan:
     active = sum(one.state in ACTIVE_STAGES for one in steps)
     if any(one.state == "failed" and one.stops for one in steps):
         return Plan([], [one.name for one in waiting], None if active else "failed", False)
-    ready = [one.name for one in waiting if all(states[name] in ("done", "failed") for name in one.depends_on)]
+    talking, ready = {one.chat for one in steps if one.state in ACTIVE_STAGES}, []
+    for one in waiting:
+        if one.chat not in talking - {""} and all(states[name] in ("done", "failed") for name in one.depends_on):
+            talking.add(one.chat)
+            ready.append(one.name)
     start = ready[:max(0, room - active)]
     return Plan(start, [], None if waiting or active else "done", len(ready) > len(start))
 
@@ -11089,9 +11121,9 @@ class Runner:
             stages = stages_of(self.context, pipeline_id)
             changed = [self.observe(row, one) for one in stages]
             room = min(row.parallel, self.loop.room_for(pipeline_id))
-            decided = plan_stages([step_of(one) for one in changed], room)
+            decided = plan_stages(steps_of(changed), room)
             changed = [self.decide(one, decided, changed) for one in changed]
-            again = plan_stages([step_of(one) for one in changed], room)   # a start may have failed at once
+            again = plan_stages(steps_of(changed), room)   # a start may have failed at once
             self.store(row, stages, changed, again.outcome)
             self.loop.active[pipeline_id] = working = sum(one.state in ACTIVE_STAGES for one in changed)
             if again.outcome:
@@ -11169,7 +11201,7 @@ class Runner:
             same = next(one.session for one in stages if one.name in stage.depends_on)
             if not same:
                 return failed_stage(begun, "the stage that it follows has no session")
-            begun = begun._replace(session=same)
+            begun = begun._replace(session=same, base=stage.base if stage.session == same else None)   # all attempts'
         try:
             return begun._replace(text=stage_text(self.context, stage, stages, same or ""))
         except Unfilled as wrong:
@@ -11252,8 +11284,27 @@ class Runner:
                 spawn("aegis-ending", end_session, self.context, session_id,
                       f"its stage {name} of pipeline {row.id} is over")
 
+    def is_over(self, key: str) -> bool:
+        """Tell whether a key was made for a stage's attempt that is over."""
+        stage_id, found, _ = key.partition(" attempt ")
+        stage = self.context.store.row(StageRow, "stages", "id = ?", stage_id) if found else None
+        return bool(stage) and (stage.state not in ACTIVE_STAGES or stage_key(stage) != key)
+
     def end_left_over(self) -> None:
-        """End the sessions, of whatever attempt, that the last Aegis did not come to end; one resumed since stays."""
+        """End the verifications, turns and sessions, of whatever attempt, that the last Aegis did not come to end.
+
+        A session that was resumed since stays.
+        """
+        left = "ended_at IS NULL AND idempotency LIKE '% attempt %'"
+        for row in self.context.store.rows(VerifyRow, "verifies", left):
+            if self.is_over(row.idempotency or ""):
+                spawn("aegis-ending", cancel_verify, self.context.verifier, row.id)
+        for session in list(self.context.sessions.values()):
+            for prompt in [one for one in session.facts.prompts if one.ended_at is None]:
+                first = first_prompt(self.context, session.row.id)
+                key = session.row.idempotency if first and first.id == prompt.id else prompt.idempotency
+                if self.is_over(key or ""):
+                    spawn("aegis-ending", cancel_turn, self.context, session.row.id, prompt.id)
         for session_id, stage_id in begun_by(self.context, " attempt "):
             stage = self.context.store.row(StageRow, "stages", "id = ?", stage_id)
             row = find_pipeline(self.context, stage.pipeline) if stage else None
@@ -11288,9 +11339,13 @@ def needed_sessions(context: Context, stages: Sequence[StageRow]) -> "set[Option
     return needed | {by_name[name].session for one in open_ if one.spec["same"] for name in one.depends_on}
 
 
-def step_of(stage: StageRow) -> Step:
-    """Reduce a stage to what the plan needs."""
-    return Step(stage.name, stage.depends_on, stage.state, stage.spec["stops"])
+def steps_of(stages: Sequence[StageRow]) -> List[Step]:
+    """Reduce stages to what the plan needs."""
+    by_name = {one.name: one for one in stages}
+
+    def chat(stage: StageRow) -> str:
+        return chat(by_name[stage.depends_on[0]]) if stage.spec["same"] else stage.name
+    return [Step(one.name, one.depends_on, one.state, one.spec["stops"], chat(one)) for one in stages]
 
 
 def over_stage(stage: StageRow, state: str, reason: Optional[str]) -> StageRow:
@@ -11473,9 +11528,9 @@ def unambiguous_json(raw: str) -> Any:
         raise ValueError(f"{word} is no JSON")
     try:
         found = json.loads(raw, object_pairs_hook=unique, parse_int=plain_int, parse_constant=refuse)
+        return whole_text(found, raw.encode("utf-8", "replace"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return whole_text(found, raw.encode("utf-8", "replace"))
 
 
 def checked(fields: Mapping[str, Field], given: Any, where: str) -> Json:
@@ -11529,7 +11584,7 @@ def reach_verdict(rule: str, weights: Any, quorum: int, assessments: Mapping[int
     if len(assessments) < quorum:
         return None, f"{len(assessments)} of the {quorum} reviewers that it takes have answered"
     share = approval_share(assessments, weights if rule == "weighted" else None)
-    approved = share == 1 if rule == "unanimous" else share > 0.5
+    approved = share == 1 if rule == "unanimous" else share > 0.5 + 1e-9   # a tie of 0.1 + 0.2 against 0.3 is one
     return ("approved" if approved else "rejected"), f"{rule}: {100 * share:.3g} % approve"
 
 
@@ -11674,7 +11729,7 @@ class Panel:
         """Read a reviewer's answer; one that cannot be read is asked for once more."""
         try:
             told = read_assessment(said, row.criteria)
-        except ValueError as wrong:
+        except (ValueError, TypeError, RecursionError) as wrong:   # whatever is wrong with an answer ends no review
             why = "".join(char if char.isprintable() else " " for char in str(wrong))
             if one.again:
                 return over_reviewer(one, "failed", f"its answer could not be read, twice: {why}")
@@ -12155,7 +12210,7 @@ def swarm_page(context: Context, kind: Optional[str], state: Optional[str], page
     """Give a page of groups, newest first, and how many there are; only of sessions that the caller sees."""
     live = {id: row for id, row in live_rows(context).items() if sees(id)}
     groups = [group for name, grouper in GROUPERS.items() if kind in (None, name) for group in grouper(context, live)
-              if (state is None or group_state(group, live) == state) and all(map(sees, group.members or [""]))]
+              if (state is None or group_state(group, live) == state) and all(map(sees, group.members or [group.id]))]
     groups.sort(key=lambda one: -one.created_at)
     shown = groups[(page - 1) * limit:page * limit]
     gone = sorted({one for group in shown for one in group.members if one not in live})
@@ -16688,6 +16743,8 @@ def read_stage(ask: Ask, pipeline: PipelineRow, place: int, fields: Json, shared
     prompt = own_prompt if own_prompt is not None else template_prompt
     if prompt is None:
         raise faulty({"prompt": "is required, here or in the template"})
+    if own_prompt is not None:
+        check_words("prompt", own_prompt)
     if same and own:
         raise faulty({name: "belongs to a new session; session is same" for name in own})
     wanted: Optional[Json] = None
@@ -16862,6 +16919,8 @@ def read_weights(rule: str, given: Any, criteria: Sequence[str], reviewers: int)
         raise faulty({"weights": "belong to the rule weighted, and to that alone"})
     if given is None:
         return None
+    if isinstance(given, dict):
+        given = {" ".join(name.split()): value for name, value in given.items()}   # as criteria are
     values = list(given.values()) if isinstance(given, dict) else given
     if isinstance(given, dict) and set(given) != set(criteria):
         raise faulty({"weights": f"must name each criterion, and nothing else: {', '.join(criteria)}"})
@@ -16925,7 +16984,7 @@ def get_swarm(ask: Ask, kind: Optional[str], state: Optional[str], page: int, li
     def work() -> Json:
         context, only = ask.context, ask.who.only
         groups, total = swarm_page(context, kind, state, page, limit, lambda id: only is None or owner_of(
-            context, "/v1/sessions/:id", id)[1] == only)
+            context, "/v1/pipelines/:id" if id.startswith("pl-") else "/v1/sessions/:id", id)[1] == only)
         return {"groups": groups, "pagination": pagination(page, limit, total)}
     return Later(work)
 
@@ -18293,6 +18352,10 @@ def call(route: Route, ask: Ask, words: Mapping[str, str], query: Mapping[str, s
     if route.whole_body and body is None and not route.raw and route.scope != "hook":
         raise faulty({route.whole_body: "is required, as the JSON body; {} is an empty one, and says so"})
     given.update(from_words(route.takes, query))
+    if given.keys() & words.keys():
+        other = {name: word for name, word in words.items() if given.get(name, word) != word}
+        if other:
+            raise faulty({name: f"is {clip(word, 60)!r} in the path" for name, word in other.items()})
     given.update(words)
     values = validate(route.takes, given)
     named = {snake(name): value for name, value in values.items()}

@@ -50,6 +50,7 @@ import threading
 import time
 import types
 import unicodedata
+import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -842,8 +843,9 @@ def test_two_state_directories_never_share_a_tmux_socket():
 
 def test_the_state_directory_is_for_its_owner_alone(server):
     made = [server.state, *server.state.rglob("*")]
+    private = {path for path in made[1:] if path.is_dir() and path.stat().st_mode & 0o077 == 0}   # hold what they like
     open_to_others = [str(path) for path in made if path.exists() and path.lstat().st_mode & 0o077
-                      and not path.is_symlink()
+                      and not path.is_symlink() and not private & {*path.parents}
                       and not any(part in ("demo", "cache") for part in path.relative_to(server.root).parts)]
     assert open_to_others == [] and len(made) > 3
 
@@ -4736,7 +4738,9 @@ def raw_report(talk: Talk, raw: bytes) -> Answer:
 
 
 @pytest.mark.parametrize("name", ["PreToolUse", "PermissionRequest"])
-@pytest.mark.parametrize("given", ["9" * 5_000, "[" * 5_000 + "]" * 5_000, "{", '{"hook_event_name": "Stop"} x'])
+@pytest.mark.parametrize("given", [
+    pytest.param("9" * 5_000, marks=pytest.mark.skipif(not hasattr(sys, "get_int_max_str_digits"), reason="read here")),
+    "[" * 300_000 + "]" * 300_000, "{", '{"hook_event_name": "Stop"} x'], ids=("digits", "nested", "cut", "more"))
 def test_receive_hook_of_what_cannot_be_read_is_no_way_past_a_policy(talk, name, given):
     raw = f'{{"hook_event_name": "{name}", "tool_name": "Bash", "tool_input": {{"command": "rm x", "a": {given}}}}}'
     assert raw_report(talk, raw.encode()).status == 400
@@ -5639,6 +5643,19 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
         typed = talk.prompts().count(text)
         assert typed <= 1, f"typed twice when Aegis died after {moment} s"
         assert typed == 1 or sending.result() != 200, f"lost when Aegis died after {moment} s"
+
+
+@alone
+def test_the_control_client_of_an_aegis_that_was_killed_is_ended(house):
+    own = house()
+    words = ["tmux", "-u", "-L", own.socket, "-f", "/dev/null", "-C", *aegis.Tmux._first_words("-A")]
+    left = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=own.env)
+    with left:
+        eventually(lambda: len(own.tmux("list-clients", "-F", "#{client_pid}").split()) == 2)
+        own.crash()
+        own.start()
+        assert left.wait(WITHIN) and own.open().status == "idle"
+        assert len(own.tmux("list-clients", "-F", "#{client_pid}").split()) == 1
 
 
 @alone
@@ -6677,7 +6694,20 @@ def test_set_memory_refuses_more_than_a_memory_holds(tmp_path, monkeypatch):
         assert not code or (refused.value.status, refused.value.code) == (409, code)
     aegis.remember(context, "one session", "d", 1, None)
     assert store.value("SELECT count(*) FROM memory") == 4
+    for name in "abc":
+        aegis.remember(context, "short", name, 1, 0.01)
+    eventually(lambda: aegis.list_entries(context, "short", "", 1, 10)[1] == 0)
+    aegis.remember(context, "short", "d", 1, None)     # what has expired takes no room, swept or not
     store.close()
+
+
+def test_set_memory_refuses_what_is_nested_too_deeply_and_another_key_than_its_paths(server, key):
+    for depth, status in ((99, 200), (200, 400), (979, 400), (100_000, 400)):
+        answer = server.call("POST /v1/memory", f'{{"key": "{key}deep", "value": {"[" * depth}{"]" * depth}}}'.encode())
+        assert answer.status == status, (depth, answer.raw[:200])
+    answer = server.call(f"PUT /v1/memory/{key}one", {"key": f"{key}two", "value": 1})
+    assert answer.status == 400 and list(answer.json["fields"]) == ["key"]
+    assert server.ask(f"PUT /v1/memory/{key}one", {"key": f"{key}one", "value": 1})["key"] == f"{key}one"
 
 
 def test_set_memory_replaces_and_compares_versions(server, key):
@@ -6847,7 +6877,7 @@ FOUND = [   # files -> names and commands of what is found, with every tool inst
     ({"package.json": NPM, "yarn.lock": ""}, [("yarn lint", "yarn run lint"), ("yarn build", "yarn run build"),
                                              ("yarn test", "yarn run test")]),
     ({"package.json": '{"scripts": {"test": "echo \\"Error: no test specified\\" && exit 1"}}'}, []),
-    ({"package.json": "{}"}, []), ({"package.json": '{"scripts": {"test": 5}}'}, []),
+    ({"package.json": "\ufeff{}"}, []), ({"package.json": '{"scripts": {"test": 5}}'}, []),
     ({"Makefile": "CC := gcc\nall: x\n\ncheck test: all\n\tcc\ntest-x:\n.PHONY: lint\n"},
      [("make check", "make check"), ("make test", "make test")]),
     ({"GNUmakefile": "lint::\n\tx\n", "Makefile": "test:\n\tx\n"}, [("make lint", "make lint")]),
@@ -6963,14 +6993,26 @@ def test_verify_session_says_pass_or_fail_for_each(talk):
 
 def test_verify_session_finds_the_projects_checks_and_runs_them_in_its_directory(make, tmp_path):
     work = project(tmp_path / "w", {"Makefile": "lint:\n\tpwd > seen\ntest:\n\tfalse\n", "go.mod": "",
-                                    "node_modules/.bin/go": "!"})
+                                    "node_modules/.bin/go": "!", "node_modules/.bin/make": "!"})
     (work / "node_modules/.bin/go").write_text("#!/no/such/interpreter\n")
+    (work / "node_modules/.bin/make").write_text('#!/bin/sh\n[ "$1" = lint ] && pwd > seen\n')
     talk = make(workDir=str(work))
     told = talk.ask("POST verify")
     assert states(told) == {"make lint": "passed", "make test": "failed", "go build": "skipped", "go vet": "skipped",
                             "go test": "skipped"}
     assert (work / "seen").read_text().strip() == str(work) and told["passed"] is False
     assert "cannot be run" in told["checks"][-1]["reason"] and told["checks"][0]["found"] is True
+
+
+def test_verify_session_of_many_checks_keeps_no_other_waiting(make):
+    hogs, small = [make() for _ in range(aegis.CHECKS_AT_ONCE)], make()
+    with concurrent.futures.ThreadPoolExecutor(len(hogs)) as pool:
+        long = [pool.submit(verify, hog, *[check("sleep 0.1", f"c{place}") for place in range(25)]) for hog in hogs]
+        for hog in hogs:
+            hog.wait("verify.check")
+        told = verify(small, check("true", "mine"))
+        assert told["passed"] and not any(one.done() for one in long)
+        assert all(told["endedAt"] < one.result()["endedAt"] for one in long)
 
 
 def test_verify_session_says_that_nothing_was_checked(make, tmp_path):
@@ -7073,6 +7115,8 @@ def test_verify_session_with_an_idempotency_key_verifies_once(make, tmp_path):
     talk, body = make(), {"checks": [check(f"echo x >> {tmp_path}/ran")]}
     one, two = (talk.call("POST verify", body, Idempotency_Key="once").json for _ in range(2))
     assert one["id"] == two["id"] and (tmp_path / "ran").read_text() == "x\n"
+    longer = {**body, "checks": [{**one_, "timeout": 77} for one_ in body["checks"]]}
+    assert talk.call("POST verify", longer, Idempotency_Key="once").json["code"] == "IDEMPOTENCY_CONFLICT"
     other = talk.call("POST verify", {"checks": [check("false")]}, Idempotency_Key="once")
     assert (other.status, other.json["code"]) == (409, "IDEMPOTENCY_CONFLICT")
 
@@ -7480,6 +7524,7 @@ def test_create_pipeline_takes_templates_memory_and_defaults(server, key, tmp_pa
     ({"stages": [{"prompt": "{{nothing}}"}]}, "stages.0.prompt"),
     ({"stages": [{"prompt": "{{a b}}"}]}, "stages.0.prompt"),
     ({"stages": [{"prompt": "x", "session": "same"}]}, "stages.0.session"),
+    ({"stages": [{"prompt": "\u200b"}]}, "stages.0.prompt"),
     ({"stages": [{"prompt": "x"}, {"prompt": "x", "session": "same", "model": "m"}]}, "stages.1.model"),
     ({"stages": [{"prompt": "x", "workDir": "/no/such/place"}]}, "stages.0.workDir"),
     ({"stages": [{"prompt": "x", "retries": 11}]}, "stages.0.retries"), ({"stages": [{"prompt": "x", "verify": 5}]},
@@ -7526,6 +7571,34 @@ def test_create_pipeline_fails_with_a_session_that_somebody_ends(server):
     server.ask(f"DELETE /v1/sessions/{stage['sessionId']}")
     told = finished(server, made)
     assert come_to(told) == {"stage-1": "failed", "stage-2": "skipped"} and "killed" in told["reason"]
+
+
+def test_stages_in_one_session_take_turns_and_each_counts_its_own(server):
+    same = {"session": "same", "dependsOn": ["a"]}
+    made = pipeline(server, {"name": "a", "prompt": "[[say one]]"},
+                    {"name": "b", "prompt": "[[wait 0.3]] [[say two]]", **same},
+                    {"name": "c", "prompt": "[[say three]]", **same})
+    told = finished(server, made)
+    assert come_to(told) == dict.fromkeys("abc", "done") and len({one["sessionId"] for one in told["stages"]}) == 1
+    used = [one["tokenUsage"]["output"] for one in told["stages"]]
+    assert min(used) > 0 and sum(used) == told["tokenUsage"]["output"], used
+    b, c = told["stages"][1:]
+    assert max(b["startedAt"], c["startedAt"]) >= min(b["endedAt"], c["endedAt"])
+
+
+@alone
+def test_what_a_stage_left_running_when_it_timed_out_is_ended_after_a_crash(house):
+    own = house(AEGIS_AGENT="demo")
+    for _ in range(CRASHES):
+        made = pipeline(own, {"name": "a", "prompt": "[[say one]]"},
+                        {"name": "b", "prompt": "[[hang]]", "session": "same", "timeout": 0.3, "onFailure": "continue"},
+                        {"name": "c", "prompt": "[[say three]]", "session": "same"})
+        failed = "SELECT 1 FROM stages WHERE pipeline = ? AND name = 'b' AND state = 'failed'"
+        with contextlib.closing(sqlite3.connect(f"file:{own.state}/aegis.db?mode=ro", uri=True)) as books_:
+            while not books_.execute(failed, (made["id"],)).fetchone():   # its turn is ended right after
+                pass
+        own.crash().start()
+        assert come_to(finished(own, made)) == {"a": "done", "b": "failed", "c": "done"}
 
 
 def test_create_pipeline_tries_again_as_often_as_told(server, key):
@@ -7856,6 +7929,7 @@ VERDICTS = [   # rule, weights, quorum, assessments by place -> the verdict
     ("unanimous", None, 2, {0: Y, 2: Y}, "approved"), ("unanimous", None, 3, {0: Y, 2: Y}, None),
     ("weighted", [3, 1, 1], 2, {0: Y, 1: N, 2: N}, "approved"),
     ("weighted", [2, 1, 1], 2, {0: Y, 1: N, 2: N}, "rejected"),
+    ("weighted", [0.2, 0.3, 0.1], 1, {0: Y, 1: N, 2: Y}, "rejected"),   # a tie, whatever floats make of it
     ("weighted", [2, 1, 1], 2, {0: Y, 1: N}, "approved"), ("weighted", [0, 1, 0], 1, {0: Y, 2: Y}, "rejected"),
     ("weighted", {"a": 2, "b": 1}, 1, {0: HALF}, "approved"), ("weighted", {"a": 1, "b": 1}, 1, {0: HALF}, "rejected"),
     ("weighted", {"a": 1, "b": 3}, 2, {0: HALF, 1: Y}, "approved"), ("weighted", {"a": 0, "b": 3}, 2, {0: HALF, 1: N},
@@ -8027,6 +8101,16 @@ def test_review_session_with_an_idempotency_key_reviews_once_and_an_ended_sessio
     place.rmdir()
     assert talk.refusal("POST consensus", body) == (409, "WORKDIR_GONE")
     assert server.refusal("POST /v1/sessions/nobody/consensus", body) == (404, "SESSION_NOT_FOUND")
+
+
+def test_a_finding_without_a_line_is_an_answer_like_any(server, make):
+    told = ruled(server, review(make(), "approve | reject x | approve", criteria=["a  b"], rule="weighted",
+                                weights={"a  b": 2}))
+    assert (told["state"], told["verdict"]) == ("done", "approved")
+    assert [one["state"] for one in told["reviewers"]] == ["done"] * 3
+    for depth in range(900, 1_000):     # how deep is too deep follows from the stack
+        with pytest.raises(ValueError):
+            aegis.read_assessment("[" * depth + '"\\ud800"' + "]" * depth, ["a"])
 
 
 def test_get_consensus_holds_until_it_is_over_and_keeps_sessions_when_told(server, make):
@@ -12291,8 +12375,7 @@ def test_a_client_follows_events_through_a_restart(house):
     client.call("POST", "/v1/memory", {"key": "k1", "value": 1})
     assert next(events)["key"] == "k1"
     own.crash()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aegis, "COME_BACK_SECONDS", 0.2)
+    with unittest.mock.patch.object(aegis, "COME_BACK_SECONDS", 0.2):
         assert failure(lambda: next(events)).code in ("NO_SERVER", "CONNECTION_LOST")
 
 
@@ -12504,10 +12587,9 @@ def cli(server: Optional[Server], *words: str, stdin: str = "", **env: str) -> D
     """Run a command against a server, in this process: a start costs more than most of them do."""
     base = server.env if server else {**clean_environment(Path(tempfile.gettempdir())), "AEGIS_STATE_DIR": "/none"}
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(os, "environ", {**base, **env})
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
-        patch.setattr(signal, "signal", lambda *_: None)
+    patch = unittest.mock.patch.object
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch(os, "environ", {**base, **env}), patch(
+            sys, "stdin", io.StringIO(stdin)), patch(signal, "signal", lambda *_: None):
         return Done(aegis.main(words), out.getvalue(), err.getvalue())
 
 
