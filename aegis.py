@@ -11244,11 +11244,11 @@ class Runner:
             session = start_session(self.context, stage.spec["wanted"], stage.text or "", stage_key(stage),
                                     f"{clip(row.name, 40)}/{clip(stage.name, 30)}-{stage.id[-6:]}{stage.attempt}")
             prompt = first_prompt(self.context, session.row.id)
-        self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
             now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
             wanted = (now.state, now.attempt, now.starts) == ("running", stage.attempt, stage.starts)
             if wanted:
+                self.loop.inbox.runs[session.row.id] = row.id
                 self.context.bus.commit([update("stages", stage.id, {"session": session.row.id, "prompt": prompt.id})])
         if not wanted:   # cancelled or timed out while it was started
             self.abandon(row, stage._replace(session=session.row.id, prompt=prompt.id))
@@ -11673,9 +11673,13 @@ class Panel:
         self.loop.start()
 
     def end_left_over(self, session_id: str, one: Optional[ReviewerRow]) -> None:
-        """End a session that its reviewer needs no more, and that the last Aegis did not come to end."""
+        """End a session that its reviewer needs no more, or its turn, where the last Aegis did not come to do it."""
         row = find_consensus(self.context, one.consensus) if one else None
-        if row and one and not row.keep and (one.ended_at or session_id != (
+        if not row or not one:
+            return
+        if row.keep and one.ended_at and one.prompt:
+            spawn("aegis-ending", cancel_turn, self.context, session_id, one.prompt)
+        elif not row.keep and (one.ended_at or session_id != (
                 one.session or begun_under(self.context, reviewer_key(one)))):
             end_unless_resumed(self.context, session_id, row.ended_at, f"review {row.id} needs it no more")
 
@@ -11765,11 +11769,11 @@ class Panel:
             session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
                                     reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
             prompt = first_prompt(self.context, session.row.id)
-        self.loop.inbox.runs[session.row.id] = row.id
         with self.loop.lock:
             now = self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id)
             wanted = (now.state, now.again, now.starts) == ("reviewing", one.again, one.starts)
             if wanted:
+                self.loop.inbox.runs[session.row.id] = row.id
                 self.context.bus.commit([update("reviewers", one.id, {"session": session.row.id,
                                                                       "prompt": prompt.id})])
         if not wanted:   # cancelled or timed out while it was started
