@@ -2798,10 +2798,21 @@ def alive(pid: int) -> bool:
     return True
 
 
+def read_process(pid: Any, name: str) -> bytes:
+    """Read a process's file in /proc, in few steps: when an agent ends, those of all are read.  Raises OSError."""
+    handle, parts = os.open(f"/proc/{pid}/{name}", os.O_RDONLY), [b""]
+    try:
+        while len(parts) == 1 or len(parts[-1]) == 65_536:   # a short one is the last
+            parts.append(os.read(handle, 65_536))
+        return b"".join(parts)
+    finally:
+        os.close(handle)
+
+
 def is_zombie(pid: int) -> bool:
     """Tell whether a process has ended and only waits to be collected (Linux; elsewhere: no)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+        return read_process(pid, "stat").rpartition(b")")[2].split(None, 1)[0] == b"Z"
     except (OSError, IndexError):
         return False
 
@@ -2810,7 +2821,7 @@ def birth_of(pid: int) -> Optional[str]:
     """Tell when a process began; with its pid that names it for good, for pids are given out again."""
     if os.path.isdir("/proc/self"):
         try:
-            return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+            return read_process(pid, "stat").rpartition(b")")[2].split()[19].decode()
         except (OSError, IndexError):
             return None
     listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
@@ -2827,7 +2838,8 @@ def processes_with(name: str, value: str) -> List[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
-                if mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0") and not is_zombie(int(entry)):
+                held = read_process(entry, "environ")
+                if mark in held and mark in held.split(b"\0") and not is_zombie(int(entry)):
                     found.append(int(entry))
     return found
 
@@ -9201,8 +9213,7 @@ def process_parents() -> Iterator[Tuple[int, int]]:
         for name in os.listdir("/proc"):
             if name.isdigit():
                 with contextlib.suppress(OSError, IndexError, ValueError):
-                    fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
-                    yield int(name), int(fields[1])
+                    yield int(name), int(read_process(name, "stat").rpartition(b")")[2].split(None, 2)[1])
         return
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
@@ -10832,8 +10843,8 @@ class Loop:
         self.active.pop(run, None)
         for session_id in [one for one, of in list(self.inbox.runs.items()) if of == run]:
             self.inbox.runs.pop(session_id, None)
-        for other in list(self.hungry):
-            self.inbox.poke(other)
+        if self.hungry:
+            self.inbox.queue.put(None)   # a look at those that wait, as far as there is room
 
     def begin(self, item: str, run: str, work: Callable[[], None], fail: Callable[[str], None]) -> None:
         """Start something of a run in a thread, unless one is at it; `fail` is told why it could not be."""
