@@ -1315,10 +1315,12 @@ def test_stream_events_replays_exactly_what_was_missed(server, talk):
 
 
 def test_stream_events_without_after_begins_now(server, make):
+    before = make()
     fresh = Events(server, "/v1/events")
     eventually(lambda: fresh.connections)
     talk = make()
-    assert fresh.wait_for("session.created")["sessionId"] == talk.id
+    fresh.wait_for("session.created", talk.id)
+    assert fresh.of(before.id, "session.created") == []
     fresh.close()
 
 
