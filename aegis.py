@@ -9135,8 +9135,12 @@ def kill_session(context: Context, session_id: str, reason: str = "killed by the
             raise ApiError(503, "STORE_UNAVAILABLE", "the session is being ended, which is not recorded yet: ask again")
         settle_worktree(context, session, worktree)
         return session.row, False
-    part_from_children(context, session, children)
-    end_agent(session)
+    try:
+        part_from_children(context, session, children)
+        end_agent(session)
+    except Exception:
+        session.ending = False   # whoever asks next may try again
+        raise
     finish_surely(context, session, "killed", reason)
     settle_worktree(context, session, worktree)
     return session.row, True

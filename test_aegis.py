@@ -14681,7 +14681,8 @@ def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(m
         assert sum("could not be taken" in one for one in model.heard) == 2, "each was asked again once"
         assert all(one["tokenUsage"]["output"] > 0 for one in told["reviewers"])
         for one in told["reviewers"]:
-            eventually(lambda: own.ask(f"GET /v1/sessions/{one['sessionId']}")["status"] == "killed")
+            path = f"GET /v1/sessions/{one['sessionId']}"
+            assert eventually(lambda: own.ask(path)["endedAt"] and own.ask(path))["status"] == "killed"
     finally:
         own.close()
 
