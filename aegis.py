@@ -14624,7 +14624,7 @@ def audit(context: Context) -> None:
         context.log.note("warning", str(error))
         return
     lost = [one for one in known if one.row.pane not in panes or pane_tag(panes[one.row.pane]) != one.row.id]
-    lost = [one for one in lost if not one.ending]   # again: one that is killed meanwhile says so before its window goes
+    lost = [one for one in lost if not one.ending]   # again: who is killed meanwhile says so before their window goes
     for session in lost:
         detach(context, session)
     for session in lost:
