@@ -10389,7 +10389,12 @@ class Verifier:
         self.cancelled: "set[str]" = set()
 
     def start(self) -> None:
-        """Go on with the verifications that the last Aegis left."""
+        """Go on with the verifications that the last Aegis left; what it had no time to clear away goes."""
+        needed = {check_id for check_id, in self.context.store.pairs("SELECT id FROM checks WHERE ended_at IS NULL")}
+        for path in self.folder.glob("ck-*.*"):
+            if path.name.partition(".")[0] not in needed:
+                with contextlib.suppress(OSError):
+                    path.unlink()
         for row in self.context.store.rows(VerifyRow, "verifies", "ended_at IS NULL ORDER BY created_at"):
             spawn("aegis-verify", self.run, row.id)
 

@@ -7215,6 +7215,7 @@ def test_a_verification_goes_on_where_it_was_whatever_moment_aegis_dies_at(house
 @alone
 def test_a_check_that_vanished_with_its_box_is_run_again(house):
     own = house()
+    (own.state / "run" / "ck-over.output").write_text("of one that was killed just after its end")
     talk, book = own.open(), own.root / "book"
     told = verify(talk, check(f"echo $$ >> {book}; test $(wc -l < {book}) = 2 || sleep 300", "long"), wait=False)
     pid = int(eventually(lambda: book.read_text().strip()))
@@ -7222,6 +7223,7 @@ def test_a_check_that_vanished_with_its_box_is_run_again(house):
     os.killpg(pid, signal.SIGKILL) if os.getpgid(pid) == pid else os.killpg(os.getpgid(pid), signal.SIGKILL)
     eventually(lambda: not alive(pid))
     own.start()
+    assert not (own.state / "run" / "ck-over.output").exists()
     done = own.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=30")
     assert done["passed"] is True and len(book.read_text().split()) == 2
 
