@@ -24164,6 +24164,8 @@ def tail(job: Job) -> Optional[int]:
     """Follow what a session says, or all events; ends with the session."""
     if job.options.id is None or job.options.events:
         session = None if job.options.id is None else find_named(job.client, "sessions", job.options.id)
+        if session and job.client.call("GET", f"/v1/sessions/{session}")["status"] in ENDED:
+            return None   # nothing more will be told
         for event in job.client.events(**({"session": session} if session else {})):
             job.terminal.say(safe_json(event) if job.terminal.as_json else event_line(job.terminal, event))
             if event["type"] in ("session.exited", "session.killed") and session:

@@ -13104,11 +13104,14 @@ def test_tail_follows_a_session_to_its_end(server, make):
     talk.say("[[say second]]")
     assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say second]]\n", b"assistant  second\n"]
     talk.say("/help", "POST command")
+    while not select.select([following["events"].stdout], [], [], 0.1)[0]:    # it may only now have begun to listen
+        talk.say("[[say more]]")
     talk.kill()
     events = [json.loads(one) for one in following["events"].communicate(timeout=WITHIN)[0].splitlines()]
     assert events[-1]["type"] == "session.killed" and {one["sessionId"] for one in events} == {talk.id}
     following["text"].communicate(timeout=WITHIN)
     assert [one.returncode for one in following.values()] == [0, 0]
+    assert cli(server, "tail", talk.id, "--events").returncode == 0
 
 
 # ============================================================================
