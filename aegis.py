@@ -2350,12 +2350,13 @@ class Tmux:
         tmux keeps one whose pipe broke while it was written to; a server that is told to end then waits for it for
         ever, and answers nobody meanwhile.
         """
+        own = self.client.pid if self.client else None
         told = self.run(("list-clients", "-F", "#{client_control_mode}:#{client_pid}"))
-        for pid in [int(line[2:]) for line in told if line.startswith("1:")]:
+        for pid in [int(line[2:]) for line in told if line.startswith("1:")] if own else []:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                words = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE, check=False,
-                                       timeout=TMUX_TIMEOUT).stdout
-                if self.client and pid != self.client.pid and b"-C start-server ;" in words:
+                if pid != own and b"-C start-server ;" in subprocess.run(
+                        ["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE, check=False,
+                        timeout=TMUX_TIMEOUT).stdout:
                     os.kill(pid, signal.SIGKILL)
 
     def _read_forever(self) -> None:
@@ -11320,8 +11321,9 @@ class Runner:
             if self.is_over(row.idempotency or ""):
                 spawn("aegis-ending", cancel_verify, self.context.verifier, row.id)
         for session in list(self.context.sessions.values()):
-            for prompt in [one for one in session.facts.prompts if one.ended_at is None]:
-                first = first_prompt(self.context, session.row.id)
+            under_way = [one for one in session.facts.prompts if one.ended_at is None]
+            first = first_prompt(self.context, session.row.id) if under_way else None
+            for prompt in under_way:
                 key = session.row.idempotency if first and first.id == prompt.id else prompt.idempotency
                 if self.is_over(key or ""):
                     spawn("aegis-ending", cancel_turn, self.context, session.row.id, prompt.id)
