@@ -7713,7 +7713,7 @@ def test_many_pipelines_end_and_cost_little(house):
     assert {own.ask(f"GET /v1/pipelines/{one['id']}")["state"] for one in made} == {"done"}
     spent, took = aegis.cpu_seconds(own.process.pid) - spent, time.monotonic() - began
     print(f"{PIPELINES} pipelines: {took:.1f} s, {spent:.2f} s of CPU, {100 * spent / took:.1f} % of a core")
-    assert spent / (5 * PIPELINES) < 0.05, f"{spent:.2f} s of CPU: an agent's own start costs more than 0.1 s"
+    assert spent / took < (0.1 if PIPELINES >= 100 else 0.5), f"{spent:.2f} s of CPU in {took:.1f} s"
 
 
 @alone
