@@ -6754,6 +6754,7 @@ def _digest_end(session: Session, entry: Entry) -> None:
 CLAIM_SECONDS = 2.0      # without any evidence for so long, the agent took our answer
 LIKELY_SECONDS = 0.6     # a sign that fits our answer is believed after so long without proof to the contrary
 STEADY_SECONDS, STEADY_LOOKS = 0.03, 10   # looks so far apart that agree show a screen which nobody is drawing
+REDRAW_SECONDS = 0.5     # a dialog that is being drawn again, on a busy box in pieces, is whole after so long
 DIFF_CHARACTERS, DIFF_LINES = 60_000, 1_500   # of each side: difflib's cost grows with their product
 
 OURS, LIKELY, TERMINAL = "ours", "likely", "terminal"   # whose answer the agent took
@@ -7200,6 +7201,24 @@ def same_dialog(one: Optional[Reading], other: Reading) -> bool:
         other.title, [row.label for row in other.options], uncursored(other.excerpt))
 
 
+def above_rows(reading: Reading) -> List[str]:
+    """Give what stands over a dialog's rows: what is asked, and about what."""
+    lines = uncursored(reading.excerpt).split("\n")
+    first = reading.options[0].label if reading.options else None
+    at = max((index for index, line in enumerate(lines) if ROW_MARKS.sub("", line).rstrip() == first), default=len(lines))
+    return [line.strip() for line in lines[:at]]
+
+
+def akin(one: Optional[Reading], other: Reading) -> bool:
+    """Tell whether two looks show one dialog, one of them perhaps half drawn, or a row of it written into.
+
+    It is drawn from the top, and what is asked stands over the rows: that must be the same to the letter.
+    """
+    return one is not None and bool(one.options and other.options) and above_rows(one) == above_rows(other) and all(
+        theirs.selected or mine.label.startswith(theirs.label) or theirs.label.startswith(mine.label)
+        for mine, theirs in zip(one.options, other.options))
+
+
 def alike(one: Reading, other: Reading) -> bool:
     """Tell whether two looks agree: on the dialog, or on there being none."""
     return one.kind == other.kind and (not one.options or same_dialog(one, other))
@@ -7216,17 +7235,20 @@ def steady_look(context: Context, session: Session) -> Reading:
     return reading
 
 
-def seen_twice(session: Session, request_id: str, reading: Reading) -> bool:
-    """Tell whether the look before agreed about a request's dialog; the next look is asked for when it did not."""
+def seen_twice(session: Session, request_id: str, reading: Reading, apart: float = STEADY_SECONDS) -> bool:
+    """Tell whether an earlier look agreed about a request's dialog; the next look is asked for when none did."""
     now = time.monotonic()
     before, at = session.glimpses.get(request_id, (None, now))
     if before is None or not alike(before, reading):
         before, at = reading, now
     session.glimpses[request_id] = (reading, at)
-    if now - at >= STEADY_SECONDS:
+    if now - at >= apart:
         return True
-    session.context.look_later(session, 2 * STEADY_SECONDS)
+    session.context.look_later(session, apart + STEADY_SECONDS)
     return False
+
+
+ROW_MARKS = re.compile(r"^\s*(?:\d{1,2}\.\s+)?(?:\[[ ✔x]\]\s*)?")
 
 
 def uncursored(excerpt: str) -> str:
@@ -7275,35 +7297,44 @@ def place_of(reading: Reading, wanted: Callable[[Option], bool]) -> Optional[int
     return next((index for index, row in enumerate(reading.options) if wanted(row)), None)
 
 
-def choose_row(context: Context, session: Session, bound: Reading, wanted: Callable[[Option], bool],
-               seconds: float = 10.0) -> Optional[Reading]:
-    """Choose a dialog's row by its text: move, look, and press Enter only when the cursor has rested on it.
-
-    Gives the screen that followed, or None when the dialog was another one or has no such row.  Keys within 150 ms
-    of a dialog's appearance are lost, and a key that is late must not meet the next one: each key waits until its
-    effect was seen.
-    """
-    rested, seen, pressed_at = 0, -1, 0.0
-    entered, status_then = False, read_status_file(session)
-    until = time.monotonic() + seconds
+def watch_dialog(context: Context, session: Session, bound: Reading, patience: Callable[[], float],
+                 seconds: float = 10.0) -> Iterator[Reading]:
+    """Look at a dialog again and again; ends when it was not seen whole for `patience()` seconds.  Raises TmuxError."""
+    until, whole_at = time.monotonic() + seconds, time.monotonic()
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
         reading = look(context, session)
-        if not same_dialog(bound, reading):
-            reading = steady_look(context, session)
-        if not same_dialog(bound, reading):
-            return reading if entered else None
+        if akin(bound, reading) and any(map(is_selected, reading.options)):
+            yield reading
+            whole_at = time.monotonic()
+        elif time.monotonic() - whole_at > patience():
+            return
+
+
+def choose_row(context: Context, session: Session, bound: Reading, wanted: Callable[[Option], bool],
+               seconds: float = 10.0) -> bool:
+    """Choose a dialog's row by its text: move, look, and press Enter only when the cursor has rested on it.
+
+    False when the dialog was another one or has no such row.  Keys within 150 ms of a dialog's appearance are lost,
+    and a key that is late must not meet the next one: each key waits until its effect was seen.
+    """
+    rested, seen, pressed_at = 0, -1, 0.0
+    entered, status_then, row_at = False, read_status_file(session), time.monotonic()
+    for reading in watch_dialog(
+            context, session, bound, lambda: STEADY_SECONDS if entered else REDRAW_SECONDS, seconds):
+        if entered and (not same_dialog(bound, reading) or status_then != read_status_file(session)):
+            return True   # the agent has moved on: the same words may be another dialog's
         row, now = place_of(reading, wanted), place_of(reading, is_selected)
+        if row is None and time.monotonic() - row_at > REDRAW_SECONDS:
+            return False
         if row is None or now is None:
-            return None
-        if entered and status_then != read_status_file(session):
-            return reading   # the agent has moved on: the same words are another dialog's
-        rested, seen = (rested + 1 if now == seen else 0), now
+            continue
+        row_at, rested, seen = time.monotonic(), (rested + 1 if now == seen else 0), now
         if rested < 3 or time.monotonic() - pressed_at < (0.5 if row == now else 1.0):
             continue
         session.note("screen", "choosing" if row == now else "moving", reading.options[row].label)
         press(context, session, "Enter" if row == now else "Down" if row > now else "Up")
-        entered, pressed_at, rested = row == now, time.monotonic(), 0
-    return None
+        entered, bound, pressed_at, rested = row == now, reading, time.monotonic(), 0
+    return entered
 
 
 ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that means it; never a digit, for they vary
@@ -7346,31 +7377,20 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
             elif row == "rejected" and message:
                 obeyed = reject_with_words(context, session, bound, message)
             else:
-                obeyed = choose_row(context, session, bound, ROWS[row]) is not None
+                obeyed = choose_row(context, session, bound, ROWS[row])
             request = session.facts.request(request_id)
             if request:
                 see_outcome(session, request, OURS if obeyed else TERMINAL)
 
 
-def stands(reading: Reading, bound: Reading, changed: bool) -> bool:
-    """Tell whether a dialog still stands; once keys have changed it, any dialog of its kind is taken for it."""
-    return reading.kind in ("permission_prompt", "asking") and (changed or same_dialog(bound, reading))
-
-
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
     """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
-    until = time.monotonic() + 10.0
-    tabbed, typed, seen_at = False, False, time.monotonic()
-    while time.monotonic() < until and not session.ending and not context.stopping.wait(0.06):
-        reading = look(context, session)
-        if not stands(reading, bound, tabbed):
-            reading = steady_look(context, session)
-        if not stands(reading, bound, tabbed):
-            return typed
+    tabbed, typed, pressed_at = False, False, time.monotonic()
+    for reading in watch_dialog(context, session, bound, lambda: STEADY_SECONDS if typed else REDRAW_SECONDS):
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
-        if row is None or now is None or time.monotonic() - seen_at < 0.3:
+        if row is None or now is None or time.monotonic() - pressed_at < 0.3:
             continue
-        seen_at = time.monotonic()
+        pressed_at = time.monotonic()
         if now != row:
             press(context, session, "Down" if row > now else "Up")
         elif not tabbed:
@@ -7381,7 +7401,7 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
             typed = True
         else:
             press(context, session, "Enter")
-    return False
+    return typed
 
 
 def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
@@ -7566,7 +7586,7 @@ def answer_page(context: Context, session: Session, question: Json, labels: Sequ
         reading = steady_look(context, session)
         if label not in known:
             return write_answer(context, session, reading, label, question["multiSelect"])
-        if choose_row(context, session, reading, lambda row: row.label == label) is None:
+        if not choose_row(context, session, reading, lambda row: row.label == label):
             return False
     if question["multiSelect"]:
         press_and_see(context, session, "Right")
@@ -7941,7 +7961,7 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         session.unasked = None
     dialog = reading.kind not in ("idle", "working", "unknown", "login", "dead")
     if facts.pending:
-        weigh_pending(session, reading, dialog, status is not None and status.status == "waiting")
+        weigh_pending(session, reading, dialog, status is not None and status.status == "waiting", seen_at)
         return
     if reading.kind in ("permission_prompt", "asking") and age(session.decided_at) < SETTLE_SECONDS:
         session.context.look_later(session, 0.3)
@@ -7976,7 +7996,7 @@ def weigh_unasked(session: Session, reading: Reading) -> None:
     The client draws a dialog while its hook is still being answered, and takes it away when the policy allowed it.
     """
     now = time.monotonic()
-    if session.unasked is None or not same_dialog(session.unasked[0], reading):
+    if session.unasked is None or not akin(session.unasked[0], reading):
         session.unasked = (reading, now)
     if now - session.unasked[1] < UNASKED_SECONDS:
         session.context.look_later(session, 0.3)
@@ -7985,12 +8005,14 @@ def weigh_unasked(session: Session, reading: Reading) -> None:
     open_screen_request(session, reading)
 
 
-def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool) -> None:
+def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool, seen_at: float) -> None:
     """See whether a person answered the dialog of a request: it stood there, and is gone or another.
 
     A subagent's request shows no dialog while it is held; the others come strictly one after another.
     """
-    for request in [one for one in session.facts.pending if not one.subagent or one.id not in session.holds]:
+    for request in session.facts.pending:
+        if request.asked_at > seen_at or (request.subagent and request.id in session.holds):
+            continue
         bound = session.dialogs.get(request.id)
         if dialog and request.id in session.holds:
             session.dialog_seen = True
@@ -7998,7 +8020,8 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool)
         elif dialog and bound is None and speaks_of(reading, request):
             if seen_twice(session, request.id, reading):
                 session.dialogs[request.id] = reading
-        elif dialog and bound is not None and same_dialog(bound, reading):
+        elif dialog and bound is not None and (
+                akin(bound, reading) or (request.tool in QUESTION_TOOLS and speaks_of(reading, request))):
             session.glimpses.pop(request.id, None)
         elif dialog or (
             reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
@@ -8006,7 +8029,7 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool)
             fresh = time.monotonic() - session.adopted_at < ADOPT_SECONDS
             if bound is None and request.id not in session.holds and (fresh or waits):
                 session.context.look_later(session, 0.2)   # asked just before the restart, it is yet to be drawn
-            elif seen_twice(session, request.id, reading):
+            elif seen_twice(session, request.id, reading, REDRAW_SECONDS if dialog else STEADY_SECONDS):
                 dialog_left(session, request, reading)
 
 
@@ -9265,7 +9288,7 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
     decision = {"behavior": "deny", "message": "Interrupted.", "interrupt": True}
     if not claim(session, request.id, "interrupted", by, decision, "interrupted"):
         return
-    if bound and same_dialog(bound, look(context, session)):
+    if bound and akin(bound, look(context, session)):
         press_once(context, session, "Escape")
     confirm_claim(session, request.id)
 
@@ -9273,8 +9296,8 @@ def interrupt_request(context: Context, session: Session, request: PermissionRow
 def choose_in_dialog(context: Context, session: Session, dialog: Reading, label: str) -> None:
     """Choose a row of a dialog that no hook told of.  Raises ApiError 409 when it is another one now."""
     with session.key_lock:
-        after = choose_row(context, session, dialog, lambda row: row.label == label)
-    if after is None:
+        chosen = choose_row(context, session, dialog, lambda row: row.label == label)
+    if not chosen:
         raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
     inspect(context, session)
 

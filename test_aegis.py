@@ -5680,6 +5680,38 @@ def test_a_prompt_is_not_typed_again_into_an_agent_that_may_yet_read_it(house):
     assert talk.prompts() == ["[[say thawed]]", "[[say on]]"], "the agent read it late, and once"
 
 
+SLOW_TERMINAL = """
+import os, pty, sys, time
+def read(fd):
+    data = os.read(fd, 4096)
+    while b"proceed?" in data or len(data) > 150 and b"Yes" in data:
+        os.write(1, data[:150])
+        time.sleep(0.05)
+        data = data[150:]
+    return data or os.read(fd, 4096)
+pty.spawn(sys.argv[1:], read)
+"""
+
+
+@alone
+def test_a_dialog_that_is_drawn_in_pieces_is_decided_by_keys_once(house):
+    own = house()
+    words = " ".join(map(shlex.quote, [sys.executable, "-c", SLOW_TERMINAL, sys.executable, str(AEGIS), "demo-agent"]))
+    decisions = {"approve": "approved", "reject": "rejected"}
+    talks = {decision: own.open(command=["/bin/sh", "-c", f'{words} "$@"; exit', "sh"]) for decision in decisions}
+    for talk in talks.values():
+        talk.send("[[bash touch f]] [[say on]]")
+        talk.wait("permission.requested")
+    own.crash()
+    own.start()
+    for decision, state in decisions.items():
+        talk = talks[decision]
+        assert talk.ask(f"POST {decision}", {})["permission"]["state"] == state
+        talk.wait("turn.ended")
+        assert ("pretended: touch f" in Path(talk.get()["transcriptPath"]).read_text()) == (state == "approved")
+        assert [one["state"] for one in talk.ask("GET permissions")["history"]] == [state]
+
+
 class Diary:
     """A workload's own account of what it asked for, to hold Aegis' books against."""
 
