@@ -5790,6 +5790,7 @@ class Session:
         self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
         self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
         self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
+        self.lost_answers: Dict[str, PermissionRow] = {}   # requests whose answer seemed not to have arrived -> as claimed
         self.glimpses: Dict[str, Tuple[Reading, float]] = {}   # requests -> the last look, and since when looks agree
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
@@ -7105,12 +7106,27 @@ def settle_claim(session: Session, request_id: str) -> None:
         )
 
 
-def settle(session: Session, request_id: str, state: str, by: str, why: str) -> bool:
-    """Close a request for good; False when it was closed before.  Whoever still holds it lets go."""
+def settle_unclaimed(session: Session, request: PermissionRow, allowed: Optional[bool], why: str) -> None:
+    """Close a request that nobody of ours has answered, but perhaps the Aegis before us; else it was the terminal."""
+    lost = session.lost_answers.get(request.id)
+    if lost and allowed in (None, lost.claim == "approved"):
+        state = "rejected" if lost.claim == "interrupted" else str(lost.claim)
+        settle(session, request.id, state, str(lost.decided_by), f"the answer was not lost: {why}", lost)
+    else:
+        settle(session, request.id, "answered_in_terminal", "terminal", why)
+
+
+def settle(session: Session, request_id: str, state: str, by: str, why: str,
+           answered: Optional[PermissionRow] = None) -> bool:
+    """Close a request for good; False when it was closed before.  Whoever still holds it lets go.
+
+    answered: the request with the answer that counts, if that is not the one it has now.
+    """
     with session.lock:
         request = session.facts.request(request_id)
         if request is None:
             return False
+        request = answered or request
         closed = request._replace(state=state, claim=None, decided_by=by, decided_at=time.time())
         if by != request.decided_by:
             closed = closed._replace(message=None, rule=None)
@@ -7118,7 +7134,7 @@ def settle(session: Session, request_id: str, state: str, by: str, why: str) -> 
             change.set(pending=tuple(one for one in change.facts.pending if one.id != request_id))
             record_closed(change, closed)
         hold = session.holds.pop(request_id, None)
-        for kept in (session.dialogs, session.outcomes, session.glimpses):
+        for kept in (session.dialogs, session.outcomes, session.glimpses, session.lost_answers):
             kept.pop(request_id, None)   # type: ignore[attr-defined]
         session.decided_at = time.time()
     if hold:
@@ -7145,7 +7161,7 @@ def tool_ran(session: Session, body: Json) -> None:
     if request is None:
         return
     if request.claim is None:
-        settle(session, request.id, "answered_in_terminal", "terminal", "the tool ran")
+        settle_unclaimed(session, request, True, "the tool ran")
     else:
         see_outcome(session, request, LIKELY if request.claim == "approved" else TERMINAL)
 
@@ -7158,7 +7174,7 @@ def batch_ended(session: Session, body: Json) -> None:
         if request is None or session.outcomes.get(request.id) == LIKELY:
             continue
         if request.claim is None:
-            settle(session, request.id, "answered_in_terminal", "terminal", "it was refused")
+            settle_unclaimed(session, request, False, "it was refused")
         elif request.claim == "rejected":
             said = canonical(str(call_.get("tool_response") or ""))   # what is typed loses its line breaks
             ours = not said or canonical(request.message or "") in said
@@ -7184,12 +7200,15 @@ def digest_decisions(session: Session, entries: Sequence[Entry]) -> None:
         request = next((one for one in session.facts.pending if one.use and one.use == entry.tool_use_id), None)
         if request is None or (request.claim and request.id in session.dialogs):
             continue   # answered by keys: decide_on_screen() sees whose they were
-        ours = (entry.decided_by == "hook" and request.claim != "interrupted") or (
-            entry.decided_by == "user-rejected" and request.claim == "interrupted")
+        answered = request if request.claim else session.lost_answers.get(request.id, request)
+        ours = (entry.decided_by == "hook" and answered.claim != "interrupted") or (
+            entry.decided_by == "user-rejected" and answered.claim == "interrupted")
         if request.claim:
             see_outcome(session, request, OURS if ours else TERMINAL)
         elif entry.kind == "result":
-            settle(session, request.id, "answered_in_terminal", "terminal", f"the transcript says {entry.decided_by}")
+            if not ours:
+                session.lost_answers.pop(request.id, None)
+            settle_unclaimed(session, request, None, f"the transcript says {entry.decided_by}")
 
 
 # -- by keys, when nobody holds the request open
@@ -7380,7 +7399,8 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
                 obeyed = choose_row(context, session, bound, ROWS[row])
             request = session.facts.request(request_id)
             if request:
-                see_outcome(session, request, OURS if obeyed else TERMINAL)
+                lost = session.lost_answers.get(request_id)   # perhaps it was not, and the dialog went by that
+                see_outcome(session, request, OURS if obeyed or (lost and lost.claim == request.claim) else TERMINAL)
 
 
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
@@ -7433,6 +7453,12 @@ def check_row(context: Context, session: Session, request: PermissionRow, row: s
                        f"was over), and its dialog has no row {what}: it offers {rows}")
 
 
+def free_again(session: Session, request_id: str) -> bool:
+    """Tell whether nobody's answer to a request is on its way: it was taken, or it was lost."""
+    request = session.facts.request(request_id)
+    return request is None or request.claim is None
+
+
 def decide(context: Context, session: Session, request: PermissionRow, state: str, decision: Json,
            message: Optional[str] = None, always: bool = False, by: str = "api") -> PermissionRow:
     """Decide a request for a caller, through its held hook or else by keys.
@@ -7448,7 +7474,9 @@ def decide(context: Context, session: Session, request: PermissionRow, state: st
             check_unchanged(request, decision)
         claimed = claim(session, request.id, state, by, decision, message)
     if not claimed:
-        session.wait(lambda: session.facts.request(request.id) is None, CLAIM_SECONDS + 0.5)
+        session.wait(lambda: free_again(session, request.id), CLAIM_SECONDS + 0.5)
+        if session.facts.request(request.id) and free_again(session, request.id):   # the other answer did not arrive
+            return decide(context, session, request, state, decision, message, always, by)
         raise decided_refusal(session, request.id)
     if not held:
         decide_on_screen(context, session, request.id, row, message)
@@ -8036,7 +8064,7 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool,
 def dialog_left(session: Session, request: PermissionRow, reading: Reading) -> None:
     """Draw the conclusion from a request's dialog that is gone: who answered it, unless we just did."""
     if request.claim is None:
-        settle(session, request.id, "answered_in_terminal", "terminal", "the dialog is gone")
+        settle_unclaimed(session, request, None, "the dialog is gone")
     elif reading.kind == "working" and request.claim == "approved":
         see_outcome(session, request, LIKELY)
 
@@ -14543,17 +14571,22 @@ def reconcile(context: Context, session: Session) -> None:
 
 def settle_adopted(context: Context, session: Session, request_id: str) -> None:
     """Settle a request that was answered just before the last Aegis died; while its dialog stands it is asked anew."""
-    until = time.monotonic() + ADOPT_SECONDS
+    until, stood_at = time.monotonic() + ADOPT_SECONDS, math.inf
     while not context.stopping.is_set():
         status = read_status_file(session)
         if time.monotonic() > until and not (status and status.status == "waiting"):
             break
+        if time.monotonic() > until + GIVE_UP_SECONDS:   # the agent waits, whatever its screen shows
+            unclaim(session, request_id)
+            return
         request = session.facts.request(request_id)
         if request is None or session.outcomes.get(request_id) in (OURS, TERMINAL):
             break
         reading = look(context, session)
-        if reading.kind in ("permission_prompt", "asking") and speaks_of(reading, request):
-            unclaim(session, request_id)   # the answer never arrived
+        stands = reading.kind in ("permission_prompt", "asking") and speaks_of(reading, request)
+        stood_at = min(stood_at, time.monotonic()) if stands else math.inf
+        if time.monotonic() - stood_at > LIKELY_SECONDS:   # the answer never arrived, or it is taken very late
+            unclaim(session, request_id)
             return
         context.stopping.wait(0.05)
         catch_up(session)
@@ -14565,6 +14598,7 @@ def unclaim(session: Session, request_id: str) -> None:
     with session.changing("restart", "the answer was lost", request_id) as change:
         request = change.facts.request(request_id)
         if request:
+            session.lost_answers[request_id] = request
             open_again = request._replace(claim=None, decided_by=None, message=None, rule=None)
             change.statements.append(update("permissions", request_id, {
                 "claim": None, "decided_by": None, "message": None, "rule": None}))

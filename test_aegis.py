@@ -5712,6 +5712,30 @@ def test_a_dialog_that_is_drawn_in_pieces_is_decided_by_keys_once(house):
         assert [one["state"] for one in talk.ask("GET permissions")["history"]] == [state]
 
 
+@alone
+def test_an_answer_that_the_agent_takes_late_after_a_restart_is_the_callers(house):
+    own = house()
+    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    sent = talk.send("[[bash touch f]] [[say on]]")
+    talk.wait("permission.requested")
+    eventually(lambda: "Do you want" in talk.ask("GET pane")["text"])
+    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+    os.kill(pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        deciding = pool.submit(own.call, f"POST /v1/sessions/{talk.id}/approve", {})
+        eventually(lambda: "permission approved" in str(talk.ask("GET explain")))
+        own.crash()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            deciding.result()
+    own.start()
+    eventually(lambda: "the answer was lost" in str(talk.ask("GET explain")))
+    assert talk.get()["status"] == "permission_prompt"
+    os.kill(pid, signal.SIGCONT)
+    talk.wait("prompt.done", promptId=sent["promptId"])
+    history = eventually(lambda: talk.ask("GET permissions")["history"])
+    assert [(one["state"], one["decidedBy"]) for one in history] == [("approved", "api")]
+
+
 class Diary:
     """A workload's own account of what it asked for, to hold Aegis' books against."""
 
