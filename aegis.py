@@ -5790,7 +5790,7 @@ class Session:
         self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
         self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
         self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
-        self.lost_answers: Dict[str, PermissionRow] = {}   # requests whose answer seemed not to have arrived -> as claimed
+        self.lost_answers: Dict[str, PermissionRow] = {}   # requests whose answer seemed lost -> as claimed
         self.glimpses: Dict[str, Tuple[Reading, float]] = {}   # requests -> the last look, and since when looks agree
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
@@ -7222,10 +7222,10 @@ def same_dialog(one: Optional[Reading], other: Reading) -> bool:
 
 def above_rows(reading: Reading) -> List[str]:
     """Give what stands over a dialog's rows: what is asked, and about what."""
-    lines = uncursored(reading.excerpt).split("\n")
+    lines = [line.strip() for line in uncursored(reading.excerpt).split("\n")]
     first = reading.options[0].label if reading.options else None
-    at = max((index for index, line in enumerate(lines) if ROW_MARKS.sub("", line).rstrip() == first), default=len(lines))
-    return [line.strip() for line in lines[:at]]
+    found = [index for index, line in enumerate(lines) if ROW_MARKS.sub("", line) == first]
+    return lines[:found[-1] if found else len(lines)]
 
 
 def akin(one: Optional[Reading], other: Reading) -> bool:
