@@ -82,7 +82,7 @@ Rooms, top to bottom; a room uses only rooms above it:
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-views (ends people's views) -
 aegis-exits (process deaths) -
-aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
+aegis-audit (closed windows) - aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired), aegis-prune (old runs) -
 aegis-books (last use of keys, the audit log's head) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
@@ -91,8 +91,9 @@ aegis-start (one for each stage and reviewer, while it starts) -
 aegis-mcp (one for each tool that waits, while its caller is told of progress) -
 aegis-bridge (in `aegis.py mcp`: one for each request) -
 aegis-webhook (one for each endpoint) - aegis-telegram (sends), aegis-telegram-in (polls) -
-aegis-log - and short ones for an exit, an audit, worktrees of nobody, a trust question, a program's version
-(aegis-probe).  A command that follows events has aegis-feed.
+aegis-log - and short ones for an exit, worktrees of nobody, a trust question, a program's version (aegis-probe).
+What is short is done by threads that wait a while for more of it (aegis-idle).  A command that follows events has
+aegis-feed.
 
 Locks, outermost first: Loop.lock, Session.key_lock, Session.transcript_lock -> Session.lock -> Store.lock;
 Webhooks.lock -> Store.lock; Telegram.sending -> Store.lock;
@@ -322,6 +323,7 @@ REPLAY_PAGE = 500              # stored events read at once for a listener that 
 BUS_QUEUE = 1_000              # events a slow listener may lag behind before it is cut off
 QUIET_SECONDS = 0.25           # a pane without output for this long is looked at
 UNASKED_SECONDS = 2.0          # how long a permission dialog must stand before it counts without its agent's report
+AUDIT_SECONDS = 0.25           # pause between two audits of panes, each of which lists all of them
 ADOPT_SECONDS = 2.0            # after a restart a dialog, or what became of our answer, may still be on its way
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
 LATE_SECONDS = 30.0            # after its end, a turn's or a subagent's last lines may still come for so long
@@ -584,7 +586,7 @@ class Log:
 
     def start(self) -> None:
         """Begin writing."""
-        self.writer = spawn("aegis-log", self._write)
+        self.writer = begin_thread("aegis-log", self._write)
 
     def close(self) -> None:
         """Write what is left and stop; a reader that hangs is not waited for."""
@@ -635,11 +637,41 @@ class Parser(argparse.ArgumentParser):
         raise Wrong(f"{message}; `{self.prog} --help` tells more")
 
 
-def spawn(name: str, work: Callable[..., Any], *args: Any) -> threading.Thread:
-    """Begin a daemon thread; what it raises is the caller's to have caught."""
+IDLE_SECONDS = 5.0     # how long a thread that has done its work waits for more
+IDLE_THREADS: "collections.deque[queue.SimpleQueue[Any]]" = collections.deque()   # where those that wait are handed it
+
+
+def begin_thread(name: str, work: Callable[..., Any], *args: Any) -> threading.Thread:
+    """Begin a daemon thread that somebody joins; what it raises is the caller's to have caught."""
     thread = threading.Thread(target=work, args=args, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def spawn(name: str, work: Callable[..., Any], *args: Any) -> None:
+    """Have work done by a thread of its own, new or idle; what it raises is the caller's to have caught."""
+    try:
+        IDLE_THREADS.pop().put((name, work, args))
+    except IndexError:
+        begin_thread(name, _do_jobs, (name, work, args))
+
+
+def _do_jobs(job: Any) -> None:
+    """Do one piece of work after another, as long as there is some: the body of spawn()'s threads."""
+    thread, inbox = threading.current_thread(), queue.SimpleQueue()   # type: Any, Any
+    while job:
+        thread.name, work, args = job
+        work(*args)
+        job = work = args = None   # what was worked on is not held while there is nothing to do
+        thread.name = "aegis-idle"
+        IDLE_THREADS.append(inbox)
+        try:
+            job = inbox.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            try:
+                IDLE_THREADS.remove(inbox)
+            except ValueError:   # it was just taken from there
+                job = inbox.get()
 
 
 def write_private(path: Path, text: str) -> None:
@@ -2272,6 +2304,14 @@ def window_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "agent"
 
 
+def position(lines: List[bytes], wanted: bytes, start: int) -> int:
+    """Find a line from `start` on; the number of all lines when it is not there."""
+    try:
+        return lines.index(wanted, start)
+    except ValueError:
+        return len(lines)
+
+
 class Waiter:
     """One request on the control client, and what came back."""
 
@@ -2291,7 +2331,6 @@ class Tmux:
         self.client: Optional[subprocess.Popen] = None
         self.waiters: "collections.deque[Waiter]" = collections.deque()
         self.on_output: Callable[[List[str]], None] = lambda panes: None
-        self.on_change: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None   # the server ended: another one gives its ids out again
         self.server_pid = ""                   # of the tmux server that our ids are of; guarded by birth_lock
         self.birth_lock = threading.Lock()     # one thread starts a server at a time
@@ -2304,6 +2343,7 @@ class Tmux:
         self.serial = itertools.count(1)
         self.hurry = threading.Event()         # somebody waits for an answer: read on at once
         self.views_changed = threading.Event()   # a person came or left
+        self.panes_changed = threading.Event()   # a window closed, or there is a new control client
         self.token = secrets.token_hex(8)      # makes the markers unguessable for what runs in the panes
 
     # -- the control client
@@ -2381,7 +2421,7 @@ class Tmux:
             except TmuxError as error:
                 self.log.note("error", str(error))
                 continue
-            spawn("aegis-audit", self.on_change)
+            self.panes_changed.set()
 
     def _revive(self) -> None:
         """See to it that a server runs; when it is not the one that we knew, tell before anything is asked of it."""
@@ -2416,15 +2456,23 @@ class Tmux:
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
             panes: Dict[bytes, None] = {}
-            for line in lines:
-                if block is not None:
-                    block = self._in_block(block, line)
-                elif line.startswith(b"%output "):
+            at = 0
+            while at < len(lines):
+                if block is not None:   # it ends at the line that repeats its begin
+                    ends = [position(lines, word + block[0], at) for word in (b"%end ", b"%error ")]
+                    block[1].extend(lines[at:min(ends)])
+                    at = min(ends) + 1
+                    if at <= len(lines):
+                        self._answer(block[1], failed=ends[1] < ends[0])
+                        block = None
+                    continue
+                line, at = lines[at], at + 1
+                if line.startswith(b"%output "):
                     panes[line[8:line.index(b" ", 8)]] = None
                 elif line.startswith(b"%begin "):
                     block = (line[7:], [])
                 elif line.startswith((b"%window-close", b"%unlinked-window-close")):
-                    spawn("aegis-audit", self.on_change)
+                    self.panes_changed.set()
                 elif line.startswith((b"%sessions-changed", b"%client-detached")):
                     self.views_changed.set()
                 elif line.startswith(b"%exit"):
@@ -2436,27 +2484,21 @@ class Tmux:
                     if not self.waiters:
                         self.hurry.wait(GATHER_SECONDS)
 
-    def _in_block(self, block: Tuple[bytes, List[bytes]], line: bytes) -> Optional[Tuple[bytes, List[bytes]]]:
-        """Take one line of an answer; the answer ends at the line that repeats its begin."""
-        label, lines = block
-        failed = line.startswith(b"%error ") and line[7:] == label
-        if not failed and not (line.startswith(b"%end ") and line[5:] == label):
-            lines.append(line)
-            return block
-        texts = [line.decode("utf-8", "replace") for line in lines]
+    def _answer(self, lines: List[bytes], failed: bool) -> None:
+        """Give an answer to the request that waits for it; each request ends with an answer that is its marker."""
+        texts = b"\n".join(lines).decode("utf-8", "replace").split("\n") if lines else []
         with self.lock:
             waiter = self.waiters[0] if self.waiters else None
             if waiter and texts == [waiter.marker]:
                 self.waiters.popleft()
         if waiter is None:
-            return None
+            return
         if texts == [waiter.marker]:
             waiter.done.put(True)
         elif failed:
             waiter.errors.extend(texts)
         else:
             waiter.lines.extend(texts)
-        return None
 
     # -- commands
 
@@ -2671,6 +2713,7 @@ class Tmux:
         """Leave; the server and every agent in it go on."""
         self.closed = True
         self.views_changed.set()
+        self.panes_changed.set()
         client = self.client
         if client is not None:
             reap(client)
@@ -2801,11 +2844,13 @@ def alive(pid: int) -> bool:
 
 def read_process(pid: Any, name: str) -> bytes:
     """Read a process's file in /proc, in few steps: when an agent ends, those of all are read.  Raises OSError."""
-    handle, parts = os.open(f"/proc/{pid}/{name}", os.O_RDONLY), [b""]
+    handle = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
     try:
-        while len(parts) == 1 or len(parts[-1]) == 65_536:   # a short one is the last
-            parts.append(os.read(handle, 65_536))
-        return b"".join(parts)
+        found = part = os.read(handle, 65_536)
+        while len(part) == 65_536:   # a short one is the last
+            part = os.read(handle, 65_536)
+            found += part
+        return found
     finally:
         os.close(handle)
 
@@ -2836,12 +2881,13 @@ def processes_with(name: str, value: str) -> List[int]:
         listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
         return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                held = read_process(entry, "environ")
-                if mark in held and mark in held.split(b"\0") and not is_zombie(int(entry)):
-                    found.append(int(entry))
+    for entry in filter(str.isdigit, os.listdir("/proc")):   # all there are, each time a session is killed
+        try:
+            held = read_process(entry, "environ")
+        except OSError:
+            continue
+        if mark in held and mark in held.split(b"\0") and not is_zombie(int(entry)):
+            found.append(int(entry))
     return found
 
 
@@ -8253,7 +8299,7 @@ def finish(context: Context, session: Session, status: str, reason: str, exit_co
         if context.panes.get(pane) is session:   # since tmux was started anew, the id may be another's
             context.panes.pop(pane, None)
         context.tmux.close_pane(pane, session.row.id)
-    if window:
+    if window and any(one.row.window == window for one in list(context.sessions.values())):
         context.tmux.tidy(window)
 
 
@@ -9252,14 +9298,23 @@ def terminate(pid: int, grace: float = 2.0) -> None:
 
 def descendants(pid: int) -> List[int]:
     """List all processes below one, from /proc or else from ps."""
-    children: Dict[int, List[int]] = {}
-    for child, parent in process_parents():
-        children.setdefault(parent, []).append(child)
+    parents = None if os.path.exists(f"/proc/self/task/{os.getpid()}/children") else list(process_parents())
     found, open_ = [], [pid]
     while open_:
-        below = children.get(open_.pop(), [])
+        above = open_.pop()
+        below = children_of(above) if parents is None else [child for child, parent in parents if parent == above]
         found += below
         open_ += below
+    return found
+
+
+def children_of(pid: int) -> List[int]:
+    """List the children of a process as Linux keeps them with each of its threads."""
+    found: List[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += map(int, read_process(pid, f"task/{thread}/children").split())
     return found
 
 
@@ -10850,6 +10905,7 @@ class Loop:
         self.inbox = Inbox()
         self.starts = threading.BoundedSemaphore(BATCH_STARTS)
         self.starting: "set[str]" = set()            # what a thread is starting
+        self.ending: "set[str]" = set()              # sessions that a thread is ending
         self.active: Dict[str, int] = {}             # sessions at work, by run
         self.hungry: Dict[str, None] = {}            # runs that could start more, the longest waiting first
         self.due: Dict[str, float] = {}              # run -> when it must be looked at, in Unix seconds
@@ -10907,17 +10963,35 @@ class Loop:
         if self.hungry:
             self.inbox.queue.put(None)   # a look at those that wait, as far as there is room
 
-    def begin(self, item: str, run: str, work: Callable[[], None], fail: Callable[[str], None]) -> None:
-        """Start something of a run in a thread, unless one is at it; `fail` is told why it could not be."""
+    def end_session(self, session_id: str, reason: str) -> None:
+        """End a session that a run needs no more in a thread, unless one is at it; what becomes of it is no news."""
+        self.inbox.runs.pop(session_id, None)
+        with self.lock:
+            if session_id not in self.ending and session_id in self.context.sessions:
+                self.ending.add(session_id)
+                spawn("aegis-ending", self._end_session, session_id, reason)
+
+    def _end_session(self, session_id: str, reason: str) -> None:
+        try:
+            end_session(self.context, session_id, reason)
+        finally:
+            self.ending.discard(session_id)
+
+    def begin(self, item: str, run: str, work: Callable[[], bool], fail: Callable[[str], None]) -> None:
+        """Start something of a run in a thread, unless one is at it; `fail` is told why it could not be.
+
+        The run is looked at again when `work` tells that something has come of it already, or when it fails.
+        """
         if item not in self.starting:
             self.starting.add(item)
             spawn("aegis-start", self._begin, item, run, work, fail)
 
-    def _begin(self, item: str, run: str, work: Callable[[], None], fail: Callable[[str], None]) -> None:
+    def _begin(self, item: str, run: str, work: Callable[[], bool], fail: Callable[[str], None]) -> None:
+        news = True
         try:
             with self.starts:
                 if not self.context.stopping.is_set():
-                    work()
+                    news = work()
         except ApiError as error:
             if error.code == "STORE_UNAVAILABLE":
                 self.context.stopping.wait(AGAIN_SECONDS)
@@ -10928,7 +11002,8 @@ class Loop:
             fail("internal error; the log tells more")
         finally:
             self.starting.discard(item)
-            self.inbox.poke(run)
+            if news:
+                self.inbox.poke(run)
 
 
 def start_session(context: Context, wanted: Json, prompt: str, key: str, name: str) -> Session:
@@ -10961,7 +11036,9 @@ def first_prompt(context: Context, session_id: str) -> PromptRow:
 
 def settle_books(context: Context, session: Session) -> None:
     """Wait until a turn that has just ended stands in the session's books."""
-    while unsettled(session) and not context.stopping.wait(0.01):
+    pause = 0.01
+    while unsettled(session) and not context.stopping.wait(pause):
+        pause = min(2 * pause, 0.1)
         catch_up(session)
 
 
@@ -11198,6 +11275,9 @@ class Runner:
             again = plan_stages(steps_of(changed), room)   # a start may have failed at once
             self.store(row, stages, changed, again.outcome)
             self.loop.active[pipeline_id] = working = sum(one.state in ACTIVE_STAGES for one in changed)
+            for one in changed:
+                if one.state in ACTIVE_STAGES and one.spec["timeout"] is not None:
+                    self.loop.due_at(pipeline_id, (one.started_at or 0) + one.spec["timeout"] + 0.01)
             if again.outcome:
                 self.loop.end(pipeline_id)
             elif again.start or again.skip:
@@ -11219,7 +11299,6 @@ class Runner:
         if time.time() > began + limit:
             spawn("aegis-ending", self.abandon, row, seen)
             return failed_stage(seen, f"it took more than {limit:g} s")
-        self.loop.due_at(row.id, began + limit + 0.01)
         return seen
 
     def observe_turn(self, row: PipelineRow, stage: StageRow) -> StageRow:
@@ -11304,8 +11383,11 @@ class Runner:
         if stage.state == "running" and stage.prompt is None:
             self.loop.begin(stage.id, row.id, lambda: self.launch(row, stage), lambda why: self.fail(stage, why))
 
-    def launch(self, row: PipelineRow, stage: StageRow) -> None:
-        """Make a stage's session and prompt, or find those that were made for it.  Raises ApiError."""
+    def launch(self, row: PipelineRow, stage: StageRow) -> bool:
+        """Make a stage's session and prompt, or find those that were made for it; tells whether that is over already.
+
+        Raises ApiError.
+        """
         if stage.spec["same"]:
             session = find_live(self.context, stage.session or "")
             if self.context.store.value("SELECT base FROM stages WHERE id = ?", stage.id) == "null":
@@ -11324,6 +11406,7 @@ class Runner:
                 self.context.bus.commit([update("stages", stage.id, {"session": session.row.id, "prompt": prompt.id})])
         if not wanted:   # cancelled or timed out while it was started
             self.abandon(row, stage._replace(session=session.row.id, prompt=prompt.id))
+        return not wanted or bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt.id))
 
     def fail(self, stage: StageRow, reason: str) -> None:
         """Fail a stage that could not be started."""
@@ -11352,9 +11435,7 @@ class Runner:
         needed = needed_sessions(self.context, stages)
         names = {one.session: one.name for one in (*before, *stages) if one.session and one.session not in needed}
         for session_id, name in names.items():
-            if session_id in self.context.sessions:
-                spawn("aegis-ending", end_session, self.context, session_id,
-                      f"its stage {name} of pipeline {row.id} is over")
+            self.loop.end_session(session_id, f"its stage {name} of pipeline {row.id} is over")
 
     def is_over(self, key: str) -> bool:
         """Tell whether a key was made for a stage's attempt that is over."""
@@ -11832,7 +11913,7 @@ class Panel:
         """Ask a reviewer in a thread."""
         self.loop.begin(one.id, row.id, lambda: self.launch(row, one), lambda why: self.fail(row, one, why))
 
-    def launch(self, row: ConsensusRow, one: ReviewerRow) -> None:
+    def launch(self, row: ConsensusRow, one: ReviewerRow) -> bool:
         """Make a reviewer's session and prompt, or find those that were made for it.  Raises ApiError."""
         total = len(reviewers_of(self.context, row.id))
         if one.again:
@@ -11851,6 +11932,7 @@ class Panel:
                                                                       "prompt": prompt.id})])
         if not wanted:   # cancelled or timed out while it was started
             self.abandon(row, one._replace(session=session.row.id, prompt=prompt.id))
+        return True
 
     def fail(self, row: ConsensusRow, one: ReviewerRow, reason: str) -> None:
         """Fail a reviewer that could not be asked."""
@@ -11872,8 +11954,8 @@ class Panel:
     def end_sessions(self, row: ConsensusRow, reviewers: Sequence[ReviewerRow]) -> None:
         """End the sessions of reviewers that are over."""
         for one in reviewers:
-            if not row.keep and one.ended_at and one.session in self.context.sessions:
-                spawn("aegis-ending", end_session, self.context, one.session, f"review {row.id} needs it no more")
+            if not row.keep and one.ended_at and one.session:
+                self.loop.end_session(one.session, f"review {row.id} needs it no more")
 
     def cancel(self, consensus_id: str) -> Tuple[ConsensusRow, bool]:
         """End a review and its reviewers; tells whether it was running.  Raises ApiError 404."""
@@ -13387,7 +13469,7 @@ class Webhooks:
         with self.lock:
             courier = self.couriers[row.id] = Courier(self.context, row)
             self.context.bus.listen(courier)
-            courier.thread = spawn("aegis-webhook", courier.run)
+            courier.thread = begin_thread("aegis-webhook", courier.run)
 
     def remove(self, row: WebhookRow) -> int:
         """Delete an endpoint with all that waits for it; gives the number of its dead letters."""
@@ -14678,6 +14760,18 @@ def detach(context: Context, session: Session) -> None:
         context.panes.pop(pane, None)
 
 
+def keep_audited(context: Context) -> None:
+    """Compare sessions with panes whenever some may have gone, at once but not all the time: the body of its thread."""
+    while not context.stopping.is_set():
+        context.tmux.panes_changed.wait()
+        context.tmux.panes_changed.clear()
+        try:
+            audit(context)
+        except Exception:
+            context.log.note("error", "an audit failed", trace=traceback.format_exc())
+        context.stopping.wait(AUDIT_SECONDS)
+
+
 def audit(context: Context) -> None:
     """Compare live sessions with the panes that tmux has, after a window closed or tmux came back."""
     known = list(context.sessions.values())   # first: what is newer than the list of panes is no loss
@@ -14724,7 +14818,6 @@ class App:
         context.kick = lambda session: start_delivery(context, session)
         context.look_later, context.witness = self.monitor.look_later, digest_decisions
         context.tmux.on_output = self.monitor.on_output
-        context.tmux.on_change = lambda: audit(context)
         context.tmux.on_gone = lambda: forget_panes(context)
 
     def start(self, base_url: str) -> None:
@@ -14737,6 +14830,7 @@ class App:
         left = orphans(self.context)   # before anybody can make one that is not stored yet
         if left:
             spawn("aegis-orphans", drop_worktrees, self.context, left)
+        spawn("aegis-audit", keep_audited, self.context)
         self.monitor.start()
         self.watch.start()
         spawn("aegis-sweep", sweep_memory, self.context)
@@ -15162,7 +15256,7 @@ DISK_LOW, DISK_OUT = 1_000_000_000, 100_000_000   # bytes free: warn below the f
 TMUX_AT_LEAST = (3, 0)
 NEWEST_EVENT = "SELECT at FROM events ORDER BY id DESC LIMIT 1"
 WORKERS = ("aegis-log", "aegis-tmux", "aegis-exits", "aegis-monitor", "aegis-watch", "aegis-sweep", "aegis-pipelines",
-           "aegis-consensus", "aegis-prune", "aegis-books")
+           "aegis-consensus", "aegis-prune", "aegis-books", "aegis-audit")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
                "CLAUDE_CODE_USE_VERTEX")
 SECRET_TEXT = re.compile(   # what is masked in texts that may quote anything
