@@ -82,7 +82,8 @@ Rooms, top to bottom; a room uses only rooms above it:
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-views (ends people's views) -
 aegis-exits (process deaths) -
-aegis-audit (closed windows) - aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
+aegis-audit (closed windows) -
+aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired), aegis-prune (old runs) -
 aegis-books (last use of keys, the audit log's head) -
 aegis-verify and aegis-check (one for each round of checks, one for each of those that run at once) -
@@ -637,7 +638,7 @@ class Parser(argparse.ArgumentParser):
         raise Wrong(f"{message}; `{self.prog} --help` tells more")
 
 
-IDLE_SECONDS = 5.0     # how long a thread that has done its work waits for more
+THREAD_SECONDS = 5.0   # how long a thread that has done its work waits for more
 IDLE_THREADS: "collections.deque[queue.SimpleQueue[Any]]" = collections.deque()   # where those that wait are handed it
 
 
@@ -666,7 +667,7 @@ def _do_jobs(job: Any) -> None:
         thread.name = "aegis-idle"
         IDLE_THREADS.append(inbox)
         try:
-            job = inbox.get(timeout=IDLE_SECONDS)
+            job = inbox.get(timeout=THREAD_SECONDS)
         except queue.Empty:
             try:
                 IDLE_THREADS.remove(inbox)
@@ -2230,7 +2231,8 @@ def bucket_address(address: str) -> str:
 # pipe and the waiting line; nobody waits while holding it.
 
 TMUX_SESSION = "aegis"
-BUSY_PANES, GATHER_SECONDS = 4, 0.03   # so many panes in one read mean a crowd; then output is gathered for this long
+BUSY_PANES, BUSY_SECONDS = 4, 0.1      # more panes that draw within this time are a crowd
+GATHER_SECONDS = 0.03                  # for so long the output of a crowd is gathered before it is read
 TMUX_TIMEOUT = 5.0    # seconds until a command counts as hung; one takes 0.3 ms
 TMUX_OPTIONS = (      # of the private server; a person who attaches gets the same
     ("set-option", "-g", "remain-on-exit", "on"),           # the exit status stays readable
@@ -2304,6 +2306,13 @@ def window_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "agent"
 
 
+# Becomes the control client, and leaves a guard behind that reads a pipe of which Aegis alone has the other end: a line
+# sends it home; the end of the pipe means that Aegis was killed, and the client must die at once.  Else tmux may keep
+# it, its pipe broken while it was written to, reads no pane any more until somebody takes what it has for that client,
+# and every agent stands still.
+GUARDED_CLIENT = '(read -r line <&2 || kill -9 $$) </dev/null >/dev/null & exec "$@" 2>/dev/null'
+
+
 def position(lines: List[bytes], wanted: bytes, start: int) -> int:
     """Find a line from `start` on; the number of all lines when it is not there."""
     try:
@@ -2372,24 +2381,27 @@ class Tmux:
         return ["start-server", ";", *options, "new-session", how, "-s", TMUX_SESSION, "-n", "home", keeper]
 
     def _connect(self) -> None:
+        told, tell = os.pipe()
         try:
+            if shutil.which(self.program) is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             words = self.argv("-C", *self._first_words("-A"))
-            client = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      stderr=subprocess.DEVNULL, env=tmux_environment(), cwd="/",
+            client = subprocess.Popen(["/bin/sh", "-c", GUARDED_CLIENT, "sh", *words], stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, stderr=told, env=tmux_environment(), cwd="/",
                                       start_new_session=True, bufsize=0)
         except OSError as error:
+            os.close(tell)
             self.error = f"cannot run {self.program}: {error.strerror or error}"
             raise TmuxError("start", self.error) from error
+        finally:
+            os.close(told)
+        client.tell = tell   # type: ignore[attr-defined]
         with self.lock:
             self.client, self.error, self.waiters = client, None, collections.deque()
             self.connects += 1
 
     def _end_orphans(self) -> None:
-        """End the control clients of an Aegis that was killed.
-
-        tmux keeps one whose pipe broke while it was written to; a server that is told to end then waits for it for
-        ever, and answers nobody meanwhile.
-        """
+        """End the control clients of an Aegis that was killed, should their guards have been killed, too."""
         own = self.client.pid if self.client else None
         told = self.run(("list-clients", "-F", "#{client_control_mode}:#{client_pid}"))
         for pid in [int(line[2:]) for line in told if line.startswith("1:")] if own else []:
@@ -2446,6 +2458,8 @@ class Tmux:
     def _read(self, client: subprocess.Popen) -> None:
         source, rest = client.stdout.fileno(), b""  # type: ignore[union-attr]
         block: Optional[Tuple[bytes, List[bytes]]] = None
+        crowd: Dict[bytes, None] = {}          # the panes that drew since `since`
+        since, crowded = 0.0, False
         while True:
             try:
                 chunk = os.read(source, 262_144)
@@ -2479,7 +2493,11 @@ class Tmux:
                     return
             if panes:
                 self.on_output([pane.decode() for pane in panes])
-                if len(panes) > BUSY_PANES and not self.waiters:   # a crowd repaints: read it in larger pieces
+                now = time.monotonic()
+                if now - since > BUSY_SECONDS:
+                    crowded, crowd, since = now - since < 2 * BUSY_SECONDS and len(crowd) > BUSY_PANES, {}, now
+                crowd.update(panes)
+                if (crowded or len(crowd) > BUSY_PANES) and not self.waiters:   # it is read in larger pieces
                     self.hurry.clear()
                     if not self.waiters:
                         self.hurry.wait(GATHER_SECONDS)
@@ -2719,6 +2737,9 @@ class Tmux:
             reap(client)
 
 
+TELLING = threading.Lock()   # two threads may give up the same client
+
+
 def reap(client: subprocess.Popen) -> None:
     """End a control client that we started, and collect it."""
     with contextlib.suppress(OSError):
@@ -2728,6 +2749,12 @@ def reap(client: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         client.kill()
         client.wait()
+    with TELLING:   # its guard must not kill what gets this pid next
+        tell, client.tell = client.tell, -1  # type: ignore[attr-defined]
+        if tell >= 0:
+            with contextlib.suppress(OSError):
+                os.write(tell, b"\n")
+            os.close(tell)
 
 
 # ============================================================================
@@ -6218,7 +6245,8 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
     if not home or not session.row.pid:
         return None
     try:
-        told = json.loads((Path(home) / "sessions" / f"{session.row.pid}.json").read_bytes())
+        with open(f"{home}/sessions/{session.row.pid}.json", "rb", 0) as file:
+            told = json.loads(file.read())
         at = told.get("statusUpdatedAt") or told.get("updatedAt") or 0
         return AgentStatus(
             str(told["status"]), at / 1000.0, str(told.get("waitingFor") or ""), str(told.get("sessionId") or "")
@@ -8363,13 +8391,13 @@ class Monitor:
         """Note that panes drew something; called by the tmux reader."""
         now, found = time.monotonic(), self.context.panes
         with self.lock:
-            asleep = not self.dirty
+            known = len(self.dirty)
             for pane in panes:
                 session = found.get(pane)
                 if session is not None:
                     session.output_at = now
                     self.dirty[session.row.id] = session
-            if asleep and self.dirty:
+            if len(self.dirty) > known:   # the others only came to need a later look
                 self.wake.notify()
 
     def look_later(self, session: Session, seconds: float) -> None:
@@ -8418,8 +8446,10 @@ class Monitor:
     def _pause(self, now: float) -> Optional[float]:
         times = [at - now for at, _ in self.timers.values()]
         if self.dirty:
+            rests = min(min(one.output_at + quiet_needed(one), one.looked_at + look_gap(one))
+                        for one in self.dirty.values())
             starting = any(not one.facts.ready for one in self.dirty.values())
-            times.append(0.02 if starting else 0.05 if len(self.dirty) < 20 else 0.1)
+            times.append(max(0.02 if starting else 0.05 if len(self.dirty) < 20 else 0.1, rests - now))
         if self.context.tmux.client is None and self.context.sessions:
             times.append(0.5)
         return max(0.0, min(times)) if times else None

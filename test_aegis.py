@@ -57,7 +57,7 @@ import urllib.request
 import uuid
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import pytest
 
@@ -1776,9 +1776,11 @@ def test_the_loop_for_bsd_hears_of_what_it_must_poll(monkeypatch):
                         ("KQ_EV_ADD", 1), ("KQ_EV_ONESHOT", 2), ("KQ_NOTE_EXIT", 4),
                         ("kevent", lambda ident, kind, *_: types.SimpleNamespace(ident=ident, filter=kind))):
         monkeypatch.setattr(select, name, value, raising=False)
-    exits, told, before = aegis.Exits(), [], set(threading.enumerate())   # type: Any, List[int], Any
+    def loops() -> Set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name == "aegis-exits"}
+    exits, told, before = aegis.Exits(), [], loops()   # type: Any, List[int], Any
     exits.start()
-    loop = next(one for one in set(threading.enumerate()) - before if one.name == "aegis-exits")
+    loop, = eventually(lambda: loops() - before)
     eventually(lambda: exits.queue.rounds == 1)     # it waits, for a minute
     process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     exits.watch(process.pid, lambda: told.append(process.pid))
@@ -1786,7 +1788,7 @@ def test_the_loop_for_bsd_hears_of_what_it_must_poll(monkeypatch):
     process.wait()
     eventually(lambda: told == [process.pid])
     exits.close()
-    eventually(lambda: not loop.is_alive())
+    eventually(lambda: loop not in loops())
 
 
 # ============================================================================
@@ -5658,6 +5660,25 @@ def test_the_control_client_of_an_aegis_that_was_killed_is_ended(house):
         own.start()
         assert left.wait(WITHIN) and own.open().status == "idle"
         assert len(own.tmux("list-clients", "-F", "#{client_pid}").split()) == 1
+
+
+@alone
+def test_agents_go_on_when_aegis_is_killed_while_tmux_writes_to_it(house):
+    own, written = house(), []
+    talk = own.open("[[wait 60]] [[say x]]")
+    talk.wait("turn.started")
+    window = talk.get()["window"]
+    os.kill(own.process.pid, signal.SIGSTOP)
+    own.tmux("new-window", "-d", "yes")
+
+    def is_stuck() -> bool:
+        written.append(own.tmux("list-clients", "-F", "#{client_written}"))
+        return len(written) > 20 and len(set(written[-20:])) == 1
+    eventually(is_stuck)
+    own.crash()
+    eventually(lambda: own.tmux("list-clients") == "")
+    shown = own.tmux("capture-pane", "-p", "-t", window)
+    eventually(lambda: own.tmux("capture-pane", "-p", "-t", window) != shown)
 
 
 @alone
@@ -13733,8 +13754,8 @@ def test_no_word_of_unfinished_work_is_left():
 def test_threads_begin_in_one_place_only():
     starts = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Attribute) and node.attr == "Thread"
               and isinstance(node.value, ast.Name) and node.value.id == "threading"]
-    spawn = next(node for node in FUNCTIONS if node.name == "spawn")
-    assert [number for number in starts if not spawn.lineno <= number <= spawn.end_lineno
+    begin = next(node for node in FUNCTIONS if node.name == "begin_thread")
+    assert [number for number in starts if not begin.lineno <= number <= begin.end_lineno
             and "threading.Thread(" in SOURCE.split("\n")[number - 1]] == []
 
 
