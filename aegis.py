@@ -434,7 +434,7 @@ class Settings:
 # ============================================================================
 # Small things that every room uses.  ApiError is the one way to tell a caller
 # no.  The log is written by a thread of its own, so that a slow terminal
-# never slows a request.  Only spawn() begins a thread.
+# never slows a request.  Only begin_thread() begins a thread.
 
 
 class ApiError(Exception):
@@ -10581,7 +10581,7 @@ class Verifier:
         """Run what is left of a round's checks, then decide what follows."""
         left = [one for one in checks_of(self.context, row.id, row.round) if one.ended_at is None]
         if row.parallel:
-            threads = [spawn("aegis-check", self.check_safely, one, row.work_dir) for one in left]
+            threads = [begin_thread("aegis-check", self.check_safely, one, row.work_dir) for one in left]
             for thread in threads:
                 thread.join()
         else:
