@@ -13182,9 +13182,9 @@ def test_tail_follows_a_session_to_its_end(server, make):
     assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say first]]\n", b"assistant  first\n"]
     talk.say("[[say second]]")
     assert [following["text"].stdout.readline() for _ in range(2)] == [b"you  [[say second]]\n", b"assistant  second\n"]
-    talk.say("/help", "POST command")
     while not select.select([following["events"].stdout], [], [], 0.1)[0]:    # it may only now have begun to listen
         talk.say("[[say more]]")
+    talk.say("/help", "POST command")   # last: it opens a window over the box
     talk.kill()
     events = [json.loads(one) for one in following["events"].communicate(timeout=WITHIN)[0].splitlines()]
     assert events[-1]["type"] == "session.killed" and {one["sessionId"] for one in events} == {talk.id}
