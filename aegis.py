@@ -81,8 +81,7 @@ Rooms, top to bottom; a room uses only rooms above it:
 
 Threads: main (accepts, and answers what needs no waiting) - one for each request that may wait and
 for each event stream - aegis-tmux (reads the control client) - aegis-views (ends people's views) -
-aegis-exits (process deaths) -
-aegis-audit (closed windows) -
+aegis-exits (process deaths) - aegis-audit (closed windows) -
 aegis-monitor (screens that fell quiet, timers) - aegis-watch (limits) - aegis-deliver (one for each
 session, while it types) - aegis-sweep (memory that expired), aegis-prune (old runs) -
 aegis-books (last use of keys, the audit log's head) -
@@ -2321,6 +2320,23 @@ def position(lines: List[bytes], wanted: bytes, start: int) -> int:
         return len(lines)
 
 
+class Crowd:
+    """Tells whether many panes draw at once: what they draw is then read in larger pieces."""
+
+    def __init__(self) -> None:
+        self.panes: Dict[bytes, None] = {}   # that drew since `since`
+        self.since, self.lasts = 0.0, False  # lasts: there was one just before
+
+    def joined(self, panes: Iterable[bytes]) -> bool:
+        """Count panes that drew; tells whether they are part of a crowd."""
+        now = time.monotonic()
+        if now - self.since > BUSY_SECONDS:
+            self.lasts = now - self.since < 2 * BUSY_SECONDS and len(self.panes) > BUSY_PANES
+            self.panes, self.since = {}, now
+        self.panes.update(dict.fromkeys(panes))
+        return self.lasts or len(self.panes) > BUSY_PANES
+
+
 class Waiter:
     """One request on the control client, and what came back."""
 
@@ -2380,22 +2396,30 @@ class Tmux:
         keeper = "printf 'Aegis keeps this window so that tmux stays up.'"
         return ["start-server", ";", *options, "new-session", how, "-s", TMUX_SESSION, "-n", "home", keeper]
 
-    def _connect(self) -> None:
+    def _open_client(self) -> subprocess.Popen:
+        """Start a control client with its guard.  Raises OSError."""
+        if shutil.which(self.program) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        words = self.argv("-C", *self._first_words("-A"))
         told, tell = os.pipe()
         try:
-            if shutil.which(self.program) is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            words = self.argv("-C", *self._first_words("-A"))
             client = subprocess.Popen(["/bin/sh", "-c", GUARDED_CLIENT, "sh", *words], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, stderr=told, env=tmux_environment(), cwd="/",
                                       start_new_session=True, bufsize=0)
-        except OSError as error:
+        except OSError:
             os.close(tell)
-            self.error = f"cannot run {self.program}: {error.strerror or error}"
-            raise TmuxError("start", self.error) from error
+            raise
         finally:
             os.close(told)
         client.tell = tell   # type: ignore[attr-defined]
+        return client
+
+    def _connect(self) -> None:
+        try:
+            client = self._open_client()
+        except OSError as error:
+            self.error = f"cannot run {self.program}: {error.strerror or error}"
+            raise TmuxError("start", self.error) from error
         with self.lock:
             self.client, self.error, self.waiters = client, None, collections.deque()
             self.connects += 1
@@ -2458,8 +2482,7 @@ class Tmux:
     def _read(self, client: subprocess.Popen) -> None:
         source, rest = client.stdout.fileno(), b""  # type: ignore[union-attr]
         block: Optional[Tuple[bytes, List[bytes]]] = None
-        crowd: Dict[bytes, None] = {}          # the panes that drew since `since`
-        since, crowded = 0.0, False
+        crowd = Crowd()
         while True:
             try:
                 chunk = os.read(source, 262_144)
@@ -2493,11 +2516,7 @@ class Tmux:
                     return
             if panes:
                 self.on_output([pane.decode() for pane in panes])
-                now = time.monotonic()
-                if now - since > BUSY_SECONDS:
-                    crowded, crowd, since = now - since < 2 * BUSY_SECONDS and len(crowd) > BUSY_PANES, {}, now
-                crowd.update(panes)
-                if (crowded or len(crowd) > BUSY_PANES) and not self.waiters:   # it is read in larger pieces
+                if crowd.joined(panes) and not self.waiters:
                     self.hurry.clear()
                     if not self.waiters:
                         self.hurry.wait(GATHER_SECONDS)
@@ -2871,13 +2890,11 @@ def alive(pid: int) -> bool:
 
 def read_process(pid: Any, name: str) -> bytes:
     """Read a process's file in /proc, in few steps: when an agent ends, those of all are read.  Raises OSError."""
-    handle = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+    handle, parts = os.open(f"/proc/{pid}/{name}", os.O_RDONLY), [b""]
     try:
-        found = part = os.read(handle, 65_536)
-        while len(part) == 65_536:   # a short one is the last
-            part = os.read(handle, 65_536)
-            found += part
-        return found
+        while len(parts) == 1 or len(parts[-1]) == 65_536:   # a short one is the last
+            parts.append(os.read(handle, 65_536))
+        return b"".join(parts)
     finally:
         os.close(handle)
 
@@ -2908,13 +2925,12 @@ def processes_with(name: str, value: str) -> List[int]:
         listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
         return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
     found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):   # all there are, each time a session is killed
-        try:
-            held = read_process(entry, "environ")
-        except OSError:
-            continue
-        if mark in held and mark in held.split(b"\0") and not is_zombie(int(entry)):
-            found.append(int(entry))
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                held = read_process(entry, "environ")
+                if mark in held and mark in held.split(b"\0") and not is_zombie(int(entry)):
+                    found.append(int(entry))
     return found
 
 
@@ -6830,6 +6846,7 @@ CLAIM_SECONDS = 2.0      # without any evidence for so long, the agent took our 
 LIKELY_SECONDS = 0.6     # a sign that fits our answer is believed after so long without proof to the contrary
 STEADY_SECONDS, STEADY_LOOKS = 0.03, 10   # looks so far apart that agree show a screen which nobody is drawing
 REDRAW_SECONDS = 0.5     # a dialog that is being drawn again, on a busy box in pieces, is whole after so long
+REDRAWN_LOOKS = 10       # and a row with nothing below it, when so many looks agree
 DIFF_CHARACTERS, DIFF_LINES = 60_000, 1_500   # of each side: difflib's cost grows with their product
 
 OURS, LIKELY, TERMINAL = "ours", "likely", "terminal"   # whose answer the agent took
@@ -7180,10 +7197,16 @@ def settle_claim(session: Session, request_id: str) -> None:
         )
 
 
-def settle_unclaimed(session: Session, request: PermissionRow, allowed: Optional[bool], why: str) -> None:
-    """Close a request that nobody of ours has answered, but perhaps the Aegis before us; else it was the terminal."""
-    lost = session.lost_answers.get(request.id)
-    if lost and allowed in (None, lost.claim == "approved"):
+def lost_answer(session: Session, request_id: str, allowed: bool) -> Optional[PermissionRow]:
+    """Give the answer that seemed lost with the last Aegis, if what is seen fits it and is no matter of long ago."""
+    lost = session.lost_answers.get(request_id)
+    late = time.monotonic() - session.adopted_at > GIVE_UP_SECONDS
+    return lost if lost and not late and (lost.claim == "approved") == allowed else None
+
+
+def settle_unclaimed(session: Session, request: PermissionRow, lost: Optional[PermissionRow], why: str) -> None:
+    """Close a request that nobody of ours has answered: by the answer that seemed lost, or else by the terminal's."""
+    if lost:
         state = "rejected" if lost.claim == "interrupted" else str(lost.claim)
         settle(session, request.id, state, str(lost.decided_by), f"the answer was not lost: {why}", lost)
     else:
@@ -7235,7 +7258,7 @@ def tool_ran(session: Session, body: Json) -> None:
     if request is None:
         return
     if request.claim is None:
-        settle_unclaimed(session, request, True, "the tool ran")
+        settle_unclaimed(session, request, lost_answer(session, request.id, True), "the tool ran")
     else:
         see_outcome(session, request, LIKELY if request.claim == "approved" else TERMINAL)
 
@@ -7248,7 +7271,7 @@ def batch_ended(session: Session, body: Json) -> None:
         if request is None or session.outcomes.get(request.id) == LIKELY:
             continue
         if request.claim is None:
-            settle_unclaimed(session, request, False, "it was refused")
+            settle_unclaimed(session, request, lost_answer(session, request.id, False), "it was refused")
         elif request.claim == "rejected":
             said = canonical(str(call_.get("tool_response") or ""))   # what is typed loses its line breaks
             ours = not said or canonical(request.message or "") in said
@@ -7274,15 +7297,14 @@ def digest_decisions(session: Session, entries: Sequence[Entry]) -> None:
         request = next((one for one in session.facts.pending if one.use and one.use == entry.tool_use_id), None)
         if request is None or (request.claim and request.id in session.dialogs):
             continue   # answered by keys: decide_on_screen() sees whose they were
-        answered = request if request.claim else session.lost_answers.get(request.id, request)
+        lost = None if request.claim else session.lost_answers.get(request.id)
+        answered = lost or request
         ours = (entry.decided_by == "hook" and answered.claim != "interrupted") or (
             entry.decided_by == "user-rejected" and answered.claim == "interrupted")
         if request.claim:
             see_outcome(session, request, OURS if ours else TERMINAL)
         elif entry.kind == "result":
-            if not ours:
-                session.lost_answers.pop(request.id, None)
-            settle_unclaimed(session, request, None, f"the transcript says {entry.decided_by}")
+            settle_unclaimed(session, request, lost if ours else None, f"the transcript says {entry.decided_by}")
 
 
 # -- by keys, when nobody holds the request open
@@ -7295,11 +7317,11 @@ def same_dialog(one: Optional[Reading], other: Reading) -> bool:
 
 
 def above_rows(reading: Reading) -> List[str]:
-    """Give what stands over a dialog's rows: what is asked, and about what."""
-    lines = [line.strip() for line in uncursored(reading.excerpt).split("\n")]
+    """Give what a dialog asks: its title, and all that stands over its rows."""
+    lines = [re.sub(r"[❯›]", " ", line).strip() for line in reading.excerpt.split("\n")]
     first = reading.options[0].label if reading.options else None
     found = [index for index, line in enumerate(lines) if ROW_MARKS.sub("", line) == first]
-    return lines[:found[-1] if found else len(lines)]
+    return [reading.title, *lines[:found[-1] if found else len(lines)]]
 
 
 def akin(one: Optional[Reading], other: Reading) -> bool:
@@ -7310,6 +7332,11 @@ def akin(one: Optional[Reading], other: Reading) -> bool:
     return one is not None and bool(one.options and other.options) and above_rows(one) == above_rows(other) and all(
         theirs.selected or mine.label.startswith(theirs.label) or theirs.label.startswith(mine.label)
         for mine, theirs in zip(one.options, other.options))
+
+
+def is_drawn(reading: Reading, row: int) -> bool:
+    """Tell whether a row is surely whole: it is drawn from the top, and something stands below."""
+    return not reading.excerpt.rstrip().endswith(reading.options[row].label)
 
 
 def alike(one: Reading, other: Reading) -> bool:
@@ -7391,15 +7418,25 @@ def place_of(reading: Reading, wanted: Callable[[Option], bool]) -> Optional[int
 
 
 def watch_dialog(context: Context, session: Session, bound: Reading, patience: Callable[[], float],
-                 seconds: float = 10.0) -> Iterator[Reading]:
-    """Look at a dialog again and again; ends when it was not seen whole for `patience()` seconds.  Raises TmuxError."""
-    until, whole_at = time.monotonic() + seconds, time.monotonic()
+                 seconds: float = 10.0) -> Iterator[Tuple[Reading, int]]:
+    """Look at a dialog again and again: gives each look, and how many before it agreed, without a break.
+
+    Ends when two looks show the agent at its box, or when the dialog was not seen for `patience()` seconds: it may
+    be drawn again in pieces.  Raises TmuxError.
+    """
+    until, seen_at = time.monotonic() + seconds, time.monotonic()
+    before, rested = None, 0   # type: Optional[Reading], int
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
         reading = look(context, session)
         if akin(bound, reading) and any(map(is_selected, reading.options)):
-            yield reading
-            whole_at = time.monotonic()
-        elif time.monotonic() - whole_at > patience():
+            same = same_dialog(before, reading) and before.options == reading.options   # type: ignore[union-attr]
+            before, rested, seen_at = reading, (rested + 1 if same else 0), time.monotonic()
+            yield reading, rested
+            continue
+        before = None
+        after = steady_look(context, session)
+        if not akin(bound, after) and (
+                after.kind in ("working", "idle") or time.monotonic() - seen_at > patience()):
             return
 
 
@@ -7410,23 +7447,23 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
     False when the dialog was another one or has no such row.  Keys within 150 ms of a dialog's appearance are lost,
     and a key that is late must not meet the next one: each key waits until its effect was seen.
     """
-    rested, seen, pressed_at = 0, -1, 0.0
-    entered, status_then, row_at = False, read_status_file(session), time.monotonic()
-    for reading in watch_dialog(
-            context, session, bound, lambda: STEADY_SECONDS if entered else REDRAW_SECONDS, seconds):
-        if entered and (not same_dialog(bound, reading) or status_then != read_status_file(session)):
+    pressed_at, row_at = 0.0, time.monotonic()
+    entered, status_then = False, read_status_file(session)
+    for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if entered else REDRAW_SECONDS, seconds):
+        if entered and rested and (not same_dialog(bound, reading) or status_then != read_status_file(session)):
             return True   # the agent has moved on: the same words may be another dialog's
         row, now = place_of(reading, wanted), place_of(reading, is_selected)
         if row is None and time.monotonic() - row_at > REDRAW_SECONDS:
             return False
         if row is None or now is None:
             continue
-        row_at, rested, seen = time.monotonic(), (rested + 1 if now == seen else 0), now
-        if rested < 3 or time.monotonic() - pressed_at < (0.5 if row == now else 1.0):
+        row_at = time.monotonic()
+        if rested < (3 if is_drawn(reading, row) else REDRAWN_LOOKS) or (
+                time.monotonic() - pressed_at < (0.5 if row == now else 1.0)):
             continue
         session.note("screen", "choosing" if row == now else "moving", reading.options[row].label)
         press(context, session, "Enter" if row == now else "Down" if row > now else "Up")
-        entered, bound, pressed_at, rested = row == now, reading, time.monotonic(), 0
+        entered, bound, pressed_at = row == now, reading, time.monotonic()
     return entered
 
 
@@ -7473,16 +7510,16 @@ def decide_on_screen(context: Context, session: Session, request_id: str, row: s
                 obeyed = choose_row(context, session, bound, ROWS[row])
             request = session.facts.request(request_id)
             if request:
-                lost = session.lost_answers.get(request_id)   # perhaps it was not, and the dialog went by that
-                see_outcome(session, request, OURS if obeyed or (lost and lost.claim == request.claim) else TERMINAL)
+                lost = lost_answer(session, request_id, request.claim == "approved")   # perhaps the dialog went by that
+                see_outcome(session, request, OURS if obeyed else LIKELY if lost else TERMINAL)
 
 
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
     """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
     tabbed, typed, pressed_at = False, False, time.monotonic()
-    for reading in watch_dialog(context, session, bound, lambda: STEADY_SECONDS if typed else REDRAW_SECONDS):
+    for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if typed else REDRAW_SECONDS):
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
-        if row is None or now is None or time.monotonic() - pressed_at < 0.3:
+        if row is None or now is None or rested < 3 or time.monotonic() - pressed_at < 0.3:
             continue
         pressed_at = time.monotonic()
         if now != row:
@@ -8113,7 +8150,10 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool,
     A subagent's request shows no dialog while it is held; the others come strictly one after another.
     """
     for request in session.facts.pending:
-        if request.asked_at > seen_at or (request.subagent and request.id in session.holds):
+        if request.subagent and request.id in session.holds:
+            continue
+        if 0 < request.asked_at - seen_at < TMUX_TIMEOUT:   # what was seen is older; beyond that the clock was set
+            session.context.look_later(session, 0.1)
             continue
         bound = session.dialogs.get(request.id)
         if dialog and request.id in session.holds:
@@ -8138,7 +8178,8 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool,
 def dialog_left(session: Session, request: PermissionRow, reading: Reading) -> None:
     """Draw the conclusion from a request's dialog that is gone: who answered it, unless we just did."""
     if request.claim is None:
-        settle_unclaimed(session, request, None, "the dialog is gone")
+        lost = lost_answer(session, request.id, True) if reading.kind == "working" else None
+        settle_unclaimed(session, request, lost, "the dialog is gone")
     elif reading.kind == "working" and request.claim == "approved":
         see_outcome(session, request, LIKELY)
 
@@ -9328,11 +9369,15 @@ def terminate(pid: int, grace: float = 2.0) -> None:
 
 def descendants(pid: int) -> List[int]:
     """List all processes below one, from /proc or else from ps."""
-    parents = None if os.path.exists(f"/proc/self/task/{os.getpid()}/children") else list(process_parents())
+    told: Optional[Dict[int, List[int]]] = None
+    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+        told = {}
+        for child, parent in process_parents():
+            told.setdefault(parent, []).append(child)
     found, open_ = [], [pid]
     while open_:
         above = open_.pop()
-        below = children_of(above) if parents is None else [child for child, parent in parents if parent == above]
+        below = children_of(above) if told is None else told.get(above, [])
         found += below
         open_ += below
     return found
@@ -9343,8 +9388,8 @@ def children_of(pid: int) -> List[int]:
     found: List[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                found += map(int, read_process(pid, f"task/{thread}/children").split())
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb", 0) as file:
+                found += map(int, file.read().split())   # to its end: a piece of it is a page
     return found
 
 
@@ -11411,7 +11456,8 @@ class Runner:
     def carry_on(self, row: PipelineRow, stage: StageRow) -> None:
         """Start what is to run and does not."""
         if stage.state == "running" and stage.prompt is None:
-            self.loop.begin(stage.id, row.id, lambda: self.launch(row, stage), lambda why: self.fail(stage, why))
+            self.loop.begin(stage_key(stage), row.id, lambda: self.launch(row, stage),
+                            lambda why: self.fail(stage, why))
 
     def launch(self, row: PipelineRow, stage: StageRow) -> bool:
         """Make a stage's session and prompt, or find those that were made for it; tells whether that is over already.
@@ -14792,8 +14838,7 @@ def detach(context: Context, session: Session) -> None:
 
 def keep_audited(context: Context) -> None:
     """Compare sessions with panes whenever some may have gone, at once but not all the time: the body of its thread."""
-    while not context.stopping.is_set():
-        context.tmux.panes_changed.wait()
+    while context.tmux.panes_changed.wait() and not context.stopping.is_set():
         context.tmux.panes_changed.clear()
         try:
             audit(context)

@@ -5701,6 +5701,31 @@ def test_a_prompt_is_not_typed_again_into_an_agent_that_may_yet_read_it(house):
     assert talk.prompts() == ["[[say thawed]]", "[[say on]]"], "the agent read it late, and once"
 
 
+def seen_dialog(command: str, rows: int = 4, cursor: int = 0, labels: Tuple[str, ...] = ()) -> aegis.Reading:
+    """Read a permission dialog of which so many rows are drawn."""
+    labels = labels or ("Yes", "Yes, and always allow access", "Yes, and switch to auto mode", "No")
+    lines = ["─" * 100, " Bash command", "", f"   {command}", "", " Do you want to proceed?", ""]
+    lines += [f" {'❯' if at == cursor else ' '} {at + 1}. {one}" for at, one in enumerate(labels[:rows])]
+    return aegis.read_claude_screen("\n".join(lines + ["", " Esc to cancel · Tab to amend"] * (rows == len(labels))))
+
+
+def test_a_dialog_is_told_by_what_it_asks_and_not_by_how_much_of_it_is_drawn():
+    whole = seen_dialog("make all")
+    assert all(aegis.akin(whole, seen_dialog("make all", rows)) for rows in range(1, 5))
+    assert all(aegis.akin(whole, seen_dialog("make all", cursor=at)) for at in range(4))
+    assert not aegis.akin(whole, seen_dialog("make most"))
+    assert not aegis.akin(seen_dialog("echo esc to cancel; a"), seen_dialog("echo esc to cancel; b"))
+    assert not aegis.akin(whole, seen_dialog("make all", labels=("Yes", "No")))
+    assert not aegis.akin(None, whole) and not aegis.akin(whole, aegis.Reading("idle", "input box"))
+
+
+def test_a_row_with_nothing_below_it_may_be_half_a_row():
+    for rows in (1, 2, 3):
+        half = seen_dialog("make all", rows)
+        assert [aegis.is_drawn(half, row) for row in range(rows)] == [True] * (rows - 1) + [False]
+    assert all(aegis.is_drawn(seen_dialog("make all"), row) for row in range(4))
+
+
 SLOW_TERMINAL = """
 import os, pty, sys, time
 def read(fd):
