@@ -1513,8 +1513,11 @@ class Store:
 
 def _unpack(row: List[Any], packed_at: Sequence[int]) -> List[Any]:
     for index in packed_at:
-        row[index] = json.loads(row[index])
+        row[index] = EMPTY_JSON[row[index]]() if row[index] in EMPTY_JSON else json.loads(row[index])
     return row
+
+
+EMPTY_JSON: Dict[str, Callable[[], Any]] = {"{}": dict, "[]": list, "null": lambda: None}   # most of what rows hold
 
 
 def store_refusal(error: sqlite3.Error) -> ApiError:
@@ -2284,6 +2287,8 @@ class Pane(NamedTuple):
 
 def quote(word: str) -> str:
     """Quote a word for a tmux command line: single quotes switch everything off, but cannot hold a line break."""
+    if word.isprintable() and "'" not in word:   # nearly all
+        return f"'{word}'"
     if "\0" in word:
         raise TmuxError(clip(word, 20), "a word must not hold NUL")
     if not re.search(r"[\x01-\x1f\x7f]", word):
@@ -2544,7 +2549,7 @@ class Tmux:
         if self.client is None:
             return self._run_once(commands, timeout)
         waiter = Waiter(f"{self.token}-{next(self.serial)}")
-        lines = [" ".join(map(quote, command)) for command in (*commands, ("display-message", "-p", waiter.marker))]
+        lines = [*(" ".join(map(quote, command)) for command in commands), f"display-message -p {waiter.marker}"]
         with self.lock:
             client = self.client
             if client is not None:
@@ -2918,15 +2923,26 @@ def birth_of(pid: int) -> Optional[str]:
     return listed.stdout.strip() or None
 
 
+KERNEL_THREAD = 0x0020_0000   # a flag in a process's stat
+
+
+def kernel_threads() -> "set[str]":
+    """Name the pids in /proc that are threads of the kernel: children of the one that begins them, where it is seen."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        if int(read_process(2, "stat").rpartition(b")")[2].split()[6]) & KERNEL_THREAD:
+            return set(read_process("2/task/2", "children").decode().split())
+    return set()
+
+
 def processes_with(name: str, value: str) -> List[int]:
     """List the processes that have a variable in their environment: what left its group and its parent is found."""
     mark = f"{name}={value}".encode()
     if not os.path.isdir("/proc/self"):
         listed = subprocess.run(["ps", "axeww", "-o", "pid=,command="], capture_output=True, check=False).stdout
         return [int(line.split()[0]) for line in listed.splitlines() if mark in line.split()]
-    found = []
+    found, foreign = [], kernel_threads()   # often most of what runs
     for entry in os.listdir("/proc"):
-        if entry.isdigit():
+        if entry.isdigit() and entry not in foreign:
             with contextlib.suppress(OSError):
                 held = read_process(entry, "environ")
                 if mark in held and mark in held.split(b"\0") and not is_zombie(int(entry)):
@@ -2981,6 +2997,8 @@ class Reading(NamedTuple):
     title: str = ""                    # a dialog's question
     options: Tuple[Option, ...] = ()
     excerpt: str = ""                  # the lines that decided
+    asked: str = ""                    # all that stands over a dialog's rows, without what depends on the width
+    closed: bool = False               # something stands below the rows, so they are whole
 
 
 # kind, name of the rule, pattern in the dialog's text.  The first that matches wins.
@@ -3118,7 +3136,8 @@ def read_dialog(lines: Sequence[str]) -> Reading:
         if tops
         else bottom
     )
-    words, options = "\n".join(bottom), find_options(shown)
+    words, rows = "\n".join(bottom), find_rows(shown)
+    options = tuple(option for _, option in rows)
     if not (hint or any(one.selected for one in options) or MODAL_WORDS.search(words)
                                             or any(MODAL_TOP.match(line) for line in bottom)):
         for kind, name, pattern in LINES:
@@ -3126,39 +3145,40 @@ def read_dialog(lines: Sequence[str]) -> Reading:
                 return Reading(kind, name, excerpt=clip(" ".join(lines[-4:]), 300))
         return Reading("unknown", "no box, no dialog", excerpt=clip(lines[-1], 200))
     section = "\n".join(bottom[tops[-1] + 1 if tops else 0:])
-    title = next((line.strip() for line in reversed(bottom) if line.strip().endswith("?")), "")
-    for kind, name, pattern in DIALOGS:
-        if pattern.search(words if kind in START_KINDS else section):
-            return Reading(kind, name, "", title, options, clip("\n".join(shown), 1_500))
-    return Reading(
-        "asking",
-        "unknown dialog",
-        "",
-        title or next((line.strip() for line in shown if line.strip(" ─▔")), ""),
-        options,
-        clip("\n".join(shown), 1_500),
-    )
+    first, last = (rows[0][0], rows[-1][0]) if rows else (len(shown), len(shown))
+    above = bottom[:len(bottom) - len(shown) + first]   # a row may end in a question mark, too
+    title = next((line.strip() for line in reversed(above) if line.strip().endswith("?")), "")
+    kind, name = next(((kind, name) for kind, name, pattern in DIALOGS
+                       if pattern.search(words if kind in START_KINDS else section)), ("asking", "unknown dialog"))
+    if name == "unknown dialog":
+        title = title or next((line.strip() for line in shown if line.strip(" ─▔")), "")
+    asked = DRAWING.sub("", "".join(line for line in shown[:first] if not RULE_LINE.match(line)))
+    return Reading(kind, name, "", title, options, clip("\n".join(shown), 1_500), asked,
+                   any(line.strip() for line in shown[last + 1:]))
 
 
-def find_options(lines: Sequence[str]) -> Tuple[Option, ...]:
-    """Find the numbered rows of the lowest dialog: they count up from 1."""
-    found: List[Option] = []
-    for line in lines:
+DRAWING = re.compile(r"[\s─-╿▀-▟❯›]+")   # what a dialog is drawn with
+
+
+def find_rows(lines: Sequence[str]) -> List[Tuple[int, Option]]:
+    """Find the numbered rows of the lowest dialog, which count up from 1, each with the place of its line."""
+    found: List[Tuple[int, Option]] = []
+    for index, line in enumerate(lines):
         match = OPTION.match(line.replace("│", " "))
         if not match:
             continue
         cursor, digits, _, label = match.groups()
         if digits == "1":
             found = []
-        found.append(Option(digits, label, bool(cursor)))
-    return tuple(found) or find_unnumbered(lines)
+        found.append((index, Option(digits, label, bool(cursor))))
+    return found or find_unnumbered(lines)
 
 
-def find_unnumbered(lines: Sequence[str]) -> Tuple[Option, ...]:
+def find_unnumbered(lines: Sequence[str]) -> List[Tuple[int, Option]]:
     """Find the rows of a dialog without numbers: the cursor's row, and those that stand in line with it."""
     at = next((index for index in range(len(lines) - 1, -1, -1) if re.match(r"^ *❯ \S", lines[index])), None)
     if at is None:
-        return ()
+        return []
     column = lines[at].index("❯") + 2
     beside = re.compile(rf"^ {{{column}}}\S")
     first = last = at
@@ -3166,8 +3186,8 @@ def find_unnumbered(lines: Sequence[str]) -> Tuple[Option, ...]:
         first -= 1
     while last + 1 < len(lines) and beside.match(lines[last + 1]):
         last += 1
-    return tuple(Option(str(number_), lines[index][column:].strip(), index == at)
-                 for number_, index in enumerate(range(first, last + 1), 1))
+    return [(index, Option(str(number_), lines[index][column:].strip(), index == at))
+            for number_, index in enumerate(range(first, last + 1), 1)]
 
 
 SGR = re.compile(r"(\x1b\[[0-9;:]*m)")
@@ -5441,6 +5461,12 @@ NEVER_INHERITED = re.compile(  # marks of an agent that Aegis itself runs in, of
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 
 
+@functools.lru_cache(maxsize=1_000)
+def is_inherited(name: str) -> bool:
+    """Tell whether an agent gets a variable that Aegis itself was started with."""
+    return re.fullmatch(ENV_NAME, name) is not None and not NEVER_INHERITED.fullmatch(name)
+
+
 class Agent(NamedTuple):
     """What the rest of the file needs to know of an agent."""
 
@@ -5562,8 +5588,7 @@ def hook_settings(url: str, secret: str, hold: float, bypass: bool, denied: Sequ
 
 def agent_environment(inherited: Mapping[str, str], extra: Mapping[str, str]) -> Dict[str, str]:
     """Choose an agent's environment: ours, without what would tell it that it is nested, and the creator's."""
-    kept = {name: value for name, value in inherited.items()
-            if re.fullmatch(ENV_NAME, name) and not NEVER_INHERITED.fullmatch(name)}
+    kept = {name: value for name, value in inherited.items() if is_inherited(name)}
     kept.setdefault("LANG", "C.UTF-8")
     return {**kept, **extra}
 
@@ -5800,6 +5825,7 @@ class Context:
         self.used_kept = 0.0                           # when the last use of keys was written
         self.owners: Dict[Tuple[str, str], Optional[str]] = {}   # table and id -> owner, which never changes
         self.start_dir = os.getcwd()
+        self.environ = dict(os.environ)                # ours, as it was at the start; see agent_environment
         self.serial = itertools.count(1)
         self.total: Tuple[int, int] = (-1, 0)          # the store's version, and how many sessions it had then
         self.lists: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}   # answers of list, by query, with the store's version
@@ -5879,7 +5905,7 @@ class Session:
         self.outcomes: Dict[str, str] = {}   # claimed requests -> whose answer was taken: OURS, TERMINAL or LIKELY ours
         self.calls: "collections.deque[Tuple[str, Any, str]]" = collections.deque(maxlen=16)   # tool, input, id
         self.dialogs: Dict[str, Reading] = {}   # requests that nobody holds open -> the dialog that shows them
-        self.lost_answers: Dict[str, PermissionRow] = {}   # requests whose answer seemed lost -> as claimed
+        self.lost_answers: Dict[str, Tuple[PermissionRow, float]] = {}   # whose answer seemed lost -> as claimed; when
         self.glimpses: Dict[str, Tuple[Reading, float]] = {}   # requests -> the last look, and since when looks agree
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
@@ -5894,12 +5920,12 @@ class Session:
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
         self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
-        self.unsaved = False                            # the ledger in memory is newer than the stored one
+        self.unsaved: "set[str]" = set()                # columns that are newer in memory than in the store
         self.booked: Booked = {}                        # what of its usage is not stored yet
         self.files: Optional[Dict[str, Json]] = None   # a ledger for each of its subagents' transcripts
         self.files_unsaved: Dict[str, None] = {}
         self.trusting: Optional[bool] = None   # True while the trust question is being answered, False afterwards
-        self.reading: Optional[Reading] = None
+        self.reading, self.read_at = None, -math.inf    # type: Optional[Reading], float
         self.resets_told: Optional[float] = None   # the end of a usage limit, as the transcript last told it
         self.escape_at = 0.0
         self.unasked: Optional[Tuple[Reading, float]] = None   # a dialog that no hook told of, and since when it stands
@@ -6019,14 +6045,15 @@ class Change:
         if any(getattr(self.facts, name) != getattr(session.facts, name) for name in KEPT_FACTS):
             self.columns["known"] = kept_facts(self.facts)
         if self.columns or self.statements or self.drafts:
-            if session.unsaved:
-                self.columns.setdefault("ledger", row.ledger)
+            for name in session.unsaved:
+                self.columns.setdefault(name, getattr(row, name))
             if "ledger" in self.columns:
                 self.statements += books_statements(session)
             if self.columns:
                 self.columns["updated_at"] = now
                 self.statements.insert(0, update("sessions", row.id, self.columns))
             session.context.bus.commit(self.statements, self.drafts, self.audits, self.why.source.startswith(OWN_ACTS))
+            session.unsaved.clear()
         session.row, session.facts = row._replace(**self.columns), self.facts
         if "ledger" in self.columns:
             books_are_stored(session)
@@ -6066,7 +6093,7 @@ def books_statements(session: Session) -> List[Statement]:
 
 def books_are_stored(session: Session) -> None:
     """Forget what a commit has just stored; called with the session's lock held since before it."""
-    session.booked, session.files_unsaved, session.unsaved = {}, {}, False
+    session.booked, session.files_unsaved = {}, {}
 
 
 def wire_permission(request: PermissionRow) -> Json:
@@ -6216,21 +6243,27 @@ def locate_transcript(session: Session) -> None:
     if found:
         with session.transcript_lock:
             follow_conversation(session, conversation, str(found), own_since(row, str(found), None))
+        with session.changing("agent", "conversation", conversation) as change:
+            change.columns["conversation"] = conversation
 
 
 def follow_conversation(session: Session, conversation: str, path: str, since: Optional[float]) -> None:
     """Read on in another transcript: the first one, the one that /clear began, or one of before, where it was left.
 
-    Of one that held a conversation already, usage counts from `since` on.  Called with the transcript's lock held.
+    Of one that held a conversation already, usage counts from `since` on.  Called with the transcript's lock held;
+    the next change stores it.
     """
-    with session.changing("agent", "conversation", conversation) as change:
+    with session.lock:
         parts, ledger = session.row.parts, session.row.ledger
         if not parts or parts[-1] != path:
             left = {**ledger.get("left", {}), **({parts[-1]: ledger["offset"]} if parts else {})}
             since = None if path in left else since
             ledger = {**ledger, "offset": left.pop(path, 0), "left": left, "since": since}
-            change.columns.update(parts=[*(one for one in parts if one != path), path], ledger=ledger)
-        change.columns["conversation"] = conversation
+            parts = [*(one for one in parts if one != path), path]
+        session.row = session.row._replace(parts=parts, ledger=ledger, conversation=conversation)
+        session.unsaved.update(("parts", "ledger", "conversation"))
+        session.note("agent", "conversation", conversation)
+        session.changed.notify_all()
 
 
 def own_since(row: SessionRow, path: str, now: Optional[float]) -> Optional[float]:
@@ -6402,7 +6435,11 @@ def start_delivery(context: Context, session: Session) -> None:
     """Begin a delivery thread unless the session has one; called with the session's lock held."""
     if not session.delivering:
         session.delivering = True
-        spawn("aegis-deliver", deliver_all, context, session)
+        try:
+            spawn("aegis-deliver", deliver_all, context, session)
+        except RuntimeError:   # there can be no more threads: the next change tries again
+            session.delivering = False
+            raise
 
 
 def fail_delivery(context: Context, session: Session, prompt_id: str, reason: str) -> None:
@@ -6521,13 +6558,19 @@ def type_into(context: Context, session: Session, strokes: Sequence[Stroke]) -> 
     return context.tmux.type(pane_of(session), session.row.id, strokes, context.file(session.row.id, "spool"))
 
 
+def just_seen(session: Session) -> Optional[Reading]:
+    """Give the monitor's reading of a screen, where it is so new that another look would show the same."""
+    fresh = time.monotonic() - session.read_at < LOOK_SECONDS and session.output_at < session.read_at
+    return session.reading if fresh else None
+
+
 def await_box(context: Context, session: Session) -> bool:
     """Wait for an empty input box; False when the screen shows something else, which is then looked into."""
     if not session.agent.reports:
         return True
     deadline, cleaned = time.monotonic() + BOX_SECONDS, 0
     while time.monotonic() < deadline and not session.ending:
-        reading = look(context, session)
+        reading = just_seen(session) or look(context, session)
         if reading.kind == "idle" and not reading.draft:
             return True
         if reading.kind == "idle" and cleaned < 14:
@@ -6717,7 +6760,8 @@ def catch_up(session: Session) -> None:
                 )
                 digest(session, entries)   # first: what a store refuses now is read again
                 session.context.witness(session, entries)
-                session.row, session.unsaved = session.row._replace(ledger=ledger), True
+                session.row = session.row._replace(ledger=ledger)
+                session.unsaved.add("ledger")
                 session.booked = booked
                 session.changed.notify_all()
     if session.unsaved:
@@ -6759,16 +6803,18 @@ def count_subagent(session: Session, files: Dict[str, Json], path: str) -> None:
             whole = count_usage({**ledger, "recent": own["recent"]}, entries, booked)
             session.row = session.row._replace(ledger={**whole, "recent": ledger["recent"]})
             files[path] = {**count_usage({**own, "since": ledger.get("since")}, entries), "offset": end}
-            session.booked, session.files_unsaved[path], session.unsaved = booked, None, True
+            session.booked, session.files_unsaved[path] = booked, None
+            session.unsaved.add("ledger")
             session.changed.notify_all()
 
 
 def save_books(session: Session) -> None:
-    """Store how far the transcript was read and what it cost, unless another change just did."""
+    """Store which transcript is read, how far, and what it cost, unless another change just did."""
     with session.lock:
         if session.unsaved and session.live:
-            kept = update("sessions", session.row.id, {"ledger": session.row.ledger})
+            kept = update("sessions", session.row.id, {name: getattr(session.row, name) for name in session.unsaved})
             session.context.bus.commit([kept, *books_statements(session)])
+            session.unsaved.clear()
             books_are_stored(session)
 
 
@@ -7146,8 +7192,20 @@ def confirm_claim(session: Session, request_id: str) -> PermissionRow:
         pause = min(pause * 1.5, 0.03)
         catch_up(session)
         watch_status(session, request)
-    settle_claim(session, request_id)
+    try:
+        settle_claim(session, request_id)
+    except ApiError:   # what the store refuses now it is asked for again: a claim must not stay
+        spawn("aegis-settle", settle_surely, session, request_id)
+        raise
     return session.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
+
+
+def settle_surely(session: Session, request_id: str) -> None:
+    """Settle a claimed request as soon as the store lets us."""
+    while session.live and not session.context.stopping.wait(1.0):
+        with contextlib.suppress(ApiError):
+            settle_claim(session, request_id)
+            return
 
 
 def confirm_ours(session: Session, request_id: str) -> PermissionRow:
@@ -7199,9 +7257,21 @@ def settle_claim(session: Session, request_id: str) -> None:
 
 def lost_answer(session: Session, request_id: str, allowed: bool) -> Optional[PermissionRow]:
     """Give the answer that seemed lost with the last Aegis, if what is seen fits it and is no matter of long ago."""
-    lost = session.lost_answers.get(request_id)
-    late = time.monotonic() - session.adopted_at > GIVE_UP_SECONDS
+    lost, since = session.lost_answers.get(request_id, (None, 0.0))
+    late = time.monotonic() - since > GIVE_UP_SECONDS
     return lost if lost and not late and (lost.claim == "approved") == allowed else None
+
+
+def unclaim(session: Session, request_id: str, why: str) -> None:
+    """Take back an answer that the agent did not get, for all that is known."""
+    with session.changing("delivery", why, request_id) as change:
+        request = change.facts.request(request_id)
+        if request:
+            session.lost_answers[request_id] = request, time.monotonic()
+            open_again = request._replace(claim=None, decided_by=None, message=None, rule=None)
+            change.statements.append(update("permissions", request_id, {
+                "claim": None, "decided_by": None, "message": None, "rule": None}))
+            change.set(pending=tuple(open_again if one.id == request_id else one for one in change.facts.pending))
 
 
 def settle_unclaimed(session: Session, request: PermissionRow, lost: Optional[PermissionRow], why: str) -> None:
@@ -7297,7 +7367,7 @@ def digest_decisions(session: Session, entries: Sequence[Entry]) -> None:
         request = next((one for one in session.facts.pending if one.use and one.use == entry.tool_use_id), None)
         if request is None or (request.claim and request.id in session.dialogs):
             continue   # answered by keys: decide_on_screen() sees whose they were
-        lost = None if request.claim else session.lost_answers.get(request.id)
+        lost = None if request.claim else session.lost_answers.get(request.id, (None, 0.0))[0]
         answered = lost or request
         ours = (entry.decided_by == "hook" and answered.claim != "interrupted") or (
             entry.decided_by == "user-rejected" and answered.claim == "interrupted")
@@ -7312,16 +7382,8 @@ def digest_decisions(session: Session, entries: Sequence[Entry]) -> None:
 
 def same_dialog(one: Optional[Reading], other: Reading) -> bool:
     """Tell whether two looks show one dialog, wherever its cursor is."""
-    return one is not None and (one.title, [row.label for row in one.options], uncursored(one.excerpt)) == (
-        other.title, [row.label for row in other.options], uncursored(other.excerpt))
-
-
-def above_rows(reading: Reading) -> List[str]:
-    """Give what a dialog asks: its title, and all that stands over its rows."""
-    lines = [re.sub(r"[❯›]", " ", line).strip() for line in reading.excerpt.split("\n")]
-    first = reading.options[0].label if reading.options else None
-    found = [index for index, line in enumerate(lines) if ROW_MARKS.sub("", line) == first]
-    return [reading.title, *lines[:found[-1] if found else len(lines)]]
+    return one is not None and (one.asked, [row.label for row in one.options], uncursored(one.excerpt)) == (
+        other.asked, [row.label for row in other.options], uncursored(other.excerpt))
 
 
 def akin(one: Optional[Reading], other: Reading) -> bool:
@@ -7329,14 +7391,14 @@ def akin(one: Optional[Reading], other: Reading) -> bool:
 
     It is drawn from the top, and what is asked stands over the rows: that must be the same to the letter.
     """
-    return one is not None and bool(one.options and other.options) and above_rows(one) == above_rows(other) and all(
+    return one is not None and bool(one.options and other.options) and one.asked == other.asked and all(
         theirs.selected or mine.label.startswith(theirs.label) or theirs.label.startswith(mine.label)
         for mine, theirs in zip(one.options, other.options))
 
 
 def is_drawn(reading: Reading, row: int) -> bool:
     """Tell whether a row is surely whole: it is drawn from the top, and something stands below."""
-    return not reading.excerpt.rstrip().endswith(reading.options[row].label)
+    return reading.closed or row < len(reading.options) - 1
 
 
 def alike(one: Reading, other: Reading) -> bool:
@@ -7366,9 +7428,6 @@ def seen_twice(session: Session, request_id: str, reading: Reading, apart: float
         return True
     session.context.look_later(session, apart + STEADY_SECONDS)
     return False
-
-
-ROW_MARKS = re.compile(r"^\s*(?:\d{1,2}\.\s+)?(?:\[[ ✔x]\]\s*)?")
 
 
 def uncursored(excerpt: str) -> str:
@@ -7422,35 +7481,50 @@ def watch_dialog(context: Context, session: Session, bound: Reading, patience: C
     """Look at a dialog again and again: gives each look, and how many before it agreed, without a break.
 
     Ends when two looks show the agent at its box, or when the dialog was not seen for `patience()` seconds: it may
-    be drawn again in pieces.  Raises TmuxError.
+    be drawn again in pieces.  A tmux that does not answer is asked again.
     """
     until, seen_at = time.monotonic() + seconds, time.monotonic()
     before, rested = None, 0   # type: Optional[Reading], int
     while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
-        reading = look(context, session)
-        if akin(bound, reading) and any(map(is_selected, reading.options)):
+        try:
+            reading = look(context, session)
+            stands = akin(bound, reading) and any(map(is_selected, reading.options))
+            after = reading if stands else steady_look(context, session)
+        except TmuxError:
+            before, seen_at = None, time.monotonic()
+            continue
+        if stands:
             same = same_dialog(before, reading) and before.options == reading.options   # type: ignore[union-attr]
             before, rested, seen_at = reading, (rested + 1 if same else 0), time.monotonic()
             yield reading, rested
             continue
         before = None
-        after = steady_look(context, session)
         if not akin(bound, after) and (
                 after.kind in ("working", "idle") or time.monotonic() - seen_at > patience()):
             return
+
+
+def stands_still(context: Context, session: Session, bound: Optional[Reading]) -> bool:
+    """Tell whether a dialog still stands on the screen.  Raises TmuxError."""
+    return bound is not None and akin(bound, steady_look(context, session))
+
+
+def signs_of_life(session: Session) -> Tuple[Any, ...]:
+    """Give what tells one dialog from the next of the same words: the status file, and what was asked for since."""
+    return read_status_file(session), [one.id for one in session.facts.pending]
 
 
 def choose_row(context: Context, session: Session, bound: Reading, wanted: Callable[[Option], bool],
                seconds: float = 10.0) -> bool:
     """Choose a dialog's row by its text: move, look, and press Enter only when the cursor has rested on it.
 
-    False when the dialog was another one or has no such row.  Keys within 150 ms of a dialog's appearance are lost,
-    and a key that is late must not meet the next one: each key waits until its effect was seen.
+    False when the dialog was another one, has no such row, or stands in spite of all keys.  Keys within 150 ms of a
+    dialog's appearance are lost, and a key that is late must not meet the next one: each key waits until its effect
+    was seen.  Raises TmuxError.
     """
-    pressed_at, row_at = 0.0, time.monotonic()
-    entered, status_then = False, read_status_file(session)
+    pressed_at, row_at, entered, signs = 0.0, time.monotonic(), False, ()   # type: float, float, bool, Tuple[Any, ...]
     for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if entered else REDRAW_SECONDS, seconds):
-        if entered and rested and (not same_dialog(bound, reading) or status_then != read_status_file(session)):
+        if entered and rested and (not same_dialog(bound, reading) or signs != signs_of_life(session)):
             return True   # the agent has moved on: the same words may be another dialog's
         row, now = place_of(reading, wanted), place_of(reading, is_selected)
         if row is None and time.monotonic() - row_at > REDRAW_SECONDS:
@@ -7462,9 +7536,10 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
                 time.monotonic() - pressed_at < (0.5 if row == now else 1.0)):
             continue
         session.note("screen", "choosing" if row == now else "moving", reading.options[row].label)
+        signs = signs_of_life(session)
         press(context, session, "Enter" if row == now else "Down" if row > now else "Up")
         entered, bound, pressed_at = row == now, reading, time.monotonic()
-    return entered
+    return entered and not stands_still(context, session, bound)
 
 
 ROWS: Dict[str, Callable[[Option], bool]] = {   # a decision -> the row that means it; never a digit, for they vary
@@ -7495,44 +7570,87 @@ def find_dialog(context: Context, session: Session, request_id: str) -> Optional
     return session.dialogs.get(request_id)
 
 
+@contextlib.contextmanager
+def pressing_keys(context: Context, session: Session, request_id: str) -> Iterator[None]:
+    """Answer a claimed request by keys; when tmux fails, the claim is taken back.  Raises ApiError 503.
+
+    While Aegis stops the claim stays: the next Aegis sees what became of it.
+    """
+    try:
+        yield
+    except TmuxError as error:
+        raise unheard(context, session, request_id, str(error)) from error
+    if context.stopping.is_set():
+        raise unheard(context, session, request_id, "Aegis is being stopped")
+
+
+def unheard(context: Context, session: Session, request_id: str, why: str) -> ApiError:
+    """Take a claim back whose keys did nothing; gives what is to be said of it."""
+    if not context.stopping.is_set():
+        unclaim(session, request_id, f"the keys were not heard: {why}")
+        context.look_later(session, 0.0)
+    return ApiError(503, "NOT_DECIDED", f"this is decided by keys, which its dialog did not take ({why}): "
+                    "read the session, and decide again if it still asks")
+
+
 def decide_on_screen(context: Context, session: Session, request_id: str, row: str, message: Optional[str]) -> None:
-    """Answer a claimed request's dialog by keys; what the screen then shows says what became of it."""
-    with session.key_lock:
-        with contextlib.suppress(TmuxError):
-            bound = find_dialog(context, session, request_id)
-            if bound is None:
-                obeyed = False
-            elif row == "rejected" and place_of(bound, is_field) is not None:
-                obeyed = write_answer(context, session, bound, message or "Rejected by the user.", False)
-            elif row == "rejected" and message:
-                obeyed = reject_with_words(context, session, bound, message)
-            else:
-                obeyed = choose_row(context, session, bound, ROWS[row])
-            request = session.facts.request(request_id)
-            if request:
-                lost = lost_answer(session, request_id, request.claim == "approved")   # perhaps the dialog went by that
-                see_outcome(session, request, OURS if obeyed else LIKELY if lost else TERMINAL)
+    """Answer a claimed request's dialog by keys; what the screen then shows says what became of it.
+
+    Raises ApiError 503, and takes the claim back, when the dialog stands in spite of them.
+    """
+    with session.key_lock, pressing_keys(context, session, request_id):
+        obeyed = press_answer(context, session, request_id, row, message)
+        if not obeyed and stands_still(context, session, session.dialogs.get(request_id)):
+            raise unheard(context, session, request_id, "it still stands")
+        request = session.facts.request(request_id)
+        if request and not context.stopping.is_set():
+            lost = lost_answer(session, request_id, request.claim == "approved")   # perhaps the dialog went by that
+            see_outcome(session, request, OURS if obeyed else LIKELY if lost else TERMINAL)
+
+
+def press_answer(context: Context, session: Session, request_id: str, row: str, message: Optional[str]) -> bool:
+    """Press the keys that mean a decision; tells whether its dialog went by them.  Raises TmuxError."""
+    bound = find_dialog(context, session, request_id)
+    if bound is None:
+        return False
+    if row == "rejected" and place_of(bound, is_field) is not None:
+        return write_answer(context, session, bound, message or "Rejected by the user.", False)
+    if row == "rejected" and message:
+        return reject_with_words(context, session, bound, message)
+    return choose_row(context, session, bound, ROWS[row])
+
+
+TABS = 3   # so often Tab is pressed before a dialog counts as one that takes no words
 
 
 def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
-    """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on."""
-    tabbed, typed, pressed_at = False, False, time.monotonic()
-    for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if typed else REDRAW_SECONDS):
+    """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on.
+
+    Nothing is typed until the row has changed by Tab: a paste into a mere row would choose it.  Raises TmuxError.
+    """
+    tabs, closed_row, typed, entered, pressed_at = 0, "", False, False, time.monotonic()
+    for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if entered else REDRAW_SECONDS):
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
-        if row is None or now is None or rested < 3 or time.monotonic() - pressed_at < 0.3:
+        spent = time.monotonic() - pressed_at
+        if row is None or now is None or rested < 3 or spent < 0.3:
             continue
-        pressed_at = time.monotonic()
+        label, pressed_at = reading.options[row].label, time.monotonic()
         if now != row:
             press(context, session, "Down" if row > now else "Up")
-        elif not tabbed:
-            press(context, session, "Tab")
-            tabbed = True
-        elif not typed:
+        elif not typed and tabs and label != closed_row:
             type_into(context, session, [Stroke(" ".join(message.split()))])
             typed = True
-        else:
+        elif typed and (not entered or spent > 1.0):
             press(context, session, "Enter")
-    return typed
+            entered = True
+        elif not typed and tabs == TABS:
+            return False
+        elif not typed and (not tabs or spent > 1.0):
+            press(context, session, "Tab")
+            tabs, closed_row = tabs + 1, label
+        else:
+            pressed_at -= spent   # nothing was pressed
+    return entered and not stands_still(context, session, bound)
 
 
 def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
@@ -7552,12 +7670,11 @@ def check_unchanged(request: PermissionRow, decision: Json) -> None:
 
 def check_row(context: Context, session: Session, request: PermissionRow, row: str, message: Optional[str]) -> None:
     """Refuse a decision that a dialog has no row for, before a key is pressed.  Raises ApiError 409 naming the rows."""
-    plan = request.tool == "ExitPlanMode"
-    if row in ("approved", "rejected") and not (plan and message):
-        return   # every dialog has these
+    field = request.tool == "ExitPlanMode" and row == "rejected" and message
     bound = find_dialog(context, session, request.id)
-    wanted = is_field if plan and row == "rejected" else ROWS[row]
-    if bound and place_of(bound, wanted) is None:
+    wanted = is_field if field else ROWS[row]
+    if bound and place_of(bound, wanted) is None and (bound.closed or row not in ("approved", "rejected")) and not (
+            row == "rejected" and place_of(bound, is_field) is not None):
         rows = ", ".join(repr(one.label) for one in bound.options)
         what = "for words" if wanted is is_field else "to allow it for always" if row == "always" else "for this answer"
         raise ApiError(409, "NO_SUCH_ROW", "nothing holds this request open any more (Aegis was restarted, or its time "
@@ -7625,10 +7742,11 @@ def apply_policy(context: Context, session: Session) -> List[str]:
         held = request.id in session.holds
         decision = policy_decision(said)
         if claim(session, request.id, state, "policy", decision, decision.get("message"), said.rule):
-            if not held:
-                decide_on_screen(context, session, request.id, state, decision.get("message"))
-            if confirm_claim(session, request.id).decided_by == "policy":
-                decided.append(request.id)
+            with contextlib.suppress(ApiError):   # what could not be decided is still asked
+                if not held:
+                    decide_on_screen(context, session, request.id, state, decision.get("message"))
+                if confirm_claim(session, request.id).decided_by == "policy":
+                    decided.append(request.id)
     return decided
 
 
@@ -7766,7 +7884,7 @@ def answer_by_keys(context: Context, session: Session, request: PermissionRow, g
     """Answer a question's pages on the screen, each row by its text."""
     if not claim(session, request.id, "approved", by, {}, "; ".join(map(", ".join, given))):
         raise decided_refusal(session, request.id)
-    with session.key_lock:
+    with session.key_lock, pressing_keys(context, session, request.id):
         well = all(answer_page(context, session, question, labels)
                    for question, labels in zip(questions_of(request), given))
         reading = steady_look(context, session)
@@ -7991,9 +8109,17 @@ SUBAGENT_HOOKS = (   # what a subagent's report may change
 
 
 def receive_hook(session: Session, body: Json) -> Answer:
-    """Take one report of the agent; what is unknown is no error, for agents learn new ones."""
-    name = str(body.get("hook_event_name") or "")
+    """Take one report of the agent, and store what it changes."""
     learn_paths(session, body)
+    answer = obey_hook(session, body)
+    if "parts" in session.unsaved:   # nothing else was changed
+        save_books(session)
+    return answer
+
+
+def obey_hook(session: Session, body: Json) -> Answer:
+    """Do what a report asks for; what is unknown is no error, for agents learn new ones."""
+    name = str(body.get("hook_event_name") or "")
     if body.get("agent_id"):
         note_subagent(session, name, str(body["agent_id"]), body.get("agent_type"))
     if name == "SubagentStop":
@@ -8048,7 +8174,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         return None
     if not session.facts.ready:
         watch_clock(context, session)
-    session.looked_at = time.monotonic()
+    session.looked_at = looked_at = time.monotonic()
     seen_at = time.time()
     try:
         reading = look(context, session)
@@ -8056,6 +8182,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         session.note("tmux", "capture failed", str(error))
         return None
     session.reading = reading
+    session.read_at = looked_at   # after it: who reads both at the wrong moment looks again
     if not session.agent.reports:
         inspect_quiet(context, session)
         return reading
@@ -8180,6 +8307,7 @@ def dialog_left(session: Session, request: PermissionRow, reading: Reading) -> N
     if request.claim is None:
         lost = lost_answer(session, request.id, True) if reading.kind == "working" else None
         settle_unclaimed(session, request, lost, "the dialog is gone")
+        session.context.look_later(session, SETTLE_SECONDS + 0.1)   # one that stands there still is asked anew
     elif reading.kind == "working" and request.claim == "approved":
         see_outcome(session, request, LIKELY)
 
@@ -9050,8 +9178,14 @@ def check_arguments(args: Sequence[str]) -> None:
         )
 
 
-def create_session(context: Context, wanted: Wanted) -> Session:
-    """Make a session and start its agent; the same idempotency key gives the same session."""
+Noting = Callable[[str, Optional[str]], List[Statement]]   # of a new session's id, and its first prompt's
+
+
+def create_session(context: Context, wanted: Wanted, noting: Optional[Noting] = None) -> Session:
+    """Make a session and start its agent; the same idempotency key gives the same session.
+
+    noting: writes what is stored together with a new one.
+    """
     settings = context.settings
     if wanted.idempotency:
         known = context.store.row(SessionRow, "sessions", "idempotency = ?", wanted.idempotency)
@@ -9072,7 +9206,7 @@ def create_session(context: Context, wanted: Wanted) -> Session:
     other: Optional[SessionRow] = row
     context.sessions[row.id] = session   # first: who hears of it may end it at once
     try:
-        other = store_new(context, session, wanted)
+        other = store_new(context, session, wanted, noting)
     finally:
         if other:   # it was not made after all
             context.sessions.pop(row.id, None)
@@ -9115,7 +9249,7 @@ def launch_agent(context: Context, session: Session, words: List[str], environme
 def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str, str]]:
     """Give an agent's program with its first words, and its environment.  Raises ApiError 503 when it is not there."""
     agent = AGENTS[row.agent]
-    environment = agent_environment(os.environ, row.launch["env"])
+    environment = agent_environment(context.environ, row.launch["env"])
     if agent.name == "demo" and "CLAUDE_CONFIG_DIR" not in row.launch["env"]:   # never the operator's own
         environment["CLAUDE_CONFIG_DIR"] = str(context.state_dir / "demo")
     environment[AGENT_MARK] = row.id
@@ -9162,7 +9296,7 @@ def has_conversation(row: SessionRow) -> bool:
         return False
 
 
-def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[SessionRow]:
+def store_new(context: Context, session: Session, wanted: Wanted, noting: Optional[Noting]) -> Optional[SessionRow]:
     """Store a new session and its first prompt together; gives the one that the same idempotency key just made.
 
     Raises ApiError 409 when the name is taken, or the parent has ended.
@@ -9179,8 +9313,11 @@ def store_new(context: Context, session: Session, wanted: Wanted) -> Optional[Se
         change.statements += label_statements(row.id, row.labels)
         change.tell("session.created", name=row.name, agent=row.agent, workDir=row.work_dir, status=row.status,
                     parentId=row.parent, forkedFrom=row.forked_from, labels=row.labels)
-        if wanted.prompt is not None:
-            add_prompt(change, new_prompt(context, row.id, "prompt", wanted.prompt))
+        prompt = None if wanted.prompt is None else new_prompt(context, row.id, "prompt", wanted.prompt)
+        if prompt:
+            add_prompt(change, prompt)
+        if noting:
+            change.statements += noting(row.id, prompt and prompt.id)
         try:
             change.commit()
         except sqlite3.IntegrityError as error:
@@ -9202,6 +9339,9 @@ def label_statements(session_id: str, labels: Mapping[str, str]) -> List[Stateme
     cleared: List[Statement] = [("DELETE FROM labels WHERE session = ?", (session_id,))]
     return cleared + [insert("labels", {"session": session_id, "name": name, "value": value})
                       for name, value in labels.items()]
+
+
+FIRST_LOOK = 2.0   # seconds: at an agent that draws nothing; all others are looked at when they have drawn
 
 
 def start_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str],
@@ -9231,7 +9371,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         forget_launch(context, row.id)
         raise
     watch(context, session)
-    context.look_later(session, 0.05)
+    context.look_later(session, min(FIRST_LOOK, context.settings.ready_seconds))
 
 
 def open_place(context: Context, row: SessionRow, program: Sequence[str]) -> Pane:
@@ -9260,19 +9400,19 @@ def watch(context: Context, session: Session) -> None:
 
 def guarded_exit(context: Context, session: Session) -> None:
     """Record an exit; a store that will not take it now is asked again."""
-    record_surely(context, session, lambda: on_exit(context, session))
+    do_surely(context, session, lambda: on_exit(context, session))
 
 
-def record_surely(context: Context, session: Session, record: Callable[[], None]) -> None:
-    """Record the end of a session, again and again until the store takes it."""
+def do_surely(context: Context, session: Session, work: Callable[[], None]) -> None:
+    """Do what a live session must have done, such as record its end, again and again until store and tmux take it."""
     while session.live and not context.stopping.is_set():
         try:
-            record()
+            work()
             return
-        except ApiError as error:
-            context.log.note("error", "end not recorded yet", session=session.row.id, error=error)
+        except (ApiError, TmuxError) as error:
+            context.log.note("error", "tried again soon", session=session.row.id, error=error)
         except Exception:
-            context.log.note("error", "end not recorded yet", session=session.row.id, trace=traceback.format_exc())
+            context.log.note("error", "tried again soon", session=session.row.id, trace=traceback.format_exc())
         context.stopping.wait(1.0)
 
 
@@ -9281,7 +9421,7 @@ def finish_surely(context: Context, session: Session, status: str, reason: str) 
     try:
         finish(context, session, status, reason)
     except ApiError as error:
-        spawn("aegis-record", record_surely, context, session, lambda: finish(context, session, status, reason))
+        spawn("aegis-record", do_surely, context, session, lambda: finish(context, session, status, reason))
         raise ApiError(503, error.code, f"the agent was ended, but that cannot be recorded yet ({error}): "
                        "it is tried again until it is") from error
 
@@ -9442,12 +9582,15 @@ def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tupl
 
 def interrupt_request(context: Context, session: Session, request: PermissionRow, by: str) -> None:
     """Reject a pending request so that its turn ends, through its held hook or else with Escape."""
-    bound = None if request.id in session.holds else session.dialogs.get(request.id)
+    held = request.id in session.holds
     decision = {"behavior": "deny", "message": "Interrupted.", "interrupt": True}
     if not claim(session, request.id, "interrupted", by, decision, "interrupted"):
         return
-    if bound and akin(bound, look(context, session)):
-        press_once(context, session, "Escape")
+    if not held:
+        with pressing_keys(context, session, request.id):
+            bound, seen = session.dialogs.get(request.id), steady_look(context, session)
+            if akin(bound, seen) or (seen.options and speaks_of(seen, request)):
+                press_once(context, session, "Escape")
     confirm_claim(session, request.id)
 
 
@@ -10971,6 +11114,17 @@ class Inbox(Listener):
         self.queue.put(run_id)   # type: ignore[arg-type]
 
 
+@contextlib.contextmanager
+def adding(work: "set[str]", item: str) -> Iterator[None]:
+    """Note what a thread is begun for, unless there can be no more threads."""
+    work.add(item)
+    try:
+        yield
+    except RuntimeError:
+        work.discard(item)
+        raise
+
+
 class Loop:
     """Brings all runs of a kind forward.  `most`: how many sessions may work for them at once."""
 
@@ -11043,8 +11197,8 @@ class Loop:
         self.inbox.runs.pop(session_id, None)
         with self.lock:
             if session_id not in self.ending and session_id in self.context.sessions:
-                self.ending.add(session_id)
-                spawn("aegis-ending", self._end_session, session_id, reason)
+                with adding(self.ending, session_id):
+                    spawn("aegis-ending", self._end_session, session_id, reason)
 
     def _end_session(self, session_id: str, reason: str) -> None:
         try:
@@ -11058,8 +11212,8 @@ class Loop:
         The run is looked at again when `work` tells that something has come of it already, or when it fails.
         """
         if item not in self.starting:
-            self.starting.add(item)
-            spawn("aegis-start", self._begin, item, run, work, fail)
+            with adding(self.starting, item):
+                spawn("aegis-start", self._begin, item, run, work, fail)
 
     def _begin(self, item: str, run: str, work: Callable[[], bool], fail: Callable[[str], None]) -> None:
         news = True
@@ -11081,9 +11235,10 @@ class Loop:
                 self.inbox.poke(run)
 
 
-def start_session(context: Context, wanted: Json, prompt: str, key: str, name: str) -> Session:
+def start_session(context: Context, wanted: Json, prompt: str, key: str, name: str,
+                  noting: Optional[Noting] = None) -> Session:
     """Start a session from a stored body of create; the same key gives the same one.  Raises ApiError."""
-    return create_session(context, Wanted(**wanted, name=name, prompt=prompt, idempotency=key))
+    return create_session(context, Wanted(**wanted, name=name, prompt=prompt, idempotency=key), noting)
 
 
 def begun_under(context: Context, key: str) -> Optional[str]:
@@ -11104,9 +11259,10 @@ def end_unless_resumed(context: Context, session_id: str, since: Optional[float]
         spawn("aegis-ending", end_session, context, session_id, reason)
 
 
-def first_prompt(context: Context, session_id: str) -> PromptRow:
+def first_prompt(context: Context, session_id: str) -> str:
     """Find the prompt that a session was created with."""
-    return context.store.row(PromptRow, "prompts", "session = ? AND kind = 'prompt' ORDER BY seq", session_id)
+    return context.store.value("SELECT id FROM prompts WHERE session = ? AND kind = 'prompt' ORDER BY seq LIMIT 1",
+                               session_id)
 
 
 def settle_books(context: Context, session: Session) -> None:
@@ -11128,10 +11284,10 @@ def end_session(context: Context, session_id: str, reason: str) -> None:
 
 def usage_now(context: Context, session_id: str) -> Json:
     """Tell what a session has used so far."""
-    with contextlib.suppress(ApiError):
-        ledger = find_session(context, session_id).row.ledger
-        return {"tokens": token_usage(ledger), "cost": cost_usd(ledger, context.prices)}
-    return {"tokens": dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0), "cost": 0.0}
+    live = context.sessions.get(session_id)
+    stored = None if live else context.store.value("SELECT ledger FROM sessions WHERE id = ?", session_id)
+    ledger = live.row.ledger if live else json.loads(stored) if stored else new_ledger()
+    return {"tokens": token_usage(ledger), "cost": cost_usd(ledger, context.prices)}
 
 
 def usage_sum(*parts: Json) -> Json:
@@ -11378,7 +11534,9 @@ class Runner:
 
     def observe_turn(self, row: PipelineRow, stage: StageRow) -> StageRow:
         """See what a stage's turn has come to."""
-        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt) if stage.prompt else None
+        if stage.prompt is None or stage_key(stage) in self.loop.starting:   # its start tells what comes of it
+            return stage
+        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt)
         if prompt is None or prompt.ended_at is None:
             return stage
         if prompt.state == "done":
@@ -11464,31 +11622,41 @@ class Runner:
 
         Raises ApiError.
         """
+        if not same_start(self.context.store.row(StageRow, "stages", "id = ?", stage.id), stage):
+            return True   # it has waited for others' starts, and is over
         if stage.spec["same"]:
             session = find_live(self.context, stage.session or "")
             if self.context.store.value("SELECT base FROM stages WHERE id = ?", stage.id) == "null":
                 settle_books(self.context, session)   # before the prompt: what it used is not this turn's
                 self.context.bus.commit([update("stages", stage.id, {"base": usage_now(self.context, session.row.id)})])
-            prompt = enqueue(session, "prompt", stage.text or "", stage_key(stage))
+            prompt_id = enqueue(session, "prompt", stage.text or "", stage_key(stage)).id
         else:
             session = start_session(self.context, stage.spec["wanted"], stage.text or "", stage_key(stage),
-                                    f"{clip(row.name, 40)}/{clip(stage.name, 30)}-{stage.id[-6:]}{stage.attempt}")
-            prompt = first_prompt(self.context, session.row.id)
+                                    f"{clip(row.name, 40)}/{clip(stage.name, 30)}-{stage.id[-6:]}{stage.attempt}",
+                                    lambda *made: [self.noted(stage, *made)])
+            prompt_id = first_prompt(self.context, session.row.id)
         with self.loop.lock:
             now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
-            wanted = (now.state, now.attempt, now.starts) == ("running", stage.attempt, stage.starts)
+            wanted = same_start(now, stage)
             if wanted:
                 self.loop.inbox.runs[session.row.id] = row.id
-                self.context.bus.commit([update("stages", stage.id, {"session": session.row.id, "prompt": prompt.id})])
+            if wanted and now.prompt is None:   # what was there already
+                self.context.bus.commit([self.noted(stage, session.row.id, prompt_id)])
         if not wanted:   # cancelled or timed out while it was started
-            self.abandon(row, stage._replace(session=session.row.id, prompt=prompt.id))
-        return not wanted or bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt.id))
+            self.abandon(row, stage._replace(session=session.row.id, prompt=prompt_id))
+        return not wanted or bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt_id))
+
+    @staticmethod
+    def noted(stage: StageRow, session_id: str, prompt_id: Optional[str]) -> Statement:
+        """Write the statement that notes what was made for a stage, unless the stage is over or starts anew."""
+        return ("UPDATE stages SET session = ?, prompt = ? WHERE id = ? AND state = 'running' AND attempt = ? "
+                "AND starts = ?", (session_id, prompt_id, stage.id, stage.attempt, stage.starts))
 
     def fail(self, stage: StageRow, reason: str) -> None:
         """Fail a stage that could not be started."""
         with self.loop.lock, contextlib.suppress(ApiError):
             now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
-            if (now.state, now.attempt, now.prompt) == ("running", stage.attempt, None):
+            if same_start(now, stage):
                 after = failed_stage(now, reason)
                 changes = {name: getattr(after, name) for name in ("state", "reason", "ended_at", "session")}
                 self.context.bus.commit([update("stages", stage.id, changes)], [stage_event(after)])
@@ -11499,8 +11667,9 @@ class Runner:
             if stage.verify and find_verify(self.context, stage.verify).ended_at is None:
                 cancel_verify(self.context.verifier, stage.verify)
         session_id = stage.session or begun_under(self.context, stage_key(stage))
-        if session_id and stage.prompt and (stage.spec["same"] or row.keep):
-            cancel_turn(self.context, session_id, stage.prompt)
+        if session_id and (stage.spec["same"] or row.keep):   # a start under way sees that it is not wanted
+            if stage.prompt:
+                cancel_turn(self.context, session_id, stage.prompt)
         elif session_id:
             end_session(self.context, session_id, f"its stage {stage.name} of pipeline {row.id} is over")
 
@@ -11532,7 +11701,7 @@ class Runner:
             under_way = [one for one in session.facts.prompts if one.ended_at is None]
             first = first_prompt(self.context, session.row.id) if under_way else None
             for prompt in under_way:
-                key = session.row.idempotency if first and first.id == prompt.id else prompt.idempotency
+                key = session.row.idempotency if first == prompt.id else prompt.idempotency
                 if self.is_over(key or ""):
                     spawn("aegis-ending", cancel_turn, self.context, session.row.id, prompt.id)
         for session_id, stage_id in begun_by(self.context, " attempt "):
@@ -11588,6 +11757,11 @@ def failed_stage(stage: StageRow, reason: str) -> StageRow:
     if stage.attempt <= stage.spec["retries"]:
         return stage._replace(state="waiting", reason=f"attempt {stage.attempt}: {reason}")
     return over_stage(stage, "failed", reason)
+
+
+def same_start(now: StageRow, begun: StageRow) -> bool:
+    """Tell whether a stage still is where its start began."""
+    return (now.state, now.attempt, now.starts) == ("running", begun.attempt, begun.starts)
 
 
 def stage_key(stage: StageRow) -> str:
@@ -11994,20 +12168,20 @@ class Panel:
         total = len(reviewers_of(self.context, row.id))
         if one.again:
             session = find_live(self.context, one.session or "")
-            prompt = enqueue(session, "prompt", again_text(one, total), f"{one.id} again")
+            prompt_id = enqueue(session, "prompt", again_text(one, total), f"{one.id} again").id
         else:
             session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
                                     reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
-            prompt = first_prompt(self.context, session.row.id)
+            prompt_id = first_prompt(self.context, session.row.id)
         with self.loop.lock:
             now = self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id)
             wanted = (now.state, now.again, now.starts) == ("reviewing", one.again, one.starts)
             if wanted:
                 self.loop.inbox.runs[session.row.id] = row.id
                 self.context.bus.commit([update("reviewers", one.id, {"session": session.row.id,
-                                                                      "prompt": prompt.id})])
+                                                                      "prompt": prompt_id})])
         if not wanted:   # cancelled or timed out while it was started
-            self.abandon(row, one._replace(session=session.row.id, prompt=prompt.id))
+            self.abandon(row, one._replace(session=session.row.id, prompt=prompt_id))
         return True
 
     def fail(self, row: ConsensusRow, one: ReviewerRow, reason: str) -> None:
@@ -14713,18 +14887,22 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
 
 def reconcile(context: Context, session: Session) -> None:
     """Bring an adopted session to the present; a prompt typed in vain goes back into the queue."""
-    with contextlib.suppress(ApiError):
-        for request in [one for one in session.facts.pending if one.claim]:
-            settle_adopted(context, session, request.id)
-        inspect(context, session)
-        context.look_later(session, QUIET_SECONDS)
-        unproved = next((one for one in session.facts.waiting if one.typed_at), None)
-        if unproved and session.agent.reports:
-            confirm_adopted(context, session, unproved)
-        elif unproved:
-            with session.changing("restart", "typed, and nothing reports it", unproved.id) as change:
-                fail_typed(change, unproved)
-        recheck(session)
+    for request in [one for one in session.facts.pending if one.claim]:
+        do_surely(context, session, functools.partial(settle_adopted, context, session, request.id))
+    do_surely(context, session, lambda: reconcile_prompts(context, session))
+
+
+def reconcile_prompts(context: Context, session: Session) -> None:
+    """See what became of a prompt that was being typed.  Raises ApiError and TmuxError."""
+    inspect(context, session)
+    context.look_later(session, QUIET_SECONDS)
+    unproved = next((one for one in session.facts.waiting if one.typed_at), None)
+    if unproved and session.agent.reports:
+        confirm_adopted(context, session, unproved)
+    elif unproved:
+        with session.changing("restart", "typed, and nothing reports it", unproved.id) as change:
+            fail_typed(change, unproved)
+    recheck(session)
 
 
 def settle_adopted(context: Context, session: Session, request_id: str) -> None:
@@ -14735,32 +14913,26 @@ def settle_adopted(context: Context, session: Session, request_id: str) -> None:
         if time.monotonic() > until and not (status and status.status == "waiting"):
             break
         if time.monotonic() > until + GIVE_UP_SECONDS:   # the agent waits, whatever its screen shows
-            unclaim(session, request_id)
+            unclaim(session, request_id, "the answer was lost with the last Aegis")
             return
         request = session.facts.request(request_id)
         if request is None or session.outcomes.get(request_id) in (OURS, TERMINAL):
             break
-        reading = look(context, session)
+        try:
+            reading = look(context, session)
+        except TmuxError:   # nothing is concluded from what could not be seen
+            until = time.monotonic() + ADOPT_SECONDS
+            context.stopping.wait(0.5)
+            continue
         stands = reading.kind in ("permission_prompt", "asking") and speaks_of(reading, request)
         stood_at = min(stood_at, time.monotonic()) if stands else math.inf
         if time.monotonic() - stood_at > LIKELY_SECONDS:   # the answer never arrived, or it is taken very late
-            unclaim(session, request_id)
+            unclaim(session, request_id, "the answer was lost with the last Aegis")
             return
         context.stopping.wait(0.05)
         catch_up(session)
-    settle_claim(session, request_id)
-
-
-def unclaim(session: Session, request_id: str) -> None:
-    """Take back an answer that the agent did not get."""
-    with session.changing("restart", "the answer was lost", request_id) as change:
-        request = change.facts.request(request_id)
-        if request:
-            session.lost_answers[request_id] = request
-            open_again = request._replace(claim=None, decided_by=None, message=None, rule=None)
-            change.statements.append(update("permissions", request_id, {
-                "claim": None, "decided_by": None, "message": None, "rule": None}))
-            change.set(pending=tuple(open_again if one.id == request_id else one for one in change.facts.pending))
+    if not context.stopping.is_set():   # else it is the next Aegis' to say
+        settle_claim(session, request_id)
 
 
 def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> None:
@@ -14867,7 +15039,7 @@ def audit(context: Context) -> None:
 def end_lost(context: Context, session: Session) -> None:
     """End a session whose window is gone; its agent may not have noticed."""
     end_agent(session)
-    record_surely(context, session, lambda: finish(context, session, "exited", "its window was closed, or tmux ended"))
+    do_surely(context, session, lambda: finish(context, session, "exited", "its window was closed, or tmux ended"))
 
 
 class App:
@@ -15930,6 +16102,7 @@ WAIT_DONE: Dict[str, Field] = dict(
 )
 
 
+@functools.lru_cache(maxsize=1_000)
 def snake(name: str) -> str:
     """Turn a wire name into a Python one: workDir -> work_dir."""
     return re.sub(r"[A-Z]", lambda match: "_" + match.group().lower(), name)

@@ -5782,6 +5782,113 @@ def test_an_answer_that_the_agent_takes_late_after_a_restart_is_the_callers(hous
     assert [(one["state"], one["decidedBy"]) for one in history] == [("approved", "api")]
 
 
+def unheld(house: Callable[..., Server]) -> Tuple[Server, Talk]:
+    """Give a server, and a session of it whose pending request nobody holds open any more, its dialog on the screen."""
+    own = house()
+    talk = own.open()
+    request(talk)
+    eventually(lambda: "Do you want" in talk.ask("GET pane")["text"])
+    own.crash().start()
+    return own, talk
+
+
+def decisions(talk: Talk) -> List[Tuple[str, str]]:
+    """List how requests ended, and by whom."""
+    return [(one["state"], one["decidedBy"]) for one in talk.ask("GET permissions")["history"]]
+
+
+@contextlib.contextmanager
+def stopped_tmux(own: Server) -> Iterator[None]:
+    """Have the tmux server answer nobody."""
+    pid = int(own.tmux("display-message", "-p", "#{pid}"))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@alone
+def test_a_reason_that_is_a_question_is_sent_like_any_other(house):
+    own, talk = unheld(house)
+    told = talk.ask("POST reject", {"message": "use yarn, why not?"})["permission"]
+    assert (told["state"], told["message"]) == ("rejected", "use yarn, why not?")
+    talk.wait("turn.ended")
+    assert "use yarn, why not?" in Path(talk.get()["transcriptPath"]).read_text()
+    assert decisions(talk) == [("rejected", "api")]
+
+
+@alone
+def test_a_window_of_another_size_answers_nothing(house):
+    own, talk = unheld(house)
+    window, asked = talk.get()["window"], talk.ask("GET permissions")["pending"][0]["id"]
+    refused = talk.call("POST approve", {"updatedInput": {"command": "true"}})   # its dialog is found for that
+    assert refused.json["code"] == "CANNOT_CHANGE_INPUT"
+    for width in ("100", "90"):
+        own.tmux("resize-window", "-t", window, "-x", width, "-y", "35")
+        eventually(lambda: any(line == "─" * int(width) for line in talk.ask("GET pane")["text"].split("\n")))
+        own.open("[[wait 1]] [[say on]]").wait("turn.ended")   # meanwhile its screen was looked at
+    assert (talk.get()["status"], talk.ask("GET permissions")["pending"][0]["id"]) == ("permission_prompt", asked)
+    talk.ask("POST approve", {})
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("approved", "api")]
+
+
+@alone
+def test_a_decision_whose_keys_tmux_did_not_take_is_none(house):
+    own, talk = unheld(house)
+    with stopped_tmux(own):
+        for act in ("approve", "interrupt"):
+            refused = talk.call(f"POST {act}", {})
+            assert refused.status == 503 and refused.json["code"] == "NOT_DECIDED", refused.raw
+    assert talk.get()["status"] == "permission_prompt" and decisions(talk) == []
+    talk.ask("POST approve", {})
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("approved", "api")]
+
+
+@alone
+def test_a_decision_by_keys_that_a_stop_cuts_short_is_made_anew(house):
+    own, talk = unheld(house)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        deciding = pool.submit(own.call, f"POST /v1/sessions/{talk.id}/reject", {})
+        eventually(lambda: "permission rejected" in str(talk.ask("GET explain")))
+        own.signal(signal.SIGTERM)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            assert deciding.result().status == 503
+    own.start()
+    eventually(lambda: decisions(talk) or not talk.ask("GET permissions")["pending"][0].get("claim"))
+    assert ("answered_in_terminal", "terminal") not in decisions(talk)
+    if not decisions(talk):   # else its last key was pressed in time
+        eventually(lambda: talk.call("POST reject", {}).status == 200)
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("rejected", "api")]
+
+
+@alone
+def test_a_session_is_brought_to_the_present_by_a_tmux_that_answers_late(house):
+    own = house()
+    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    talk.send("[[bash touch f]] [[say on]]")
+    talk.wait("permission.requested")
+    eventually(lambda: "Do you want" in talk.ask("GET pane")["text"])
+    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+    os.kill(pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        deciding = pool.submit(own.call, f"POST /v1/sessions/{talk.id}/approve", {})
+        eventually(lambda: "permission approved" in str(talk.ask("GET explain")))
+        own.crash()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            deciding.result()
+    own.start()
+    with stopped_tmux(own):
+        eventually(lambda: talk.call("GET pane").status == 503)
+    eventually(lambda: "the answer was lost" in str(talk.ask("GET explain")))
+    os.kill(pid, signal.SIGCONT)
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("approved", "api")]
+
+
 class Diary:
     """A workload's own account of what it asked for, to hold Aegis' books against."""
 
@@ -7879,7 +7986,7 @@ def test_a_stage_whose_agent_never_took_its_prompt_is_begun_again_after_a_crash(
     own = house()
     made = pipeline(own, {"name": "a", "prompt": "[[say a]]", "args": ["--demo-boot", "slow:2"]})
     first = eventually(lambda: own.ask(f"GET /v1/pipelines/{made['id']}")["stages"][0]["sessionId"])
-    window = own.ask(f"GET /v1/sessions/{first}")["window"]
+    window = eventually(lambda: own.ask(f"GET /v1/sessions/{first}")["window"])
     own.crash()
     own.tmux("kill-window", "-t", window)
     own.start()
