@@ -9403,16 +9403,17 @@ def guarded_exit(context: Context, session: Session) -> None:
     do_surely(context, session, lambda: on_exit(context, session))
 
 
-def do_surely(context: Context, session: Session, work: Callable[[], None]) -> None:
-    """Do what a live session must have done, such as record its end, again and again until store and tmux take it."""
+def do_surely(context: Context, session: Session, work: Callable[[], None],
+              late: str = "end not recorded yet") -> None:
+    """Do what a live session must have done, again and again until store and tmux take it; `late` goes to the log."""
     while session.live and not context.stopping.is_set():
         try:
             work()
             return
         except (ApiError, TmuxError) as error:
-            context.log.note("error", "tried again soon", session=session.row.id, error=error)
+            context.log.note("error", late, session=session.row.id, error=error)
         except Exception:
-            context.log.note("error", "tried again soon", session=session.row.id, trace=traceback.format_exc())
+            context.log.note("error", late, session=session.row.id, trace=traceback.format_exc())
         context.stopping.wait(1.0)
 
 
@@ -14887,9 +14888,10 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
 
 def reconcile(context: Context, session: Session) -> None:
     """Bring an adopted session to the present; a prompt typed in vain goes back into the queue."""
+    late = "not brought to the present yet"
     for request in [one for one in session.facts.pending if one.claim]:
-        do_surely(context, session, functools.partial(settle_adopted, context, session, request.id))
-    do_surely(context, session, lambda: reconcile_prompts(context, session))
+        do_surely(context, session, functools.partial(settle_adopted, context, session, request.id), late)
+    do_surely(context, session, lambda: reconcile_prompts(context, session), late)
 
 
 def reconcile_prompts(context: Context, session: Session) -> None:
@@ -14962,13 +14964,16 @@ def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> No
             fail_typed(change, known)
 
 
+DOT_LOOKS = 100   # 50 ms apart: as long as a busy box may take to show a key
+
+
 def reads_keys(context: Context, session: Session) -> bool:
     """Tell whether an agent has read every key that was ever pressed: a dot shows in its empty box, and goes again.
 
     Keys are read in order, so a prompt that was typed before the dot is in the box, in the transcript, or nowhere.
     """
     def shows(draft: str) -> bool:
-        return any(look(context, session).draft == draft or context.stopping.wait(0.05) for _ in range(40))
+        return any(look(context, session).draft == draft or context.stopping.wait(0.05) for _ in range(DOT_LOOKS))
     with session.key_lock, contextlib.suppress(TmuxError):
         reading = steady_look(context, session)
         if reading.kind != "idle" or reading.draft:

@@ -14888,7 +14888,8 @@ def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(m
                             "verdict must be one of approve, reject; criteria is required", within=60)
         own.crash().start()
         told = ruled(own, made, 90)
-        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], told
+        assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], [
+            one["reason"] for one in told["reviewers"]]
         assert (told["verdict"], told["findings"][0]["file"]) == ("rejected", "new.txt")
         assert not (work / "evil").exists() and not (tmp_path / "hook-ran").exists()
         asked = [one for one in model.heard if "You are reviewer" in one and "could not be taken" not in one]
