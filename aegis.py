@@ -1433,6 +1433,7 @@ class Store:
                                   cached_statements=200)
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
+        self.db.execute("PRAGMA wal_autocheckpoint = 4000")   # pages: the same few are written again and again
         self.db.execute("PRAGMA cache_size = -2000")
         self._migrate()
 
@@ -1809,17 +1810,14 @@ class Bus:
             first = drafts[0] if drafts else Draft("", None, {})
             audits = [*audits, act.take(first.session, first.data)]
         with self.store.lock:
-            events = []
+            events = [Event(self.last + place, draft.session, draft.type, now, draft.data)
+                      for place, draft in enumerate(drafts, 1)]
             with self.store.transaction() as db:
                 for sql, args in statements:
                     db.execute(sql, args)
                 sealed = [append_audit(db, entry) for entry in audits]
-                for draft in drafts:
-                    sql, args = insert("events", {"session": draft.session, "type": draft.type, "at": now,
-                                                  "data": draft.data})
-                    events.append(
-                        Event(db.execute(sql, args).lastrowid or 0, draft.session, draft.type, now, draft.data)
-                    )
+                db.executemany("INSERT INTO events (id, session, type, at, data) VALUES (?, ?, ?, ?, ?)",
+                               [(*event[:-1], dump(event.data)) for event in events])
                 if events and events[-1].id % 1000 < len(events):
                     db.execute(PRUNE, (events[-1].id - self.keep,))
             if sealed:
@@ -3573,12 +3571,10 @@ def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
     A file that shrank is read from its end.
     """
     try:
+        size = os.stat(path).st_size
+        if size <= offset:   # mostly: nothing is new
+            return size, []
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < offset:
-                return size, []
-            if size == offset:
-                return offset, []
             file.seek(offset)
             pieces = [file.read(READ_BLOCK)]
             while b"\n" not in pieces[-1] and file.tell() < size:   # a line that is longer than a block
@@ -7628,28 +7624,29 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
 
     Nothing is typed until the row has changed by Tab: a paste into a mere row would choose it.  Raises TmuxError.
     """
-    tabs, closed_row, typed, entered, pressed_at = 0, "", False, False, time.monotonic()
+    tabs, shut, typed, entered, pressed_at = 0, "", False, False, time.monotonic()   # shut: the row before its Tab
     for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if entered else REDRAW_SECONDS):
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
         spent = time.monotonic() - pressed_at
         if row is None or now is None or rested < 3 or spent < 0.3:
             continue
-        label, pressed_at = reading.options[row].label, time.monotonic()
+        label = reading.options[row].label
         if now != row:
             press(context, session, "Down" if row > now else "Up")
-        elif not typed and tabs and label != closed_row:
+        elif tabs and not typed and label != shut:
             type_into(context, session, [Stroke(" ".join(message.split()))])
             typed = True
-        elif typed and (not entered or spent > 1.0):
+        elif (entered or (tabs and not typed)) and spent < 1.0:   # a key that seems lost is pressed again
+            continue
+        elif typed:
             press(context, session, "Enter")
             entered = True
-        elif not typed and tabs == TABS:
+        elif tabs == TABS:
             return False
-        elif not typed and (not tabs or spent > 1.0):
-            press(context, session, "Tab")
-            tabs, closed_row = tabs + 1, label
         else:
-            pressed_at -= spent   # nothing was pressed
+            press(context, session, "Tab")
+            tabs, shut = tabs + 1, label
+        pressed_at = time.monotonic()
     return entered and not stands_still(context, session, bound)
 
 
@@ -8604,21 +8601,19 @@ class Monitor:
             if self.context.tmux.client is None:
                 self.dirty.update(self.context.sessions)
             for key, one in list(self.dirty.items()):
-                if not one.live:
-                    del self.dirty[key]
-                elif now - one.output_at >= quiet_needed(one) or now - one.looked_at >= look_gap(one):
+                rests, latest = look_times(one)
+                if now >= min(rests, latest):
                     found[key] = one
-                    if now - one.output_at >= quiet_needed(one):
-                        del self.dirty[key]
+                if now >= rests or not one.live:
+                    del self.dirty[key]
             return [one for one in found.values() if one.live]
 
     def _pause(self, now: float) -> Optional[float]:
         times = [at - now for at, _ in self.timers.values()]
         if self.dirty:
-            rests = min(min(one.output_at + quiet_needed(one), one.looked_at + look_gap(one))
-                        for one in self.dirty.values())
+            first = min(min(look_times(one)) for one in self.dirty.values())
             starting = any(not one.facts.ready for one in self.dirty.values())
-            times.append(max(0.02 if starting else 0.05 if len(self.dirty) < 20 else 0.1, rests - now))
+            times.append(max(0.02 if starting else 0.05 if len(self.dirty) < 20 else 0.1, first - now))
         if self.context.tmux.client is None and self.context.sessions:
             times.append(0.5)
         return max(0.0, min(times)) if times else None
@@ -8630,20 +8625,13 @@ class Monitor:
             self.wake.notify()
 
 
-def quiet_needed(session: Session) -> float:
-    """Tell how long a pane must rest before its screen is worth a look."""
-    if not session.facts.ready and session.agent.reports:
-        return 0.02
-    return QUIET_SECONDS
-
-
-def look_gap(session: Session) -> float:
-    """Tell after how long a pane that does not rest is looked at all the same."""
-    if not session.facts.ready and session.agent.reports:
-        return 0.1
-    if session.facts.pending:
-        return 0.15
-    return 1.0 if not session.facts.current else 1e9
+def look_times(session: Session) -> Tuple[float, float]:
+    """Tell when a pane that drew has rested long enough for a look, and when it is looked at although it does not."""
+    facts = session.facts
+    if not facts.ready and session.agent.reports:
+        return session.output_at + 0.02, session.looked_at + 0.1
+    gap = 0.15 if facts.pending else math.inf if facts.current else 1.0
+    return session.output_at + QUIET_SECONDS, session.looked_at + gap
 
 
 # ============================================================================

@@ -5840,7 +5840,7 @@ def test_a_decision_whose_keys_tmux_did_not_take_is_none(house):
     with stopped_tmux(own):
         for act in ("approve", "interrupt"):
             refused = talk.call(f"POST {act}", {})
-            assert refused.status == 503 and refused.json["code"] == "NOT_DECIDED", refused.raw
+            assert refused.status == 503 and refused.json["code"] in ("NOT_DECIDED", "TMUX_UNAVAILABLE"), refused.raw
     assert talk.get()["status"] == "permission_prompt" and decisions(talk) == []
     talk.ask("POST approve", {})
     talk.wait("turn.ended")
@@ -5861,6 +5861,32 @@ def test_a_decision_by_keys_that_a_stop_cuts_short_is_made_anew(house):
     assert ("answered_in_terminal", "terminal") not in decisions(talk)
     if not decisions(talk):   # else its last key was pressed in time
         eventually(lambda: talk.call("POST reject", {}).status == 200)
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("rejected", "api")]
+
+
+DEAF_TERMINAL = """
+import os, pty, sys
+def hear(fd):
+    data = b""
+    while not data:
+        data = os.read(fd, 4096).replace(b"\\t", b"")
+    return data
+pty.spawn(sys.argv[1:], lambda fd: os.read(fd, 4096), hear)
+"""
+
+
+@alone
+def test_no_words_are_typed_into_a_dialog_that_opens_no_line_for_them(house):
+    own = house()
+    words = " ".join(map(shlex.quote, [sys.executable, "-c", DEAF_TERMINAL, sys.executable, str(AEGIS), "demo-agent"]))
+    talk = own.open(command=["/bin/sh", "-c", f'{words} "$@"; exit', "sh"])
+    request(talk)
+    own.crash().start()
+    refused = talk.call("POST reject", {"message": "1 reason"})   # a digit would choose a row
+    assert (refused.status, refused.json["code"]) == (503, "NOT_DECIDED"), refused.raw
+    assert talk.get()["status"] == "permission_prompt" and "1 reason" not in talk.ask("GET pane")["text"]
+    talk.ask("POST reject", {})
     talk.wait("turn.ended")
     assert decisions(talk) == [("rejected", "api")]
 
@@ -13392,7 +13418,7 @@ def test_a_command_cannot_draw_beyond_the_bar_that_shows_it(server, person):
 def test_run_comes_through_a_restart_of_the_server(house):
     own = house(AEGIS_AGENT="demo")
     with cli_process(own, "run", "[[slow 3]] [[say well]]", "--name", "lasting", stderr=subprocess.DEVNULL) as running:
-        eventually(lambda: own.ask("GET /v1/sessions?status=working")["sessions"])
+        own.events.wait_for("session.working")
         own.crash()
         own.start()
         assert (running.communicate(timeout=2 * WITHIN)[0], running.returncode) == (b"well\n", 0)
