@@ -9329,7 +9329,7 @@ def label_statements(session_id: str, labels: Mapping[str, str]) -> List[Stateme
                       for name, value in labels.items()]
 
 
-FIRST_LOOK = 2.0   # seconds: at an agent that draws nothing; all others are looked at when they have drawn
+FIRST_LOOK = 2.0   # seconds: at an agent that draws nothing; who has drawn is looked at then
 
 
 def start_agent(context: Context, session: Session, words: List[str], environment: Mapping[str, str],
@@ -9359,7 +9359,7 @@ def start_agent(context: Context, session: Session, words: List[str], environmen
         forget_launch(context, row.id)
         raise
     watch(context, session)
-    context.look_later(session, min(FIRST_LOOK, context.settings.ready_seconds))
+    context.look_later(session, min(FIRST_LOOK, context.settings.ready_seconds) if agent.reports else 0.05)
 
 
 def open_place(context: Context, row: SessionRow, program: Sequence[str]) -> Pane:
