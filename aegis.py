@@ -2311,8 +2311,17 @@ def window_name(name: str) -> str:
 # Becomes the control client, and leaves a guard behind that reads a pipe of which Aegis alone has the other end: a line
 # sends it home; the end of the pipe means that Aegis was killed, and the client must die at once.  Else tmux may keep
 # it, its pipe broken while it was written to, reads no pane any more until somebody takes what it has for that client,
-# and every agent stands still.
+# and every agent stands still.  Before 3.2 tmux writes to no client's pipe itself: the client notices, and leaves, and
+# when it is killed instead, 3.1c dies of it, with every agent.
 GUARDED_CLIENT = '(read -r line <&2 || kill -9 $$) </dev/null >/dev/null & exec "$@" 2>/dev/null'
+
+
+PLAIN_CLIENT = 'exec "$@" 2>/dev/null'
+
+
+def version_of(told: str) -> Tuple[int, ...]:
+    """Read a version of tmux: (3, 1) of "tmux 3.1c"."""
+    return tuple(map(int, re.findall(r"\d+", told)[:2]))
 
 
 def position(lines: List[bytes], wanted: bytes, start: int) -> int:
@@ -2362,6 +2371,7 @@ class Tmux:
         self.on_gone: Callable[[], None] = lambda: None   # the server ended: another one gives its ids out again
         self.server_pid = ""                   # of the tmux server that our ids are of; guarded by birth_lock
         self.birth_lock = threading.Lock()     # one thread starts a server at a time
+        self.guarded = True                    # control clients have guards
         self.resizes_hidden = True             # tmux before 3.2 tells a program its new size only in a current window
         self.error: Optional[str] = None       # why there is no control client; None when there is one
         self.connects = 0                      # how often the control client was started
@@ -2378,15 +2388,18 @@ class Tmux:
 
     def start(self) -> None:
         """Connect, and keep connected.  Raises TmuxError when there is no tmux."""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):   # _connect tells what is wrong
+            told = subprocess.run([self.program, "-V"], stdout=subprocess.PIPE, timeout=TMUX_TIMEOUT, check=False)
+            self.guarded = version_of(told.stdout.decode("utf-8", "replace")) >= (3, 2)
         self._connect()
         spawn("aegis-tmux", self._read_forever)
         spawn("aegis-views", self._tend_views)
-        told = (self.run(("display-message", "-p", "#{pid} #{version}")) or [""])[-1].split()
-        if len(told) != 2:
+        names = (self.run(("display-message", "-p", "#{pid} #{version}")) or [""])[-1].split()
+        if len(names) != 2:
             raise TmuxError("display-message", f"{self.program} does not answer as tmux does: set AEGIS_TMUX (--tmux)")
-        self.server_pid, self.version = told
+        self.server_pid, self.version = names
         self._end_orphans()
-        self.resizes_hidden = tuple(map(int, re.findall(r"\d+", self.version)[:2])) >= (3, 2)
+        self.resizes_hidden = version_of(self.version) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
         """Give a tmux command line for this server."""
@@ -2406,7 +2419,8 @@ class Tmux:
         words = self.argv("-C", *self._first_words("-A"))
         told, tell = os.pipe()
         try:
-            client = subprocess.Popen(["/bin/sh", "-c", GUARDED_CLIENT, "sh", *words], stdin=subprocess.PIPE,
+            script = GUARDED_CLIENT if self.guarded else PLAIN_CLIENT
+            client = subprocess.Popen(["/bin/sh", "-c", script, "sh", *words], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, stderr=told, env=tmux_environment(), cwd="/",
                                       start_new_session=True, bufsize=0)
         except OSError:
@@ -2429,7 +2443,7 @@ class Tmux:
 
     def _end_orphans(self) -> None:
         """End the control clients of an Aegis that was killed, should their guards have been killed, too."""
-        own = self.client.pid if self.client else None
+        own = self.client.pid if self.client and self.guarded else None   # see GUARDED_CLIENT
         told = self.run(("list-clients", "-F", "#{client_control_mode}:#{client_pid}"))
         for pid in [int(line[2:]) for line in told if line.startswith("1:")] if own else []:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -3577,7 +3591,7 @@ def read_new_lines(path: str, offset: int) -> Tuple[int, List[bytes]]:
         with open(path, "rb") as file:
             file.seek(offset)
             pieces = [file.read(READ_BLOCK)]
-            while b"\n" not in pieces[-1] and file.tell() < size:   # a line that is longer than a block
+            while pieces[-1] and b"\n" not in pieces[-1] and file.tell() < size:   # a line that is longer than a block
                 pieces.append(file.read(8 * READ_BLOCK))
             data = b"".join(pieces)
     except OSError:
@@ -6886,6 +6900,7 @@ def _digest_end(session: Session, entry: Entry) -> None:
 
 CLAIM_SECONDS = 2.0      # without any evidence for so long, the agent took our answer
 LIKELY_SECONDS = 0.6     # a sign that fits our answer is believed after so long without proof to the contrary
+KEYS_SECONDS = 10.0      # how long a dialog is answered by keys before it counts as one that does not take them
 STEADY_SECONDS, STEADY_LOOKS = 0.03, 10   # looks so far apart that agree show a screen which nobody is drawing
 REDRAW_SECONDS = 0.5     # a dialog that is being drawn again, on a busy box in pieces, is whole after so long
 REDRAWN_LOOKS = 10       # and a row with nothing below it, when so many looks agree
@@ -7176,6 +7191,17 @@ def claim(session: Session, request_id: str, state: str, by: str, decision: Json
 
 def confirm_claim(session: Session, request_id: str) -> PermissionRow:
     """Wait until the agent is seen to have taken a claimed answer, and settle it truly; gives the settled row."""
+    try:
+        await_outcome(session, request_id)
+        settle_claim(session, request_id)
+    except ApiError:   # what the store refuses now it is asked for again: a claim must not stay
+        spawn("aegis-settle", settle_surely, session, lambda: settle_claim(session, request_id))
+        raise
+    return session.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
+
+
+def await_outcome(session: Session, request_id: str) -> None:
+    """Wait until it is seen whose answer to a claimed request the agent took, or long enough."""
     began, pause = time.monotonic(), 0.005
     while session.live and not session.context.stopping.is_set():
         request = session.facts.request(request_id)
@@ -7188,19 +7214,13 @@ def confirm_claim(session: Session, request_id: str) -> PermissionRow:
         pause = min(pause * 1.5, 0.03)
         catch_up(session)
         watch_status(session, request)
-    try:
-        settle_claim(session, request_id)
-    except ApiError:   # what the store refuses now it is asked for again: a claim must not stay
-        spawn("aegis-settle", settle_surely, session, request_id)
-        raise
-    return session.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
 
 
-def settle_surely(session: Session, request_id: str) -> None:
-    """Settle a claimed request as soon as the store lets us."""
+def settle_surely(session: Session, settle_: Callable[[], None]) -> None:
+    """Settle a claimed request, or take the claim back, as soon as the store lets us."""
     while session.live and not session.context.stopping.wait(1.0):
         with contextlib.suppress(ApiError):
-            settle_claim(session, request_id)
+            settle_()
             return
 
 
@@ -7473,7 +7493,7 @@ def place_of(reading: Reading, wanted: Callable[[Option], bool]) -> Optional[int
 
 
 def watch_dialog(context: Context, session: Session, bound: Reading, patience: Callable[[], float],
-                 seconds: float = 10.0) -> Iterator[Tuple[Reading, int]]:
+                 seconds: float = KEYS_SECONDS) -> Iterator[Tuple[Reading, int]]:
     """Look at a dialog again and again: gives each look, and how many before it agreed, without a break.
 
     Ends when two looks show the agent at its box, or when the dialog was not seen for `patience()` seconds: it may
@@ -7481,7 +7501,7 @@ def watch_dialog(context: Context, session: Session, bound: Reading, patience: C
     """
     until, seen_at = time.monotonic() + seconds, time.monotonic()
     before, rested = None, 0   # type: Optional[Reading], int
-    while time.monotonic() < until and not session.ending and not context.stopping.wait(0.05):
+    while time.monotonic() < until and session.live and not session.ending and not context.stopping.wait(0.05):
         try:
             reading = look(context, session)
             stands = akin(bound, reading) and any(map(is_selected, reading.options))
@@ -7505,22 +7525,25 @@ def stands_still(context: Context, session: Session, bound: Optional[Reading]) -
     return bound is not None and akin(bound, steady_look(context, session))
 
 
-def signs_of_life(session: Session) -> Tuple[Any, ...]:
-    """Give what tells one dialog from the next of the same words: the status file, and what was asked for since."""
-    return read_status_file(session), [one.id for one in session.facts.pending]
+def moved_on(session: Session, status: Optional[AgentStatus], known: Sequence[PermissionRow]) -> bool:
+    """Tell whether the next dialog may stand there, of the same words: another status, or a request since then."""
+    return status != read_status_file(session) or any(
+        not one.subagent and one.id not in [before.id for before in known] for one in session.facts.pending)
 
 
 def choose_row(context: Context, session: Session, bound: Reading, wanted: Callable[[Option], bool],
-               seconds: float = 10.0) -> bool:
+               seconds: float = KEYS_SECONDS) -> bool:
     """Choose a dialog's row by its text: move, look, and press Enter only when the cursor has rested on it.
 
     False when the dialog was another one, has no such row, or stands in spite of all keys.  Keys within 150 ms of a
     dialog's appearance are lost, and a key that is late must not meet the next one: each key waits until its effect
-    was seen.  Raises TmuxError.
+    was seen.  Enter is pressed again only when the cursor moved by a later key, for keys are read in order.  Raises
+    TmuxError.
     """
-    pressed_at, row_at, entered, signs = 0.0, time.monotonic(), False, ()   # type: float, float, bool, Tuple[Any, ...]
+    pressed_at, row_at, entered, read = 0.0, time.monotonic(), False, True   # read: Enter was, and did nothing
+    status, pending = None, ()   # type: Optional[AgentStatus], Sequence[PermissionRow]
     for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if entered else REDRAW_SECONDS, seconds):
-        if entered and rested and (not same_dialog(bound, reading) or signs != signs_of_life(session)):
+        if entered and rested and (not same_dialog(bound, reading) or moved_on(session, status, pending)):
             return True   # the agent has moved on: the same words may be another dialog's
         row, now = place_of(reading, wanted), place_of(reading, is_selected)
         if row is None and time.monotonic() - row_at > REDRAW_SECONDS:
@@ -7529,12 +7552,16 @@ def choose_row(context: Context, session: Session, bound: Reading, wanted: Calla
             continue
         row_at = time.monotonic()
         if rested < (3 if is_drawn(reading, row) else REDRAWN_LOOKS) or (
-                time.monotonic() - pressed_at < (0.5 if row == now else 1.0)):
+                time.monotonic() - pressed_at < (0.5 if row == now and not entered else 1.0)):
             continue
-        session.note("screen", "choosing" if row == now else "moving", reading.options[row].label)
-        signs = signs_of_life(session)
-        press(context, session, "Enter" if row == now else "Down" if row > now else "Up")
-        entered, bound, pressed_at = row == now, reading, time.monotonic()
+        read = read or now != row
+        key = ("Down" if row > now else "Up") if now != row else "Enter" if read else "Up" if row else "Down"
+        session.note("screen", "choosing" if key == "Enter" else "moving", reading.options[row].label)
+        if key == "Enter":
+            entered, read, bound = True, False, reading
+            status, pending = read_status_file(session), session.facts.pending
+        press(context, session, key)
+        pressed_at = time.monotonic()
     return entered and not stands_still(context, session, bound)
 
 
@@ -7574,8 +7601,9 @@ def pressing_keys(context: Context, session: Session, request_id: str) -> Iterat
     """
     try:
         yield
-    except TmuxError as error:
-        raise unheard(context, session, request_id, str(error)) from error
+    except (TmuxError, OSError) as error:
+        if session.facts.request(request_id):   # else it was closed with its session
+            raise unheard(context, session, request_id, str(error)) from error
     if context.stopping.is_set():
         raise unheard(context, session, request_id, "Aegis is being stopped")
 
@@ -7583,7 +7611,10 @@ def pressing_keys(context: Context, session: Session, request_id: str) -> Iterat
 def unheard(context: Context, session: Session, request_id: str, why: str) -> ApiError:
     """Take a claim back whose keys did nothing; gives what is to be said of it."""
     if not context.stopping.is_set():
-        unclaim(session, request_id, f"the keys were not heard: {why}")
+        try:
+            unclaim(session, request_id, f"the keys were not heard: {why}")
+        except ApiError:
+            spawn("aegis-settle", settle_surely, session, lambda: unclaim(session, request_id, "not heard"))
         context.look_later(session, 0.0)
     return ApiError(503, "NOT_DECIDED", f"this is decided by keys, which its dialog did not take ({why}): "
                     "read the session, and decide again if it still asks")
@@ -7612,19 +7643,22 @@ def press_answer(context: Context, session: Session, request_id: str, row: str, 
     if row == "rejected" and place_of(bound, is_field) is not None:
         return write_answer(context, session, bound, message or "Rejected by the user.", False)
     if row == "rejected" and message:
-        return reject_with_words(context, session, bound, message)
+        return reject_with_words(context, session, bound, request_id, message)
     return choose_row(context, session, bound, ROWS[row])
 
 
-TABS = 3   # so often Tab is pressed before a dialog counts as one that takes no words
+TABS = 3   # so often Tab is pressed before a row counts as one that takes no words
 
 
-def reject_with_words(context: Context, session: Session, bound: Reading, message: str) -> bool:
+def reject_with_words(context: Context, session: Session, bound: Reading, request_id: str, message: str) -> bool:
     """Say no with a reason: Tab on the No row opens a line for it; Enter sends it, and the turn goes on.
 
-    Nothing is typed until the row has changed by Tab: a paste into a mere row would choose it.  Raises TmuxError.
+    Nothing is typed until the row has changed by Tab: a paste into a mere row would choose it.  A row that takes no
+    words is chosen without them.  Raises TmuxError.
     """
-    tabs, shut, typed, entered, pressed_at = 0, "", False, False, time.monotonic()   # shut: the row before its Tab
+    known = place_of(bound, ROWS["rejected"])
+    shut = bound.options[known].label if known is not None else ""   # the row without a line for words
+    tabs, typed, entered, pressed_at = 0, False, 0, time.monotonic()
     for reading, rested in watch_dialog(context, session, bound, lambda: 0.0 if entered else REDRAW_SECONDS):
         row, now = place_of(reading, ROWS["rejected"]), place_of(reading, is_selected)
         spent = time.monotonic() - pressed_at
@@ -7633,21 +7667,33 @@ def reject_with_words(context: Context, session: Session, bound: Reading, messag
         label = reading.options[row].label
         if now != row:
             press(context, session, "Down" if row > now else "Up")
-        elif tabs and not typed and label != shut:
-            type_into(context, session, [Stroke(" ".join(message.split()))])
+        elif not typed and label != shut:
+            if canonical(message) not in canonical(label):   # else an earlier try came so far
+                type_into(context, session, [Stroke(" ".join(message.split()))])
             typed = True
-        elif (entered or (tabs and not typed)) and spent < 1.0:   # a key that seems lost is pressed again
+        elif spent < (3.0 if entered else 1.0 if tabs and not typed else 0.0):   # what seems lost is pressed again
             continue
-        elif typed:
+        elif typed and entered < 2:   # no more: a dialog that is late would be answered by them
             press(context, session, "Enter")
-            entered = True
+            entered += 1
+        elif typed:
+            continue
         elif tabs == TABS:
-            return False
+            forget_words(session, request_id)
+            return choose_row(context, session, bound, ROWS["rejected"])
         else:
             press(context, session, "Tab")
-            tabs, shut = tabs + 1, label
+            tabs += 1
         pressed_at = time.monotonic()
-    return entered and not stands_still(context, session, bound)
+    return entered > 0 and not stands_still(context, session, bound)
+
+
+def forget_words(session: Session, request_id: str) -> None:
+    """Take back the words of a rejection whose dialog takes none: nobody is told what the agent was not."""
+    with session.changing("delivery", "the dialog takes no words", request_id) as change:
+        change.statements.append(update("permissions", request_id, {"message": None}))
+        change.set(pending=tuple(one._replace(message=None) if one.id == request_id else one
+                                 for one in change.facts.pending))
 
 
 def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
@@ -7699,7 +7745,7 @@ def decide(context: Context, session: Session, request: PermissionRow, state: st
             check_unchanged(request, decision)
         claimed = claim(session, request.id, state, by, decision, message)
     if not claimed:
-        session.wait(lambda: free_again(session, request.id), CLAIM_SECONDS + 0.5)
+        session.wait(lambda: free_again(session, request.id), CLAIM_SECONDS + (0.5 if held else KEYS_SECONDS))
         if session.facts.request(request.id) and free_again(session, request.id):   # the other answer did not arrive
             return decide(context, session, request, state, decision, message, always, by)
         raise decided_refusal(session, request.id)
@@ -7886,7 +7932,9 @@ def answer_by_keys(context: Context, session: Session, request: PermissionRow, g
                    for question, labels in zip(questions_of(request), given))
         reading = steady_look(context, session)
         if well and any(re.match("Submit answers", row.label) for row in reading.options):
-            choose_row(context, session, reading, lambda row: row.label.startswith("Submit answers"))
+            well = choose_row(context, session, reading, lambda row: row.label.startswith("Submit answers"))
+        if not well and session.live and speaks_of(steady_look(context, session), request):
+            raise unheard(context, session, request.id, "it still stands")
         see_outcome(session, request, OURS if well else TERMINAL)
     return confirm_ours(session, request.id)
 
@@ -8217,6 +8265,9 @@ def watch_clock(context: Context, session: Session) -> None:
             change.set(failure=("error", "the agent shows no input box: attach and look, or kill the session"))
 
 
+LOOKS = ("excerpt", "asked", "closed")   # what of a reading may change while its dialog stays the same
+
+
 def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
     """Change the facts by one look; called with the session's lock held."""
     facts, told = session.facts, clip(reading.excerpt, 300)
@@ -8230,7 +8281,8 @@ def weigh_screen(session: Session, reading: Reading, status: Optional[AgentStatu
         session.context.look_later(session, 0.3)
         return
     if dialog or (reading.kind == "login" and not facts.current):
-        if facts.dialog is None or facts.dialog._replace(excerpt="") != reading._replace(excerpt=""):
+        if facts.dialog is None or facts.dialog._replace(**dict.fromkeys(LOOKS, "")) != reading._replace(
+                **dict.fromkeys(LOOKS, "")):
             if reading.kind == "permission_prompt" and reading.options:
                 weigh_unasked(session, reading)
                 return
@@ -8287,7 +8339,8 @@ def weigh_pending(session: Session, reading: Reading, dialog: bool, waits: bool,
             if seen_twice(session, request.id, reading):
                 session.dialogs[request.id] = reading
         elif dialog and bound is not None and (
-                akin(bound, reading) or (request.tool in QUESTION_TOOLS and speaks_of(reading, request))):
+                akin(bound, reading) or (request.tool in QUESTION_TOOLS and speaks_of(reading, request))
+                or (reading.asked and bound.asked.endswith(reading.asked))):   # in a window that is too short for it
             session.glimpses.pop(request.id, None)
         elif dialog or (
             reading.kind in ("working", "idle") and (session.dialog_seen or request.id not in session.holds)
@@ -9394,6 +9447,7 @@ def guarded_exit(context: Context, session: Session) -> None:
 def do_surely(context: Context, session: Session, work: Callable[[], None],
               late: str = "end not recorded yet") -> None:
     """Do what a live session must have done, again and again until store and tmux take it; `late` goes to the log."""
+    pause = 1.0
     while session.live and not context.stopping.is_set():
         try:
             work()
@@ -9402,7 +9456,8 @@ def do_surely(context: Context, session: Session, work: Callable[[], None],
             context.log.note("error", late, session=session.row.id, error=error)
         except Exception:
             context.log.note("error", late, session=session.row.id, trace=traceback.format_exc())
-        context.stopping.wait(1.0)
+            pause = min(2 * pause, 60.0)   # what is wrong with it may well stay so
+        context.stopping.wait(pause)
 
 
 def finish_surely(context: Context, session: Session, status: str, reason: str) -> None:
@@ -9588,7 +9643,7 @@ def choose_in_dialog(context: Context, session: Session, dialog: Reading, label:
     with session.key_lock:
         chosen = choose_row(context, session, dialog, lambda row: row.label == label)
     if not chosen:
-        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, is another one now, or did not take the keys")
     inspect(context, session)
 
 
@@ -11488,6 +11543,8 @@ class Runner:
             if row.ended_at is not None:
                 return
             stages = stages_of(self.context, pipeline_id)
+            self.loop.inbox.runs.update((one.session, row.id) for one in stages
+                                        if one.session and one.state in ACTIVE_STAGES)   # first: then they are observed
             changed = [self.observe(row, one) for one in stages]
             room = min(row.parallel, self.loop.room_for(pipeline_id))
             decided = plan_stages(steps_of(changed), room)
@@ -11523,10 +11580,11 @@ class Runner:
 
     def observe_turn(self, row: PipelineRow, stage: StageRow) -> StageRow:
         """See what a stage's turn has come to."""
-        if stage.prompt is None or stage_key(stage) in self.loop.starting:   # its start tells what comes of it
-            return stage
-        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt)
+        prompt = self.context.store.row(PromptRow, "prompts", "id = ?", stage.prompt) if stage.prompt else None
         if prompt is None or prompt.ended_at is None:
+            return stage
+        if stage_key(stage) in self.loop.starting:   # that tells better why it failed
+            self.loop.due_at(row.id, time.time() + 0.05)
             return stage
         if prompt.state == "done":
             done = stage._replace(output=prompt.answer or "")
@@ -11748,9 +11806,9 @@ def failed_stage(stage: StageRow, reason: str) -> StageRow:
     return over_stage(stage, "failed", reason)
 
 
-def same_start(now: StageRow, begun: StageRow) -> bool:
+def same_start(now: Optional[StageRow], begun: StageRow) -> bool:
     """Tell whether a stage still is where its start began."""
-    return (now.state, now.attempt, now.starts) == ("running", begun.attempt, begun.starts)
+    return now is not None and (now.state, now.attempt, now.starts) == ("running", begun.attempt, begun.starts)
 
 
 def stage_key(stage: StageRow) -> str:
@@ -14641,7 +14699,7 @@ def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[
     """Choose a row of the dialog that the button was made for."""
     session, dialog, now = dialog_of(heard.bot.context, session_id)
     if session is None or dialog is None or now != mark:
-        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, is another one now, or did not take the keys")
     label = dialog.options[int(index)].label
     choose_in_dialog(heard.bot.context, session, dialog, label)
     told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}

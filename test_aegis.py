@@ -5883,12 +5883,29 @@ def test_no_words_are_typed_into_a_dialog_that_opens_no_line_for_them(house):
     talk = own.open(command=["/bin/sh", "-c", f'{words} "$@"; exit', "sh"])
     request(talk)
     own.crash().start()
-    refused = talk.call("POST reject", {"message": "1 reason"})   # a digit would choose a row
-    assert (refused.status, refused.json["code"]) == (503, "NOT_DECIDED"), refused.raw
-    assert talk.get()["status"] == "permission_prompt" and "1 reason" not in talk.ask("GET pane")["text"]
-    talk.ask("POST reject", {})
+    told = talk.ask("POST reject", {"message": "1 reason"})["permission"]   # a digit would choose a row
+    assert (told["state"], told["message"]) == ("rejected", None), "nobody is told what the agent was not"
     talk.wait("turn.ended")
-    assert decisions(talk) == [("rejected", "api")]
+    said = Path(talk.get()["transcriptPath"]).read_text()
+    assert "1 reason" not in said and "pretended: touch" not in said and decisions(talk) == [("rejected", "api")]
+
+
+@alone
+def test_a_question_whose_keys_are_not_heard_goes_on_waiting(house):
+    own = house()
+    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    request(talk, "[[ask Colour? red|blue]] [[say on]]")
+    eventually(lambda: "Type something" in talk.ask("GET pane")["text"])
+    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+    own.crash().start()
+    os.kill(pid, signal.SIGSTOP)
+    refused = talk.call("POST answer", {"answer": "blue"})
+    assert (refused.status, refused.json["code"]) == (503, "NOT_DECIDED"), refused.raw
+    assert len(talk.ask("GET permissions")["pending"]) == 1 and decisions(talk) == []
+    os.kill(pid, signal.SIGCONT)
+    talk.ask("POST answer", {"answer": "blue"})
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("approved", "api")]
 
 
 @alone
@@ -8031,6 +8048,25 @@ def test_a_stage_whose_agent_never_took_its_prompt_is_begun_again_after_a_crash(
 
 
 @alone
+def test_a_stage_whose_start_the_store_refuses_goes_on_later(house):
+    own = house()
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"), isolation_level=None, timeout=0)) as db:
+        made = pipeline(own, {"name": "a", "prompt": "[[say a]]", "retries": 1})
+
+        def locked() -> bool:   # between the session's row and its window, or close behind
+            with contextlib.suppress(sqlite3.OperationalError):
+                return bool(db.execute("SELECT 1 FROM sessions").fetchall() and db.execute("BEGIN IMMEDIATE"))
+            return False
+        until = time.monotonic() + WITHIN
+        while not locked():
+            assert time.monotonic() < until
+        eventually(lambda: "locked" in own.log.read_text() or "not recorded" in own.log.read_text())
+        db.execute("ROLLBACK")
+    told = finished(own, made)
+    assert (told["state"], said_by(told)) == ("done", {"a": "a"})
+
+
+@alone
 def test_a_pipeline_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
     own, rng = house(), random.Random(5)
     for number in range(CRASHES):
@@ -9662,8 +9698,8 @@ def test_an_event_that_waits_is_not_pruned(house):
         keys = remembers(own, 1010)       # the events are pruned at every thousandth
         assert hook_now(own, made["id"])["queueLength"] == 1010
         own.ask(f"PATCH /v1/webhooks/{made['id']}", {"paused": False})
-        receiver.wait_for(1010, 60)
-        assert [one["data"]["key"] for one in receiver.accepted()] == keys
+        eventually(lambda: len(receiver.accepted()) >= 1010, 60)   # one that was answered too late came twice
+        assert list(dict.fromkeys(one["data"]["key"] for one in receiver.accepted())) == keys
 
 
 @alone
