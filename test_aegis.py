@@ -4974,7 +4974,8 @@ def test_secrets_are_nowhere_to_be_read(talk, strict):
 def git(path: Path, *words: str) -> str:
     """Run git in a directory."""
     own = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main")
-    done = subprocess.run(["git", *own, "-C", str(path), *words], env=OUTSIDE, stdout=subprocess.PIPE,
+    env = {**os.environ, "PATH": OUTSIDE["PATH"]}
+    done = subprocess.run(["git", *own, "-C", str(path), *words], env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout.decode()
     return done.stdout.decode().strip()
