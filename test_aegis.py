@@ -4922,8 +4922,13 @@ def test_two_requests_at_once_are_told_apart(make):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         held = [pool.submit(report, talk, "PermissionRequest", tool_name="Bash",
                             tool_input={"command": word}) for word in "ab"]
-        asked = {one["permission"]["input"]["command"]: one["permission"]["id"]
-                 for one in (talk.wait("permission.requested"), talk.wait("permission.requested"))}
+
+        def both() -> bool:
+            assert not any(one.done() for one in held), [one.result() for one in held if one.done()]
+            return len(talk.ask("GET permissions")["pending"]) == 2
+        eventually(both)
+        eventually(lambda: talk.server.events.of(talk.id).count("permission.requested") == 2)
+        asked = {one["input"]["command"]: one["id"] for one in talk.ask("GET permissions")["pending"]}
         assert talk.refusal("POST approve", {}) == talk.refusal("POST reject", {}) == (409, "PERMISSION_AMBIGUOUS")
         assert talk.ask("POST approve", {"permissionId": asked["b"]})["permissionId"] == asked["b"]
         assert talk.get()["pendingPermission"]["id"] == asked["a"] and talk.status == "permission_prompt"
