@@ -2314,8 +2314,6 @@ def window_name(name: str) -> str:
 # and every agent stands still.  Before 3.2 tmux writes to no client's pipe itself: the client notices, and leaves, and
 # when it is killed instead, 3.1c dies of it, with every agent.
 GUARDED_CLIENT = '(read -r line <&2 || kill -9 $$) </dev/null >/dev/null & exec "$@" 2>/dev/null'
-
-
 PLAIN_CLIENT = 'exec "$@" 2>/dev/null'
 
 
@@ -2935,6 +2933,16 @@ def birth_of(pid: int) -> Optional[str]:
     return listed.stdout.strip() or None
 
 
+def children_of(pid: int) -> List[int]:
+    """List the children of a process as Linux keeps them with each of its threads."""
+    found: List[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb", 0) as file:
+                found += map(int, file.read().split())   # to its end: a piece of it is a page
+    return found
+
+
 KERNEL_THREAD = 0x0020_0000   # a flag in a process's stat
 
 
@@ -2942,7 +2950,7 @@ def kernel_threads() -> "set[str]":
     """Name the pids in /proc that are threads of the kernel: children of the one that begins them, where it is seen."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         if int(read_process(2, "stat").rpartition(b")")[2].split()[6]) & KERNEL_THREAD:
-            return set(read_process("2/task/2", "children").decode().split())
+            return set(map(str, children_of(2)))
     return set()
 
 
@@ -5980,6 +5988,22 @@ class Session:
         return self.row.ended_at is None
 
 
+def do_surely(context: Context, session: Session, work: Callable[[], None],
+              late: str = "end not recorded yet") -> None:
+    """Do what a live session must have done, again and again until store and tmux take it; `late` goes to the log."""
+    pause = 1.0
+    while session.live and not context.stopping.is_set():
+        try:
+            work()
+            return
+        except (ApiError, TmuxError) as error:
+            context.log.note("error", late, session=session.row.id, error=error)
+        except Exception:
+            context.log.note("error", late, session=session.row.id, trace=traceback.format_exc())
+            pause = min(2 * pause, 60.0)   # what is wrong with it may well stay so
+        context.stopping.wait(pause)
+
+
 OWN_ACTS = ("api", "process")   # sources of what a caller wants done; all else is noticed on the way
 
 
@@ -6022,6 +6046,11 @@ class Change:
         self.tell(f"prompt.{after.state}", **told)
         if after.state == "started":
             self.tell("turn.started", promptId=after.id, source="terminal" if after.kind == "terminal" else "api")
+
+    def request(self, request: PermissionRow, **changes: Any) -> None:
+        """Change a pending request."""
+        self.statements.append(update("permissions", request.id, changes))
+        self.set(pending=tuple(one._replace(**changes) if one.id == request.id else one for one in self.facts.pending))
 
     def end_prompt(
         self, prompt: PromptRow, outcome: str, reason: Optional[str] = None, answer: Optional[str] = None
@@ -7176,11 +7205,8 @@ def claim(session: Session, request_id: str, state: str, by: str, decision: Json
         request = session.facts.request(request_id)
         if request is None or request.claim is not None:
             return False
-        claimed = request._replace(claim=state, decided_by=by, message=message, rule=rule)
         with session.changing(by, f"permission {state}", request.summary) as change:
-            change.statements.append(update("permissions", request_id, {
-                "claim": state, "decided_by": by, "message": message, "rule": rule}))
-            change.set(pending=tuple(claimed if one.id == request_id else one for one in change.facts.pending))
+            change.request(request, claim=state, decided_by=by, message=message, rule=rule)
         session.outcomes.pop(request_id, None)
         hold = session.holds.get(request_id)
         session.decided_at = time.time()
@@ -7189,13 +7215,16 @@ def claim(session: Session, request_id: str, state: str, by: str, decision: Json
     return True
 
 
+UNSETTLED = "a decision is not settled yet"
+
+
 def confirm_claim(session: Session, request_id: str) -> PermissionRow:
     """Wait until the agent is seen to have taken a claimed answer, and settle it truly; gives the settled row."""
     try:
         await_outcome(session, request_id)
         settle_claim(session, request_id)
     except ApiError:   # what the store refuses now it is asked for again: a claim must not stay
-        spawn("aegis-settle", settle_surely, session, lambda: settle_claim(session, request_id))
+        spawn("aegis-settle", do_surely, session.context, session, lambda: settle_claim(session, request_id), UNSETTLED)
         raise
     return session.context.store.row(PermissionRow, "permissions", "id = ?", request_id)
 
@@ -7214,14 +7243,6 @@ def await_outcome(session: Session, request_id: str) -> None:
         pause = min(pause * 1.5, 0.03)
         catch_up(session)
         watch_status(session, request)
-
-
-def settle_surely(session: Session, settle_: Callable[[], None]) -> None:
-    """Settle a claimed request, or take the claim back, as soon as the store lets us."""
-    while session.live and not session.context.stopping.wait(1.0):
-        with contextlib.suppress(ApiError):
-            settle_()
-            return
 
 
 def confirm_ours(session: Session, request_id: str) -> PermissionRow:
@@ -7284,10 +7305,7 @@ def unclaim(session: Session, request_id: str, why: str) -> None:
         request = change.facts.request(request_id)
         if request:
             session.lost_answers[request_id] = request, time.monotonic()
-            open_again = request._replace(claim=None, decided_by=None, message=None, rule=None)
-            change.statements.append(update("permissions", request_id, {
-                "claim": None, "decided_by": None, "message": None, "rule": None}))
-            change.set(pending=tuple(open_again if one.id == request_id else one for one in change.facts.pending))
+            change.request(request, claim=None, decided_by=None, message=None, rule=None)
 
 
 def settle_unclaimed(session: Session, request: PermissionRow, lost: Optional[PermissionRow], why: str) -> None:
@@ -7614,7 +7632,8 @@ def unheard(context: Context, session: Session, request_id: str, why: str) -> Ap
         try:
             unclaim(session, request_id, f"the keys were not heard: {why}")
         except ApiError:
-            spawn("aegis-settle", settle_surely, session, lambda: unclaim(session, request_id, "not heard"))
+            spawn("aegis-settle", do_surely, context, session,
+                  lambda: unclaim(session, request_id, "not heard"), UNSETTLED)
         context.look_later(session, 0.0)
     return ApiError(503, "NOT_DECIDED", f"this is decided by keys, which its dialog did not take ({why}): "
                     "read the session, and decide again if it still asks")
@@ -7691,9 +7710,9 @@ def reject_with_words(context: Context, session: Session, bound: Reading, reques
 def forget_words(session: Session, request_id: str) -> None:
     """Take back the words of a rejection whose dialog takes none: nobody is told what the agent was not."""
     with session.changing("delivery", "the dialog takes no words", request_id) as change:
-        change.statements.append(update("permissions", request_id, {"message": None}))
-        change.set(pending=tuple(one._replace(message=None) if one.id == request_id else one
-                                 for one in change.facts.pending))
+        request = change.facts.request(request_id)
+        if request:
+            change.request(request, message=None)
 
 
 def row_for(request: PermissionRow, state: str, decision: Json, always: bool) -> str:
@@ -9444,22 +9463,6 @@ def guarded_exit(context: Context, session: Session) -> None:
     do_surely(context, session, lambda: on_exit(context, session))
 
 
-def do_surely(context: Context, session: Session, work: Callable[[], None],
-              late: str = "end not recorded yet") -> None:
-    """Do what a live session must have done, again and again until store and tmux take it; `late` goes to the log."""
-    pause = 1.0
-    while session.live and not context.stopping.is_set():
-        try:
-            work()
-            return
-        except (ApiError, TmuxError) as error:
-            context.log.note("error", late, session=session.row.id, error=error)
-        except Exception:
-            context.log.note("error", late, session=session.row.id, trace=traceback.format_exc())
-            pause = min(2 * pause, 60.0)   # what is wrong with it may well stay so
-        context.stopping.wait(pause)
-
-
 def finish_surely(context: Context, session: Session, status: str, reason: str) -> None:
     """End a session whose agent is gone.  Raises ApiError 503 when the store refuses now; it is asked again then."""
     try:
@@ -9564,16 +9567,6 @@ def descendants(pid: int) -> List[int]:
         below = children_of(above) if told is None else told.get(above, [])
         found += below
         open_ += below
-    return found
-
-
-def children_of(pid: int) -> List[int]:
-    """List the children of a process as Linux keeps them with each of its threads."""
-    found: List[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb", 0) as file:
-                found += map(int, file.read().split())   # to its end: a piece of it is a page
     return found
 
 
@@ -14699,7 +14692,7 @@ def press_dialog(heard: Heard, session_id: str, mark: str, index: str) -> Tuple[
     """Choose a row of the dialog that the button was made for."""
     session, dialog, now = dialog_of(heard.bot.context, session_id)
     if session is None or dialog is None or now != mark:
-        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, is another one now, or did not take the keys")
+        raise ApiError(409, "DIALOG_GONE", "the dialog is gone, or is another one now")
     label = dialog.options[int(index)].label
     choose_in_dialog(heard.bot.context, session, dialog, label)
     told = {"text": f"Answered by {heard.by}: {clip(label, 200)}"}
