@@ -326,6 +326,7 @@ UNASKED_SECONDS = 2.0          # how long a permission dialog must stand before 
 AUDIT_SECONDS = 0.25           # pause between two audits of panes, each of which lists all of them
 ADOPT_SECONDS = 2.0            # after a restart a dialog, or what became of our answer, may still be on its way
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
+SAVE_SECONDS = 2.0             # what was read in a transcript is stored with the next change, or by itself after this
 LATE_SECONDS = 30.0            # after its end, a turn's or a subagent's last lines may still come for so long
 ESCAPE_GAP = 1.5               # two Escapes or Ctrl-Cs within a second open a menu or end the agent
 PANE_SIZE = (120, 40)          # columns and rows of a window that nobody is attached to
@@ -5711,7 +5712,10 @@ class Facts(NamedTuple):
     @property
     def current(self) -> Optional[PromptRow]:
         """The prompt whose turn is under way."""
-        return next((prompt for prompt in self.prompts if prompt.state in OPEN_STATES), None)
+        for prompt in self.prompts:   # no generator: the monitor asks for it at each output of each pane
+            if prompt.state in OPEN_STATES:
+                return prompt
+        return None
 
     @property
     def waiting(self) -> List[PromptRow]:
@@ -5938,7 +5942,7 @@ class Session:
         self.budget_told: Optional[str] = None          # what was last said about the budget
         self.rested_since = time.monotonic()            # when it last was anything but idle
         self.born_at = time.monotonic() - max(0.0, time.time() - row.launch.get("started", row.created_at))
-        self.unsaved: "set[str]" = set()                # columns that are newer in memory than in the store
+        self.unsaved: Dict[str, float] = {}             # columns that are newer in memory than in the store, since when
         self.booked: Booked = {}                        # what of its usage is not stored yet
         self.files: Optional[Dict[str, Json]] = None   # a ledger for each of its subagents' transcripts
         self.files_unsaved: Dict[str, None] = {}
@@ -6300,7 +6304,7 @@ def follow_conversation(session: Session, conversation: str, path: str, since: O
             ledger = {**ledger, "offset": left.pop(path, 0), "left": left, "since": since}
             parts = [*(one for one in parts if one != path), path]
         session.row = session.row._replace(parts=parts, ledger=ledger, conversation=conversation)
-        session.unsaved.update(("parts", "ledger", "conversation"))
+        session.unsaved.update(dict.fromkeys(("parts", "ledger", "conversation"), time.monotonic()))
         session.note("agent", "conversation", conversation)
         session.changed.notify_all()
 
@@ -6800,11 +6804,10 @@ def catch_up(session: Session) -> None:
                 digest(session, entries)   # first: what a store refuses now is read again
                 session.context.witness(session, entries)
                 session.row = session.row._replace(ledger=ledger)
-                session.unsaved.add("ledger")
+                session.unsaved.setdefault("ledger", time.monotonic())
                 session.booked = booked
+                session.context.look_later(session, SAVE_SECONDS)
                 session.changed.notify_all()
-    if session.unsaved:
-        session.context.look_later(session, 0.5)
 
 
 def count_subagents(session: Session) -> None:
@@ -6843,7 +6846,7 @@ def count_subagent(session: Session, files: Dict[str, Json], path: str) -> None:
             session.row = session.row._replace(ledger={**whole, "recent": ledger["recent"]})
             files[path] = {**count_usage({**own, "since": ledger.get("since")}, entries), "offset": end}
             session.booked, session.files_unsaved[path] = booked, None
-            session.unsaved.add("ledger")
+            session.unsaved.setdefault("ledger", time.monotonic())
             session.changed.notify_all()
 
 
@@ -6855,6 +6858,16 @@ def save_books(session: Session) -> None:
             session.context.bus.commit([kept, *books_statements(session)])
             session.unsaved.clear()
             books_are_stored(session)
+
+
+def save_old_books(session: Session) -> None:
+    """Store what no other change has taken along for a while; lines that were not booked yet are read again."""
+    with session.lock:
+        left = min(session.unsaved.values(), default=math.inf) + SAVE_SECONDS - time.monotonic()
+    if left <= 0:
+        save_books(session)
+    elif left < math.inf:
+        session.context.look_later(session, left)
 
 
 def unsettled(session: Session) -> bool:
@@ -8253,7 +8266,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
     status = read_status_file(session)
     catch_up(session)
     count_subagents(session)
-    save_books(session)
+    save_old_books(session)
     await_last_lines(session)
     with session.lock:
         if not session.live or session.ending:
