@@ -7494,23 +7494,58 @@ def speaks_of(reading: Reading, request: PermissionRow) -> bool:
 
 
 def open_screen_request(session: Session, reading: Reading) -> None:
-    """Open a request for a permission dialog that no hook told of; the transcript knows the tool's whole input."""
-    call_ = last_open_call(session.row.parts)
-    tool, given, use = (call_["tool"], call_["input"], call_["toolUseId"]) if call_ else ("?", {}, None)
-    request = request_of(session, {"tool_name": tool, "tool_input": given, "tool_use_id": use})
+    """Open a request for a permission dialog that no hook told of; the transcript knows the tool's whole input.
+
+    The policy never heard of it, so it speaks now, where it is beyond doubt what the dialog asks.
+    """
+    calls, whole = open_calls(session.row.parts)
+    told = calls[-1] if calls else {"tool": "?", "input": {}, "id": ""}
+    request = request_of(session, {"tool_name": told["tool"], "tool_input": told["input"],
+                                   "tool_use_id": told.get("toolUseId"), "cwd": cwd_of(session.row.parts, told["id"])})
+    surely = whole and len(calls) == 1 and shows_all_of(reading, request)
     if not speaks_of(reading, request):
         request = request_of(session, {"tool_name": "?", "tool_input": {}})
         request = request._replace(summary=clip(reading.title or "a permission dialog", 300))
     request = request._replace(detail=reading.excerpt)
     session.dialogs[request.id] = reading
     add_request(session, request, "screen", reading.rule)
+    if surely:
+        spawn("aegis-policy", apply_policy, session.context, session, [request])
 
 
-def last_open_call(parts: Sequence[str]) -> Optional[Json]:
-    """Find the last tool call in a transcript that has no result yet."""
-    messages = read_messages(parts, 20, None)
+TURN_MESSAGES = 1_000   # so far back the beginning of a turn is looked for
+
+
+def open_calls(parts: Sequence[str]) -> Tuple[List[Json], bool]:
+    """List the tool calls of a transcript's last turn that have no result yet, and tell whether these are all."""
+    messages = read_messages(parts, TURN_MESSAGES, None)
     done = {one.get("toolUseId") for one in messages if one["role"] == "tool"}
-    return next((one for one in reversed(messages) if one.get("tool") and one.get("toolUseId") not in done), None)
+    began = max((index for index, one in enumerate(messages) if one["role"] == "user"), default=-1)
+    return [one for one in messages[began + 1:] if one.get("tool") and one.get("toolUseId") not in done], began >= 0
+
+
+def cwd_of(parts: Sequence[str], message_id: str) -> Optional[str]:
+    """Read where an agent stood when it wrote a message."""
+    part, _, end = message_id.partition(".")[0].partition("-")
+    with contextlib.suppress(OSError, LookupError, ValueError, RecursionError, AttributeError):
+        for _, raw in lines_backwards(parts[int(part)], int(end)):
+            return standing_in(json.loads(raw).get("cwd"))
+    return None
+
+
+SUBAGENTS_DIALOG = re.compile(r"· from the .+ agent\b")   # its call stands in a transcript of its own
+
+
+def shows_all_of(reading: Reading, request: PermissionRow) -> bool:
+    """Tell whether a dialog shows all that a policy judges a call by, and where the agent stands is known."""
+    given, seen = request.input, canonical(reading.excerpt)
+    if SUBAGENTS_DIALOG.search(reading.excerpt) or request.cwd is None or not speaks_of(reading, request):
+        return False
+    if KIND_OF.get(request.tool) in ("read", "write"):
+        path = given.get("file_path") or given.get("notebook_path")
+        return isinstance(path, str) and bool(path) and canonical(os.path.basename(path)) in seen
+    what = given.get("command") if request.tool == "Bash" else given.get("url") if request.tool == "WebFetch" else None
+    return isinstance(what, str) and bool(what.strip()) and canonical(what) in seen
 
 
 def is_selected(row: Option) -> bool:
@@ -7806,10 +7841,10 @@ def always_rules(request: PermissionRow) -> List[Json]:
     return [{**one, "destination": "session"} for one in request.suggestions] or [rule]
 
 
-def apply_policy(context: Context, session: Session) -> List[str]:
-    """Let a new policy decide what is already pending; gives the ids of the requests that it decided."""
+def apply_policy(context: Context, session: Session, asked: Sequence[PermissionRow]) -> List[str]:
+    """Let the policy decide what is already pending; gives the ids of the requests that it decided."""
     decided = []
-    for request in session.facts.pending:
+    for request in asked:
         said = ask_policy(session, request)
         if request.claim or said.behavior not in DECIDED:
             continue
@@ -16741,7 +16776,7 @@ def set_policy(context: Context, session_id: str, given: Any) -> Later:
             session.policy = policy
         if session.agent.reports:
             write_hooks(context, session)
-        done = apply_policy(context, session)
+        done = apply_policy(context, session, session.facts.pending)
         return {"id": session_id, "policy": told, "profile": told.get("profile"), "decided": done,
                 "status": session.row.status}
     return Later(work)

@@ -78,6 +78,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:     # as in the background
 OUTSIDE = dict(os.environ)    # as it was: a test may change its own, PATH for one, while others start programs
 TURNS = int(os.environ.get("AEGIS_TEST_TURNS", "200"))            # exact turns on the demo agent
 REAL_TURNS = int(os.environ.get("AEGIS_TEST_REAL_TURNS", "10"))   # and on the real client
+REAL_CRASHES = int(os.environ.get("AEGIS_TEST_REAL_CRASHES", "1"))   # kill -9 while the real client does all of it
 
 
 # ============================================================================
@@ -5793,6 +5794,73 @@ def lose_answer(own: Server) -> Tuple[Talk, Json, int]:
 def decisions(talk: Talk) -> List[Tuple[str, str]]:
     """List how requests ended, and by whom."""
     return [(one["state"], one["decidedBy"]) for one in talk.ask("GET permissions")["history"]]
+
+
+def test_the_calls_that_wait_are_those_of_the_last_turn_and_where_the_agent_stood_is_known(tmp_path):
+    def line(kind: str, *content: Json, cwd: str = "/w") -> str:
+        message = {"role": kind, "id": "m", "content": list(content)}
+        return json.dumps({"type": kind, "message": message, "cwd": cwd}) + "\n"
+
+    def called(use: str, cwd: str) -> str:
+        return line("assistant", {"type": "tool_use", "id": use, "name": "Bash", "input": {"command": use}}, cwd=cwd)
+    path = tmp_path / "t.jsonl"
+    asked = json.dumps({"type": "user", "message": {"role": "user", "content": "do it"}, "promptId": "p"}) + "\n"
+    path.write_text(called("left", "/old") + asked + called("a", "/w") + called("b", "/w/sub"))
+    parts = [str(path)]
+    calls, whole = aegis.open_calls(parts)
+    assert ([one["toolUseId"] for one in calls], whole) == (["a", "b"], True), "none of a turn before"
+    assert [aegis.cwd_of(parts, one["id"]) for one in calls] == ["/w", "/w/sub"]
+    path.write_text(path.read_text() + line("user", {"type": "tool_result", "tool_use_id": "a", "content": "done"}))
+    assert [one["toolUseId"] for one in aegis.open_calls(parts)[0]] == ["b"]
+    path.write_text(called("a", "/w"))
+    assert (len(aegis.open_calls(parts)[0]), aegis.open_calls(parts)[1]) == (1, False), "its beginning is not seen"
+    assert aegis.open_calls([]) == ([], False)
+    assert aegis.cwd_of(parts, "") is None and aegis.cwd_of(parts, "3-9") is None
+
+
+@pytest.mark.parametrize("shown, tool, given, cwd, expected", [
+    ("make all", "Bash", {"command": "make all"}, "/w", True),
+    ("make all", "Bash", {"command": "make all"}, None, False),
+    ("make a…", "Bash", {"command": "make all"}, "/w", False),
+    ("make", "Bash", {"command": "make all; rm -rf /"}, "/w", False),
+    ("make all", "Bash", {"command": ""}, "/w", False),
+    ("a.txt", "Write", {"file_path": "/w/a.txt"}, "/w", True),
+    ("a.txt", "Write", {"file_path": "/w/b.txt"}, "/w", False),
+    ("a.txt", "Write", {}, "/w", False),
+    ("https://a.example/x", "WebFetch", {"url": "https://a.example/x"}, "/w", True),
+    ("make all", "mcp__x__y", {"command": "make all"}, "/w", False),
+    ("make all · from the general-purpose agent", "Bash", {"command": "make all"}, "/w", False)])
+def test_a_dialog_shows_all_of_a_call_or_the_policy_says_nothing(shown, tool, given, cwd, expected):
+    row = aegis.PermissionRow("p", "s", tool, given, aegis.summarise(tool, given), None, [], None, "pending", None,
+                              None, None, None, 0.0, None, "u", cwd)
+    assert aegis.shows_all_of(seen_dialog(shown), row) is expected
+
+
+@alone
+def test_the_policy_decides_what_was_asked_while_aegis_was_away_where_it_is_beyond_doubt(house):
+    own, wide = house(), {"permissionProfile": "autonomous"}
+    plays = {"run": ("[[bash touch fine]]", wide), "write": ("[[write fine.txt x]]", wide),
+             "cut": (f"[[bash echo {'x' * 100}]]", wide), "other's": ("[[agents touch fine]]", wide),
+             "asks": ("[[bash touch fine]]", {})}
+    made = own.ask("POST /v1/sessions/batch", {"sessions": [
+        {"workDir": str(own.work), "prompt": f"[[wait 5]] {play} [[say after]]", **more}
+        for play, more in plays.values()]})
+    talks = {name: Talk(own, one) for name, one in zip(plays, made["sessions"])}
+    for talk in talks.values():
+        talk.wait("turn.started")
+    windows = [talk.get()["window"] for talk in talks.values()]
+    own.crash()
+    for window in windows:
+        eventually(lambda: "Do you want to" in own.tmux("capture-pane", "-p", "-t", window))
+    own.start()
+    for name in ("run", "write"):
+        decided = talks[name].wait("permission.resolved")
+        assert (decided["state"], decided["decidedBy"]) == ("approved", "policy")
+        assert talks[name].read()["output"] == "after"
+    for name in ("cut", "other's", "asks"):
+        talks[name].wait("permission.requested")
+        decided = talks[name].ask("POST approve", {})
+        assert (decided["decision"], decided["decidedBy"]) == ("approved", "api"), "nobody did before"
 
 
 @alone
@@ -14980,6 +15048,53 @@ def test_real_consensus_of_three_with_one_that_talks_nonsense_survives_a_crash(m
         for one in told["reviewers"]:
             path = f"GET /v1/sessions/{one['sessionId']}"
             assert eventually(lambda: own.ask(path)["endedAt"] and own.ask(path))["status"] == "killed"
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_work_goes_on_where_it_was_whatever_moment_aegis_dies_at(model, tmp_path):
+    own, rng = lab(model).start(), random.Random(11)
+    try:
+        for number in range(REAL_CRASHES):
+            work, book, mended = tmp_path / f"work{number}", tmp_path / f"book{number}", tmp_path / f"mended{number}"
+            work.mkdir()
+            git(work, "init", "-q"), (work / "a.txt").write_text("a\n")
+            git(work, "add", "-A"), git(work, "commit", "-q", "-m", "one")
+            heard = len(model.heard)
+            talk = own.open(f"[[write {work}/new.txt made by the agent]] [[say made it]]", workDir=str(work),
+                            permissionProfile="autonomous")
+            talk.wait("prompt.done", within=60)
+            mending = f"[[bash touch {mended}]] [[say mended]]"
+            flag = check(f"echo x >> {book}; test -e {mended} || {{ echo '{mending}'; false; }}", "flag")
+            checked = verify(talk, flag, check("true"), fix=2, wait=False)
+            staged = pipeline(
+                own, {"name": "first", "prompt": "[[say one]]"},
+                {"name": "left", "prompt": "[[wait 2]] [[say L{{stages.first.output}}]]", "dependsOn": ["first"]},
+                {"name": "right", "prompt": "[[wait 2]] [[say R{{stages.first.output}}]]", "dependsOn": ["first"]},
+                {"name": "last", "prompt": "[[say {{stages.left.output}}{{stages.right.output}}]]",
+                 "dependsOn": ["left", "right"]}, workDir=str(tmp_path))
+            judged = review(talk, "approve | again reject new.txt:1 no good | nonsense",
+                            criteria=["correctness", "style"])
+            threading.Event().wait(rng.uniform(0, 15))
+            own.crash()
+            threading.Event().wait(rng.choice((0, 2)))
+            own.start()
+            told = own.ask(f"GET /v1/verify/{checked['id']}?wait=done&timeout=90")
+            assert (told["passed"], told["round"], book.read_text()) == (True, 1, "x\nx\n"), told
+            told = finished(own, staged, 90)
+            assert (told["state"], {one["attempt"] for one in told["stages"]}) == ("done", {1}), told
+            assert said_by(told)["last"] == "waitedwaited", "a pause is an answer to the stand-in"
+            told = ruled(own, judged, 90)
+            assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)], [
+                one["reason"] for one in told["reviewers"]]
+            asked = [one.strip() for one in model.heard[heard:]]
+            once = ["[[say one]]", "[[wait 2]] [[say Lone]]", "[[wait 2]] [[say Rone]]", "[[say waitedwaited]]"]
+            assert [asked.count(one) for one in once] == [1] * 4, asked
+            assert sum(mending in one for one in asked) == 1, "it was told once of what failed"
+            assert sum("You are reviewer" in one and "could not be taken" not in one for one in asked) == 3
+            assert sum("could not be taken" in one for one in asked) == 2, "each was asked again once"
+            talk.kill()
     finally:
         own.close()
 
