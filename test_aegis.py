@@ -460,8 +460,14 @@ class Talk:
         return answer.status, answer.json["code"]
 
     def wait(self, kind: Union[str, Tuple[str, ...]], within: float = WITHIN, **wanted: Any) -> Json:
-        """Wait for the session's next event of a kind."""
-        found = self.server.events.wait_for(kind, self.id, self.seen, within, **wanted)
+        """Wait for the session's next event of a kind; when none comes, say what the session shows."""
+        try:
+            found = self.server.events.wait_for(kind, self.id, self.seen, within, **wanted)
+        except AssertionError as error:
+            shown = ""
+            with contextlib.suppress(OSError):   # there may be no server
+                shown = self.call("GET pane").json.get("text", "").rstrip()
+            raise AssertionError(f"{error}; its screen:\n{shown[-2_000:]}") from None
         self.seen = found["id"]
         return found
 
