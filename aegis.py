@@ -1076,6 +1076,9 @@ MIGRATIONS = (
     """
     ALTER TABLE permissions ADD COLUMN cwd TEXT;
     """,
+    """
+    ALTER TABLE permissions ADD COLUMN certain INTEGER NOT NULL DEFAULT 1;
+    """,
 )
 
 
@@ -1161,6 +1164,7 @@ class PermissionRow(NamedTuple):
     decided_at: Optional[float]
     use: Optional[str] = None      # the agent's own id of the tool call
     cwd: Optional[str] = None      # where the agent stood: a cd in one command holds for the next
+    certain: int = 1               # 0: read off a dialog that may be another call's; no policy speaks of it
 
 
 class TemplateRow(NamedTuple):
@@ -6796,13 +6800,13 @@ def catch_up(session: Session) -> None:
             entries = [entry for line in lines for entry in parse_line(line)]
             session.widest = max([session.widest, *map(len, lines)])
             with session.lock:
-                booked = {day: dict(counts) for day, counts in session.booked.items()}
+                digest(session, entries)   # first: what a store refuses now is read again
+                session.context.witness(session, entries)
+                booked = {day: dict(counts) for day, counts in session.booked.items()}   # they may have stored some
                 ledger = {**count_usage(session.row.ledger, entries, booked), "offset": offset}
                 ledger["prompt"] = next(
                     (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
                 )
-                digest(session, entries)   # first: what a store refuses now is read again
-                session.context.witness(session, entries)
                 session.row = session.row._replace(ledger=ledger)
                 session.unsaved.setdefault("ledger", time.monotonic())
                 session.booked = booked
@@ -7498,30 +7502,27 @@ def open_screen_request(session: Session, reading: Reading) -> None:
 
     The policy never heard of it, so it speaks now, where it is beyond doubt what the dialog asks.
     """
-    calls, whole = open_calls(session.row.parts)
+    messages = read_messages(session.row.parts, QUICK_MESSAGES, None)
+    calls = open_calls(messages)
     told = calls[-1] if calls else {"tool": "?", "input": {}, "id": ""}
     request = request_of(session, {"tool_name": told["tool"], "tool_input": told["input"],
                                    "tool_use_id": told.get("toolUseId"), "cwd": cwd_of(session.row.parts, told["id"])})
-    surely = whole and len(calls) == 1 and shows_all_of(reading, request)
+    surely = calls == messages[-1:] and shows_exactly(reading, request)
     if not speaks_of(reading, request):
         request = request_of(session, {"tool_name": "?", "tool_input": {}})
         request = request._replace(summary=clip(reading.title or "a permission dialog", 300))
-    request = request._replace(detail=reading.excerpt)
+    request = request._replace(detail=reading.excerpt, certain=int(surely))
     session.dialogs[request.id] = reading
     add_request(session, request, "screen", reading.rule)
     if surely:
         spawn("aegis-policy", apply_policy, session.context, session, [request])
 
 
-TURN_MESSAGES = 1_000   # so far back the beginning of a turn is looked for
-
-
-def open_calls(parts: Sequence[str]) -> Tuple[List[Json], bool]:
-    """List the tool calls of a transcript's last turn that have no result yet, and tell whether these are all."""
-    messages = read_messages(parts, TURN_MESSAGES, None)
+def open_calls(messages: Sequence[Json]) -> List[Json]:
+    """List the tool calls of the last turn that have no result yet."""
     done = {one.get("toolUseId") for one in messages if one["role"] == "tool"}
     began = max((index for index, one in enumerate(messages) if one["role"] == "user"), default=-1)
-    return [one for one in messages[began + 1:] if one.get("tool") and one.get("toolUseId") not in done], began >= 0
+    return [one for one in messages[began + 1:] if one.get("tool") and one.get("toolUseId") not in done]
 
 
 def cwd_of(parts: Sequence[str], message_id: str) -> Optional[str]:
@@ -7533,19 +7534,30 @@ def cwd_of(parts: Sequence[str], message_id: str) -> Optional[str]:
     return None
 
 
-SUBAGENTS_DIALOG = re.compile(r"· from the .+ agent\b")   # its call stands in a transcript of its own
+DIALOG_TITLES = {   # of the dialogs that show the whole call; in one that a subagent's call opened, more stands there
+    "Bash": ("Bash command", "Bash (demo)"), "Write": ("Create file", "Overwrite file", "Write (demo)"),
+}
+PART_RULE = re.compile(r"╌{8,}")   # at the margin, where nothing that an agent says can stand
 
 
-def shows_all_of(reading: Reading, request: PermissionRow) -> bool:
-    """Tell whether a dialog shows all that a policy judges a call by, and where the agent stands is known."""
-    given, seen = request.input, canonical(reading.excerpt)
-    if SUBAGENTS_DIALOG.search(reading.excerpt) or request.cwd is None or not speaks_of(reading, request):
+def shows_exactly(reading: Reading, request: PermissionRow) -> bool:
+    """Tell whether a dialog shows a call to the letter, and nothing else: what a policy says of it holds for both.
+
+    The screen is drawn from what a model, and perhaps a hostile repository, says: only the client draws at the margin.
+    """
+    top, title, *body = (reading.excerpt + "\n\n").split("\n")
+    if not BOX_RULE.match(top) or title.strip() not in DIALOG_TITLES.get(request.tool, ()) or request.cwd is None:
         return False
-    if KIND_OF.get(request.tool) in ("read", "write"):
-        path = given.get("file_path") or given.get("notebook_path")
-        return isinstance(path, str) and bool(path) and canonical(os.path.basename(path)) in seen
-    what = given.get("command") if request.tool == "Bash" else given.get("url") if request.tool == "WebFetch" else None
-    return isinstance(what, str) and bool(what.strip()) and canonical(what) in seen
+    rules = [index for index, line in enumerate(body) if PART_RULE.fullmatch(line)]
+    if len(rules) != 2:
+        return False
+    if request.tool == "Write":
+        path = request.input.get("file_path")
+        return isinstance(path, str) and rules[0] == 1 and path == os.path.normpath(
+            os.path.join(request.cwd, body[0].strip()))
+    command, shown = request.input.get("command"), body[rules[0] + 1:rules[1]]
+    return isinstance(command, str) and bool(command.strip()) and shown == [
+        f" {line}".rstrip() for line in command.split("\n")]
 
 
 def is_selected(row: Option) -> bool:
@@ -7846,13 +7858,15 @@ def apply_policy(context: Context, session: Session, asked: Sequence[PermissionR
     decided = []
     for request in asked:
         said = ask_policy(session, request)
-        if request.claim or said.behavior not in DECIDED:
+        if request.claim or said.behavior not in DECIDED or not request.certain:
             continue
         state = DECIDED[said.behavior]
-        held = request.id in session.holds
         decision = policy_decision(said)
-        if claim(session, request.id, state, "policy", decision, decision.get("message"), said.rule):
-            with contextlib.suppress(ApiError):   # what could not be decided is still asked
+        with contextlib.suppress(ApiError):   # what could not be decided is still asked
+            with session.lock:
+                held = request.id in session.holds
+                mine = claim(session, request.id, state, "policy", decision, decision.get("message"), said.rule)
+            if mine:
                 if not held:
                     decide_on_screen(context, session, request.id, state, decision.get("message"))
                 if confirm_claim(session, request.id).decided_by == "policy":
@@ -8292,6 +8306,8 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         reading = look(context, session)
     except TmuxError as error:
         session.note("tmux", "capture failed", str(error))
+        if session.unsaved:   # it was to be stored by this look
+            context.look_later(session, SAVE_SECONDS)
         return None
     session.reading = reading
     session.read_at = looked_at   # after it: who reads both at the wrong moment looks again
@@ -20938,7 +20954,10 @@ class DemoCall:
             f" {self.tool} command · from the {self.agent['agent_type']} agent")
         why = [f" │ Hook PreToolUse:{self.tool} requires confirmation:", f" │ {self.reason}", ""] if self.reason else []
         rows = [(label.format(**names), self.choice(label)) for label in (("Yes", "No") if self.forced else labels)]
-        return DemoDialog([title, "", f"   {clip(self.what, 70)}", "", *why, " " + question.format(**names)], rows,
+        shown, rule = f" {clip(self.what, 70)}", "╌"
+        lines = [shown, rule, f" {clip(self.given.get('content', ''), 70)}", rule] if self.tool == "Write" else [
+            rule, shown, rule]
+        return DemoDialog([title, *lines, *why, " " + question.format(**names)], rows,
                           " Esc to cancel · Tab to amend" if self.tool != "WebFetch" else "", REFUSE)
 
     def choice(self, label: str) -> Json:
@@ -20964,7 +20983,8 @@ class DemoDialog:
         """Draw it."""
         rows = [f" {'❯' if index == self.cursor else ' '} " + (f"{index + 1}. " if self.numbered else "")
                 + self.label(index) for index in range(len(self.rows))]
-        return ["─" * width, *self.lines, "", *rows, *(["", self.hint] if self.hint else [])]
+        lines = ["╌" * width if line == "╌" else line for line in self.lines]
+        return ["─" * width, *lines, "", *rows, *(["", self.hint] if self.hint else [])]
 
     def label(self, index: int) -> str:
         """Draw a row's label, with what is written behind it."""

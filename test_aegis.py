@@ -5809,37 +5809,61 @@ def test_the_calls_that_wait_are_those_of_the_last_turn_and_where_the_agent_stoo
 
     def called(use: str, cwd: str) -> str:
         return line("assistant", {"type": "tool_use", "id": use, "name": "Bash", "input": {"command": use}}, cwd=cwd)
+
+    def waiting() -> List[Json]:
+        return aegis.open_calls(aegis.read_messages([str(path)], 100, None))
     path = tmp_path / "t.jsonl"
     asked = json.dumps({"type": "user", "message": {"role": "user", "content": "do it"}, "promptId": "p"}) + "\n"
     path.write_text(called("left", "/old") + asked + called("a", "/w") + called("b", "/w/sub"))
-    parts = [str(path)]
-    calls, whole = aegis.open_calls(parts)
-    assert ([one["toolUseId"] for one in calls], whole) == (["a", "b"], True), "none of a turn before"
-    assert [aegis.cwd_of(parts, one["id"]) for one in calls] == ["/w", "/w/sub"]
+    assert [one["toolUseId"] for one in waiting()] == ["a", "b"], "none of a turn before"
+    assert [aegis.cwd_of([str(path)], one["id"]) for one in waiting()] == ["/w", "/w/sub"]
     path.write_text(path.read_text() + line("user", {"type": "tool_result", "tool_use_id": "a", "content": "done"}))
-    assert [one["toolUseId"] for one in aegis.open_calls(parts)[0]] == ["b"]
-    path.write_text(called("a", "/w"))
-    assert (len(aegis.open_calls(parts)[0]), aegis.open_calls(parts)[1]) == (1, False), "its beginning is not seen"
-    assert aegis.open_calls([]) == ([], False)
-    assert aegis.cwd_of(parts, "") is None and aegis.cwd_of(parts, "3-9") is None
+    assert [one["toolUseId"] for one in waiting()] == ["b"]
+    assert aegis.open_calls([]) == [] and [aegis.cwd_of([str(path)], one) for one in ("", "3-9")] == [None, None]
 
 
-@pytest.mark.parametrize("shown, tool, given, cwd, expected", [
-    ("make all", "Bash", {"command": "make all"}, "/w", True),
-    ("make all", "Bash", {"command": "make all"}, None, False),
-    ("make a…", "Bash", {"command": "make all"}, "/w", False),
-    ("make", "Bash", {"command": "make all; rm -rf /"}, "/w", False),
-    ("make all", "Bash", {"command": ""}, "/w", False),
-    ("a.txt", "Write", {"file_path": "/w/a.txt"}, "/w", True),
-    ("a.txt", "Write", {"file_path": "/w/b.txt"}, "/w", False),
-    ("a.txt", "Write", {}, "/w", False),
-    ("https://a.example/x", "WebFetch", {"url": "https://a.example/x"}, "/w", True),
-    ("make all", "mcp__x__y", {"command": "make all"}, "/w", False),
-    ("make all · from the general-purpose agent", "Bash", {"command": "make all"}, "/w", False)])
-def test_a_dialog_shows_all_of_a_call_or_the_policy_says_nothing(shown, tool, given, cwd, expected):
+def exact_dialog(*lines: str, title: str = "Bash command", rows: Tuple[str, ...] = ("Yes", "No")) -> aegis.Reading:
+    """Read a dialog as the client draws it: rule, title, what it wants between rules, a question, rows."""
+    drawn = ["─" * 100, f" {title}", *lines, " Do you want to proceed?"]
+    drawn += [f" {'❯' if at == 0 else ' '} {at + 1}. {one}" for at, one in enumerate(rows)]
+    return aegis.read_claude_screen("\n".join([*drawn, "", " Esc to cancel · Tab to amend"]))
+
+
+PARTS = "╌" * 100
+
+
+@pytest.mark.parametrize("expected, shown, tool, given, cwd", [
+    (True, exact_dialog(" Tip: x", " Run it", PARTS, " make all", PARTS), "Bash", {"command": "make all"}, "/w"),
+    (True, exact_dialog(PARTS, " make all", "", "   x", PARTS), "Bash", {"command": "make all\n\n  x"}, "/w"),
+    (False, exact_dialog(PARTS, " make all", PARTS), "Bash", {"command": "make all"}, None),
+    (False, exact_dialog(PARTS, " make all", PARTS), "Bash", {"command": "make  all"}, "/w"),
+    (False, exact_dialog(PARTS, " make a…", PARTS), "Bash", {"command": "make all"}, "/w"),
+    (False, exact_dialog(PARTS, " rm -rf ~; make all", PARTS), "Bash", {"command": "make all"}, "/w"),
+    (False, exact_dialog(PARTS, " rm -rf ~", f" {PARTS}", " make all", PARTS), "Bash", {"command": "make all"}, "/w"),
+    (False, exact_dialog(PARTS, f" rm -rf ~; : '{'─' * 9}", " ─────────", " make all", PARTS), "Bash",
+     {"command": "make all"}, "/w"),
+    (False, exact_dialog(PARTS, "", PARTS), "Bash", {"command": ""}, "/w"),
+    (False, exact_dialog(PARTS, " x", PARTS), "Bash", {"command": 5}, "/w"),
+    (False, exact_dialog(PARTS, " make", PARTS, title="Bash command · from the x agent"), "Bash",
+     {"command": "make"}, "/w"),
+    (False, exact_dialog(PARTS, " make", PARTS, title="Bash command · from a workflow"), "Bash",
+     {"command": "make"}, "/w"),
+    (False, exact_dialog(PARTS, " make", PARTS, title="Network request outside of sandbox"), "Bash",
+     {"command": "make"}, "/w"),
+    (False, exact_dialog(PARTS, " make", PARTS), "mcp__x__y", {"command": "make"}, "/w"),
+    (True, exact_dialog(" a.txt", PARTS, "  1 x", PARTS, title="Create file"), "Write", {"file_path": "/w/a.txt"},
+     "/w"),
+    (True, exact_dialog(" /w/a.txt", PARTS, "  1 x", PARTS, title="Overwrite file"), "Write", {"file_path": "/w/a.txt"},
+     "/w/sub"),
+    (False, exact_dialog(" a.txt", PARTS, "  1 x", PARTS, title="Create file"), "Write", {"file_path": "/w/a.txt"},
+     "/w/sub"),
+    (False, exact_dialog(" b.txt", PARTS, "  1 a.txt", PARTS, title="Create file"), "Write", {"file_path": "/w/a.txt"},
+     "/w"),
+    (False, exact_dialog(" a.txt", PARTS, "  1 x", PARTS, title="Create file"), "Write", {}, "/w")])
+def test_a_dialog_shows_a_call_to_the_letter_or_the_policy_says_nothing(expected, shown, tool, given, cwd):
     row = aegis.PermissionRow("p", "s", tool, given, aegis.summarise(tool, given), None, [], None, "pending", None,
                               None, None, None, 0.0, None, "u", cwd)
-    assert aegis.shows_all_of(seen_dialog(shown), row) is expected
+    assert aegis.shows_exactly(shown, row) is expected
 
 
 @alone
@@ -5865,6 +5889,8 @@ def test_the_policy_decides_what_was_asked_while_aegis_was_away_where_it_is_beyo
         assert talks[name].read()["output"] == "after"
     for name in ("cut", "other's", "asks"):
         talks[name].wait("permission.requested")
+        if name != "asks":   # nor does a policy that comes while it stands
+            assert talks[name].ask("PUT permissions", {"profile": "autonomous"})["decided"] == []
         decided = talks[name].ask("POST approve", {})
         assert (decided["decision"], decided["decidedBy"]) == ("approved", "api"), "nobody did before"
 
@@ -8709,6 +8735,16 @@ def settled_usage(talk: Talk, *paths: str) -> Json:
     talk.read("limit=0")     # waits for the last lines of a turn that has just ended, if not for as long as it takes
     eventually(lambda: all(map(ended_last_turn, paths)))
     return eventually(lambda: (used_in(*paths) == talk.get()["tokenUsage"]) and used_in(*paths))
+
+
+def test_usage_is_booked_once_though_a_turn_ends_before_it_is_stored(server, make):
+    talk = make(permissionProfile="autonomous")
+    talk.send("[[tokens 100]] [[read x]] [[hang]]")
+    eventually(lambda: talk.get()["tokenUsage"]["output"] > 100)
+    assert talk.ask("POST interrupt")["interrupted"] is True
+    talk.wait("prompt.failed")
+    told = server.ask(f"GET /v1/metrics?session={talk.id}")
+    assert (told["tokenUsage"], told["messages"]) == (talk.get()["tokenUsage"], 1)
 
 
 def test_usage_is_booked_under_the_utc_day_of_its_message():
