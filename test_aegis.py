@@ -8579,6 +8579,15 @@ def asked_of(own: Server, made: Json) -> List[str]:
                   if path and Path(path).exists() for kind, text in transcript(path) if kind == "prompt")
 
 
+def history_of(own: Server, made: Json) -> str:
+    """Write down what happened to a review's sessions, for a reader of a failed test."""
+    lines = []
+    for one in own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]:
+        told = [(event["id"], event["type"], event.get("reason")) for event in own.events.told(one["id"])]
+        lines.append(f"{one['id']} {one['name']} {one['status']} ({one['reason']}): {told}")
+    return "\n".join([*lines, own.log.read_text()[-3_000:]])
+
+
 ALL_ASKED = ["You are reviewer 1 of 3", "You are reviewer 2 of 3", "You are reviewer 2 of 3 again",
          "You are reviewer 3 of 3", "You are reviewer 3 of 3 again"]
 
@@ -8598,7 +8607,7 @@ def test_a_review_goes_on_where_it_was_whatever_moment_aegis_dies_at(house):
         assert ballots(told) == [("done", "approve"), ("done", "reject"), ("failed", None)]
         ids = {one["id"] for one in own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]}
         eventually(lambda: {own.ask(f"GET /v1/sessions/{one}")["status"] for one in ids} <= {"killed", "exited"})
-        assert asked_of(own, made) == ALL_ASKED, "nobody was asked twice"
+        assert asked_of(own, made) == ALL_ASKED, "somebody was asked twice: " + history_of(own, made)
         own.events.wait_for("consensus.completed", consensusId=made["id"])
         assert len([one for one in own.events.heard if one["type"] == "consensus.completed"
                     and one["consensusId"] == made["id"]]) == 1
