@@ -8584,7 +8584,7 @@ def history_of(own: Server, made: Json) -> str:
     lines = []
     for one in own.ask(f"GET /v1/sessions?label=consensus={made['id']}&limit=50")["sessions"]:
         told = [(event["id"], event["type"], event.get("reason")) for event in own.events.told(one["id"])]
-        lines.append(f"{one['id']} {one['name']} {one['status']} ({one['reason']}): {told}")
+        lines.append(f"{one['id']} {one['name']} {one['status']}: {told}")
     return "\n".join([*lines, own.log.read_text()[-3_000:]])
 
 
