@@ -5972,6 +5972,14 @@ class Session:
             yield change
             change.commit()
 
+    def renew(self, **columns: Any) -> None:
+        """Change columns that the next change stores, or else a look SAVE_SECONDS later; called with the lock held."""
+        self.row = self.row._replace(**columns)
+        for name in columns:
+            self.unsaved.setdefault(name, time.monotonic())
+        self.context.look_later(self, SAVE_SECONDS)
+        self.changed.notify_all()
+
     def note(self, source: str, rule: str, detail: str = "") -> None:
         """Remember a piece of evidence that changes nothing."""
         self.active_at = time.time()
@@ -6307,10 +6315,8 @@ def follow_conversation(session: Session, conversation: str, path: str, since: O
             since = None if path in left else since
             ledger = {**ledger, "offset": left.pop(path, 0), "left": left, "since": since}
             parts = [*(one for one in parts if one != path), path]
-        session.row = session.row._replace(parts=parts, ledger=ledger, conversation=conversation)
-        session.unsaved.update(dict.fromkeys(("parts", "ledger", "conversation"), time.monotonic()))
         session.note("agent", "conversation", conversation)
-        session.changed.notify_all()
+        session.renew(parts=parts, ledger=ledger, conversation=conversation)
 
 
 def own_since(row: SessionRow, path: str, now: Optional[float]) -> Optional[float]:
@@ -6807,11 +6813,8 @@ def catch_up(session: Session) -> None:
                 ledger["prompt"] = next(
                     (one.prompt_id for one in reversed(entries) if one.kind == "prompt"), ledger.get("prompt")
                 )
-                session.row = session.row._replace(ledger=ledger)
-                session.unsaved.setdefault("ledger", time.monotonic())
                 session.booked = booked
-                session.context.look_later(session, SAVE_SECONDS)
-                session.changed.notify_all()
+                session.renew(ledger=ledger)
 
 
 def count_subagents(session: Session) -> None:
@@ -6847,11 +6850,9 @@ def count_subagent(session: Session, files: Dict[str, Json], path: str) -> None:
         with session.lock:
             booked, ledger = {day: dict(counts) for day, counts in session.booked.items()}, session.row.ledger
             whole = count_usage({**ledger, "recent": own["recent"]}, entries, booked)
-            session.row = session.row._replace(ledger={**whole, "recent": ledger["recent"]})
             files[path] = {**count_usage({**own, "since": ledger.get("since")}, entries), "offset": end}
             session.booked, session.files_unsaved[path] = booked, None
-            session.unsaved.setdefault("ledger", time.monotonic())
-            session.changed.notify_all()
+            session.renew(ledger={**whole, "recent": ledger["recent"]})
 
 
 def save_books(session: Session) -> None:
@@ -8306,8 +8307,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
         reading = look(context, session)
     except TmuxError as error:
         session.note("tmux", "capture failed", str(error))
-        if session.unsaved:   # it was to be stored by this look
-            context.look_later(session, SAVE_SECONDS)
+        save_old_books(session)   # perhaps this look was there for that
         return None
     session.reading = reading
     session.read_at = looked_at   # after it: who reads both at the wrong moment looks again
