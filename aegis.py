@@ -3024,6 +3024,12 @@ class Reading(NamedTuple):
     excerpt: str = ""                  # the lines that decided
     asked: str = ""                    # all that stands over a dialog's rows, without what depends on the width
     closed: bool = False               # something stands below the rows, so they are whole
+    shell: bool = False                # the box is in shell mode: what is entered there is run, and asked for by nobody
+
+    @property
+    def empty(self) -> bool:
+        """Tell whether the box takes a prompt as it is: nothing stands in it, and it is in no mode of its own."""
+        return not self.draft and not self.shell
 
 
 # kind, name of the rule, pattern in the dialog's text.  The first that matches wins.
@@ -3115,8 +3121,15 @@ def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
 
 
 def read_box(lines: Sequence[str], upper: int, lower: int) -> Reading:
-    """Read a screen that shows the input box: busy or idle, by footer and the line above the box."""
+    """Read a screen that shows the input box: busy or idle, by footer and the line above the box; shell mode or not."""
     footer = " ".join(line.strip() for line in lines[lower + 1:])
+    shell = lines[upper + 1].startswith("!") or any(line.strip().startswith("! for shell mode")
+                                                    for line in lines[lower + 1:])   # where its glyph is scrolled away
+    return read_footer(lines, upper, lower, footer)._replace(shell=shell)
+
+
+def read_footer(lines: Sequence[str], upper: int, lower: int, footer: str) -> Reading:
+    """Read what stands around the input box."""
     above = lines_above(lines, upper)
     draft = "\n".join(line[2:].strip() if index == 0 else line.strip()
                       for index, line in enumerate(lines[upper + 1:lower])).strip()
@@ -6363,15 +6376,19 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
 # One durable queue per session.  A prompt is typed only into an empty box of
 # an agent that waits; `typed_at` is stored before the first key, and from
 # then on the prompt is never typed again, only Enter is pressed again while
-# the draft visibly stands in the box.  It counts as submitted when the agent
-# itself reports it, and as started when its turn shows.  Thread: one per
-# session, only while there is something to deliver.
+# the draft visibly stands in the box.  Only where the typing itself broke off,
+# and the agent has provably read all keys and not taken it, is it typed anew.
+# It counts as submitted when the agent itself reports it, and as started when
+# its turn shows.  Thread: one per session, only while there is something to
+# deliver.
 
 BOX_SECONDS = 5.0        # how long an agent that should be idle may take to show its empty box
+ERASE_SECONDS = 20.0     # how long a prompt of ours may take to be deleted there: 1,200 rows
 REPORT_SECONDS = 0.2     # a report comes 30-60 ms after Enter; then the screen is looked at
 GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
 AT_BOX = frozenset(("idle", "working", "unknown", "dead"))   # readings that show no dialog to look into
 ENTER_AGAIN = 2.5        # a draft that stands so long after Enter was not entered; before, Enter may be unread yet
+SHELL_TRIES = 5          # of opening the client's shell mode
 DELIVERY_TRIES = 30      # of a prompt that was never typed, the pauses growing to 10 s
 ENTER_WANTED = re.compile(r"press Enter to send")   # the client took characters out, and wants to be told again
 LOOK_SECONDS = 0.015     # pause between looks at a screen that is about to change
@@ -6467,7 +6484,7 @@ def deliver_all(context: Context, session: Session) -> None:
 
 
 def recover_delivery(context: Context, session: Session, prompt_id: str, error: Exception, tries: int) -> None:
-    """Go on when tmux or the store failed: what was not typed waits its turn again; of the rest the agent tells."""
+    """Go on when tmux or the store failed: what was not typed waits its turn again; of the rest box and agent tell."""
     prompt = next((one for one in session.facts.waiting if one.id == prompt_id), None)
     if prompt is None:
         return
@@ -6475,11 +6492,11 @@ def recover_delivery(context: Context, session: Session, prompt_id: str, error: 
         session.wait(lambda: session.ending or not session.live, min(0.1 * 2 ** tries, 10.0))
         return
     until = time.monotonic() + GIVE_UP_SECONDS
-    while prompt.typed_at and prompt.kind == "prompt" and session.live and time.monotonic() < until:
+    while prompt.typed_at and session.live and time.monotonic() < until:
         if context.stopping.wait(LOOK_SECONDS):
             return
         with contextlib.suppress(TmuxError, ApiError):
-            confirm(context, session, prompt)
+            settle_typed(context, session, prompt)
             return
     fail_delivery(context, session, prompt_id, f"could not be typed: {error}")
 
@@ -6520,6 +6537,8 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
         )
     strokes = keystrokes(session.agent, prompt)
     watched = session.agent.reports and prompt.kind != "prompt"
+    if watched and prompt.kind == "bash" and not enter_shell_mode(context, session, prompt, strokes.pop(0)):
+        return
     if not type_into(context, session, strokes[:-1] if watched else strokes):
         return  # the pane is dead: the end of its process is told by the exits
     if not session.agent.reports:
@@ -6621,14 +6640,16 @@ def await_box(context: Context, session: Session) -> bool:
     """Wait for an empty input box; False when the screen shows something else, which is then looked into."""
     if not session.agent.reports:
         return True
-    deadline, cleaned = time.monotonic() + BOX_SECONDS, 0
+    deadline, cleaned, ours = time.monotonic() + BOX_SECONDS, 0, False
     while time.monotonic() < deadline and not session.ending:
         reading = just_seen(session) or look(context, session)
-        if reading.kind == "idle" and not reading.draft:
+        if reading.kind == "idle" and reading.empty:
             return True
-        if reading.kind == "idle" and cleaned < 14:
+        if reading.kind == "idle" and not cleaned and is_of_ours(context, session, reading):
+            ours, deadline = True, time.monotonic() + ERASE_SECONDS
+        if reading.kind == "idle" and (cleaned < 14 or ours):
             cleaned += 1
-            clear_box(context, session, reading, cleaned)
+            clear_box(context, session, stash=cleaned == 1 and bool(reading.draft) and not ours)
         elif reading.kind not in AT_BOX:
             break
         time.sleep(LOOK_SECONDS)
@@ -6647,17 +6668,13 @@ def no_box(session: Session) -> None:
                 "error", "the agent shows no input box, so its queue waits: attach and look, or kill the session"))
 
 
-def clear_box(context: Context, session: Session, reading: Reading, tries: int) -> None:
+def clear_box(context: Context, session: Session, stash: bool) -> None:
     """Empty the box: the client's stash gives a person's draft back after our prompt; what stays is deleted.
 
-    Ctrl-C would arm the exit, and a second Escape opens a menu.  Ctrl-U on an empty box does nothing; it takes a row,
-    then a line break.
+    Ctrl-C would arm the exit, and a second Escape opens a menu.  Ctrl-U on an empty box leaves shell mode, or does
+    nothing; else it takes a row, then a line break.
     """
-    ours = context.store.rows(
-        PromptRow, "prompts", "session = ? AND kind <> 'terminal' ORDER BY seq DESC LIMIT 5", session.row.id
-    )
-    put_back = any(is_draft_of(prompt, reading.draft) for prompt in ours)  # the client does so after an early interrupt
-    if tries == 1 and session.agent.stash and not put_back:
+    if stash and session.agent.stash:
         session.stashed = True
         press(context, session, session.agent.stash)
     else:
@@ -6666,10 +6683,54 @@ def clear_box(context: Context, session: Session, reading: Reading, tries: int) 
     context.stopping.wait(0.05)
 
 
-def is_draft_of(prompt: PromptRow, draft: str) -> bool:
-    """Tell whether what stands in the box is a prompt we typed: whole, scrolled, or collapsed."""
-    shown = canonical(re.sub(r"^!", "", draft))
-    return bool(shown) and (shown in canonical(prompt.text) or re.search(r"\[Pasted text #\d+", draft) is not None)
+def is_of_ours(context: Context, session: Session, reading: Reading) -> bool:
+    """Tell whether a prompt of ours stands in the box: typed by half, or put back after an early interrupt."""
+    ours = context.store.rows(
+        PromptRow, "prompts", "session = ? AND kind <> 'terminal' ORDER BY seq DESC LIMIT 5", session.row.id
+    )
+    return any(is_draft_of(prompt, reading) for prompt in ours)
+
+
+def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
+    """Tell whether what stands in the box is a prompt we typed: whole, in part, scrolled, or collapsed."""
+    if reading.shell != (prompt.kind == "bash"):
+        return False
+    shown, text_ = canonical(reading.draft), canonical(prompt.text)
+    if text_.startswith("!") and shown.startswith("x!"):   # its first strokes, see keystrokes()
+        shown = shown[1:]
+    return bool(shown) and (shown in text_ or re.search(r"\[Pasted text #\d+", reading.draft) is not None)
+
+
+def is_left_by(prompt: PromptRow, reading: Reading) -> bool:
+    """Tell whether the box holds what the typing of a prompt left, perhaps nothing, and surely did not enter.
+
+    Nothing is no proof for a command: it leaves no trace anywhere when it was entered.
+    """
+    rest = reading.shell if prompt.kind == "bash" else reading.empty and prompt.kind == "prompt"
+    return is_draft_of(prompt, reading) or (rest and not reading.draft)
+
+
+def enter_shell_mode(context: Context, session: Session, prompt: PromptRow, mark: Stroke) -> bool:
+    """Type the mark that turns the box into a shell's, alone, until it does; False when it never did.
+
+    The client takes the mark for text when it comes in one go with more, or just behind keys that emptied the box.
+    """
+    def comes(fits: Callable[[Reading], bool]) -> bool:
+        until = time.monotonic() + 1.0
+        while not fits(look(context, session)):
+            if time.monotonic() > until or session.ending:
+                return False
+            time.sleep(LOOK_SECONDS)
+        return True
+    for _ in range(SHELL_TRIES):
+        if not type_into(context, session, [mark]):
+            return False   # the pane is dead
+        if comes(lambda reading: reading.shell):
+            return True
+        press(context, session, "C-u")
+        comes(lambda reading: reading.empty)
+    fail_delivery(context, session, prompt.id, "the agent's shell mode did not open, so the command was not typed")
+    return False
 
 
 def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
@@ -6683,7 +6744,7 @@ def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
         if session.ending or not session.live or context.stopping.is_set():
             return False
         reading = look(context, session)
-        if reading.kind == "idle" and is_draft_of(prompt, reading.draft):
+        if reading.kind == "idle" and is_draft_of(prompt, reading):
             press(context, session, *ENTER.keys)
             return True
         if reading.kind not in AT_BOX:
@@ -6708,7 +6769,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         catch_up(session)
         if taken(session, prompt.id, 0.0):
             return
-        unread = reading.kind == "idle" and is_draft_of(prompt, reading.draft)
+        unread = reading.kind == "idle" and is_draft_of(prompt, reading)
         if unread and presses < 5 and may_enter(session, reading, pressed_at):
             presses, pressed_at = presses + 1, time.monotonic()
             press(context, session, "Enter")
@@ -6716,7 +6777,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
                 change.prompt(find_prompt(session, prompt.id), attempts=presses)
         elif unread:   # Enter is yet to be read
             pass
-        elif prompt.kind == "bash" and reading.kind == "working" and not reading.draft:
+        elif prompt.kind == "bash" and reading.kind == "working" and reading.empty:
             start_unreported(session, prompt.id, "the shell line left the box, and the agent works")
             return
         elif prompt.kind != "prompt" and reading.kind != "working":
@@ -6730,6 +6791,77 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
             )
             return
         patience = min(0.2 * presses, 1.0)
+
+
+def settle_typed(context: Context, session: Session, prompt: PromptRow) -> None:
+    """Decide about a prompt whose typing broke off: taken, to be typed once more, or failed.  Raises TmuxError.
+
+    All of it may have arrived, a part without its Enter, or nothing.
+    """
+    until, last = time.monotonic() + ADOPT_SECONDS, time.monotonic() + GIVE_UP_SECONDS
+    while session.agent.reports and time.monotonic() < until and not context.stopping.is_set():
+        if taken(session, prompt.id, 0.1):
+            return
+        locate_transcript(session)
+        catch_up(session)
+        reading = look(context, session)
+        if reading.kind == "idle" and is_draft_of(prompt, reading):
+            break
+        if reading.kind not in AT_BOX:
+            context.look_later(session, 0.0)
+        if reading.kind not in ("idle", "unknown"):   # at work, on this one for all we know
+            until = min(time.monotonic() + ADOPT_SECONDS, last)
+    again = session.agent.reports and never_entered(context, session, prompt)
+    for _ in range(10 * again):
+        locate_transcript(session)
+        catch_up(session)
+        if taken(session, prompt.id, 0.1):
+            return
+    if context.stopping.is_set():   # it is the next Aegis' to say
+        return
+    if not session.agent.reports:   # what stands on its line must not begin the next prompt
+        press(context, session, "C-u")
+    with session.changing("delivery", "its typing broke off", prompt.id) as change:
+        known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
+        if known and again:
+            change.prompt(known, typed_at=None)
+        elif known:
+            change.prompt(known, state="failed", ended_at=time.time(), reason=(
+                "Aegis or tmux was stopped while it was typed: look whether it ran before you send it again"))
+
+
+DOT_LOOKS = 100   # 50 ms apart: as long as a busy box may take to show a key
+
+
+def never_entered(context: Context, session: Session, prompt: PromptRow) -> bool:
+    """Tell whether an agent has read every key that was ever pressed, and its box holds only what they left there.
+
+    Keys are read in order.  A dot shows behind what stands in the box, and goes again: so what was typed before it
+    stands there, in the transcript, or nowhere.
+    """
+    def shown(fits: Callable[[str], bool]) -> Optional[str]:
+        before = None
+        for _ in range(DOT_LOOKS):
+            reading = look(context, session)
+            draft = canonical(reading.draft)
+            if reading.kind == "idle" and fits(draft) and draft == before:
+                return draft
+            before = draft
+            context.stopping.wait(0.05)
+        return None
+    with session.key_lock:
+        box = look(context, session)
+        if box.kind != "idle" or not is_left_by(prompt, box):
+            return False
+        press(context, session, ".")
+        try:
+            dotted = shown(lambda draft: draft.endswith(".") and draft != canonical(box.draft))
+        finally:
+            press(context, session, "BSpace")
+        if not dotted or shown(lambda draft: draft == dotted[:-1]) is None:
+            return False
+        box = look(context, session)
+        return box.kind == "idle" and is_left_by(prompt, box)
 
 
 def may_enter(session: Session, reading: Reading, pressed_at: float) -> bool:
@@ -14981,32 +15113,29 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
     context.bus.commit([update("sessions", row.id, found)])
     session.row = session.row._replace(**found)
     session.adopted_at, session.tmux_pid = time.monotonic(), context.tmux.server_pid
+    typed = next((one for one in session.facts.waiting if one.typed_at), None)   # by the last Aegis
     catch_up(session)
     locate_transcript(session)
     catch_up(session)
     session.output_at = time.monotonic()
     watch(context, session)
-    spawn("aegis-adopt", reconcile, context, session)
+    spawn("aegis-adopt", reconcile, context, session, typed)
 
 
-def reconcile(context: Context, session: Session) -> None:
+def reconcile(context: Context, session: Session, typed: Optional[PromptRow]) -> None:
     """Bring an adopted session to the present; a prompt typed in vain goes back into the queue."""
     late = "not brought to the present yet"
     for request in [one for one in session.facts.pending if one.claim]:
         do_surely(context, session, functools.partial(settle_adopted, context, session, request.id), late)
-    do_surely(context, session, lambda: reconcile_prompts(context, session), late)
+    do_surely(context, session, lambda: reconcile_prompts(context, session, typed), late)
 
 
-def reconcile_prompts(context: Context, session: Session) -> None:
-    """See what became of a prompt that was being typed.  Raises ApiError and TmuxError."""
+def reconcile_prompts(context: Context, session: Session, typed: Optional[PromptRow]) -> None:
+    """See what became of a prompt that was being typed by the last Aegis.  Raises ApiError and TmuxError."""
     inspect(context, session)
     context.look_later(session, QUIET_SECONDS)
-    unproved = next((one for one in session.facts.waiting if one.typed_at), None)
-    if unproved and session.agent.reports:
-        confirm_adopted(context, session, unproved)
-    elif unproved:
-        with session.changing("restart", "typed, and nothing reports it", unproved.id) as change:
-            fail_typed(change, unproved)
+    if typed and any((one.id, one.typed_at) == (typed.id, typed.typed_at) for one in session.facts.waiting):
+        settle_typed(context, session, typed)
     recheck(session)
 
 
@@ -15038,60 +15167,6 @@ def settle_adopted(context: Context, session: Session, request_id: str) -> None:
         catch_up(session)
     if not context.stopping.is_set():   # else it is the next Aegis' to say
         settle_claim(session, request_id)
-
-
-def confirm_adopted(context: Context, session: Session, prompt: PromptRow) -> None:
-    """Decide about a prompt that was being typed when the last Aegis died."""
-    began = until = time.monotonic()
-    until += ADOPT_SECONDS
-    while time.monotonic() < until and not context.stopping.is_set():
-        if taken(session, prompt.id, 0.1):
-            return
-        locate_transcript(session)
-        reading = inspect(context, session)
-        if reading and reading.kind == "idle" and is_draft_of(prompt, reading.draft):
-            press(context, session, "Enter")
-        elif reading and reading.kind not in ("idle", "unknown"):   # at work, on this one for all we know
-            until = min(time.monotonic() + ADOPT_SECONDS, began + GIVE_UP_SECONDS)
-    again = prompt.kind == "prompt" and reads_keys(context, session)   # a command leaves no trace that it ran
-    for _ in range(10 * again):
-        locate_transcript(session)
-        catch_up(session)
-        if taken(session, prompt.id, 0.1):
-            return
-    with session.changing("restart", "no trace of the prompt", prompt.id) as change:
-        known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
-        if known and again:
-            change.prompt(known, typed_at=None)
-        elif known:
-            fail_typed(change, known)
-
-
-DOT_LOOKS = 100   # 50 ms apart: as long as a busy box may take to show a key
-
-
-def reads_keys(context: Context, session: Session) -> bool:
-    """Tell whether an agent has read every key that was ever pressed: a dot shows in its empty box, and goes again.
-
-    Keys are read in order, so a prompt that was typed before the dot is in the box, in the transcript, or nowhere.
-    """
-    def shows(draft: str) -> bool:
-        return any(look(context, session).draft == draft or context.stopping.wait(0.05) for _ in range(DOT_LOOKS))
-    with session.key_lock, contextlib.suppress(TmuxError):
-        reading = steady_look(context, session)
-        if reading.kind != "idle" or reading.draft:
-            return False
-        press(context, session, ".")
-        seen = shows(".")
-        press(context, session, "BSpace")
-        return seen and shows("")
-    return False
-
-
-def fail_typed(change: Change, prompt: PromptRow) -> None:
-    """Give up a prompt of which nobody can say whether the agent took it: it is never typed twice."""
-    change.prompt(prompt, state="failed", ended_at=time.time(),
-                  reason="Aegis was restarted while it was typed: look whether it ran before you send it again")
 
 
 def recheck(session: Session) -> None:
@@ -16903,7 +16978,8 @@ def explain_session(ask: Ask, id: str) -> Any:
                         for one in reversed(session.evidence)]
         status = read_status_file(session) if session.live else None
         screen = (
-            {"kind": reading.kind, "rule": reading.rule, "draft": reading.draft, "excerpt": reading.excerpt}
+            {"kind": reading.kind, "rule": reading.rule, "draft": "!" * reading.shell + reading.draft,
+             "excerpt": reading.excerpt}
             if reading
             else None
         )
@@ -21033,6 +21109,11 @@ class DemoDialog:
             self.words += " ".join(text_.split())
 
 
+def rows_of(line: str, width: int) -> List[str]:
+    """Break a line into a box's rows."""
+    return [line[at:at + width] for at in range(0, len(line), max(1, width))] or [""]
+
+
 def written(text_: str, key: bytes) -> str:
     """Write a key behind a text."""
     if key in (b"\x7f", b"\x08"):
@@ -21264,7 +21345,7 @@ class DemoAgent:
         self.drawn: List[str] = []   # the live region's lines, as they were drawn last
         self.silent = False
         self.ctrl_c_at = self.ctrl_d_at = 0.0
-        self.stash: List[Tuple[str, str]] = []
+        self.stash: Tuple[List[Tuple[str, str]], bool] = ([], False)   # a draft that was put aside, and its mode
         settings = json.loads(Path(options.settings).read_text()) if options.settings else {}
         self.hooks: Json = settings.get("hooks", {})
         self.rules = DemoRules(settings.get("permissions", {}), self.cwd)
@@ -21416,13 +21497,13 @@ class DemoAgent:
         spent = int(time.monotonic() - self.turn_began)
         glyph = "✶✻✽✢·"[int(time.monotonic() * 10) % 5]
         spinner = [f"{glyph} Demonstrating… ({spent}s · ↓ {spent * 10} tokens)", ""] if busy else []
-        footer = "  " + DEMO_FOOTERS.get(self.mode, self.mode) + " · demo agent" + (
-            " · esc to interrupt" if busy and not self.draft else " · ? for shortcuts" if not self.draft else "")
-        box = self.box(busy)
+        hint = "" if self.draft else " · esc to interrupt" if busy else " · ? for shortcuts"
+        mode = "! for shell mode" if self.bash else DEMO_FOOTERS.get(self.mode, self.mode) + " · demo agent" + hint
+        box = self.box(busy, width)
         hidden = max(0, len(box) - 12)
         top = f"─── ↑ {hidden} more ".ljust(width, "─") if hidden else "─" * width
         return ["", *spinner, top, *box[hidden:], "─" * width, *self.limit,
-                f"  {self.notice}" if self.notice else footer]
+                f"  {self.notice or mode}"]
 
     def numbered(self, picture: List[str]) -> List[str]:
         """Say in a subagent's dialog which of several it is."""
@@ -21431,9 +21512,10 @@ class DemoAgent:
             picture[1] += f"   {self.asked + 1} of {total}"
         return picture
 
-    def box(self, busy: bool) -> List[str]:
+    def box(self, busy: bool, width: int) -> List[str]:
         """Draw the input box's inside."""
-        shown = "".join(piece for piece, _ in self.draft).split("\n")
+        shown = [row for line in "".join(piece for piece, _ in self.draft).split("\n")
+                 for row in rows_of(line, width - 3)]
         glyph = "!" if self.bash else "\x1b[38;5;246m❯\x1b[39m" if busy else "❯"
         return [f"{glyph}\xa0{shown[0]}", *("  " + line for line in shown[1:])]
 
@@ -21519,8 +21601,8 @@ class DemoAgent:
 
     def stash_draft(self) -> None:
         """Ctrl-S: put the draft aside until the next prompt is taken, or take it back."""
-        self.draft, self.stash = (self.stash, []) if not self.draft else ([], self.draft)
-        self.bash = False
+        stashed, self.stash = self.stash, (self.draft, self.bash)
+        self.draft, self.bash = stashed if not self.draft else ([], False)
 
     def to_front(self) -> None:
         """Ctrl-A."""
@@ -21597,8 +21679,8 @@ class DemoAgent:
             return
         for seconds in re.findall(r"\[\[late ([\d.]+)\]\]", text_):
             time.sleep(float(seconds))
-        if self.stash and not self.draft:
-            self.draft, self.stash = self.stash, []
+        if self.stash[0] and not self.draft:
+            self.stash_draft()
         if self.turn:
             self.prompts_waiting.append((prompt_id, text_))
             self.prompt_id = before

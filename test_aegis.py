@@ -1882,6 +1882,17 @@ def test_a_draft_is_told_and_an_empty_box_has_none():
     assert aegis.read_claude_screen(SCREENS["idle"][0]).draft == ""
 
 
+@pytest.mark.parametrize("inside, shell, draft", [
+    ("❯\xa0", False, ""), ("❯\xa0!ls", False, "!ls"), ("!\xa0", True, ""), ("!\xa0ls", True, "ls"),
+    ("  ls\n  -l", True, "ls\n-l")])
+def test_a_box_in_shell_mode_is_not_empty(inside, shell, draft):
+    screen = box(inside=inside, footer="  ! for shell mode" if shell else "  ? for shortcuts")
+    scrolled = screen.replace(RULE, "─── ↑ 3 more " + RULE, 1) if inside.startswith(" ") else screen
+    reading = aegis.read_claude_screen(scrolled)
+    assert (reading.kind, reading.shell, reading.draft) == ("idle", shell, draft)
+    assert reading.empty is (not shell and not draft)
+
+
 def test_a_dialogs_options_are_told_by_label_with_the_cursor():
     options = aegis.read_claude_screen(TRUST).options
     rows = [(option.label, option.selected) for option in options]
@@ -3970,6 +3981,16 @@ def test_a_draft_in_the_box_does_not_end_up_in_the_prompt(make):
     assert talk.prompts() == ["[[say clean]]"]
 
 
+@pytest.mark.parametrize("left", ["!", "!touch never"])
+def test_a_prompt_is_text_also_where_a_person_left_the_box_in_shell_mode(make, left):
+    talk = make()
+    talk.server.tmux("send-keys", "-t", talk.get()["window"], "-l", left)
+    eventually(lambda: "! for shell mode" in talk.ask("GET pane")["text"])
+    assert talk.ask("GET explain")["screen"]["draft"] == left
+    assert talk.say("[[say as text]]")["output"] == "as text"
+    assert talk.prompts() == ["[[say as text]]"]
+
+
 def test_a_person_may_type_in_the_terminal(talk):
     before = talk.get()["turns"]
     talk.server.tmux("send-keys", "-t", talk.get()["window"], "[[say by hand]]", "Enter")
@@ -5679,6 +5700,89 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
         assert typed == 1 or sending.result() != 200, f"lost when Aegis died after {moment} s"
 
 
+LINES = "\n".join(f"line {number} of a prompt that is longer than a paste may be, and than its box is wide and high: "
+                  "more of it than anybody would want to read" for number in range(40))
+HALF_TYPED = (   # the verb, the text, and how many of its strokes the agent was given
+    ("send", LINES, 0), ("send", LINES, 1), ("send", LINES, 10), ("send", LINES, -1), ("send", "!touch x", 1),
+    ("send", "!touch x", 2), ("bash", "echo ran", 1), ("bash", "echo" + " ran" * 300, 2), ("command", "/compact", 1))
+
+
+def strike(own: Server, window: str, strokes: List[Any]) -> None:
+    """Give an agent strokes, as the driver would."""
+    for stroke in strokes:
+        if stroke.keys:
+            own.tmux("send-keys", "-t", window, *stroke.keys)
+        else:
+            own.tmux("set-buffer", "-b", "half", "--", stroke.text)
+            own.tmux("paste-buffer", "-p", "-d", "-b", "half", "-t", window)
+        if stroke.text == "!":
+            eventually(lambda: "! for shell mode" in own.tmux("capture-pane", "-p", "-t", window))
+
+
+def leave_half_typed(own: Server, talk: Talk, queued: str, strokes: List[Any]) -> None:
+    """Leave a queued prompt as an Aegis does that is killed while it types it; called when it is dead."""
+    with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as database, database:
+        window, = database.execute("SELECT window FROM sessions WHERE id = ?", (talk.id,)).fetchone()
+        database.execute("UPDATE prompts SET typed_at = ?, attempts = 1 WHERE id = ?", (time.time(), queued))
+
+    eventually(lambda: "esc to interrupt" not in own.tmux("capture-pane", "-p", "-t", window))
+    strike(own, window, strokes)
+
+
+def go_on_from_half(own: Server, cases: Tuple[Tuple[str, str, int], ...]) -> None:
+    """Kill Aegis while it types prompts, each into an agent of its own; they must be sent whole, and once."""
+    left, talks = [], [own.open() for _ in cases]
+    for talk, (verb, text, count) in zip(talks, cases):
+        talk.send("[[wait 3]]")
+        queued = talk.ask(f"POST {verb}", {"text" if verb == "send" else "command": text})["promptId"]
+        kind, serial = "prompt" if verb == "send" else verb, types.SimpleNamespace(serial=iter((1,)))
+        strokes = aegis.keystrokes(aegis.AGENTS["demo"], aegis.new_prompt(serial, talk.id, kind, text))
+        left.append((talk, queued, strokes[:count]))
+    own.crash()
+    for talk, queued, strokes in left:
+        leave_half_typed(own, talk, queued, strokes)
+    own.start()
+    for (talk, queued, _), (verb, text, count) in zip(left, cases):
+        talk.wait("prompt.done", promptId=queued)
+        assert talk.say("[[say after]]")["output"] == "after", (verb, count)
+        taken = {"send": [text], "command": []}.get(verb, [f"<bash-input>{text}</bash-input>"])
+        told = [one for one in talk.prompts() if not re.match("<(bash-stdout|local-command-caveat)>", one)]
+        assert told == ["[[wait 3]]", *taken, "[[say after]]"], (verb, count)
+
+
+@alone
+def test_what_was_typed_by_half_when_aegis_died_is_sent_whole_and_once(house):
+    go_on_from_half(house(), HALF_TYPED)
+
+
+@alone
+def test_what_a_person_wrote_is_not_taken_for_a_prompt_that_was_typed_by_half(house):
+    own = house()
+    talk = own.open("[[wait 1]]")
+    queued = talk.send(LINES)["promptId"]
+    own.crash()
+    leave_half_typed(own, talk, queued, [aegis.Stroke("words of a person")])
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed", promptId=queued)["reason"]
+    assert "words of a person" in talk.ask("GET pane")["text"]
+    assert talk.prompts() == ["[[wait 1]]"]
+
+
+@alone
+def test_a_prompt_is_sent_whole_and_once_whenever_the_control_client_dies(house):
+    own, rng = house(), random.Random(5)
+    talk, texts = own.open(), [f"[[say {number}]] {LINES * 4}" for number in range(4)]
+    for text in texts:
+        client = int(eventually(lambda: own.tmux("list-clients", "-F", "#{client_pid}")).split()[0])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(talk.send, text)
+            eventually(lambda: (talk.ask("GET queue")["queue"] or [{"attempts": 1}])[0]["attempts"])   # before its keys
+            threading.Event().wait(rng.uniform(0, 0.01))
+            os.kill(client, signal.SIGKILL)
+            talk.wait("prompt.done", promptId=sending.result()["promptId"])
+    assert talk.prompts() == texts
+
+
 @alone
 def test_the_control_client_of_an_aegis_that_was_killed_is_ended(house):
     own = house()
@@ -6195,6 +6299,20 @@ def test_what_was_typed_into_an_agent_that_does_not_report_is_not_typed_again(ho
     assert "look whether it ran" in talk.wait("prompt.failed")["reason"]
     assert talk.say("echo second")["output"] == "second"
     assert talk.ask("GET pane")["text"].split().count("first") == 2, "typed once, and answered once"
+
+
+@alone
+def test_half_a_line_in_an_agent_that_does_not_report_does_not_begin_the_next_one(house):
+    own = house()
+    talk = own.open(agent="shell", command=["/bin/sh"])
+    talk.send("sleep 1; echo first")
+    queued, window = talk.send("echo one two three")["promptId"], talk.get()["window"]
+    own.crash()
+    eventually(lambda: own.tmux("capture-pane", "-p", "-t", window).split().count("first") == 2)
+    leave_half_typed(own, talk, queued, [aegis.Stroke("echo one")])
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed", promptId=queued)["reason"]
+    assert talk.say("echo next")["output"] == "next"
 
 
 @alone
@@ -7450,9 +7568,10 @@ def test_verify_session_runs_checks_at_once_when_told(talk, tmp_path):
     pair = [check(f"touch {tmp_path}/{mine}; while ! test -e {tmp_path}/{other}; do sleep 0.02; done", mine)
             for mine, other in ("ab", "ba")]
     assert verify(talk, *pair, parallel=True, timeout=WITHIN)["passed"] is True
-    for name in "ab":
-        (tmp_path / name).unlink()
-    assert states(verify(talk, *pair, timeout=0.5)) == {"a": "timed_out", "b": "passed"}
+    book = tmp_path / "book"
+    turns = [check(f"echo {name} begins >> {book}; sleep 0.2; echo {name} ends >> {book}", name) for name in "ab"]
+    assert verify(talk, *turns)["passed"] is True
+    assert book.read_text().splitlines() == ["a begins", "a ends", "b begins", "b ends"]
 
 
 @alone
@@ -14514,6 +14633,17 @@ def test_real_bash_runs_in_the_clients_shell_mode(start):
 
 
 @real_client
+@pytest.mark.parametrize("left", ["!", "!touch ran-by-shell-mode"])
+def test_real_prompts_are_text_where_a_person_left_the_box_in_shell_mode(start, model, left):
+    talk, before = start(), len(model.heard)
+    talk.server.tmux("send-keys", "-t", talk.get()["window"], "-l", left)
+    eventually(lambda: "! for shell mode" in talk.ask("GET pane")["text"])
+    assert talk.say("[[say as text]] touch ran-by-shell-mode")["output"] == "as text"
+    assert [seen(one) for one in model.heard[before:]] == ["[[say as text]] touch ran-by-shell-mode"]
+    assert not (talk.server.work / "ran-by-shell-mode").exists()
+
+
+@real_client
 def test_real_exit_is_an_exit(start):
     talk = start()
     talk.ask("POST command", {"command": "/exit"})
@@ -14999,6 +15129,15 @@ def test_real_client_without_credentials_is_an_error_that_says_what_to_do(model)
         talk = own.open("[[say x]]", ready=False)
         talk.wait("session.error")
         assert "/login" in talk.get()["statusReason"] and talk.read()["output"] is None
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_prompts_that_were_typed_by_half_when_aegis_died_are_sent_whole_and_once(model):
+    own = lab(model).start()
+    try:
+        go_on_from_half(own, (HALF_TYPED[2], HALF_TYPED[3], HALF_TYPED[4], HALF_TYPED[6], HALF_TYPED[7]))
     finally:
         own.close()
 
