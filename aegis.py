@@ -12339,6 +12339,8 @@ class Panel:
             elif any(one.state == "waiting" for one in after):
                 self.loop.hungry[row.id] = None
         for one in after:
+            if one.state == "reviewing":
+                self.loop.due_at(row.id, (one.started_at or 0) + row.spec["timeout"] + 0.01)
             if one.state == "reviewing" and one.prompt is None:
                 self.carry_on(row, one)
         self.end_sessions(row, after)
@@ -12359,8 +12361,10 @@ class Panel:
         if (prompt is None or prompt.ended_at is None) and time.time() > began + limit:
             spawn("aegis-ending", self.abandon, row, one)
             return over_reviewer(one, "failed", f"it took more than {limit:g} s")
-        self.loop.due_at(row.id, began + limit + 0.01)
         if prompt is None or prompt.ended_at is None:
+            return one
+        if one.id in self.loop.starting:   # that tells better why it failed
+            self.loop.due_at(row.id, time.time() + 0.05)
             return one
         if prompt.state == "done":
             return self.judge(row, one, prompt.answer or "")
@@ -12400,31 +12404,43 @@ class Panel:
         self.loop.begin(one.id, row.id, lambda: self.launch(row, one), lambda why: self.fail(row, one, why))
 
     def launch(self, row: ConsensusRow, one: ReviewerRow) -> bool:
-        """Make a reviewer's session and prompt, or find those that were made for it.  Raises ApiError."""
+        """Make a reviewer's session and prompt, or find those that were made for it; tells whether it is over already.
+
+        Raises ApiError.
+        """
+        if not same_asking(self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id), one):
+            return True   # it has waited for others' starts, and is over
         total = len(reviewers_of(self.context, row.id))
         if one.again:
             session = find_live(self.context, one.session or "")
             prompt_id = enqueue(session, "prompt", again_text(one, total), f"{one.id} again").id
         else:
             session = start_session(self.context, row.spec["wanted"], review_text(self.context, one, total),
-                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}")
+                                    reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}",
+                                    lambda *made: [self.noted(one, *made)])
             prompt_id = first_prompt(self.context, session.row.id)
         with self.loop.lock:
             now = self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id)
-            wanted = (now.state, now.again, now.starts) == ("reviewing", one.again, one.starts)
+            wanted = same_asking(now, one)
             if wanted:
                 self.loop.inbox.runs[session.row.id] = row.id
-                self.context.bus.commit([update("reviewers", one.id, {"session": session.row.id,
-                                                                      "prompt": prompt_id})])
+            if wanted and now.prompt is None:   # what was there already
+                self.context.bus.commit([self.noted(one, session.row.id, prompt_id)])
         if not wanted:   # cancelled or timed out while it was started
             self.abandon(row, one._replace(session=session.row.id, prompt=prompt_id))
-        return True
+        return not wanted or bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt_id))
+
+    @staticmethod
+    def noted(one: ReviewerRow, session_id: str, prompt_id: Optional[str]) -> Statement:
+        """Write the statement that notes what was made for a reviewer, unless it is over or asked anew."""
+        return ("UPDATE reviewers SET session = ?, prompt = ? WHERE id = ? AND state = 'reviewing' AND again = ? "
+                "AND starts = ?", (session_id, prompt_id, one.id, one.again, one.starts))
 
     def fail(self, row: ConsensusRow, one: ReviewerRow, reason: str) -> None:
         """Fail a reviewer that could not be asked."""
         with self.loop.lock, contextlib.suppress(ApiError):
             now = self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id)
-            if (now.state, now.again, now.prompt) == ("reviewing", one.again, None):
+            if same_asking(now, one):
                 after = over_reviewer(now, "failed", reason)
                 others = reviewers_of(self.context, row.id)
                 self.store(row, others, [after if each.id == one.id else each for each in others])
@@ -12457,6 +12473,11 @@ class Panel:
             if one.state == "reviewing":
                 self.abandon(row, one)
         return find_consensus(self.context, consensus_id), True
+
+
+def same_asking(now: ReviewerRow, one: ReviewerRow) -> bool:
+    """Tell whether a reviewer is still to be asked what a launch was begun for."""
+    return (now.state, now.again, now.starts) == ("reviewing", one.again, one.starts)
 
 
 def reviewer_key(one: ReviewerRow) -> str:
