@@ -2269,6 +2269,9 @@ class TmuxError(Exception):
         self.command, self.said = command, said
 
 
+ONCE_BYTES = 12_000   # of commands for a tmux process: its server takes messages of 16 kB
+
+
 class Stroke(NamedTuple):
     """One step of typing: a text to paste, or keys to press."""
 
@@ -2350,6 +2353,20 @@ class Crowd:
             self.panes, self.since = {}, now
         self.panes.update(dict.fromkeys(panes))
         return self.lasts or len(self.panes) > BUSY_PANES
+
+
+def in_groups(commands: Sequence[Command], size: int) -> List[List[Command]]:
+    """Part commands, in order, into groups of so many bytes; a command of more stands alone."""
+    groups: List[List[Command]] = []
+    room = 0
+    for command in commands:
+        need = sum(len(word.encode()) + 1 for word in command)
+        if need > room:
+            groups.append([])
+            room = size
+        groups[-1].append(command)
+        room -= need
+    return groups
 
 
 class Waiter:
@@ -2597,7 +2614,13 @@ class Tmux:
             raise TmuxError(words[0], str(error)) from error
 
     def _run_once(self, commands: Sequence[Command], timeout: float) -> List[str]:
-        """Run commands as a process of its own: the way while the control client is away."""
+        """Run commands as processes of their own, so many as tmux takes at once: while the control client is away."""
+        lines: List[str] = []
+        for group in in_groups(commands, ONCE_BYTES):
+            lines += self._run_group(group, timeout)
+        return lines
+
+    def _run_group(self, commands: Sequence[Command], timeout: float) -> List[str]:
         words: List[str] = []
         for command in commands:
             words += [";"] * bool(words) + [word[:-1] + "\\;" if word.endswith(";") else word for word in command]
@@ -3025,6 +3048,7 @@ class Reading(NamedTuple):
     asked: str = ""                    # all that stands over a dialog's rows, without what depends on the width
     closed: bool = False               # something stands below the rows, so they are whole
     shell: bool = False                # the box is in shell mode: what is entered there is run, and asked for by nobody
+    scrolled: bool = False             # the draft's beginning is out of sight
 
     @property
     def empty(self) -> bool:
@@ -3123,9 +3147,10 @@ def find_box(lines: Sequence[str]) -> Optional[Tuple[int, int]]:
 def read_box(lines: Sequence[str], upper: int, lower: int) -> Reading:
     """Read a screen that shows the input box: busy or idle, by footer and the line above the box; shell mode or not."""
     footer = " ".join(line.strip() for line in lines[lower + 1:])
-    shell = lines[upper + 1].startswith("!") or any(line.strip().startswith("! for shell mode")
-                                                    for line in lines[lower + 1:])   # where its glyph is scrolled away
-    return read_footer(lines, upper, lower, footer)._replace(shell=shell)
+    scrolled = SCROLLED_BOX.match(lines[upper]) is not None
+    shell = lines[upper + 1].startswith("!") or (   # its glyph scrolls away, too
+        scrolled and "! for shell mode" in [line.strip() for line in lines[lower + 1:]])
+    return read_footer(lines, upper, lower, footer)._replace(shell=shell, scrolled=scrolled)
 
 
 def read_footer(lines: Sequence[str], upper: int, lower: int, footer: str) -> Reading:
@@ -5952,7 +5977,7 @@ class Session:
         self.transcript_final = ""                     # what its turn said last, as far as it was read
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.widest = 0                      # bytes of the transcript's longest line, as far as it was read
-        self.stashed = False                 # a person's draft was put aside, and comes back when ours is taken
+        self.stashed = self.unread = False   # a person's draft was put aside; keys were pressed and perhaps not read
         self.delivering = self.ending = self.dialog_seen = self.continuing = False
         self.cancelled_at = -math.inf      # monotonic time at which the agent's own timer was last taken off
         self.policy = stored_policy(row.policy)
@@ -6389,6 +6414,7 @@ GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed
 AT_BOX = frozenset(("idle", "working", "unknown", "dead"))   # readings that show no dialog to look into
 ENTER_AGAIN = 2.5        # a draft that stands so long after Enter was not entered; before, Enter may be unread yet
 SHELL_TRIES = 5          # of opening the client's shell mode
+TYPING_TRIES = 4         # of a prompt whose typing breaks off
 DELIVERY_TRIES = 30      # of a prompt that was never typed, the pauses growing to 10 s
 ENTER_WANTED = re.compile(r"press Enter to send")   # the client took characters out, and wants to be told again
 LOOK_SECONDS = 0.015     # pause between looks at a screen that is about to change
@@ -6476,7 +6502,7 @@ def deliver_all(context: Context, session: Session) -> None:
             tries = 0
         except (TmuxError, OSError, ApiError) as error:
             context.log.note("warning", "delivery failed", session=session.row.id, error=error)
-            tries += 1
+            tries, session.unread = tries + 1, session.agent.reports
             recover_delivery(context, session, prompt.id, error, tries)
         except Exception:
             context.log.note("error", "delivery failed", session=session.row.id, trace=traceback.format_exc())
@@ -6488,17 +6514,24 @@ def recover_delivery(context: Context, session: Session, prompt_id: str, error: 
     prompt = next((one for one in session.facts.waiting if one.id == prompt_id), None)
     if prompt is None:
         return
-    if prompt.typed_at is None and tries < DELIVERY_TRIES:
+    why = f"could not be typed: {error}"
+    again = tries < (DELIVERY_TRIES if prompt.typed_at is None else TYPING_TRIES)
+    if settle_soon(context, session, prompt, "" if again else why) if prompt.typed_at else again:
         session.wait(lambda: session.ending or not session.live, min(0.1 * 2 ** tries, 10.0))
-        return
+    else:
+        fail_delivery(context, session, prompt_id, why)
+
+
+def settle_soon(context: Context, session: Session, prompt: PromptRow, refused: str) -> bool:
+    """Decide about a prompt whose typing broke off once the agent's pane can be seen; False when it never can."""
     until = time.monotonic() + GIVE_UP_SECONDS
-    while prompt.typed_at and session.live and time.monotonic() < until:
+    while session.live and time.monotonic() < until:
         if context.stopping.wait(LOOK_SECONDS):
-            return
+            return True
         with contextlib.suppress(TmuxError, ApiError):
-            settle_typed(context, session, prompt)
-            return
-    fail_delivery(context, session, prompt_id, f"could not be typed: {error}")
+            settle_typed(context, session, prompt, refused)
+            return True
+    return False
 
 
 def start_delivery(context: Context, session: Session) -> None:
@@ -6525,7 +6558,8 @@ def fail_delivery(context: Context, session: Session, prompt_id: str, reason: st
 
 def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
     """Type one prompt and wait until the agent reports it."""
-    pane, session.stashed = pane_of(session), False
+    pane = pane_of(session)
+    session.stashed = session.stashed and prompt.attempts > 0   # else it came back with the prompt before
     if not await_box(context, session):
         return
     mark = None if session.agent.reports else screen_mark(context, pane)
@@ -6562,25 +6596,37 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     which the client trims, stands behind it.  A leading `!` would switch the box to a shell: it is pasted behind a
     letter, which is then deleted.  What looks like a command is text only in a collapsed paste, so it is made one.
     """
-    text_ = prompt.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     if not agent.reports:
-        return [Stroke(text_), ENTER]
-    text_ = typable(text_)
-    if prompt.kind == "command":
-        return [Stroke(text_), ENTER]
+        return [Stroke(plain_breaks(prompt.text)), ENTER]
+    pieces = pieces_of(prompt)
     if prompt.kind == "bash":
-        return [Stroke("!"), *map(Stroke, chunks(text_)), ENTER]
+        return [Stroke("!"), *map(Stroke, pieces), ENTER]
+    if prompt.kind == "prompt" and "".join(pieces[:1]).lstrip() == "!":
+        return [Stroke("x!"), Stroke(keys=("C-a", "DC", "C-e")), *map(Stroke, pieces[1:]), ENTER]
+    return [*map(Stroke, pieces), ENTER]
+
+
+def pieces_of(prompt: PromptRow) -> List[str]:
+    """Cut a text into the pieces that a reporting agent's box is given it in, one after the other."""
+    text_ = typable(plain_breaks(prompt.text))
+    if prompt.kind != "prompt":
+        return [text_] if prompt.kind == "command" else chunks(text_)
     if COMMAND_LIKE.match(text_) or text_.strip() in EXIT_WORDS:
-        return [Stroke(text_ + "\n" * (CHUNK_LINES + 1)), ENTER]
+        return [text_ + "\n" * (CHUNK_LINES + 1)]
     text_ += " " if text_.endswith("\\") else ""
     pieces = chunks(text_)
     if len(pieces) > CHUNKS_MOST:
         pieces = [text_]
-    if text_.lstrip().startswith("!"):
-        lead = text_[: text_.index("!") + 1]
-        rest = [text_[len(lead):]] if len(pieces) == 1 else chunks(text_[len(lead):])
-        return [Stroke("x" + lead.lstrip()), Stroke(keys=("C-a", "DC", "C-e")), *map(Stroke, filter(None, rest)), ENTER]
-    return [*map(Stroke, pieces), ENTER]
+    if not text_.lstrip().startswith("!"):
+        return pieces
+    lead = text_[: text_.index("!") + 1]
+    rest = [text_[len(lead):]] if len(pieces) == 1 else chunks(text_[len(lead):])
+    return [lead, *filter(None, rest)]
+
+
+def plain_breaks(text_: str) -> str:
+    """Write every line break as one character, and no NUL."""
+    return text_.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def chunks(text_: str) -> List[str]:
@@ -6643,6 +6689,12 @@ def await_box(context: Context, session: Session) -> bool:
     deadline, cleaned, ours = time.monotonic() + BOX_SECONDS, 0, False
     while time.monotonic() < deadline and not session.ending:
         reading = just_seen(session) or look(context, session)
+        if reading.kind == "idle" and reading.empty and session.unread:
+            box = read_every_key(context, session)
+            if box is None:
+                session.note("delivery", "the agent does not read keys: its queue waits")
+                break
+            reading = box
         if reading.kind == "idle" and reading.empty:
             return True
         if reading.kind == "idle" and not cleaned and is_of_ours(context, session, reading):
@@ -6688,26 +6740,26 @@ def is_of_ours(context: Context, session: Session, reading: Reading) -> bool:
     ours = context.store.rows(
         PromptRow, "prompts", "session = ? AND kind <> 'terminal' ORDER BY seq DESC LIMIT 5", session.row.id
     )
-    return any(is_draft_of(prompt, reading) for prompt in ours)
+    return any(is_left_by(prompt, reading) for prompt in ours)
 
 
 def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
-    """Tell whether what stands in the box is a prompt we typed: whole, in part, scrolled, or collapsed."""
-    if reading.shell != (prompt.kind == "bash"):
+    """Tell whether what stands in the box is a prompt we typed: so many of its strokes, scrolled, or collapsed."""
+    shown = canonical(reading.draft)
+    if not shown or reading.shell != (prompt.kind == "bash"):
         return False
-    shown, text_ = canonical(reading.draft), canonical(prompt.text)
-    if text_.startswith("!") and shown.startswith("x!"):   # its first strokes, see keystrokes()
-        shown = shown[1:]
-    return bool(shown) and (shown in text_ or re.search(r"\[Pasted text #\d+", reading.draft) is not None)
+    if re.search(r"\[Pasted text #\d+", reading.draft):
+        return True
+    typed = itertools.accumulate(canonical(piece) for piece in pieces_of(prompt))
+    return any(one == shown or reading.scrolled and one.endswith(shown) for one in typed)
 
 
 def is_left_by(prompt: PromptRow, reading: Reading) -> bool:
-    """Tell whether the box holds what the typing of a prompt left, perhaps nothing, and surely did not enter.
-
-    Nothing is no proof for a command: it leaves no trace anywhere when it was entered.
-    """
-    rest = reading.shell if prompt.kind == "bash" else reading.empty and prompt.kind == "prompt"
-    return is_draft_of(prompt, reading) or (rest and not reading.draft)
+    """Tell whether the box holds what the typing of a prompt left there; perhaps with the dot of read_every_key()."""
+    if is_draft_of(prompt, reading) or reading.draft == "x!" and prompt.text.lstrip().startswith("!"):
+        return True
+    without = reading._replace(draft=reading.draft[:-1])
+    return reading.draft.endswith(".") and (without.empty or is_draft_of(prompt, without))
 
 
 def enter_shell_mode(context: Context, session: Session, prompt: PromptRow, mark: Stroke) -> bool:
@@ -6793,15 +6845,36 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         patience = min(0.2 * presses, 1.0)
 
 
-def settle_typed(context: Context, session: Session, prompt: PromptRow) -> None:
+def settle_typed(context: Context, session: Session, prompt: PromptRow, refused: str = "") -> None:
     """Decide about a prompt whose typing broke off: taken, to be typed once more, or failed.  Raises TmuxError.
 
-    All of it may have arrived, a part without its Enter, or nothing.
+    All of it may have arrived, a part without its Enter, or nothing.  refused: why it is not typed once more.
     """
+    again, box = False, read_when_calm(context, session, prompt)
+    if box and prompt.kind == "prompt" and (box.empty or is_left_by(prompt, box)):
+        again = not await_trace(context, session, prompt)
+    if taken(session, prompt.id, 0.0) or context.stopping.is_set():   # it is the next Aegis' to say
+        return
+    if box and prompt.kind != "prompt" and is_left_by(prompt, box):   # nobody should press Enter on half a command
+        clear_box(context, session, stash=False)
+    elif not session.agent.reports:
+        clear_line(context, session, prompt)
+    why = refused if again else (
+        "Aegis or tmux was stopped while it was typed: look whether it ran before you send it again")
+    with session.changing("delivery", "its typing broke off", prompt.id) as change:
+        known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
+        if known and again and not refused:
+            change.prompt(known, typed_at=None)
+        elif known:
+            change.prompt(known, state="failed", ended_at=time.time(), reason=why)
+
+
+def read_when_calm(context: Context, session: Session, prompt: PromptRow) -> Optional[Reading]:
+    """Give the box when an agent has read every key and works on none of them; None when nobody can tell."""
     until, last = time.monotonic() + ADOPT_SECONDS, time.monotonic() + GIVE_UP_SECONDS
     while session.agent.reports and time.monotonic() < until and not context.stopping.is_set():
         if taken(session, prompt.id, 0.1):
-            return
+            return None
         locate_transcript(session)
         catch_up(session)
         reading = look(context, session)
@@ -6811,30 +6884,26 @@ def settle_typed(context: Context, session: Session, prompt: PromptRow) -> None:
             context.look_later(session, 0.0)
         if reading.kind not in ("idle", "unknown"):   # at work, on this one for all we know
             until = min(time.monotonic() + ADOPT_SECONDS, last)
-    again = session.agent.reports and never_entered(context, session, prompt)
-    for _ in range(10 * again):
+    box = look(context, session) if session.agent.reports else None
+    free = box and box.kind == "idle" and (box.empty or is_left_by(prompt, box))
+    return read_every_key(context, session) if free else None
+
+
+def await_trace(context: Context, session: Session, prompt: PromptRow) -> bool:
+    """Tell whether a prompt that an agent must have read by now is reported, or stands in its transcript."""
+    for _ in range(10):
         locate_transcript(session)
         catch_up(session)
         if taken(session, prompt.id, 0.1):
-            return
-    if context.stopping.is_set():   # it is the next Aegis' to say
-        return
-    if not session.agent.reports:   # what stands on its line must not begin the next prompt
-        press(context, session, "C-u")
-    with session.changing("delivery", "its typing broke off", prompt.id) as change:
-        known = next((one for one in change.facts.waiting if one.id == prompt.id), None)
-        if known and again:
-            change.prompt(known, typed_at=None)
-        elif known:
-            change.prompt(known, state="failed", ended_at=time.time(), reason=(
-                "Aegis or tmux was stopped while it was typed: look whether it ran before you send it again"))
+            return True
+    return False
 
 
 DOT_LOOKS = 100   # 50 ms apart: as long as a busy box may take to show a key
 
 
-def never_entered(context: Context, session: Session, prompt: PromptRow) -> bool:
-    """Tell whether an agent has read every key that was ever pressed, and its box holds only what they left there.
+def read_every_key(context: Context, session: Session) -> Optional[Reading]:
+    """Give the box of an agent that has read every key that was ever pressed; None when it does not read.
 
     Keys are read in order.  A dot shows behind what stands in the box, and goes again: so what was typed before it
     stands there, in the transcript, or nowhere.
@@ -6847,21 +6916,28 @@ def never_entered(context: Context, session: Session, prompt: PromptRow) -> bool
             if reading.kind == "idle" and fits(draft) and draft == before:
                 return draft
             before = draft
-            context.stopping.wait(0.05)
+            if context.stopping.wait(0.05) or session.ending:
+                break
         return None
     with session.key_lock:
-        box = look(context, session)
-        if box.kind != "idle" or not is_left_by(prompt, box):
-            return False
-        press(context, session, ".")
+        box, session.unread = look(context, session), True
         try:
+            press(context, session, ".")
             dotted = shown(lambda draft: draft.endswith(".") and draft != canonical(box.draft))
         finally:
             press(context, session, "BSpace")
-        if not dotted or shown(lambda draft: draft == dotted[:-1]) is None:
-            return False
-        box = look(context, session)
-        return box.kind == "idle" and is_left_by(prompt, box)
+        rest = dotted[:-1] if dotted else ""   # in a scrolled box, the dot may have taken a row
+        if not dotted or shown(lambda draft: draft == rest or len(rest) > 50 and draft.endswith(rest)) is None:
+            return None
+        session.unread = False
+        return look(context, session)
+
+
+def clear_line(context: Context, session: Session, prompt: PromptRow) -> None:
+    """Take a line that was typed and not entered from an agent that does not report: it must not begin the next one."""
+    lines = context.tmux.capture(pane_of(session), join=True).rstrip().split("\n")
+    if lines[-1].rstrip().endswith(prompt.text.rstrip().split("\n")[-1]):
+        press(context, session, "C-u")
 
 
 def may_enter(session: Session, reading: Reading, pressed_at: float) -> bool:
@@ -15134,6 +15210,7 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
     context.bus.commit([update("sessions", row.id, found)])
     session.row = session.row._replace(**found)
     session.adopted_at, session.tmux_pid = time.monotonic(), context.tmux.server_pid
+    session.unread = session.agent.reports   # for all we know
     typed = next((one for one in session.facts.waiting if one.typed_at), None)   # by the last Aegis
     catch_up(session)
     locate_transcript(session)

@@ -4486,13 +4486,17 @@ def test_interrupt_session_in_a_permission_dialog_ends_the_turn(make):
     assert talk.get()["pendingPermission"] is None and talk.say("[[say on]]")["output"] == "on"
 
 
+def wakeable(open_: Callable[..., Talk]) -> Tuple[Talk, int]:
+    """Open an agent that stays stopped when it is stopped, and its process: tmux wakes a program of its own."""
+    talk = open_(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    return talk, eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+
+
 @alone
 def test_interrupt_session_presses_again_what_went_unheard(server, make):
-    """tmux wakes a program of its own that stops, and no grandchild."""
-    talk = make(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    talk, pid = wakeable(make)
     talk.send("[[hang]]")
     talk.wait("prompt.started")
-    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
     ttys = dict(line.split() for line in server.tmux("list-panes", "-a", "-F", "#{pane_pid} #{pane_tty}").splitlines())
     with open(ttys[str(talk.get()["pid"])], "rb", buffering=0) as tty:
         os.kill(pid, signal.SIGSTOP)
@@ -5702,9 +5706,11 @@ def test_a_prompt_is_typed_once_whatever_moment_aegis_dies_at(house):
 
 LINES = "\n".join(f"line {number} of a prompt that is longer than a paste may be, and than its box is wide and high: "
                   "more of it than anybody would want to read" for number in range(40))
-HALF_TYPED = (   # the verb, the text, and how many of its strokes the agent was given
-    ("send", LINES, 0), ("send", LINES, 1), ("send", LINES, 10), ("send", LINES, -1), ("send", "!touch x", 1),
-    ("send", "!touch x", 2), ("bash", "echo ran", 1), ("bash", "echo" + " ran" * 300, 2), ("command", "/compact", 1))
+HALF_TYPED = (   # a prompt, and how many of its strokes the agent was given; a number counts from the end, too
+    (LINES, 0), (LINES, 1), (LINES, 10), (LINES, -1), ("!touch x", 1), ("!touch x", 2), ("!touch x", -1),
+    ("to the letter.", -1))
+HALF_COMMANDS = (   # the verb, a command, and how many of its strokes
+    ("bash", "echo ran", 1), ("bash", "echo" + " ran" * 300, 2), ("bash", "echo ran", -1), ("command", "/compact", 1))
 
 
 def strike(own: Server, window: str, strokes: List[Any]) -> None:
@@ -5729,30 +5735,105 @@ def leave_half_typed(own: Server, talk: Talk, queued: str, strokes: List[Any]) -
     strike(own, window, strokes)
 
 
-def go_on_from_half(own: Server, cases: Tuple[Tuple[str, str, int], ...]) -> None:
-    """Kill Aegis while it types prompts, each into an agent of its own; they must be sent whole, and once."""
+def leave_all_half_typed(own: Server, cases: Any, more: Any = ()) -> List[Tuple[Talk, str]]:
+    """Kill Aegis while it types, each time into an agent of its own, and start it; gives agents and prompts.
+
+    more: strokes that stand behind what was typed.
+    """
     left, talks = [], [own.open() for _ in cases]
     for talk, (verb, text, count) in zip(talks, cases):
         talk.send("[[wait 3]]")
         queued = talk.ask(f"POST {verb}", {"text" if verb == "send" else "command": text})["promptId"]
         kind, serial = "prompt" if verb == "send" else verb, types.SimpleNamespace(serial=iter((1,)))
         strokes = aegis.keystrokes(aegis.AGENTS["demo"], aegis.new_prompt(serial, talk.id, kind, text))
-        left.append((talk, queued, strokes[:count]))
+        left.append((talk, queued, [*strokes[:count], *more]))
     own.crash()
     for talk, queued, strokes in left:
         leave_half_typed(own, talk, queued, strokes)
     own.start()
-    for (talk, queued, _), (verb, text, count) in zip(left, cases):
+    return [(talk, queued) for talk, queued, _ in left]
+
+
+def go_on_from_half(own: Server, cases: Any, *more: Any) -> None:
+    """See prompts that were typed by half sent whole, and once."""
+    left = leave_all_half_typed(own, [("send", *one) for one in cases], more)
+    for (talk, queued), (text, count) in zip(left, cases):
         talk.wait("prompt.done", promptId=queued)
-        assert talk.say("[[say after]]")["output"] == "after", (verb, count)
-        taken = {"send": [text], "command": []}.get(verb, [f"<bash-input>{text}</bash-input>"])
-        told = [one for one in talk.prompts() if not re.match("<(bash-stdout|local-command-caveat)>", one)]
-        assert told == ["[[wait 3]]", *taken, "[[say after]]"], (verb, count)
+        assert talk.say("[[say after]]")["output"] == "after", (text, count)
+        assert talk.prompts() == ["[[wait 3]]", text, "[[say after]]"], (text, count)
+
+
+def fail_what_is_half(own: Server, cases: Any) -> None:
+    """See commands that were typed by half not entered, and taken away: they leave no trace when they ran."""
+    for talk, queued in leave_all_half_typed(own, cases):
+        assert "look whether it ran" in talk.wait("prompt.failed", promptId=queued)["reason"]
+        eventually(lambda: "ran" not in talk.ask("GET pane")["text"].split() and "/compact" not in talk.ask(
+            "GET pane")["text"])
+        assert talk.say("[[say after]]")["output"] == "after"
+        assert talk.prompts() == ["[[wait 3]]", "[[say after]]"]
 
 
 @alone
 def test_what_was_typed_by_half_when_aegis_died_is_sent_whole_and_once(house):
     go_on_from_half(house(), HALF_TYPED)
+
+
+@alone
+def test_the_dot_that_an_aegis_left_which_died_behind_it_is_not_taken_for_a_persons(house):
+    go_on_from_half(house(), HALF_TYPED[:4], aegis.Stroke("."))
+
+
+@alone
+def test_a_shell_line_that_ran_is_not_typed_again_where_a_person_opened_shell_mode(house):
+    own = house()
+    talk = own.open("[[wait 1]]")
+    queued, window = talk.ask("POST bash", {"command": "echo ran"})["promptId"], talk.get()["window"]
+    own.crash()
+    leave_half_typed(own, talk, queued, [aegis.Stroke("!"), aegis.Stroke("echo ran"), aegis.ENTER])
+    eventually(lambda: "! for shell mode" not in own.tmux("capture-pane", "-p", "-t", window))
+    strike(own, window, [aegis.Stroke("!")])
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed", promptId=queued)["reason"]
+    assert talk.say("[[say after]]")["output"] == "after"
+    assert talk.prompts().count("<bash-input>echo ran</bash-input>") == 1
+
+
+@alone
+def test_no_prompt_is_typed_behind_keys_that_an_agent_has_not_read(house):
+    own = house()
+    talk, pid = wakeable(own.open)
+    talk.send("[[wait 1]]")
+    first, second = talk.send(LINES)["promptId"], talk.send("[[say second]]")["promptId"]
+    own.crash()
+    leave_half_typed(own, talk, first, [])
+    os.kill(pid, signal.SIGSTOP)
+    row = aegis.new_prompt(types.SimpleNamespace(serial=iter((1,))), talk.id, "prompt", LINES)
+    leave_half_typed(own, talk, first, aegis.keystrokes(aegis.AGENTS["demo"], row)[:10])
+    own.start()
+    assert "look whether it ran" in talk.wait("prompt.failed", promptId=first)["reason"]
+    eventually(lambda: "does not read keys" in str(talk.ask("GET explain")))
+    os.kill(pid, signal.SIGCONT)
+    talk.wait("prompt.done", promptId=second)
+    assert talk.prompts() == ["[[wait 1]]", "[[say second]]"] and talk.read()["output"] == "second"
+
+
+@alone
+def test_a_prompt_that_can_never_be_typed_fails_and_holds_nothing_up(house, tmp_path):
+    own = house(AEGIS_TMUX=program(tmp_path / "tmux", 'for word; do [ "$word" = -C ] && exit 1; done; exec tmux "$@"'))
+    talk = own.open()
+    long = "[[say whole]]\n" + "\n".join(f"line {number}" for number in range(280))
+    assert talk.say(long)["output"] == "whole", "more than tmux takes at once goes in several commands"
+    (own.state / "run" / f"{talk.id}.paste0").mkdir()   # where its text would go
+    sent = talk.send("[[say never]]")
+    assert "could not be typed" in talk.wait("prompt.failed", promptId=sent["promptId"])["reason"]
+    (own.state / "run" / f"{talk.id}.paste0").rmdir()
+    assert talk.say("[[say after]]")["output"] == "after"
+    assert talk.prompts() == [long, "[[say after]]"]
+
+
+@alone
+def test_a_command_that_was_typed_by_half_when_aegis_died_is_neither_entered_nor_left_there(house):
+    fail_what_is_half(house(), HALF_COMMANDS)
 
 
 @alone
@@ -5817,9 +5898,8 @@ def test_agents_go_on_when_aegis_is_killed_while_tmux_writes_to_it(house):
 
 @alone
 def test_a_prompt_is_not_typed_again_into_an_agent_that_may_yet_read_it(house):
-    own = house()   # tmux wakes a program of its own that stops, and no grandchild
-    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
-    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
+    own = house()
+    talk, pid = wakeable(own.open)
     os.kill(pid, signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         sending = pool.submit(attempt, talk, "[[say thawed]]")
@@ -5894,11 +5974,10 @@ def test_a_dialog_that_is_drawn_in_pieces_is_decided_by_keys_once(house):
 
 def lose_answer(own: Server) -> Tuple[Talk, Json, int]:
     """Crash while an answer is on its way to an agent that reads nothing; gives its session, its prompt and its pid."""
-    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    talk, pid = wakeable(own.open)
     sent = talk.send("[[bash touch f]] [[say on]]")
     talk.wait("permission.requested")
     eventually(lambda: "Do you want" in talk.ask("GET pane")["text"])
-    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
     os.kill(pid, signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         deciding = pool.submit(own.call, f"POST /v1/sessions/{talk.id}/approve", {})
@@ -6124,10 +6203,9 @@ def test_no_words_are_typed_into_a_dialog_that_opens_no_line_for_them(house):
 @alone
 def test_a_question_whose_keys_are_not_heard_goes_on_waiting(house):
     own = house()
-    talk = own.open(command=["/bin/sh", "-c", f'{sys.executable} {AEGIS} demo-agent "$@"; exit', "sh"])
+    talk, pid = wakeable(own.open)
     request(talk, "[[ask Colour? red|blue]] [[say on]]")
     eventually(lambda: "Type something" in talk.ask("GET pane")["text"])
-    pid = eventually(lambda: aegis.descendants(talk.get()["pid"]))[0]
     own.crash().start()
     os.kill(pid, signal.SIGSTOP)
     refused = talk.call("POST answer", {"answer": "blue"})
@@ -6214,7 +6292,9 @@ class Diary:
                 self.own.call(f"POST /v1/sessions/{one['id']}/{self.rng.choice(['approve', 'reject'])}", {})
         live = [one for one in found if one["endedAt"] is None]
         assert all((one["status"], one["queueLength"]) == ("idle", 0) for one in live), [
-            (one["id"], one["status"], one["statusReason"], one["queueLength"]) for one in live]
+            (one["id"], one["status"], one["statusReason"], one["queueLength"],
+             self.own.ask(f"GET /v1/sessions/{one['id']}/pane")["text"].strip()[-1_000:])
+            for one in live if one["status"] != "idle" or one["queueLength"]]
         return found
 
     def check(self) -> None:
@@ -6302,14 +6382,14 @@ def test_what_was_typed_into_an_agent_that_does_not_report_is_not_typed_again(ho
 
 
 @alone
-def test_half_a_line_in_an_agent_that_does_not_report_does_not_begin_the_next_one(house):
+def test_a_line_that_was_typed_and_not_entered_in_an_agent_that_does_not_report_does_not_begin_the_next_one(house):
     own = house()
     talk = own.open(agent="shell", command=["/bin/sh"])
     talk.send("sleep 1; echo first")
     queued, window = talk.send("echo one two three")["promptId"], talk.get()["window"]
     own.crash()
     eventually(lambda: own.tmux("capture-pane", "-p", "-t", window).split().count("first") == 2)
-    leave_half_typed(own, talk, queued, [aegis.Stroke("echo one")])
+    leave_half_typed(own, talk, queued, [aegis.Stroke("echo one two three")])
     own.start()
     assert "look whether it ran" in talk.wait("prompt.failed", promptId=queued)["reason"]
     assert talk.say("echo next")["output"] == "next"
@@ -15137,7 +15217,8 @@ def test_real_client_without_credentials_is_an_error_that_says_what_to_do(model)
 def test_real_prompts_that_were_typed_by_half_when_aegis_died_are_sent_whole_and_once(model):
     own = lab(model).start()
     try:
-        go_on_from_half(own, (HALF_TYPED[2], HALF_TYPED[3], HALF_TYPED[4], HALF_TYPED[6], HALF_TYPED[7]))
+        go_on_from_half(own, (HALF_TYPED[2], HALF_TYPED[3], HALF_TYPED[4], HALF_TYPED[6]))
+        fail_what_is_half(own, (HALF_COMMANDS[1], HALF_COMMANDS[3]))
     finally:
         own.close()
 
