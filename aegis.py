@@ -3149,7 +3149,7 @@ def read_box(lines: Sequence[str], upper: int, lower: int) -> Reading:
     footer = " ".join(line.strip() for line in lines[lower + 1:])
     scrolled = SCROLLED_BOX.match(lines[upper]) is not None
     shell = lines[upper + 1].startswith("!") or (   # its glyph scrolls away, too
-        scrolled and "! for shell mode" in [line.strip() for line in lines[lower + 1:]])
+        scrolled and any(line.strip().startswith("! for shell mode") for line in lines[lower + 1:]))
     return read_footer(lines, upper, lower, footer)._replace(shell=shell, scrolled=scrolled)
 
 
@@ -6409,6 +6409,7 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
 
 BOX_SECONDS = 5.0        # how long an agent that should be idle may take to show its empty box
 ERASE_SECONDS = 20.0     # how long a prompt of ours may take to be deleted there: 1,200 rows
+BEGUN_CHARS = 20         # a draft of so many that a prompt of ours begins with is no person's
 REPORT_SECONDS = 0.2     # a report comes 30-60 ms after Enter; then the screen is looked at
 GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
 AT_BOX = frozenset(("idle", "working", "unknown", "dead"))   # readings that show no dialog to look into
@@ -6498,12 +6499,14 @@ def deliver_all(context: Context, session: Session) -> None:
                 return
             prompt = next(one for one in session.facts.waiting if one.typed_at is None)
         try:
-            deliver(context, session, prompt)
-            tries = 0
-        except (TmuxError, OSError, ApiError) as error:
-            context.log.note("warning", "delivery failed", session=session.row.id, error=error)
-            tries, session.unread = tries + 1, session.agent.reports
-            recover_delivery(context, session, prompt.id, error, tries)
+            try:
+                deliver(context, session, prompt)
+            except (TmuxError, OSError, ApiError) as error:
+                context.log.note("warning", "delivery failed", session=session.row.id, error=error)
+                tries, session.unread = tries + 1, session.agent.reports
+                recover_delivery(context, session, prompt.id, error, tries)
+            if taken(session, prompt.id, 0.0):
+                tries, session.stashed = 0, False   # what was put aside came back
         except Exception:
             context.log.note("error", "delivery failed", session=session.row.id, trace=traceback.format_exc())
             fail_delivery(context, session, prompt.id, "could not be typed: internal error")
@@ -6528,7 +6531,7 @@ def settle_soon(context: Context, session: Session, prompt: PromptRow, refused: 
     while session.live and time.monotonic() < until:
         if context.stopping.wait(LOOK_SECONDS):
             return True
-        with contextlib.suppress(TmuxError, ApiError):
+        with contextlib.suppress(TmuxError, ApiError, OSError):
             settle_typed(context, session, prompt, refused)
             return True
     return False
@@ -6546,20 +6549,18 @@ def start_delivery(context: Context, session: Session) -> None:
 
 
 def fail_delivery(context: Context, session: Session, prompt_id: str, reason: str) -> None:
-    """Mark a prompt failed if it is still in the queue; a store that will not is tried again later."""
-    try:
+    """Mark a prompt failed if it is still in the queue; a store that will not is asked again until it does."""
+    def fail() -> None:
         with session.changing("delivery", "failed", reason) as change:
             prompt = next((one for one in change.facts.prompts if one.id == prompt_id), None)
             if prompt and prompt.state == "queued":
                 change.prompt(prompt, state="failed", reason=reason, ended_at=time.time())
-    except ApiError:
-        context.stopping.wait(1.0)
+    do_surely(context, session, fail, "a failed delivery not recorded yet")
 
 
 def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
     """Type one prompt and wait until the agent reports it."""
     pane = pane_of(session)
-    session.stashed = session.stashed and prompt.attempts > 0   # else it came back with the prompt before
     if not await_box(context, session):
         return
     mark = None if session.agent.reports else screen_mark(context, pane)
@@ -6609,11 +6610,11 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
 def pieces_of(prompt: PromptRow) -> List[str]:
     """Cut a text into the pieces that a reporting agent's box is given it in, one after the other."""
     text_ = typable(plain_breaks(prompt.text))
+    text_ += " " if canonical(text_[-100:]).endswith("\\") else ""   # else Enter would make a line break
     if prompt.kind != "prompt":
         return [text_] if prompt.kind == "command" else chunks(text_)
     if COMMAND_LIKE.match(text_) or text_.strip() in EXIT_WORDS:
         return [text_ + "\n" * (CHUNK_LINES + 1)]
-    text_ += " " if text_.endswith("\\") else ""
     pieces = chunks(text_)
     if len(pieces) > CHUNKS_MOST:
         pieces = [text_]
@@ -6736,11 +6737,17 @@ def clear_box(context: Context, session: Session, stash: bool) -> None:
 
 
 def is_of_ours(context: Context, session: Session, reading: Reading) -> bool:
-    """Tell whether a prompt of ours stands in the box: typed by half, or put back after an early interrupt."""
-    ours = context.store.rows(
-        PromptRow, "prompts", "session = ? AND kind <> 'terminal' ORDER BY seq DESC LIMIT 5", session.row.id
-    )
-    return any(is_left_by(prompt, reading) for prompt in ours)
+    """Tell whether a prompt of ours stands in the box: typed by half, half deleted, or put back by the agent."""
+    ours = context.store.rows(PromptRow, "prompts", "session = ? AND kind <> 'terminal' AND attempts > 0 "
+                              "ORDER BY seq DESC LIMIT 5", session.row.id)
+    return any(is_begun(prompt, canonical(reading.draft), reading.scrolled) or is_left_by(prompt, reading)
+               for prompt in ours)
+
+
+def is_begun(prompt: PromptRow, shown: str, scrolled: bool) -> bool:
+    """Tell whether a prompt begins with what is shown, and no person would have written that."""
+    text_ = canonical(prompt.text)
+    return len(shown) >= BEGUN_CHARS and (shown in text_ if scrolled else text_.startswith(shown))
 
 
 def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
@@ -6750,13 +6757,17 @@ def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
         return False
     if re.search(r"\[Pasted text #\d+", reading.draft):
         return True
-    typed = itertools.accumulate(canonical(piece) for piece in pieces_of(prompt))
+    if shown not in canonical(prompt.text):
+        return False
+    typed = map(canonical, itertools.accumulate(pieces_of(prompt)))
     return any(one == shown or reading.scrolled and one.endswith(shown) for one in typed)
 
 
 def is_left_by(prompt: PromptRow, reading: Reading) -> bool:
     """Tell whether the box holds what the typing of a prompt left there; perhaps with the dot of read_every_key()."""
-    if is_draft_of(prompt, reading) or reading.draft == "x!" and prompt.text.lstrip().startswith("!"):
+    mark = {"bash": reading.shell and not reading.draft,   # see keystrokes()
+            "prompt": reading.draft == "x!" and prompt.text.lstrip().startswith("!")}
+    if is_draft_of(prompt, reading) or mark.get(prompt.kind):
         return True
     without = reading._replace(draft=reading.draft[:-1])
     return reading.draft.endswith(".") and (without.empty or is_draft_of(prompt, without))
@@ -6855,8 +6866,11 @@ def settle_typed(context: Context, session: Session, prompt: PromptRow, refused:
         again = not await_trace(context, session, prompt)
     if taken(session, prompt.id, 0.0) or context.stopping.is_set():   # it is the next Aegis' to say
         return
-    if box and prompt.kind != "prompt" and is_left_by(prompt, box):   # nobody should press Enter on half a command
-        clear_box(context, session, stash=False)
+    if box and prompt.kind != "prompt" and is_left_by(prompt, box):
+        until = time.monotonic() + ERASE_SECONDS
+        while not look(context, session).empty and time.monotonic() < until and not context.stopping.is_set():
+            # Nobody should press Enter on half a command.
+            clear_box(context, session, stash=False)
     elif not session.agent.reports:
         clear_line(context, session, prompt)
     why = refused if again else (
@@ -6935,8 +6949,8 @@ def read_every_key(context: Context, session: Session) -> Optional[Reading]:
 
 def clear_line(context: Context, session: Session, prompt: PromptRow) -> None:
     """Take a line that was typed and not entered from an agent that does not report: it must not begin the next one."""
-    lines = context.tmux.capture(pane_of(session), join=True).rstrip().split("\n")
-    if lines[-1].rstrip().endswith(prompt.text.rstrip().split("\n")[-1]):
+    shown = context.tmux.capture(pane_of(session), join=True).rstrip().split("\n")[-1]
+    if canonical(prompt.text.rstrip().split("\n")[-1]) in canonical(shown):
         press(context, session, "C-u")
 
 
