@@ -2448,7 +2448,7 @@ class Tmux:
             raise
         finally:
             os.close(told)
-        client.tell = tell   # type: ignore[attr-defined]
+        client.tell, client.spoke = tell, False   # type: ignore[attr-defined]
         return client
 
     def _connect(self) -> None:
@@ -2527,6 +2527,7 @@ class Tmux:
                 return
             if not chunk:
                 return
+            client.spoke = True   # type: ignore[attr-defined]
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
             panes: Dict[bytes, None] = {}
@@ -2598,7 +2599,8 @@ class Tmux:
         except queue.Empty:
             reap(client)
             raise TmuxError(commands[0][0], f"no answer within {timeout:g} s") from None
-        if not answered and all(command[0] in REPEATABLE for command in commands):
+        undone = not client.spoke   # type: ignore[attr-defined]  # who never said a word has never got so far
+        if not answered and (undone or all(command[0] in REPEATABLE for command in commands)):
             return self._run_once(commands, timeout)
         if waiter.errors:
             raise TmuxError(commands[0][0], "; ".join(waiter.errors))
