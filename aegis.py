@@ -6411,6 +6411,7 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
 
 BOX_SECONDS = 5.0        # how long an agent that should be idle may take to show its empty box
 ERASE_SECONDS = 20.0     # how long a prompt of ours may take to be deleted there: 1,200 rows
+DRAIN_SECONDS = 0.2      # the client acts oddly on what comes in one go with keys that empty the box
 BEGUN_CHARS = 20         # a draft of so many that a prompt of ours begins with is no person's
 REPORT_SECONDS = 0.2     # a report comes 30-60 ms after Enter; then the screen is looked at
 GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
@@ -6699,6 +6700,7 @@ def await_box(context: Context, session: Session) -> bool:
                 break
             reading = box
         if reading.kind == "idle" and reading.empty:
+            context.stopping.wait(DRAIN_SECONDS if cleaned else 0.0)
             return True
         if reading.kind == "idle" and not cleaned and is_of_ours(context, session, reading):
             ours, deadline = True, time.monotonic() + ERASE_SECONDS
