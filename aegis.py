@@ -2258,6 +2258,7 @@ Command = Sequence[str]
 VIEW_OPTION = "@aegis-view"   # set on a session that is a person's view of the windows, and ends when they leave
 VIEW_SECONDS = 5.0            # how often such sessions are looked at while there are any
 REPEATABLE = ("list-panes", "capture-pane", "display-message")   # may be asked again when the client died meanwhile
+ONCE_BYTES = 12_000   # of commands for a tmux process: its server takes messages of 16 kB
 NO_SERVER = re.compile(r"no server running|error connecting|can't find session|no current session")
 
 
@@ -2267,9 +2268,6 @@ class TmuxError(Exception):
     def __init__(self, command: str, said: str) -> None:
         super().__init__(f"tmux {command}: {said}")
         self.command, self.said = command, said
-
-
-ONCE_BYTES = 12_000   # of commands for a tmux process: its server takes messages of 16 kB
 
 
 class Stroke(NamedTuple):
@@ -6832,9 +6830,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         if session.ending or not session.live or context.stopping.is_set():
             return
         reading = look(context, session)
-        locate_transcript(session)
-        catch_up(session)
-        if taken(session, prompt.id, 0.0):
+        if traced(session, prompt.id, 0.0):
             return
         unread = reading.kind == "idle" and is_draft_of(prompt, reading)
         if unread and presses < 5 and may_enter(session, reading, pressed_at):
@@ -6867,7 +6863,7 @@ def settle_typed(context: Context, session: Session, prompt: PromptRow, refused:
     """
     again, box = False, read_when_calm(context, session, prompt)
     if box and prompt.kind == "prompt" and (box.empty or is_left_by(prompt, box)):
-        again = not await_trace(context, session, prompt)
+        again = not any(traced(session, prompt.id, 0.1) for _ in range(10))   # it must have been read by now
     if taken(session, prompt.id, 0.0) or context.stopping.is_set():   # it is the next Aegis' to say
         return
     if box and prompt.kind != "prompt" and is_left_by(prompt, box):
@@ -6891,10 +6887,8 @@ def read_when_calm(context: Context, session: Session, prompt: PromptRow) -> Opt
     """Give the box when an agent has read every key and works on none of them; None when nobody can tell."""
     until, last = time.monotonic() + ADOPT_SECONDS, time.monotonic() + GIVE_UP_SECONDS
     while session.agent.reports and time.monotonic() < until and not context.stopping.is_set():
-        if taken(session, prompt.id, 0.1):
+        if traced(session, prompt.id, 0.1):
             return None
-        locate_transcript(session)
-        catch_up(session)
         reading = look(context, session)
         if reading.kind == "idle" and is_draft_of(prompt, reading):
             break
@@ -6905,16 +6899,6 @@ def read_when_calm(context: Context, session: Session, prompt: PromptRow) -> Opt
     box = look(context, session) if session.agent.reports else None
     free = box and box.kind == "idle" and (box.empty or is_left_by(prompt, box))
     return read_every_key(context, session) if free else None
-
-
-def await_trace(context: Context, session: Session, prompt: PromptRow) -> bool:
-    """Tell whether a prompt that an agent must have read by now is reported, or stands in its transcript."""
-    for _ in range(10):
-        locate_transcript(session)
-        catch_up(session)
-        if taken(session, prompt.id, 0.1):
-            return True
-    return False
 
 
 DOT_LOOKS = 100   # 50 ms apart: as long as a busy box may take to show a key
@@ -6969,6 +6953,13 @@ def taken(session: Session, prompt_id: str, seconds: float) -> bool:
     def gone() -> bool:
         return not any(one.id == prompt_id and one.state == "queued" for one in session.facts.prompts)
     return session.wait(gone, seconds)
+
+
+def traced(session: Session, prompt_id: str, seconds: float) -> bool:
+    """Look for a prompt in the agent's transcript, then wait until it has left the queue."""
+    locate_transcript(session)
+    catch_up(session)
+    return taken(session, prompt_id, seconds)
 
 
 def start_unreported(session: Session, prompt_id: str, rule: str) -> None:

@@ -5765,7 +5765,6 @@ def leave_half_typed(own: Server, talk: Talk, queued: str, strokes: List[Any]) -
     with contextlib.closing(sqlite3.connect(str(own.state / "aegis.db"))) as database, database:
         window, = database.execute("SELECT window FROM sessions WHERE id = ?", (talk.id,)).fetchone()
         database.execute("UPDATE prompts SET typed_at = ?, attempts = 1 WHERE id = ?", (time.time(), queued))
-
     eventually(lambda: "esc to interrupt" not in own.tmux("capture-pane", "-p", "-t", window))
     strike(own, window, strokes)
 
@@ -5840,8 +5839,7 @@ def test_no_prompt_is_typed_behind_keys_that_an_agent_has_not_read(house):
     own.crash()
     leave_half_typed(own, talk, first, [])
     os.kill(pid, signal.SIGSTOP)
-    row = prompt_of(LINES)
-    leave_half_typed(own, talk, first, aegis.keystrokes(aegis.AGENTS["demo"], row)[:10])
+    leave_half_typed(own, talk, first, aegis.keystrokes(aegis.AGENTS["demo"], prompt_of(LINES))[:10])
     own.start()
     assert "look whether it ran" in talk.wait("prompt.failed", promptId=first)["reason"]
     eventually(lambda: "does not read keys" in str(talk.ask("GET explain")))
