@@ -327,6 +327,7 @@ AUDIT_SECONDS = 0.25           # pause between two audits of panes, each of whic
 ADOPT_SECONDS = 2.0            # after a restart a dialog, or what became of our answer, may still be on its way
 SETTLE_SECONDS = 1.0           # after a turn's end its own screen and files may still say "busy" for this long
 SAVE_SECONDS = 2.0             # what was read in a transcript is stored with the next change, or by itself after this
+LINES_SECONDS = 2.0            # a busy client may write the last lines of a turn so long after it came to rest
 LATE_SECONDS = 30.0            # after its end, a turn's or a subagent's last lines may still come for so long
 ESCAPE_GAP = 1.5               # two Escapes or Ctrl-Cs within a second open a menu or end the agent
 PANE_SIZE = (120, 40)          # columns and rows of a window that nobody is attached to
@@ -2259,7 +2260,7 @@ VIEW_OPTION = "@aegis-view"   # set on a session that is a person's view of the 
 VIEW_SECONDS = 5.0            # how often such sessions are looked at while there are any
 REPEATABLE = ("list-panes", "capture-pane", "display-message")   # may be asked again when the client died meanwhile
 ONCE_BYTES = 12_000   # of commands for a tmux process: its server takes messages of 16 kB
-NO_SERVER = re.compile(r"no server running|error connecting|can't find session|no current session")
+NO_SERVER = re.compile(r"no server running|error connecting|can't find session|no current (session|target)")
 
 
 class TmuxError(Exception):
@@ -2416,7 +2417,12 @@ class Tmux:
         if len(names) != 2:
             raise TmuxError("display-message", f"{self.program} does not answer as tmux does: set AEGIS_TMUX (--tmux)")
         self.server_pid, self.version = names
-        self._end_orphans()
+        try:
+            self._end_orphans()
+        except TmuxError as error:   # there is a server, but not the session that the control client was to make
+            self.log.note("warning", "tmux is set up once more", error=error)
+            self._revive()
+            self._end_orphans()
         self.resizes_hidden = version_of(self.version) >= (3, 2)
 
     def argv(self, *words: str) -> List[str]:
@@ -2497,12 +2503,20 @@ class Tmux:
     def _revive(self) -> None:
         """See to it that a server runs; when it is not the one that we knew, tell before anything is asked of it."""
         with self.birth_lock:
-            told = self._process(("display-message", "-p", "#{pid}"), TMUX_TIMEOUT)
-            if told.returncode or told.stdout.decode().strip() != self.server_pid:
+            pid = self._pid_with_session()
+            if pid is None or pid != self.server_pid:
                 self.on_gone()
-                self._process(self._first_words("-d"), TMUX_TIMEOUT)
-                told = self._process(("display-message", "-p", "#{pid}"), TMUX_TIMEOUT)
-            self.server_pid = told.stdout.decode().strip()
+                made = self._process(self._first_words("-d"), TMUX_TIMEOUT)
+                pid = self._pid_with_session()
+                if pid is None:
+                    raise TmuxError("new-session", made.stderr.decode("utf-8", "replace").strip())
+            self.server_pid = pid
+
+    def _pid_with_session(self) -> Optional[str]:
+        """Give the pid of the server, where it has our session."""
+        told = self._process(
+            ("has-session", "-t", f"={TMUX_SESSION}", ";", "display-message", "-p", "#{pid}"), TMUX_TIMEOUT)
+        return told.stdout.decode().strip() if told.returncode == 0 else None
 
     def _drop(self, why: str) -> None:
         with self.lock:
@@ -3406,6 +3420,7 @@ class Entry(NamedTuple):
     final: bool = False          # an assistant text that ended its turn
     decided_by: Optional[str] = None   # of a result or decision: hook, user_temporary and the like, user-rejected
     resets: Optional[float] = None     # of an error: when the usage limit ends that was met
+    cause: str = ""                    # of an error that ended its turn: its kind, as StopFailure has it
 
 
 def parse_line(raw: bytes, subagent: bool = False) -> List[Entry]:
@@ -3481,7 +3496,8 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     at, message = line.get("timestamp"), line["message"]
     if line.get("isApiErrorMessage") or message.get("model") == "<synthetic>":
         told = "\n".join(str(block.get("text") or "") for block in blocks)
-        return [Entry("error", at, told, resets=_reset_of(line))]
+        cause = str(line.get("error") or "unknown") if line.get("isApiErrorMessage") else ""
+        return [Entry("error", at, told, resets=_reset_of(line), cause=cause)]
     shared = dict(message=str(message.get("id") or ""), model=str(message.get("model") or ""))
     entries = [Entry("usage", at, usage=message.get("usage") or {}, **shared)]
     for block in blocks:
@@ -5974,7 +5990,7 @@ class Session:
         self.transcript_prompt: Optional[str] = row.ledger.get(
             "prompt"
         )  # agent's id of the last prompt in the transcript
-        self.transcript_final = ""                     # what its turn said last, as far as it was read
+        self.transcript_said: Optional[Entry] = None   # its turn's answer or error, if that is the last that was read
         self.settled_prompt: Optional[str] = None      # and of the last one whose turn's end stands there
         self.widest = 0                      # bytes of the transcript's longest line, as far as it was read
         self.stashed = self.unread = False   # a person's draft was put aside; keys were pressed and perhaps not read
@@ -6409,13 +6425,12 @@ def read_status_file(session: Session) -> Optional[AgentStatus]:
 
 BOX_SECONDS = 5.0        # how long an agent that should be idle may take to show its empty box
 ERASE_SECONDS = 20.0     # how long a prompt of ours may take to be deleted there: 1,200 rows
-DRAIN_SECONDS = 0.2      # the client acts oddly on what comes in one go with keys that empty the box
 BEGUN_CHARS = 20         # a draft of so many that a prompt of ours begins with is no person's
 REPORT_SECONDS = 0.2     # a report comes 30-60 ms after Enter; then the screen is looked at
 GIVE_UP_SECONDS = 15.0   # without any evidence for this long a prompt is failed, not retyped
 AT_BOX = frozenset(("idle", "working", "unknown", "dead"))   # readings that show no dialog to look into
 ENTER_AGAIN = 2.5        # a draft that stands so long after Enter was not entered; before, Enter may be unread yet
-SHELL_TRIES = 5          # of opening the client's shell mode
+OPENING_TRIES = 5        # of what must stand in the box before the rest is typed
 TYPING_TRIES = 4         # of a prompt whose typing breaks off
 DELIVERY_TRIES = 30      # of a prompt that was never typed, the pauses growing to 10 s
 ENTER_WANTED = re.compile(r"press Enter to send")   # the client took characters out, and wants to be told again
@@ -6571,9 +6586,10 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
         prompt = change.prompt(
             prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark
         )
-    strokes = keystrokes(session.agent, prompt)
+    opening = opening_of(prompt) if session.agent.reports else None
+    strokes = keystrokes(session.agent, prompt)[len(opening.strokes) if opening else 0:]
     watched = session.agent.reports and prompt.kind != "prompt"
-    if watched and prompt.kind == "bash" and not enter_shell_mode(context, session, prompt, strokes.pop(0)):
+    if opening and not open_box(context, session, prompt, opening):
         return
     if not type_into(context, session, strokes[:-1] if watched else strokes):
         return  # the pane is dead: the end of its process is told by the exits
@@ -6591,6 +6607,29 @@ CHUNKS_MOST = 150                   # a longer text is pasted whole: the client 
 ENTER = Stroke(keys=("Enter",))
 
 
+class Opening(NamedTuple):
+    """What is typed ahead of a text, alone, until the box shows that it was read.
+
+    The client reads it in another way when more comes in one go with it, or when it stands just behind other keys.
+    """
+
+    strokes: Tuple[Stroke, ...]
+    shown: Callable[[Reading], bool]
+    missed: str                        # what a prompt failed of when it never is
+
+
+SHELL_MODE = Opening((Stroke("!"),), lambda box: box.shell and not box.draft, "the agent's shell mode did not open")
+MARK_AS_TEXT = Opening((Stroke("x!"), Stroke(keys=("C-a", "DC", "C-e"))),
+                       lambda box: box.draft == "!" and not box.shell, "the agent's box did not take `!` as text")
+
+
+def opening_of(prompt: PromptRow) -> Optional[Opening]:
+    """Choose what a reporting agent is typed ahead of a text: a leading `!` opens a shell line, or must not."""
+    if prompt.kind != "prompt":
+        return SHELL_MODE if prompt.kind == "bash" else None
+    return MARK_AS_TEXT if typable(plain_breaks(prompt.text)).lstrip().startswith("!") else None
+
+
 def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     """Choose the strokes that make a text arrive as it is, and only as text.
 
@@ -6600,12 +6639,9 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     """
     if not agent.reports:
         return [Stroke(plain_breaks(prompt.text)), ENTER]
-    pieces = pieces_of(prompt)
-    if prompt.kind == "bash":
-        return [Stroke("!"), *map(Stroke, pieces), ENTER]
-    if prompt.kind == "prompt" and "".join(pieces[:1]).lstrip() == "!":
-        return [Stroke("x!"), Stroke(keys=("C-a", "DC", "C-e")), *map(Stroke, pieces[1:]), ENTER]
-    return [*map(Stroke, pieces), ENTER]
+    opening, pieces = opening_of(prompt), pieces_of(prompt)
+    ahead = opening.strokes if opening else ()
+    return [*ahead, *map(Stroke, pieces[opening is MARK_AS_TEXT:]), ENTER]
 
 
 def pieces_of(prompt: PromptRow) -> List[str]:
@@ -6698,7 +6734,6 @@ def await_box(context: Context, session: Session) -> bool:
                 break
             reading = box
         if reading.kind == "idle" and reading.empty:
-            context.stopping.wait(DRAIN_SECONDS if cleaned else 0.0)
             return True
         if reading.kind == "idle" and not cleaned and is_of_ours(context, session, reading):
             ours, deadline = True, time.monotonic() + ERASE_SECONDS
@@ -6767,19 +6802,15 @@ def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
 
 def is_left_by(prompt: PromptRow, reading: Reading) -> bool:
     """Tell whether the box holds what the typing of a prompt left there; perhaps with the dot of read_every_key()."""
-    mark = {"bash": reading.shell and not reading.draft,   # see keystrokes()
-            "prompt": reading.draft == "x!" and prompt.text.lstrip().startswith("!")}
-    if is_draft_of(prompt, reading) or mark.get(prompt.kind):
+    opening = {SHELL_MODE: reading.shell and not reading.draft, MARK_AS_TEXT: reading.draft == "x!"}
+    if is_draft_of(prompt, reading) or opening.get(opening_of(prompt)):
         return True
     without = reading._replace(draft=reading.draft[:-1])
-    return reading.draft.endswith(".") and (without.empty or is_draft_of(prompt, without))
+    return reading.draft.endswith(".") and (without.empty or is_left_by(prompt, without))
 
 
-def enter_shell_mode(context: Context, session: Session, prompt: PromptRow, mark: Stroke) -> bool:
-    """Type the mark that turns the box into a shell's, alone, until it does; False when it never did.
-
-    The client takes the mark for text when it comes in one go with more, or just behind keys that emptied the box.
-    """
+def open_box(context: Context, session: Session, prompt: PromptRow, opening: Opening) -> bool:
+    """Type what goes ahead of a text until the box shows it; False when it never did."""
     def comes(fits: Callable[[Reading], bool]) -> bool:
         until = time.monotonic() + 1.0
         while not fits(look(context, session)):
@@ -6787,14 +6818,14 @@ def enter_shell_mode(context: Context, session: Session, prompt: PromptRow, mark
                 return False
             time.sleep(LOOK_SECONDS)
         return True
-    for _ in range(SHELL_TRIES):
-        if not type_into(context, session, [mark]):
+    for _ in range(OPENING_TRIES):
+        if not type_into(context, session, opening.strokes):
             return False   # the pane is dead
-        if comes(lambda reading: reading.shell):
+        if comes(opening.shown):
             return True
-        press(context, session, "C-u")
-        comes(lambda reading: reading.empty)
-    fail_delivery(context, session, prompt.id, "the agent's shell mode did not open, so the command was not typed")
+        press(context, session, "C-e", *["C-u"] * 2)   # the second one leaves shell mode
+        comes(lambda box: box.empty)
+    fail_delivery(context, session, prompt.id, f"{opening.missed}, so nothing more was typed")
     return False
 
 
@@ -6987,16 +7018,35 @@ def end_unreported(session: Session, prompt_id: str, reading: Reading) -> None:
 def digest(session: Session, entries: Sequence[Entry]) -> None:
     """Let new transcript lines prove what hooks did not tell: a prompt taken, a turn ended or interrupted."""
     for entry in entries:
+        follow_turn(session, entry)
         if entry.kind == "prompt":
-            session.transcript_prompt, session.transcript_final = entry.prompt_id, ""
             _digest_prompt(session, entry)
-        elif entry.kind == "text" and entry.final:
-            session.transcript_final = entry.text   # the line of the turn's end may be written a good while later
         elif entry.kind in ("interrupt", "end"):
             session.settled_prompt = session.transcript_prompt
             _digest_end(session, entry)
         elif entry.kind == "error" and entry.resets:
             _digest_limit(session, entry.resets)
+
+
+def follow_turn(session: Session, entry: Entry) -> bool:
+    """Remember whose turn the transcript tells of and what that said last; False for a line that tells nothing of it.
+
+    The line of a turn's end may be written a good while after its answer, and never comes after an API error.
+    """
+    if entry.kind == "prompt":
+        session.transcript_prompt = entry.prompt_id
+    if entry.kind in ("prompt", "text", "tool", "result", "error"):
+        session.transcript_said = entry if entry.final or entry.cause else None
+        return True
+    return False
+
+
+def recall_turn(session: Session) -> None:
+    """Read again what the turn under way said last: the Aegis before us read that line, and not the turn's end."""
+    with contextlib.suppress(OSError):
+        for _, raw in lines_backwards(session.row.parts[-1], session.row.ledger["offset"]):
+            if any([follow_turn(session, entry) for entry in parse_line(raw)]):
+                return
 
 
 def _digest_limit(session: Session, resets: float) -> None:
@@ -7128,7 +7178,8 @@ def _digest_prompt(session: Session, entry: Entry) -> None:
 
 def _digest_end(session: Session, entry: Entry) -> None:
     with session.lock:
-        current, final = session.facts.current, session.transcript_final
+        current, said = session.facts.current, session.transcript_said
+        final = said.text if said and said.final else ""
         if current is None and final and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
             with session.changing("transcript", "a turn while Aegis was away", entry.text) as change:
                 change.columns["output"] = final
@@ -7141,6 +7192,8 @@ def _digest_end(session: Session, entry: Entry) -> None:
             return
         if entry_time(entry) < (current.submitted_at or 0):
             return   # it ended the turn before: the agent writes the last lines of a turn late
+        if entry.kind == "end" and said and said.cause:
+            return   # what failed is told by StopFailure, or by an agent that rests
         with session.changing("transcript", f"{entry.kind} line", entry.text) as change:
             interrupted = entry.kind == "interrupt"
             change.set(tasks=session.facts.tasks and not went_on)
@@ -8348,16 +8401,21 @@ def on_failure(session: Session, body: Json) -> Answer:
             session.note("hook", "StopFailure again", prompt_id)
             return {}
         said = str(body.get("last_assistant_message") or "")
-        reason = failure_advice(kind, said)
-        with session.changing("hook", "StopFailure", reason) as change:
-            for prompt in ending_with(change.facts, prompt_id):
-                change.end_prompt(prompt, "error", reason, said)
-            change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
-            if kind == "rate_limit":
-                change.columns["resets_at"] = limit_end(session, said, time.time())
-            session.stopped_at = time.time()
+        with session.changing("hook", "StopFailure", failure_advice(kind, said)) as change:
+            fail_turn(change, ending_with(change.facts, prompt_id), kind, said)
     session.context.look_later(session, 0.3)
     return {}
+
+
+def fail_turn(change: Change, prompts: Sequence[PromptRow], kind: str, said: str) -> None:
+    """End a turn that an API error ended, told in the agent's words."""
+    reason = failure_advice(kind, said)
+    for prompt in prompts:
+        change.end_prompt(prompt, "error", reason, said)
+    change.set(failure=("rate_limited" if kind == "rate_limit" else "error", reason), busy=None, dialog=None)
+    if kind == "rate_limit":
+        change.columns["resets_at"] = limit_end(change.session, said, time.time())
+    change.session.stopped_at = time.time()
 
 
 def limit_end(session: Session, said: str, now: float) -> Optional[float]:
@@ -8681,18 +8739,40 @@ def weigh_turn(
     rested = fresh and status.status in ("idle", "shell") if status else calm > 5.0
     if session.facts.tasks and (status is None or status.status != "idle" or calm < 5.0):
         rested = False   # the turn goes on when its background tasks end
-    if not rested or calm < QUIET_SECONDS:
+    blocked = current.state == "submitted" and bool(reading.draft)
+    said = told_end(session)
+    if not rested or calm < (QUIET_SECONDS if said or blocked else LINES_SECONDS):
         session.context.look_later(session, 0.3)
         return
-    blocked = current.state == "submitted" and bool(reading.draft)
-    why = "interrupted before it began, or blocked by a hook: the agent put it back" if blocked else "interrupted"
     with session.changing(
         "status file" if status else "screen", "idle, and no Stop was reported", reading.excerpt
     ) as change:
-        for prompt in [one for one in change.facts.prompts if one.state in OPEN_STATES]:
-            merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
-            change.end_prompt(prompt, "done" if merged else "interrupted", None if merged else why)
-        session.stopped_at = time.time()
+        end_untold(change, said, "interrupted before it began, or blocked by a hook: the agent put it back" if blocked
+                   else "interrupted")
+
+
+def told_end(session: Session) -> Optional[Entry]:
+    """Give the answer or error that the transcript knows to be the last of the turn under way."""
+    prompts = [one.agent_id for one in session.facts.prompts if one.state in OPEN_STATES and one.agent_id]
+    ours = session.transcript_prompt in prompts or session.facts.tasks
+    return session.transcript_said if ours else None
+
+
+def end_untold(change: Change, said: Optional[Entry], why: str) -> None:
+    """End a turn that an agent at rest did not report the end of: by its answer, its error, or as interrupted."""
+    prompts = [one for one in change.facts.prompts if one.state in OPEN_STATES]
+    change.session.stopped_at = time.time()
+    if said and said.cause:
+        fail_turn(change, prompts, said.cause, said.text)
+        return
+    if said:
+        change.columns["output"] = said.text
+    for prompt in prompts:
+        merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
+        if said or merged:
+            change.end_prompt(prompt, "done", answer=said.text if said else None)
+        else:
+            change.end_prompt(prompt, "interrupted", why)
 
 
 def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
@@ -15221,6 +15301,8 @@ def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
     session.adopted_at, session.tmux_pid = time.monotonic(), context.tmux.server_pid
     session.unread = session.agent.reports   # for all we know
     typed = next((one for one in session.facts.waiting if one.typed_at), None)   # by the last Aegis
+    if session.row.parts:
+        recall_turn(session)
     catch_up(session)
     locate_transcript(session)
     catch_up(session)
@@ -21439,6 +21521,7 @@ class DemoAgent:
         self.mode = options.permission_mode
         self.draft: List[Tuple[str, str]] = []      # pieces of the box: what it shows, what it is
         self.bash = self.front = False              # shell mode; the cursor stands before the text
+        self.clumsy = 0                             # so many keys that open a text will be misread
         self.notice = ""
         self.dialog: Optional[DemoDialog] = None
         self.asks: List[DemoCall] = []              # calls that wait for a decision
@@ -21684,11 +21767,16 @@ class DemoAgent:
 
     def insert(self, text_: str) -> None:
         """Put typed text into the box."""
-        if not self.draft and not self.bash and text_.startswith("!"):
+        if not self.draft and not self.bash and text_.startswith("!") and not self.slips():
             self.bash, text_ = True, text_[1:]
         if text_:
             self.draft.append((text_, text_))
         self.front = False
+
+    def slips(self) -> bool:
+        """Tell whether a key is misread, as the real client misreads some that come in one go with others."""
+        self.clumsy -= 1
+        return self.clumsy >= 0
 
     def clear_row(self) -> None:
         """Ctrl-U: delete the last row, or leave shell mode."""
@@ -21702,7 +21790,7 @@ class DemoAgent:
 
     def delete_first(self) -> None:
         """Delete: only at the front, where nothing else is needed."""
-        if self.front and self.draft:
+        if self.front and self.draft and not self.slips():
             shown, real = self.draft[0]
             self.draft[0] = (shown[1:], real[1:])
 
@@ -22304,10 +22392,11 @@ class DemoAgent:
             "500": "server_error",
             "529": "server_error",
         }
-        said = f"API Error: {argument} demo error"
+        kind, said = kinds.get(argument.split()[0], "unknown"), f"API Error: {argument} demo error"
         self.write(
             "assistant",
             isApiErrorMessage=True,
+            error=kind,
             message={
                 "id": "x",
                 "model": "<synthetic>",
@@ -22316,7 +22405,7 @@ class DemoAgent:
                 "content": [{"type": "text", "text": said}],
             },
         )
-        self.report("StopFailure", error=kinds.get(argument.split()[0], "unknown"), last_assistant_message=said)
+        self.report("StopFailure", error=kind, last_assistant_message=said)
         self.say_lines([f"● {said}"])
         return None
 
@@ -22493,6 +22582,9 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
     name, _, argument = what.partition(":")
     if name == "slow":
         time.sleep(float(argument))
+        return None
+    if name == "clumsy":
+        agent.clumsy = int(argument)
         return None
     if name == "crash":
         print(f"demo agent: told to crash with {argument}", file=sys.stderr)

@@ -4444,6 +4444,83 @@ def test_a_turn_made_while_aegis_was_away_is_known_by_its_end_however_late_that_
     eventually(lambda: talk.read()["output"] == "away")
 
 
+def take_lines(path: Path, wanted: Callable[[Json], bool]) -> str:
+    """Take the lines of a transcript away from the last one on that is wanted."""
+    lines = path.read_text().splitlines(keepends=True)
+    first = max(number for number, one in enumerate(lines) if wanted(json.loads(one)))
+    path.write_text("".join(lines[:first]))
+    return "".join(lines[first:])
+
+
+def is_end(line: Json) -> bool:
+    """Tell whether a line of a transcript tells of a turn's end."""
+    return line.get("subtype") == "turn_duration"
+
+
+def is_answer(line: Json) -> bool:
+    """Tell whether a line of a transcript holds an answer."""
+    return line["type"] == "assistant" and line["message"].get("stop_reason") == "end_turn"
+
+
+def now_at(lines: str) -> str:
+    """Write lines of a transcript as if they were of this moment."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    return "".join(json.dumps({**json.loads(one), "timestamp": now}) + "\n" for one in lines.splitlines())
+
+
+@alone
+def test_a_turn_whose_end_nobody_reported_is_known_by_what_it_said_last(house):
+    own = house()
+    wishes = {"unended": "[[wait 2]] [[say unended]]", "late": "[[wait 2]] [[say late]]",
+              "failed": "[[wait 2]] [[error 500]]", "limited": "[[wait 2]] [[error 429]]"}
+    talks = {name: own.open(wish) for name, wish in wishes.items()}
+    for talk in talks.values():
+        talk.wait("prompt.started")
+    paths = {name: Path(talk.get()["transcriptPath"]) for name, talk in talks.items()}
+    own.crash()
+    eventually(lambda: all(ended_turn(str(paths[name])) for name in ("unended", "late")))
+    eventually(lambda: all("isApiErrorMessage" in paths[name].read_text() for name in ("failed", "limited")))
+    take_lines(paths["unended"], is_end)
+    lines = take_lines(paths["late"], is_answer)
+    own.start()
+    assert own.ask(f"GET /v1/sessions/{talks['late'].id}")["status"] == "working"
+    threading.Event().wait(0.7)   # an agent at rest, and nothing of its end: Aegis must not conclude from that
+    with paths["late"].open("a") as file:
+        file.write(lines)
+    told = {name: talk.wait("turn.ended") for name, talk in talks.items()}
+    assert {name: one["outcome"] for name, one in told.items()} == {
+        "unended": "done", "late": "done", "failed": "error", "limited": "error"}
+    assert [talks[name].read()["output"] for name in ("unended", "late")] == ["unended", "late"]
+    eventually(lambda: [talks[name].status for name in ("failed", "limited")] == ["error", "rate_limited"])
+    assert all("demo error" in told[name]["reason"] for name in ("failed", "limited"))
+
+
+@alone
+def test_an_answer_that_was_read_just_before_aegis_died_is_the_answer_of_its_turn(house):
+    own = house()
+    talk = own.open()
+    talk.say("[[say before]]")
+    path = Path(talk.get()["transcriptPath"])
+    eventually(lambda: ended_turn(str(path)))
+    lines = path.read_text().splitlines()
+    answer, end = (next(one + "\n" for one in lines if holds(json.loads(one))) for holds in (is_answer, is_end))
+    spent = talk.get()["tokenUsage"]["output"]
+    queued = talk.send("[[hang]]")["promptId"]
+    talk.wait("prompt.started", promptId=queued)
+    eventually(lambda: "[[hang]]" in path.read_text())
+    with path.open("a") as file:
+        file.write(now_at(re.sub(r'"id": ?"', lambda found: found[0] + "other-", answer.replace("before", "hung"))))
+    eventually(lambda: talk.get()["tokenUsage"]["output"] == 2 * spent)
+    eventually(lambda: read_database(own, "SELECT ledger FROM sessions WHERE id = ?", talk.id)["offset"]
+               == path.stat().st_size)
+    own.crash()
+    own.start()
+    with path.open("a") as file:
+        file.write(now_at(end))
+    talk.wait("prompt.done", promptId=queued)
+    assert talk.read()["output"] == "hung"
+
+
 @alone
 def test_approve_with_always_allows_the_same_again(make):
     talk = make()
@@ -5811,6 +5888,21 @@ def test_what_was_typed_by_half_when_aegis_died_is_sent_whole_and_once(house):
 
 
 @alone
+def test_nothing_is_typed_behind_an_opening_that_the_agent_misread(house):
+    own = house()
+    talk = own.open(args=["--demo-boot", "clumsy:2"])
+    assert talk.say("!touch x")["output"] and talk.prompts() == ["!touch x"]
+    talk = own.open(args=["--demo-boot", "clumsy:2"])
+    talk.ask("POST bash", {"command": "echo ran"})
+    eventually(lambda: talk.prompts()[:1] == ["<bash-input>echo ran</bash-input>"])
+    talk = own.open(args=["--demo-boot", "clumsy:99"])
+    for verb, body in (("send", {"text": "!touch x"}), ("bash", {"command": "echo ran"})):
+        queued = talk.ask(f"POST {verb}", body)["promptId"]
+        assert "nothing more was typed" in talk.wait("prompt.failed", promptId=queued)["reason"]
+    assert talk.say("[[say after]]")["output"] == "after" and talk.prompts() == ["[[say after]]"]
+
+
+@alone
 def test_the_dot_that_an_aegis_left_which_died_behind_it_is_not_taken_for_a_persons(house):
     go_on_from_half(house(), HALF_TYPED[:4], aegis.Stroke("."))
 
@@ -5846,6 +5938,14 @@ def test_no_prompt_is_typed_behind_keys_that_an_agent_has_not_read(house):
     os.kill(pid, signal.SIGCONT)
     talk.wait("prompt.done", promptId=second)
     assert talk.prompts() == ["[[wait 1]]", "[[say second]]"] and talk.read()["output"] == "second"
+
+
+@alone
+def test_a_tmux_server_without_the_session_that_its_control_client_should_have_made_is_set_up_again(house, tmp_path):
+    first = f'[ ! -e {tmp_path}/first ] && touch {tmp_path}/first'
+    own = house(AEGIS_TMUX=program(tmp_path / "tmux", f'''for word; do [ "$word" = -C ] && {first} &&
+        exec tmux "$1" "$2" "$3" "$4" "$5" -C start-server \\; set-option -s exit-empty off; done; exec tmux "$@"'''))
+    assert (tmp_path / "first").exists() and own.open().say("[[say hello]]")["output"] == "hello"
 
 
 @alone
@@ -7012,7 +7112,8 @@ def test_a_usage_limit_is_waited_for_to_its_end_and_nothing_goes_on_that_was_not
     assert talks["reborn"].prompts()[-1] == aegis.CONTINUE_PROMPT and done
     eventually(lambda: talks["refused"].status == "rate_limited")
     assert talks["refused"].get()["turns"] == 2, "its patience survives a reboot"
-    assert talks["left"].status == "rate_limited" and talks["left"].say("[[say told to]]")["output"] == "told to"
+    eventually(lambda: talks["left"].status == "rate_limited")
+    assert talks["left"].say("[[say told to]]")["output"] == "told to"
 
 
 def moment(told: str) -> float:
@@ -14108,7 +14209,8 @@ CONTRACT: List[Tuple[str, int, Callable[[Json], Any]]] = [
     ("""-X POST /v1/sessions %s -d '{"name": "feature-auth", "workDir": "$WORK",
         "prompt": "Build a login page with email/password fields."}'""", 201,
      lambda told: told["promptDelivery"].items() >= {"delivered": True, "attempts": 1}.items()
-     and (told["name"], told["status"]) == ("feature-auth", "working") and TIME.fullmatch(told["createdAt"])),
+     and (told["name"], TIME.fullmatch(told["createdAt"]) is not None) == ("feature-auth", True)
+     and (told["status"], told["turns"]) in (("working", 0), ("idle", 1))),   # the demo answers at once
     ("/v1/sessions", 200, lambda told: [one["name"] for one in told["sessions"]] == ["feature-auth"]),
     ("/v1/sessions/$ID/read", 200, lambda told: told["id"] and {"input", "output"} <= told["tokenUsage"].keys()
      and "output" in told),
@@ -15290,6 +15392,29 @@ def test_real_verification_has_the_client_mend_what_failed(claude, start, tmp_pa
     assert (told["passed"], told["round"]) == (True, 1)
     assert [one["state"] for one in told["earlier"][0]] == ["failed", "passed"]
     assert talk.read()["output"] == "mended" and talk.get()["turns"] == 1
+
+
+@real_client
+def test_real_turns_whose_end_nobody_reported_are_known_by_what_they_said_last(model):
+    own = lab(model).start()
+    try:
+        wishes = {"said": "[[bash sleep 3]] [[say said]]", "failed": "[[bash sleep 3]] [[error 400]]",
+                  "limited": "[[bash sleep 3]] [[error 429]]"}
+        talks = {name: own.open(wish, permissionProfile="autonomous") for name, wish in wishes.items()}
+        for talk in talks.values():
+            talk.wait("prompt.started")
+        paths = {name: Path(talk.get()["transcriptPath"]) for name, talk in talks.items()}
+        own.crash()
+        eventually(lambda: ended_turn(str(paths["said"])))
+        eventually(lambda: all("isApiErrorMessage" in paths[name].read_text() for name in ("failed", "limited")))
+        take_lines(paths["said"], is_end)
+        own.start()
+        assert {name: talk.wait("turn.ended")["outcome"] for name, talk in talks.items()} == {
+            "said": "done", "failed": "error", "limited": "error"}
+        eventually(lambda: [talk.status for talk in talks.values()] == ["idle", "error", "rate_limited"])
+        assert talks["said"].read()["output"] == "said"
+    finally:
+        own.close()
 
 
 @real_client
