@@ -21141,6 +21141,7 @@ FLUSH = 0.03        # the last lines of a turn reach the transcript this much af
 DEMO_KEYS = re.compile(
     rb"\x1b\[200~|\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Z]|\x1b|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+", re.DOTALL
 )
+DEMO_CUT = re.compile(rb"\x1b[\[O][0-9;]*")
 Script = Iterator[Any]
 
 
@@ -21548,6 +21549,7 @@ class DemoAgent:
         self.wake_r, self.wake_w = os.pipe()
         self.inbox: "collections.deque[Callable[[], None]]" = collections.deque()
         self.pasting: Optional[bytes] = None
+        self.cut = b""                              # the beginning of a key whose rest is yet to be read
         self.exit_code: Optional[int] = None
         self.pastes = self.messages = 0
         self.unwritten: Optional[Callable[[], None]] = None
@@ -21719,7 +21721,11 @@ class DemoAgent:
         """Read keys and pastes."""
         if self.pasting is not None:
             data, self.pasting = self.pasting + data, None
+        self.cut = b""
         while data:
+            if DEMO_CUT.fullmatch(data) or (data == b"\x1b" and select.select([0], [], [], 0)[0]):
+                self.cut = data
+                return
             match = DEMO_KEYS.match(data)
             assert match is not None
             key = match.group()
@@ -22481,8 +22487,8 @@ class DemoAgent:
                 data = os.read(key.fd, 262_144)
                 if key.fd == 0 and not data:
                     return 0
-                if key.fd == 0:
-                    self.take_keys(data)
+                if key.fd == 0:   # a terminal gives 4 kB at a time, and cuts keys in two
+                    self.take_keys(self.cut + data)
             while self.inbox:
                 self.inbox.popleft()()
             self.tick(time.monotonic())

@@ -8129,7 +8129,12 @@ def pipeline(server: Server, *stages: Json, **more: Any) -> Json:
 def finished(server: Server, made: Json, within: float = 60) -> Json:
     """Wait for a pipeline's end."""
     told = server.ask(f"GET /v1/pipelines/{made['id']}?wait=done&timeout={within}")
-    assert told["timedOut"] is False, told
+    if told["timedOut"]:
+        ids = {one["sessionId"] for one in told["stages"] if one["sessionId"]}
+        pytest.fail(json.dumps([told, *({
+            "explain": server.ask(f"GET /v1/sessions/{one}/explain"),
+            "queue": server.ask(f"GET /v1/sessions/{one}/queue"),
+            "pane": server.call(f"GET /v1/sessions/{one}/pane").json} for one in ids)], indent=1))
     return told
 
 
@@ -12510,6 +12515,18 @@ def test_the_demo_agent_runs_and_writes_nothing(make, server):
 
 def test_the_demo_agent_echoes_a_prompt_without_directions(talk):
     assert talk.say("hello there")["output"] == "Echo: hello there"
+
+
+def test_the_demo_agent_reads_keys_that_its_terminal_cuts_in_two(tmp_path, capfd):
+    keys = b"\x1b[200~a\xc3\xa9 b\x1b[201~\x1b[200~ c\x1b[201~\x1b[Bd"
+    for cut in range(len(keys)):
+        agent = aegis.DemoAgent(aegis.demo_parser().parse_args([]), tmp_path)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, agent.wake_r)
+            stack.callback(os.close, agent.wake_w)
+            for part in (keys[:cut], keys[cut:]):
+                agent.take_keys(agent.cut + part)
+        assert "".join(real for _, real in agent.draft) == "a\u00e9 b cd", cut
 
 
 def test_the_demo_agent_tells_its_version(capsys):
