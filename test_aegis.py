@@ -6103,20 +6103,22 @@ def test_a_dialog_that_is_drawn_in_pieces_is_decided_by_keys_once(house):
         assert [one["state"] for one in talk.ask("GET permissions")["history"]] == [state]
 
 
-def lose_answer(own: Server) -> Tuple[Talk, Json, int]:
-    """Crash while an answer is on its way to an agent that reads nothing; gives its session, its prompt and its pid."""
+def lose_answer(house: Callable[..., Server]) -> Tuple[Server, Talk, Json, int]:
+    """Crash while an answer is on its way to an agent that reads nothing; gives server, session, prompt and pid."""
+    own = house("--log-level", "debug")
     talk, pid = wakeable(own.open)
     sent = talk.send("[[bash touch f]] [[say on]]")
     talk.wait("permission.requested")
     eventually(lambda: "Do you want" in talk.ask("GET pane")["text"])
     os.kill(pid, signal.SIGSTOP)
+    answered = own.log.read_text().count("POST /hooks/")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         deciding = pool.submit(own.call, f"POST /v1/sessions/{talk.id}/approve", {})
-        eventually(lambda: "permission approved" in str(talk.ask("GET explain")))
+        eventually(lambda: own.log.read_text().count("POST /hooks/") > answered)   # it was sent, and not only decided
         own.crash()
         with contextlib.suppress(OSError, http.client.HTTPException):
             deciding.result()
-    return talk, sent, pid
+    return own, talk, sent, pid
 
 
 def decisions(talk: Talk) -> List[Tuple[str, str]]:
@@ -6219,8 +6221,7 @@ def test_the_policy_decides_what_was_asked_while_aegis_was_away_where_it_is_beyo
 
 @alone
 def test_an_answer_that_the_agent_takes_late_after_a_restart_is_the_callers(house):
-    own = house()
-    talk, sent, pid = lose_answer(own)
+    own, talk, sent, pid = lose_answer(house)
     own.start()
     eventually(lambda: "the answer was lost" in str(talk.ask("GET explain")))
     assert talk.get()["status"] == "permission_prompt"
@@ -6350,8 +6351,7 @@ def test_a_question_whose_keys_are_not_heard_goes_on_waiting(house):
 
 @alone
 def test_a_session_is_brought_to_the_present_by_a_tmux_that_answers_late(house):
-    own = house()
-    talk, _, pid = lose_answer(own)
+    own, talk, _, pid = lose_answer(house)
     own.start()
     with stopped_tmux(own):
         eventually(lambda: talk.call("GET pane").status == 503)
