@@ -14961,16 +14961,17 @@ def on_message(heard: Heard) -> List[Statement]:
 
 
 def replied_to(heard: Heard) -> Optional[SentRow]:
-    """Find the message of ours that a message replies to; one that was sent this moment is waited for."""
+    """Find the message of ours that a message replies to."""
     message = heard.message.get("reply_to_message")
-    if not message:
-        return None
+    return sent_message(heard, message["message_id"], is_ours(heard, message)) if message else None
 
+
+def sent_message(heard: Heard, message_id: Any, ours: bool = True) -> Optional[SentRow]:
+    """Find a message that we sent; one of ours that was sent this moment, and is yet to be noted, is waited for."""
     def known() -> Optional[SentRow]:
-        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                                           message["message_id"])
+        return heard.bot.context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat, message_id)
     found = known()
-    if found is None and is_ours(heard, message):
+    if found is None and ours:
         with heard.bot.sending:
             found = known()
     return found
@@ -15050,8 +15051,7 @@ def press_option(heard: Heard, request_id: str, place: str, index: str) -> Tuple
     if one_press(questions):
         answer_question(context, session, request, [[label]], False, heard.by)
         return [], f"answered: {label}"
-    sent = context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                             heard.message.get("message_id"))
+    sent = sent_message(heard, heard.message.get("message_id"))
     if sent is None:
         return [], "This message is not known any more: answer by another way."
     marked = toggled(sent.chosen, place, int(index), questions[int(place)]["multiSelect"])
@@ -15087,8 +15087,7 @@ def press_send(heard: Heard, request_id: str) -> Tuple[List[Statement], str]:
     session = find_live(context, row.session)
     request = find_request(session, request_id, True)
     questions = questions_of(request)
-    sent = context.store.row(SentRow, "telegram_sent", "chat = ? AND message = ?", heard.chat,
-                             heard.message.get("message_id"))
+    sent = sent_message(heard, heard.message.get("message_id"))
     chosen = sent.chosen if sent else {}
     given = [[question["options"][index]["label"] for index in chosen.get(str(place), [])]
              for place, question in enumerate(questions)]

@@ -10208,6 +10208,8 @@ class FakeTelegram:
         self.faults: "collections.deque[Tuple[str, int, Json]]" = collections.deque()   # method, status, more
         self.updates: List[Json] = []
         self.ids, self.news, self.closed = 0, threading.Condition(), False
+        self.goes_on = threading.Event()                  # clear: who says something is told late that it was said
+        self.goes_on.set()
         self.line = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._handler(), bind_and_activate=False)
         self.line.daemon_threads, self.line.allow_reuse_address = True, True
         self.line.server_bind()
@@ -10227,6 +10229,8 @@ class FakeTelegram:
                     method, fields)
                 raw = json.dumps({"ok": status == 200, **({} if status == 200 else {"error_code": status}),
                                   **told}).encode()
+                if method == "sendMessage":
+                    fake.goes_on.wait(WITHIN)
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(raw)))
                 with contextlib.suppress(OSError):    # who asked may be dead
@@ -10550,9 +10554,15 @@ def test_a_question_is_answered_by_a_button_or_in_words(chatty):
 
 def test_a_question_of_several_is_answered_when_all_are_chosen(chatty):
     fake, own, talk = chatty
+    fake.goes_on.clear()
     talk.send("[[ask multi]]")
     talk.wait("question.asked")
     message = fake.said(f"^{named_talk(talk)} asks:\nWhich colour")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pressing = pool.submit(fake.press, "1: Blue", message)   # while Aegis does not know yet that it was sent
+        concurrent.futures.wait([pressing], 0.5)
+        fake.goes_on.set()
+        assert pressing.result()["text"] == "Blue"
     assert "each question" in fake.press("Send", message)["text"]
 
     def pressed(label: str, wanted: List[str]) -> Json:
