@@ -11582,6 +11582,21 @@ class Loop:
         """Have a run looked at when its time comes."""
         self.due[run] = min(self.due.get(run, math.inf), at)
 
+    def tie(self, run: str, session_id: str, prompt_id: Optional[str], part: Callable[[], Any],
+            noted: Statement) -> Optional[bool]:
+        """Tie what was made for a part of a run to it, and note it; tells whether its turn is over, None: the part is.
+
+        part: gives its row as it is now, None when it was cancelled or timed out while that was made.
+        """
+        with self.lock:
+            now = part()
+            if now is None:
+                return None
+            self.inbox.runs[session_id] = run
+            if now.prompt is None:   # what was there already
+                self.context.bus.commit([noted])
+        return bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt_id))
+
     def end(self, run: str) -> None:
         """Forget a run that is over: its share goes to those that wait, and nothing more is heard of its sessions."""
         self.active.pop(run, None)
@@ -12023,7 +12038,7 @@ class Runner:
 
         Raises ApiError.
         """
-        if not same_start(self.context.store.row(StageRow, "stages", "id = ?", stage.id), stage):
+        if self.begun(stage) is None:
             return True   # it has waited for others' starts, and is over
         if stage.spec["same"]:
             session = find_live(self.context, stage.session or "")
@@ -12036,16 +12051,16 @@ class Runner:
                                     f"{clip(row.name, 40)}/{clip(stage.name, 30)}-{stage.id[-6:]}{stage.attempt}",
                                     lambda *made: [self.noted(stage, *made)])
             prompt_id = first_prompt(self.context, session.row.id)
-        with self.loop.lock:
-            now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
-            wanted = same_start(now, stage)
-            if wanted:
-                self.loop.inbox.runs[session.row.id] = row.id
-            if wanted and now.prompt is None:   # what was there already
-                self.context.bus.commit([self.noted(stage, session.row.id, prompt_id)])
-        if not wanted:   # cancelled or timed out while it was started
+        over = self.loop.tie(row.id, session.row.id, prompt_id, lambda: self.begun(stage),
+                             self.noted(stage, session.row.id, prompt_id))
+        if over is None:
             self.abandon(row, stage._replace(session=session.row.id, prompt=prompt_id))
-        return not wanted or bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt_id))
+        return over is not False
+
+    def begun(self, stage: StageRow) -> Optional[StageRow]:
+        """Give a stage as it is now; None when it is over, or starts anew."""
+        return self.context.store.row(StageRow, "stages", "id = ? AND state = 'running' AND attempt = ? AND starts = ?",
+                                      stage.id, stage.attempt, stage.starts)
 
     @staticmethod
     def noted(stage: StageRow, session_id: str, prompt_id: Optional[str]) -> Statement:
@@ -12056,8 +12071,8 @@ class Runner:
     def fail(self, stage: StageRow, reason: str) -> None:
         """Fail a stage that could not be started."""
         with self.loop.lock, contextlib.suppress(ApiError):
-            now = self.context.store.row(StageRow, "stages", "id = ?", stage.id)
-            if same_start(now, stage):
+            now = self.begun(stage)
+            if now:
                 after = failed_stage(now, reason)
                 changes = {name: getattr(after, name) for name in ("state", "reason", "ended_at", "session")}
                 self.context.bus.commit([update("stages", stage.id, changes)], [stage_event(after)])
@@ -12158,11 +12173,6 @@ def failed_stage(stage: StageRow, reason: str) -> StageRow:
     if stage.attempt <= stage.spec["retries"]:
         return stage._replace(state="waiting", reason=f"attempt {stage.attempt}: {reason}")
     return over_stage(stage, "failed", reason)
-
-
-def same_start(now: Optional[StageRow], begun: StageRow) -> bool:
-    """Tell whether a stage still is where its start began."""
-    return now is not None and (now.state, now.attempt, now.starts) == ("running", begun.attempt, begun.starts)
 
 
 def stage_key(stage: StageRow) -> str:
@@ -12573,7 +12583,7 @@ class Panel:
 
         Raises ApiError.
         """
-        if not same_asking(self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id), one):
+        if self.begun(one) is None:
             return True   # it has waited for others' starts, and is over
         total = len(reviewers_of(self.context, row.id))
         if one.again:
@@ -12584,16 +12594,16 @@ class Panel:
                                     reviewer_key(one), f"review-{row.id[3:9]}-{one.id[-6:]}{one.starts}",
                                     lambda *made: [self.noted(one, *made)])
             prompt_id = first_prompt(self.context, session.row.id)
-        with self.loop.lock:
-            now = self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id)
-            wanted = same_asking(now, one)
-            if wanted:
-                self.loop.inbox.runs[session.row.id] = row.id
-            if wanted and now.prompt is None:   # what was there already
-                self.context.bus.commit([self.noted(one, session.row.id, prompt_id)])
-        if not wanted:   # cancelled or timed out while it was started
+        over = self.loop.tie(row.id, session.row.id, prompt_id, lambda: self.begun(one),
+                             self.noted(one, session.row.id, prompt_id))
+        if over is None:
             self.abandon(row, one._replace(session=session.row.id, prompt=prompt_id))
-        return not wanted or bool(self.context.store.value("SELECT ended_at FROM prompts WHERE id = ?", prompt_id))
+        return over is not False
+
+    def begun(self, one: ReviewerRow) -> Optional[ReviewerRow]:
+        """Give a reviewer as it is now; None when it is over, or asked anew."""
+        return self.context.store.row(ReviewerRow, "reviewers", "id = ? AND state = 'reviewing' AND again = ? "
+                                      "AND starts = ?", one.id, one.again, one.starts)
 
     @staticmethod
     def noted(one: ReviewerRow, session_id: str, prompt_id: Optional[str]) -> Statement:
@@ -12604,8 +12614,8 @@ class Panel:
     def fail(self, row: ConsensusRow, one: ReviewerRow, reason: str) -> None:
         """Fail a reviewer that could not be asked."""
         with self.loop.lock, contextlib.suppress(ApiError):
-            now = self.context.store.row(ReviewerRow, "reviewers", "id = ?", one.id)
-            if same_asking(now, one):
+            now = self.begun(one)
+            if now:
                 after = over_reviewer(now, "failed", reason)
                 others = reviewers_of(self.context, row.id)
                 self.store(row, others, [after if each.id == one.id else each for each in others])
@@ -12638,11 +12648,6 @@ class Panel:
             if one.state == "reviewing":
                 self.abandon(row, one)
         return find_consensus(self.context, consensus_id), True
-
-
-def same_asking(now: ReviewerRow, one: ReviewerRow) -> bool:
-    """Tell whether a reviewer is still to be asked what a launch was begun for."""
-    return (now.state, now.again, now.starts) == ("reviewing", one.again, one.starts)
 
 
 def reviewer_key(one: ReviewerRow) -> str:
