@@ -6802,7 +6802,8 @@ def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
 
 def is_left_by(prompt: PromptRow, reading: Reading) -> bool:
     """Tell whether the box holds what the typing of a prompt left there; perhaps with the dot of read_every_key()."""
-    opening = {SHELL_MODE: reading.shell and not reading.draft, MARK_AS_TEXT: reading.draft == "x!"}
+    opening: Dict[Optional[Opening], bool] = {
+        SHELL_MODE: reading.shell and not reading.draft, MARK_AS_TEXT: reading.draft == "x!"}
     if is_draft_of(prompt, reading) or opening.get(opening_of(prompt)):
         return True
     without = reading._replace(draft=reading.draft[:-1])
@@ -8753,9 +8754,11 @@ def weigh_turn(
 
 def told_end(session: Session) -> Optional[Entry]:
     """Give the answer or error that the transcript knows to be the last of the turn under way."""
-    prompts = [one.agent_id for one in session.facts.prompts if one.state in OPEN_STATES and one.agent_id]
-    ours = session.transcript_prompt in prompts or session.facts.tasks
-    return session.transcript_said if ours else None
+    said, prompts = session.transcript_said, [one for one in session.facts.prompts if one.state in OPEN_STATES]
+    known = [one for one in prompts if one.agent_id]
+    if said is None or not (session.facts.tasks or session.transcript_prompt in [one.agent_id for one in known]):
+        return None   # what ends background tasks is a turn of another id
+    return said if entry_time(said) >= max((one.submitted_at or 0 for one in known), default=math.inf) else None
 
 
 def end_untold(change: Change, said: Optional[Entry], why: str) -> None:
