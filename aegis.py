@@ -3407,7 +3407,7 @@ LOCAL_TEXT = re.compile(r"<(?:command-(?:name|message|args)|local-command-\w+|ba
 class Entry(NamedTuple):
     """One meaning of one transcript line."""
 
-    kind: str                    # prompt, local, text, tool, result, interrupt, error, end, usage, decision
+    kind: str                    # prompt, local, text, tool, result, interrupt, error, end, goes on, usage, decision
     at: Optional[str] = None     # the agent's own timestamp
     text: str = ""
     tool: Optional[str] = None
@@ -3474,7 +3474,8 @@ def _decider(line: Json) -> Optional[str]:
 def _user_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     at, prompt_id, entries = line.get("timestamp"), line.get("promptId"), []
     if line.get("isMeta") or line.get("isCompactSummary"):
-        return []
+        goes_on = any(str(block.get("text") or "").startswith("Stop hook feedback") for block in blocks)
+        return [Entry("goes on", at)] if goes_on else []
     for block in blocks:
         if block.get("type") == "tool_result":
             entries.append(Entry("result", at, _flat(block.get("content")), tool_use_id=block.get("tool_use_id"),
@@ -6802,30 +6803,37 @@ def is_draft_of(prompt: PromptRow, reading: Reading) -> bool:
 
 def is_left_by(prompt: PromptRow, reading: Reading) -> bool:
     """Tell whether the box holds what the typing of a prompt left there; perhaps with the dot of read_every_key()."""
-    opening: Dict[Optional[Opening], bool] = {
-        SHELL_MODE: reading.shell and not reading.draft, MARK_AS_TEXT: reading.draft == "x!"}
-    if is_draft_of(prompt, reading) or opening.get(opening_of(prompt)):
-        return True
     without = reading._replace(draft=reading.draft[:-1])
-    return reading.draft.endswith(".") and (without.empty or is_left_by(prompt, without))
+    return is_typed_part(prompt, reading) or reading.draft.endswith(".") and (
+        without.empty or is_typed_part(prompt, without))
+
+
+def is_typed_part(prompt: PromptRow, reading: Reading) -> bool:
+    """Tell whether the box holds a part of what is typed for a prompt, what is typed ahead of its text included."""
+    opening: Dict[Optional[Opening], bool] = {
+        SHELL_MODE: reading.draft == ("" if reading.shell else "!"), MARK_AS_TEXT: reading.draft == "x!"}
+    return is_draft_of(prompt, reading) or opening.get(opening_of(prompt), False)
 
 
 def open_box(context: Context, session: Session, prompt: PromptRow, opening: Opening) -> bool:
-    """Type what goes ahead of a text until the box shows it; False when it never did."""
-    def comes(fits: Callable[[Reading], bool]) -> bool:
-        until = time.monotonic() + 1.0
-        while not fits(look(context, session)):
-            if time.monotonic() > until or session.ending:
-                return False
-            time.sleep(LOOK_SECONDS)
-        return True
+    """Type what goes ahead of a text, anew when the box shows something else; False when it never shows it."""
     for _ in range(OPENING_TRIES):
         if not type_into(context, session, opening.strokes):
             return False   # the pane is dead
-        if comes(opening.shown):
-            return True
+        last, wrong_at = time.monotonic() + GIVE_UP_SECONDS, math.inf
+        while time.monotonic() < min(last, wrong_at + 1.0):
+            box = look(context, session)
+            if opening.shown(box):
+                return True
+            if session.ending or context.stopping.wait(LOOK_SECONDS):
+                return False   # it ends with its session, or is the next Aegis' to settle
+            wrong_at = math.inf if box.empty else min(wrong_at, time.monotonic())
+        session.unread = True
+        if wrong_at == math.inf:
+            break   # it reads no keys
         press(context, session, "C-e", *["C-u"] * 2)   # the second one leaves shell mode
-        comes(lambda box: box.empty)
+        while not look(context, session).empty and time.monotonic() < last and not context.stopping.wait(LOOK_SECONDS):
+            pass
     fail_delivery(context, session, prompt.id, f"{opening.missed}, so nothing more was typed")
     return False
 
@@ -7019,14 +7027,18 @@ def end_unreported(session: Session, prompt_id: str, reading: Reading) -> None:
 def digest(session: Session, entries: Sequence[Entry]) -> None:
     """Let new transcript lines prove what hooks did not tell: a prompt taken, a turn ended or interrupted."""
     for entry in entries:
+        said = session.transcript_said
         follow_turn(session, entry)
         if entry.kind == "prompt":
             _digest_prompt(session, entry)
         elif entry.kind in ("interrupt", "end"):
             session.settled_prompt = session.transcript_prompt
-            _digest_end(session, entry)
+            _digest_end(session, entry, said)
         elif entry.kind == "error" and entry.resets:
             _digest_limit(session, entry.resets)
+
+
+TELLING = frozenset(("prompt", "usage", "text", "tool", "result", "error", "interrupt", "goes on"))  # usage: any block
 
 
 def follow_turn(session: Session, entry: Entry) -> bool:
@@ -7036,7 +7048,7 @@ def follow_turn(session: Session, entry: Entry) -> bool:
     """
     if entry.kind == "prompt":
         session.transcript_prompt = entry.prompt_id
-    if entry.kind in ("prompt", "text", "tool", "result", "error"):
+    if entry.kind in TELLING:
         session.transcript_said = entry if entry.final or entry.cause else None
         return True
     return False
@@ -7177,9 +7189,9 @@ def _digest_prompt(session: Session, entry: Entry) -> None:
             change.set(failure=None)
 
 
-def _digest_end(session: Session, entry: Entry) -> None:
+def _digest_end(session: Session, entry: Entry, said: Optional[Entry]) -> None:
     with session.lock:
-        current, said = session.facts.current, session.transcript_said
+        current = session.facts.current
         final = said.text if said and said.final else ""
         if current is None and final and time.monotonic() - session.adopted_at < ADOPT_SECONDS:
             with session.changing("transcript", "a turn while Aegis was away", entry.text) as change:
@@ -8740,42 +8752,52 @@ def weigh_turn(
     rested = fresh and status.status in ("idle", "shell") if status else calm > 5.0
     if session.facts.tasks and (status is None or status.status != "idle" or calm < 5.0):
         rested = False   # the turn goes on when its background tasks end
-    blocked = current.state == "submitted" and bool(reading.draft)
+    back = is_draft_of(current, reading) or (current.state == "submitted" and bool(reading.draft))
     said = told_end(session)
-    if not rested or calm < (QUIET_SECONDS if said or blocked else LINES_SECONDS):
+    if not rested or calm < QUIET_SECONDS or not (back or said) and lines_due(session, status):
         session.context.look_later(session, 0.3)
         return
     with session.changing(
         "status file" if status else "screen", "idle, and no Stop was reported", reading.excerpt
     ) as change:
-        end_untold(change, said, "interrupted before it began, or blocked by a hook: the agent put it back" if blocked
+        end_untold(change, said, "interrupted before it began, or blocked by a hook: the agent put it back" if back
                    else "interrupted")
 
 
+def lines_due(session: Session, status: Optional[AgentStatus]) -> bool:
+    """Tell whether the last lines of a turn that ended while Aegis was away may still be written.
+
+    Where it was not, a turn that ends by itself is reported before the agent rests.
+    """
+    if status is None:
+        return False   # it has rested for seconds, as far as is known
+    adopted, rested = time.monotonic() - session.adopted_at, age(status.at)
+    return adopted - ADOPT_SECONDS < rested < LINES_SECONDS
+
+
 def told_end(session: Session) -> Optional[Entry]:
-    """Give the answer or error that the transcript knows to be the last of the turn under way."""
-    said, prompts = session.transcript_said, [one for one in session.facts.prompts if one.state in OPEN_STATES]
-    known = [one for one in prompts if one.agent_id]
-    if said is None or not (session.facts.tasks or session.transcript_prompt in [one.agent_id for one in known]):
-        return None   # what ends background tasks is a turn of another id
-    return said if entry_time(said) >= max((one.submitted_at or 0 for one in known), default=math.inf) else None
+    """Give the answer or error that the transcript knows to be the last of a turn under way."""
+    said = session.transcript_said
+    prompt = next((one for one in session.facts.prompts if one.state in OPEN_STATES and one.agent_id
+                   and one.agent_id == session.transcript_prompt), None)
+    return said if said and prompt and entry_time(said) >= (prompt.submitted_at or 0) else None
 
 
 def end_untold(change: Change, said: Optional[Entry], why: str) -> None:
-    """End a turn that an agent at rest did not report the end of: by its answer, its error, or as interrupted."""
-    prompts = [one for one in change.facts.prompts if one.state in OPEN_STATES]
+    """End the turns of an agent at rest that reported no end: by the last one's answer or error, or as interrupted."""
+    ended = ending_with(change.facts, change.session.transcript_prompt or "") if said else []
+    others = [one for one in change.facts.prompts if one.state in OPEN_STATES and one not in ended]
     change.session.stopped_at = time.time()
     if said and said.cause:
-        fail_turn(change, prompts, said.cause, said.text)
-        return
-    if said:
-        change.columns["output"] = said.text
-    for prompt in prompts:
+        fail_turn(change, ended, said.cause, said.text)
+    elif said:
+        if said.text:
+            change.columns["output"] = said.text
+        for prompt in ended:
+            change.end_prompt(prompt, "done", answer=said.text)
+    for prompt in others:
         merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
-        if said or merged:
-            change.end_prompt(prompt, "done", answer=said.text if said else None)
-        else:
-            change.end_prompt(prompt, "interrupted", why)
+        change.end_prompt(prompt, "done" if merged else "interrupted", None if merged else why)
 
 
 def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:

@@ -1920,6 +1920,18 @@ def test_a_draft_is_ours_when_it_is_so_many_of_our_strokes(text, kind, draft, mo
     assert aegis.is_draft_of(prompt_of(text, kind), reading) is wanted
 
 
+@pytest.mark.parametrize("text, kind, draft, shell, wanted", [
+    ("one", "prompt", "one.", False, True), ("one", "prompt", ".", False, True),
+    ("one", "prompt", "one..", False, False),
+    ("one", "prompt", "..", False, False), ("one", "prompt", "." * 2_000, False, False),
+    ("!ls", "prompt", "x!", False, True), ("!ls", "prompt", "x!.", False, True), ("ls", "prompt", "x!", False, False),
+    ("ls", "bash", "", True, True), ("ls", "bash", ".", True, True), ("ls", "bash", "!", False, True),
+    ("ls", "bash", "!.", False, True), ("ls", "bash", "!", True, False), ("ls", "prompt", "!", False, False)])
+def test_what_our_typing_left_in_the_box_is_known_and_a_persons_draft_is_not(text, kind, draft, shell, wanted):
+    reading = aegis.Reading("idle", "input box", draft, shell=shell)
+    assert aegis.is_left_by(prompt_of(text, kind), reading) is wanted
+
+
 @pytest.mark.parametrize("text", ["a\\", "a\\\u200b", "echo \\"])
 @pytest.mark.parametrize("kind", ["prompt", "bash"])
 def test_no_text_ends_in_a_backslash_that_would_make_enter_a_line_break(text, kind):
@@ -1948,6 +1960,38 @@ def test_selftest_prints_a_confusion_matrix_and_fails_on_a_misreading(tmp_path, 
 # ============================================================================
 # TRANSCRIPTS. An agent's JSONL -> answers, messages, tokens, cost.
 # ============================================================================
+
+
+def line_of(kind: str, *content: Json, **more: Any) -> bytes:
+    """Write one line of a transcript."""
+    message = {"role": kind, "id": "m", "content": list(content), **more.pop("message", {})}
+    return json.dumps({"type": kind, "message": message, "promptId": "p", **more}).encode()
+
+
+ASKED, ANSWERED = line_of("user", {"type": "text", "text": "go"}), line_of(
+    "assistant", {"type": "text", "text": "first"}, message={"stop_reason": "end_turn"})
+FAILED = line_of("assistant", {"type": "text", "text": "API Error"}, isApiErrorMessage=True, error="server_error")
+
+
+@pytest.mark.parametrize("lines, said", [
+    ([ASKED, ANSWERED], "first"), ([ASKED], None), ([ASKED, ANSWERED, ASKED], None), ([ASKED, FAILED], "API Error"),
+    ([ASKED, FAILED, ANSWERED], "first"),
+    ([ASKED, ANSWERED, line_of("user", {"type": "text", "text": "Stop hook feedback:\n- no"}, isMeta=True)], None),
+    ([ASKED, ANSWERED, line_of("user", {"type": "text", "text": "Caveat: local commands"}, isMeta=True)], "first"),
+    ([ASKED, ANSWERED, line_of("assistant", {"type": "thinking", "thinking": "hm"})], None),
+    ([ASKED, ANSWERED, line_of("user", {"type": "text", "text": "[Request interrupted by user]"})], None),
+    ([ASKED, ANSWERED, b'{"type": "system", "subtype": "turn_duration"}', b"{"], "first")])
+def test_the_last_word_of_a_turn_is_what_nothing_came_behind(tmp_path, lines, said):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b"".join(one + b"\n" for one in lines))
+    row = types.SimpleNamespace(parts=[str(path)], ledger={"offset": path.stat().st_size})
+    read, recalled = (types.SimpleNamespace(row=row, transcript_prompt=None, transcript_said=None) for _ in range(2))
+    for line in lines:
+        for entry in aegis.parse_line(line):
+            aegis.follow_turn(read, entry)
+    aegis.recall_turn(recalled)
+    assert [one.transcript_said and one.transcript_said.text for one in (read, recalled)] == [said, said]
+
 
 
 def line(kind: str, content: Any, **more: Any) -> bytes:
@@ -4504,7 +4548,7 @@ def test_nothing_is_concluded_from_an_agent_at_rest_whose_last_lines_are_yet_to_
         threading.Event().wait(0.5)   # it has looked, and seen an empty box
         with path.open("a") as file:
             file.write(lines)
-        if time.monotonic() < began + aegis.LINES_SECONDS:
+        if time.monotonic() < began + aegis.LINES_SECONDS - 0.5:
             break
     else:
         pytest.fail("this box is too slow to be in time")
@@ -5915,6 +5959,29 @@ def test_nothing_is_typed_behind_an_opening_that_the_agent_misread(house):
     for verb, body in (("send", {"text": "!touch x"}), ("bash", {"command": "echo ran"})):
         queued = talk.ask(f"POST {verb}", body)["promptId"]
         assert "nothing more was typed" in talk.wait("prompt.failed", promptId=queued)["reason"]
+    assert talk.say("[[say after]]")["output"] == "after" and talk.prompts() == ["[[say after]]"]
+
+
+@alone
+def test_an_opening_waits_for_an_agent_that_reads_its_keys_late(house):
+    own = house()
+    talks = [wakeable(own.open) for _ in range(3)]
+    for _, pid in talks:
+        os.kill(pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        sending = [pool.submit(talk.ask, f"POST {verb}", {"text" if verb == "send" else "command": text})
+                   for (talk, _), (verb, text) in zip(talks, (("send", "!touch x"), ("bash", "echo ran"),
+                                                              ("send", "!touch y")))]
+        threading.Event().wait(aegis.OPENING_TRIES + 1)   # longer than the tries of an opening that is misread
+        for _, pid in talks[:2]:
+            os.kill(pid, signal.SIGCONT)
+        sent = [one.result()["promptId"] for one in sending]
+    for (talk, _), one in zip(talks[:2], sent):
+        talk.wait("prompt.done", promptId=one)
+    assert [talk.prompts()[0] for talk, _ in talks[:2]] == ["!touch x", "<bash-input>echo ran</bash-input>"]
+    talk, pid = talks[2]
+    assert "nothing more was typed" in talk.wait("prompt.failed", promptId=sent[2])["reason"]
+    os.kill(pid, signal.SIGCONT)
     assert talk.say("[[say after]]")["output"] == "after" and talk.prompts() == ["[[say after]]"]
 
 
@@ -15456,6 +15523,25 @@ def test_real_turns_whose_end_nobody_reported_are_known_by_what_they_said_last(m
             "said": "done", "failed": "error", "limited": "error"}
         eventually(lambda: [talk.status for talk in talks.values()] == ["idle", "error", "rate_limited"])
         assert talks["said"].read()["output"] == "said"
+    finally:
+        own.close()
+
+
+@real_client
+def test_real_interrupt_ends_a_turn_though_the_screen_never_rests(model, tmp_path):
+    own = lab(model).start()
+    try:
+        (tmp_path / ".claude").mkdir()
+        line = {"type": "command", "command": "date +%s", "refreshInterval": 1}
+        (tmp_path / ".claude" / "settings.json").write_text(json.dumps({"statusLine": line}))
+        talk = own.open(workDir=str(tmp_path))
+        eventually(lambda: re.search(r"^ *1\d{9}", talk.ask("GET pane")["text"], re.MULTILINE))
+        for _ in range(3):
+            sent = talk.send("[[hang]]")["promptId"]
+            talk.wait("prompt.started", promptId=sent)
+            assert talk.ask("POST interrupt")["interrupted"] is True
+            assert talk.wait("turn.ended", promptId=sent)["outcome"] == "interrupted"
+        assert talk.say("[[say after]]")["output"] == "after"
     finally:
         own.close()
 
