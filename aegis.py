@@ -7038,7 +7038,8 @@ def digest(session: Session, entries: Sequence[Entry]) -> None:
             _digest_limit(session, entry.resets)
 
 
-TELLING = frozenset(("prompt", "usage", "text", "tool", "result", "error", "interrupt", "goes on"))  # usage: any block
+# Entries that a turn is made of; usage stands for a block of any sort.
+TURN_KINDS = frozenset(("prompt", "usage", "text", "tool", "result", "error", "interrupt", "goes on"))
 
 
 def follow_turn(session: Session, entry: Entry) -> bool:
@@ -7048,7 +7049,7 @@ def follow_turn(session: Session, entry: Entry) -> bool:
     """
     if entry.kind == "prompt":
         session.transcript_prompt = entry.prompt_id
-    if entry.kind in TELLING:
+    if entry.kind in TURN_KINDS:
         session.transcript_said = entry if entry.final or entry.cause else None
         return True
     return False
