@@ -12002,7 +12002,7 @@ class Runner:
                 self.loop.due_at(row.id, time.time() + AGAIN_SECONDS)
                 return stage._replace(output=None)
             return failed_stage(stage, error.message)
-        return stage._replace(state="verifying", verify=found.id)
+        return self.observe_verify(stage._replace(state="verifying", verify=found.id))   # it may be over, and long ago
 
     def observe_verify(self, stage: StageRow) -> StageRow:
         """See what a stage's verification came to."""
