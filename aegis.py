@@ -11509,7 +11509,7 @@ def checks_for(session: SessionRow, given: Optional[Sequence[Json]], seconds: fl
 # decided about it.
 
 LAUNCHES = 3               # sessions that one attempt may begin: a restart may lose one before its agent runs
-LOOP_LOOK = 60.0           # seconds after which a loop looks without being told
+LOOP_LOOK = 120.0          # seconds after which a run is looked at untold: no event that was missed stops it for good
 AGAIN_SECONDS = 1.0        # until it tries again what was refused for the moment
 WAKES = frozenset(("prompt.done", "prompt.failed", "session.exited", "session.killed", "verify.completed"))
 
@@ -11591,6 +11591,8 @@ class Loop:
             self.due.pop(run, None)
             self.hungry.pop(run, None)
             self.advance(run)
+            if run in self.active:   # it is not over
+                self.due_at(run, time.time() + LOOP_LOOK)
         except ApiError as error:
             if error.code in ("PIPELINE_NOT_FOUND", "CONSENSUS_NOT_FOUND"):   # swept away meanwhile
                 return

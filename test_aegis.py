@@ -8563,6 +8563,14 @@ def test_what_was_begun_and_not_noted_yet_is_found_after_a_crash(house):
     assert own.ask(f"GET /v1/verify/{begun['id']}?wait=done&timeout=30")["round"] == 1 and len(talk.prompts()) == 1
 
 
+def test_a_run_that_is_not_over_is_looked_at_again_though_nothing_is_told_of_it():
+    loop = aegis.Loop(types.SimpleNamespace(), "test", lambda run: loop.end(run) if run == "over" else None, 4)
+    loop.active.update(under_way=1, over=1)
+    for run in ("under_way", "over"):
+        loop.look(run)
+    assert list(loop.due) == ["under_way"] and 0 < loop.due["under_way"] - time.time() <= aegis.LOOP_LOOK
+
+
 @alone
 def test_a_gate_that_was_begun_and_is_over_before_it_is_noted_is_not_waited_for(house):
     own = house()
