@@ -8597,6 +8597,7 @@ def inspect(context: Context, session: Session) -> Optional[Reading]:
     except TmuxError as error:
         session.note("tmux", "capture failed", str(error))
         save_old_books(session)   # perhaps this look was there for that
+        context.look_later(session, 1.0)   # what it would have shown, nobody else tells
         return None
     session.reading = reading
     session.read_at = looked_at   # after it: who reads both at the wrong moment looks again
@@ -21684,8 +21685,7 @@ class DemoAgent:
                 answer = read_hook_answer(sock)
             sock.close()
             decision = (answer.get("hookSpecificOutput") or {}).get("decision") or {}
-            self.inbox.append(lambda: self.hear(call_, decision))
-            os.write(self.wake_w, b"x")
+            self.soon(lambda: self.hear(call_, decision))
         for hook in self._hooks_for("PermissionRequest")[:1]:
             with contextlib.suppress(OSError):
                 call_.held = self._post(hook, self._body("PermissionRequest", {
@@ -21701,6 +21701,11 @@ class DemoAgent:
         data = text_.encode("utf-8", "replace")
         while data:
             data = data[os.write(1, data):]
+
+    def soon(self, act: Callable[[], None]) -> None:
+        """Have the loop do something; for other threads, and for signals, which may come in the middle of a drawing."""
+        self.inbox.append(act)
+        os.write(self.wake_w, b"x")
 
     def draw(self, above: Sequence[str] = ()) -> None:
         """Print lines of conversation, and the live region below them."""
@@ -22694,6 +22699,7 @@ def demo_agent_main(argv: Sequence[str]) -> int:
             code = demo_boot(agent, what)
             if code is not None:
                 return code
+        signal.signal(signal.SIGWINCH, lambda *_: agent.soon(agent.draw))
         agent.status("idle")
         agent.say_lines(["Aegis demo agent - not Claude Code; nothing is executed", ""])
         return agent.run()

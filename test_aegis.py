@@ -12646,6 +12646,27 @@ def test_the_demo_agent_reads_keys_that_its_terminal_cuts_in_two(tmp_path, capfd
         assert "".join(real for _, real in agent.draft) == "a\u00e9 b cd", cut
 
 
+@alone
+def test_the_demo_agent_is_resized_at_any_moment(house):
+    own = house()
+    talk = own.open(permissions={"allowBash": True})
+    pid, over = talk.get()["pid"], threading.Event()
+
+    def resize() -> None:
+        while not over.wait(0.0005):
+            os.kill(pid, signal.SIGWINCH)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        resizing = pool.submit(resize)
+        try:
+            for _ in range(30):
+                talk.say("[[bash touch x]] [[say y]]")
+        finally:
+            over.set()
+        resizing.result()
+    shown = talk.ask("GET pane?lines=1000")["text"]
+    assert shown.count("manual mode on") == 1 and "Demonstrating" not in shown, shown[-3_000:]
+
+
 def test_the_demo_agent_tells_its_version(capsys):
     with pytest.raises(SystemExit) as ended:
         aegis.main(["demo-agent", "--version"])
