@@ -6078,6 +6078,8 @@ def test_a_prompt_is_sent_whole_and_once_whenever_the_control_client_dies(house)
     assert talk.prompts() == texts
 
 
+@pytest.mark.skipif(bool(shutil.which("tmux")) and aegis.version_of(subprocess.run(
+    ["tmux", "-V"], stdout=subprocess.PIPE).stdout.decode()) < (3, 2), reason="an older tmux would die of its end")
 @alone
 def test_the_control_client_of_an_aegis_that_was_killed_is_ended(house):
     own = house()
