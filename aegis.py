@@ -6588,7 +6588,7 @@ def deliver(context: Context, session: Session, prompt: PromptRow) -> None:
             prompt, typed_at=time.time(), attempts=1, mark=session.row.ledger["offset"] if mark is None else mark
         )
     opening = opening_of(prompt) if session.agent.reports else None
-    strokes = keystrokes(session.agent, prompt)[len(opening.strokes) if opening else 0:]
+    strokes = keystrokes(session.agent, prompt)
     watched = session.agent.reports and prompt.kind != "prompt"
     if opening and not open_box(context, session, prompt, opening):
         return
@@ -6632,7 +6632,7 @@ def opening_of(prompt: PromptRow) -> Optional[Opening]:
 
 
 def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
-    """Choose the strokes that make a text arrive as it is, and only as text.
+    """Choose the strokes that make a text arrive as it is, and only as text, behind its opening.
 
     Short chunks keep the client from collapsing a paste.  A trailing backslash would make Enter a newline: a space,
     which the client trims, stands behind it.  A leading `!` would switch the box to a shell: it is pasted behind a
@@ -6640,9 +6640,7 @@ def keystrokes(agent: Agent, prompt: PromptRow) -> List[Stroke]:
     """
     if not agent.reports:
         return [Stroke(plain_breaks(prompt.text)), ENTER]
-    opening, pieces = opening_of(prompt), pieces_of(prompt)
-    ahead = opening.strokes if opening else ()
-    return [*ahead, *map(Stroke, pieces[opening is MARK_AS_TEXT:]), ENTER]
+    return [*map(Stroke, pieces_of(prompt)[opening_of(prompt) is MARK_AS_TEXT:]), ENTER]
 
 
 def pieces_of(prompt: PromptRow) -> List[str]:
@@ -11917,6 +11915,9 @@ def stage_text(context: Context, stage: StageRow, stages: Sequence[StageRow], se
     return filled
 
 
+SAME_START = "id = ? AND state = 'running' AND attempt = ? AND starts = ?"   # a stage is where that start of it began
+
+
 class Runner:
     """Drives pipelines."""
 
@@ -12088,14 +12089,13 @@ class Runner:
 
     def begun(self, stage: StageRow) -> Optional[StageRow]:
         """Give a stage as it is now; None when it is over, or starts anew."""
-        return self.context.store.row(StageRow, "stages", "id = ? AND state = 'running' AND attempt = ? AND starts = ?",
-                                      stage.id, stage.attempt, stage.starts)
+        return self.context.store.row(StageRow, "stages", SAME_START, stage.id, stage.attempt, stage.starts)
 
     @staticmethod
     def noted(stage: StageRow, session_id: str, prompt_id: Optional[str]) -> Statement:
         """Write the statement that notes what was made for a stage, unless the stage is over or starts anew."""
-        return ("UPDATE stages SET session = ?, prompt = ? WHERE id = ? AND state = 'running' AND attempt = ? "
-                "AND starts = ?", (session_id, prompt_id, stage.id, stage.attempt, stage.starts))
+        return (f"UPDATE stages SET session = ?, prompt = ? WHERE {SAME_START}",
+                (session_id, prompt_id, stage.id, stage.attempt, stage.starts))
 
     def fail(self, stage: StageRow, reason: str) -> None:
         """Fail a stage that could not be started."""
@@ -12495,6 +12495,9 @@ READ_ONLY: Json = policy_json(policy_from_json(
     {"profile": "restricted", "allowOther": False, "deny": list(QUESTION_TOOLS)}, {}))
 
 
+SAME_ASKING = "id = ? AND state = 'reviewing' AND again = ? AND starts = ?"   # a reviewer is still asked that
+
+
 class Panel:
     """Drives consensus reviews."""
 
@@ -12631,14 +12634,13 @@ class Panel:
 
     def begun(self, one: ReviewerRow) -> Optional[ReviewerRow]:
         """Give a reviewer as it is now; None when it is over, or asked anew."""
-        return self.context.store.row(ReviewerRow, "reviewers", "id = ? AND state = 'reviewing' AND again = ? "
-                                      "AND starts = ?", one.id, one.again, one.starts)
+        return self.context.store.row(ReviewerRow, "reviewers", SAME_ASKING, one.id, one.again, one.starts)
 
     @staticmethod
     def noted(one: ReviewerRow, session_id: str, prompt_id: Optional[str]) -> Statement:
         """Write the statement that notes what was made for a reviewer, unless it is over or asked anew."""
-        return ("UPDATE reviewers SET session = ?, prompt = ? WHERE id = ? AND state = 'reviewing' AND again = ? "
-                "AND starts = ?", (session_id, prompt_id, one.id, one.again, one.starts))
+        return (f"UPDATE reviewers SET session = ?, prompt = ? WHERE {SAME_ASKING}",
+                (session_id, prompt_id, one.id, one.again, one.starts))
 
     def fail(self, row: ConsensusRow, one: ReviewerRow, reason: str) -> None:
         """Fail a reviewer that could not be asked."""

@@ -1962,43 +1962,36 @@ def test_selftest_prints_a_confusion_matrix_and_fails_on_a_misreading(tmp_path, 
 # ============================================================================
 
 
-def line_of(kind: str, *content: Json, **more: Any) -> bytes:
-    """Write one line of a transcript."""
-    message = {"role": kind, "id": "m", "content": list(content), **more.pop("message", {})}
-    return json.dumps({"type": kind, "message": message, "promptId": "p", **more}).encode()
-
-
-ASKED, ANSWERED = line_of("user", {"type": "text", "text": "go"}), line_of(
-    "assistant", {"type": "text", "text": "first"}, message={"stop_reason": "end_turn"})
-FAILED = line_of("assistant", {"type": "text", "text": "API Error"}, isApiErrorMessage=True, error="server_error")
-
-
-@pytest.mark.parametrize("lines, said", [
-    ([ASKED, ANSWERED], "first"), ([ASKED], None), ([ASKED, ANSWERED, ASKED], None), ([ASKED, FAILED], "API Error"),
-    ([ASKED, FAILED, ANSWERED], "first"),
-    ([ASKED, ANSWERED, line_of("user", {"type": "text", "text": "Stop hook feedback:\n- no"}, isMeta=True)], None),
-    ([ASKED, ANSWERED, line_of("user", {"type": "text", "text": "Caveat: local commands"}, isMeta=True)], "first"),
-    ([ASKED, ANSWERED, line_of("assistant", {"type": "thinking", "thinking": "hm"})], None),
-    ([ASKED, ANSWERED, line_of("user", {"type": "text", "text": "[Request interrupted by user]"})], None),
-    ([ASKED, ANSWERED, b'{"type": "system", "subtype": "turn_duration"}', b"{"], "first")])
-def test_the_last_word_of_a_turn_is_what_nothing_came_behind(tmp_path, lines, said):
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(b"".join(one + b"\n" for one in lines))
-    row = types.SimpleNamespace(parts=[str(path)], ledger={"offset": path.stat().st_size})
-    read, recalled = (types.SimpleNamespace(row=row, transcript_prompt=None, transcript_said=None) for _ in range(2))
-    for line in lines:
-        for entry in aegis.parse_line(line):
-            aegis.follow_turn(read, entry)
-    aegis.recall_turn(recalled)
-    assert [one.transcript_said and one.transcript_said.text for one in (read, recalled)] == [said, said]
-
-
-
 def line(kind: str, content: Any, **more: Any) -> bytes:
     """Write one transcript line."""
     message = {"role": kind, "content": content, **more.pop("message", {})}
     whole = {"type": kind, "timestamp": "2026-04-08T09:00:00.000Z", "message": message, **more}
     return json.dumps(whole).encode() + b"\n"
+
+
+ASKED, ANSWERED = line("user", [{"type": "text", "text": "go"}]), line(
+    "assistant", [{"type": "text", "text": "first"}], message={"stop_reason": "end_turn"})
+FAILED = line("assistant", [{"type": "text", "text": "API Error"}], isApiErrorMessage=True, error="server_error")
+
+
+@pytest.mark.parametrize("lines, said", [
+    ([ASKED, ANSWERED], "first"), ([ASKED], None), ([ASKED, ANSWERED, ASKED], None), ([ASKED, FAILED], "API Error"),
+    ([ASKED, FAILED, ANSWERED], "first"),
+    ([ASKED, ANSWERED, line("user", [{"type": "text", "text": "Stop hook feedback:\n- no"}], isMeta=True)], None),
+    ([ASKED, ANSWERED, line("user", [{"type": "text", "text": "Caveat: local commands"}], isMeta=True)], "first"),
+    ([ASKED, ANSWERED, line("assistant", [{"type": "thinking", "thinking": "hm"}])], None),
+    ([ASKED, ANSWERED, line("user", [{"type": "text", "text": "[Request interrupted by user]"}])], None),
+    ([ASKED, ANSWERED, b'{"type": "system", "subtype": "turn_duration"}\n', b"{\n"], "first")])
+def test_the_last_word_of_a_turn_is_what_nothing_came_behind(tmp_path, lines, said):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b"".join(lines))
+    row = types.SimpleNamespace(parts=[str(path)], ledger={"offset": path.stat().st_size})
+    read, recalled = (types.SimpleNamespace(row=row, transcript_prompt=None, transcript_said=None) for _ in range(2))
+    for raw in lines:
+        for entry in aegis.parse_line(raw):
+            aegis.follow_turn(read, entry)
+    aegis.recall_turn(recalled)
+    assert [one.transcript_said and one.transcript_said.text for one in (read, recalled)] == [said, said]
 
 
 def said(text: str, number: int, usage: Optional[Json] = None, model: str = "claude-sonnet-4-5", **more: Any) -> bytes:
@@ -4474,11 +4467,10 @@ def test_a_turn_made_while_aegis_was_away_is_known_by_its_end_however_late_that_
     eventually(lambda: ended_turn(path))
     spent = talk.get()["tokenUsage"]["output"]
     own.crash()
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
     turn = path.read_text().replace("before", "away")
     turn = re.sub(r'"(promptId|id)": ?"', lambda found: found[0] + "other-", turn)
-    lines = [json.dumps({**json.loads(one), "timestamp": now}) + "\n" for one in turn.splitlines()]
-    end = next(number for number, one in enumerate(lines) if json.loads(one).get("subtype") == "turn_duration")
+    lines = now_at(turn).splitlines(keepends=True)
+    end = next(number for number, one in enumerate(lines) if is_end(json.loads(one)))
     with path.open("a") as file:
         file.write("".join(lines[:end]))
         file.flush()
@@ -4512,12 +4504,9 @@ def now_at(lines: str) -> str:
     return "".join(json.dumps({**json.loads(one), "timestamp": now}) + "\n" for one in lines.splitlines())
 
 
-@alone
-def test_a_turn_whose_end_nobody_reported_is_known_by_what_it_said_last(house):
-    own = house()
-    wishes = {"unended": "[[wait 2]] [[say unended]]", "failed": "[[wait 2]] [[error 500]]",
-              "limited": "[[wait 2]] [[error 429]]"}
-    talks = {name: own.open(wish) for name, wish in wishes.items()}
+def end_unreported(own: Server, wishes: Dict[str, str], **more: Any) -> Dict[str, Json]:
+    """Have turns end while Aegis is dead, by an answer, an error and a limit; gives how they are told."""
+    talks = {name: own.open(wish, **more) for name, wish in wishes.items()}
     for talk in talks.values():
         talk.wait("prompt.started")
     paths = {name: Path(talk.get()["transcriptPath"]) for name, talk in talks.items()}
@@ -4529,8 +4518,17 @@ def test_a_turn_whose_end_nobody_reported_is_known_by_what_it_said_last(house):
     told = {name: talk.wait("turn.ended") for name, talk in talks.items()}
     assert {name: one["outcome"] for name, one in told.items()} == {
         "unended": "done", "failed": "error", "limited": "error"}
+    eventually(lambda: [talk.status for talk in talks.values()] == ["idle", "error", "rate_limited"])
     assert talks["unended"].read()["output"] == "unended"
-    eventually(lambda: [talks[name].status for name in ("failed", "limited")] == ["error", "rate_limited"])
+    return told
+
+
+@alone
+def test_a_turn_whose_end_nobody_reported_is_known_by_what_it_said_last(house):
+    own = house()
+    wishes = {"unended": "[[wait 2]] [[say unended]]", "failed": "[[wait 2]] [[error 500]]",
+              "limited": "[[wait 2]] [[error 429]]"}
+    told = end_unreported(own, wishes)
     assert all("demo error" in told[name]["reason"] for name in ("failed", "limited"))
 
 
@@ -5672,14 +5670,14 @@ def test_kill_batch_refuses_what_is_no_batch(server):
 
 def ended_turn(path: str) -> bool:
     """Tell from an agent's own transcript that it has finished a turn."""
-    return any(json.loads(one).get("subtype") == "turn_duration" for one in Path(path).read_text().splitlines())
+    return any(is_end(json.loads(one)) for one in Path(path).read_text().splitlines())
 
 
 def ended_last_turn(path: str) -> bool:
     """Tell from an agent's own transcript that it has finished the turn of its last prompt."""
     lines = [json.loads(one) for one in Path(path).read_text().splitlines()]
     begins = [place for place, one in enumerate(lines) if one.get("promptSource")]
-    return not begins or any(one.get("subtype") == "turn_duration" or "[Request interrupted" in json.dumps(one)
+    return not begins or any(is_end(one) or "[Request interrupted" in json.dumps(one)
                              for one in lines[begins[-1]:])
 
 
@@ -5915,7 +5913,9 @@ def leave_all_half_typed(own: Server, cases: Any, more: Any = ()) -> List[Tuple[
     for talk, (verb, text, count) in zip(talks, cases):
         talk.send("[[wait 3]]")
         queued = talk.ask(f"POST {verb}", {"text" if verb == "send" else "command": text})["promptId"]
-        strokes = aegis.keystrokes(aegis.AGENTS["demo"], prompt_of(text, "prompt" if verb == "send" else verb))
+        prompt = prompt_of(text, "prompt" if verb == "send" else verb)
+        opening = aegis.opening_of(prompt)
+        strokes = [*(opening.strokes if opening else ()), *aegis.keystrokes(aegis.AGENTS["demo"], prompt)]
         left.append((talk, queued, [*strokes[:count], *more]))
     own.crash()
     for talk, queued, strokes in left:
@@ -14366,7 +14366,7 @@ CONTRACT: List[Tuple[str, int, Callable[[Json], Any]]] = [
     ("""-X POST /v1/sessions %s -d '{"name": "feature-auth", "workDir": "$WORK",
         "prompt": "Build a login page with email/password fields."}'""", 201,
      lambda told: told["promptDelivery"].items() >= {"delivered": True, "attempts": 1}.items()
-     and (told["name"], TIME.fullmatch(told["createdAt"]) is not None) == ("feature-auth", True)
+     and told["name"] == "feature-auth" and TIME.fullmatch(told["createdAt"])
      and (told["status"], told["turns"]) in (("working", 0), ("idle", 1))),   # the demo answers at once
     ("/v1/sessions", 200, lambda told: [one["name"] for one in told["sessions"]] == ["feature-auth"]),
     ("/v1/sessions/$ID/read", 200, lambda told: told["id"] and {"input", "output"} <= told["tokenUsage"].keys()
@@ -15555,21 +15555,8 @@ def test_real_verification_has_the_client_mend_what_failed(claude, start, tmp_pa
 def test_real_turns_whose_end_nobody_reported_are_known_by_what_they_said_last(model):
     own = lab(model).start()
     try:
-        wishes = {"said": "[[bash sleep 3]] [[say said]]", "failed": "[[bash sleep 3]] [[error 400]]",
-                  "limited": "[[bash sleep 3]] [[error 429]]"}
-        talks = {name: own.open(wish, permissionProfile="autonomous") for name, wish in wishes.items()}
-        for talk in talks.values():
-            talk.wait("prompt.started")
-        paths = {name: Path(talk.get()["transcriptPath"]) for name, talk in talks.items()}
-        own.crash()
-        eventually(lambda: ended_turn(str(paths["said"])))
-        eventually(lambda: all("isApiErrorMessage" in paths[name].read_text() for name in ("failed", "limited")))
-        take_lines(paths["said"], is_end)
-        own.start()
-        assert {name: talk.wait("turn.ended")["outcome"] for name, talk in talks.items()} == {
-            "said": "done", "failed": "error", "limited": "error"}
-        eventually(lambda: [talk.status for talk in talks.values()] == ["idle", "error", "rate_limited"])
-        assert talks["said"].read()["output"] == "said"
+        end_unreported(own, {"unended": "[[bash sleep 3]] [[say unended]]", "failed": "[[bash sleep 3]] [[error 400]]",
+                             "limited": "[[bash sleep 3]] [[error 429]]"}, permissionProfile="autonomous")
     finally:
         own.close()
 
