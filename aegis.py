@@ -15376,12 +15376,14 @@ def settle_adopted(context: Context, session: Session, request_id: str) -> None:
         request = session.facts.request(request_id)
         if request is None or session.outcomes.get(request_id) in (OURS, TERMINAL):
             break
+        asked_at = time.monotonic()
         try:
             reading = look(context, session)
         except TmuxError:   # nothing is concluded from what could not be seen
             until = time.monotonic() + ADOPT_SECONDS
             context.stopping.wait(0.5)
             continue
+        until += time.monotonic() - asked_at   # nor from what was seen late
         stands = reading.kind in ("permission_prompt", "asking") and speaks_of(reading, request)
         stood_at = min(stood_at, time.monotonic()) if stands else math.inf
         if time.monotonic() - stood_at > LIKELY_SECONDS:   # the answer never arrived, or it is taken very late

@@ -6195,11 +6195,11 @@ def lose_answer(house: Callable[..., Server]) -> Tuple[Server, Talk, Json, int]:
     sent = talk.send("[[bash touch f]] [[say on]]")
     talk.wait("permission.requested")
     eventually(lambda: "Do you want" in talk.ask("GET pane")["text"])
+    eventually(lambda: own.log.read_text().count("POST /hooks/") == 2)   # the prompt's and the call's: a log is late
     os.kill(pid, signal.SIGSTOP)
-    answered = own.log.read_text().count("POST /hooks/")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         deciding = pool.submit(own.call, f"POST /v1/sessions/{talk.id}/approve", {})
-        eventually(lambda: own.log.read_text().count("POST /hooks/") > answered)   # it was sent, and not only decided
+        eventually(lambda: own.log.read_text().count("POST /hooks/") == 3)   # it was sent, and not only decided
         own.crash()
         with contextlib.suppress(OSError, http.client.HTTPException):
             deciding.result()
@@ -6440,6 +6440,23 @@ def test_a_session_is_brought_to_the_present_by_a_tmux_that_answers_late(house):
     own.start()
     with stopped_tmux(own):
         eventually(lambda: talk.call("GET pane").status == 503)
+    eventually(lambda: "the answer was lost" in str(talk.ask("GET explain")))
+    os.kill(pid, signal.SIGCONT)
+    talk.wait("turn.ended")
+    assert decisions(talk) == [("approved", "api")]
+
+
+@alone
+def test_a_dialog_that_is_seen_late_after_a_restart_was_not_gone_meanwhile(house, tmp_path):
+    own, talk, _, pid = lose_answer(functools.partial(house, AEGIS_TMUX=program(tmp_path / "tmux", f'''case " $* " in
+        *" -C "*) exit 1;;
+        *capture-pane*) while [ -e {tmp_path}/late ]; do sleep 0.1; done;;
+        esac; exec tmux "$@"''')))
+    (tmp_path / "late").touch()
+    own.start()
+    seen_from = time.monotonic() + aegis.ADOPT_SECONDS + 0.5
+    eventually(lambda: time.monotonic() > seen_from)
+    (tmp_path / "late").unlink()
     eventually(lambda: "the answer was lost" in str(talk.ask("GET explain")))
     os.kill(pid, signal.SIGCONT)
     talk.wait("turn.ended")
