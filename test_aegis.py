@@ -12682,8 +12682,12 @@ def test_the_demo_agent_is_resized_at_any_moment(house):
         finally:
             over.set()
         resizing.result()
-    shown = talk.ask("GET pane?lines=1000")["text"]
-    assert shown.count("manual mode on") == 1 and "Demonstrating" not in shown, shown[-3_000:]
+
+    def drawn() -> bool:   # a look may meet it half drawn, but not for long
+        shown = talk.ask("GET pane?lines=1000")["text"]
+        assert shown.count("manual mode on") == 1 and "Demonstrating" not in shown, shown[-3_000:]
+        return True
+    eventually(drawn)
 
 
 def test_the_demo_agent_tells_its_version(capsys):
