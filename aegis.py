@@ -3493,6 +3493,11 @@ def _user_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     return entries
 
 
+# Why a model stopped, where the client then ends the turn: after any other reason it runs a tool or asks for the rest,
+# and where it gives that up (max_tokens, refusal) it writes an API error (Claude Code 2.1.330, seen).
+LAST_STOPS = ("end_turn", "stop_sequence", "pause_turn")
+
+
 def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     at, message = line.get("timestamp"), line["message"]
     if line.get("isApiErrorMessage") or message.get("model") == "<synthetic>":
@@ -3503,11 +3508,8 @@ def _assistant_entries(line: Json, blocks: List[Json]) -> List[Entry]:
     entries = [Entry("usage", at, usage=message.get("usage") or {}, **shared)]
     for block in blocks:
         if block.get("type") == "text":
-            entries.append(
-                Entry(
-                    "text", at, str(block.get("text") or ""), final=message.get("stop_reason") == "end_turn", **shared
-                )
-            )
+            final = message.get("stop_reason") in LAST_STOPS
+            entries.append(Entry("text", at, str(block.get("text") or ""), final=final, **shared))
         elif block.get("type") == "tool_use":
             entries.append(
                 Entry(

@@ -1981,7 +1981,10 @@ FAILED = line("assistant", [{"type": "text", "text": "API Error"}], isApiErrorMe
     ([ASKED, ANSWERED, line("user", [{"type": "text", "text": "Caveat: local commands"}], isMeta=True)], "first"),
     ([ASKED, ANSWERED, line("assistant", [{"type": "thinking", "thinking": "hm"}])], None),
     ([ASKED, ANSWERED, line("user", [{"type": "text", "text": "[Request interrupted by user]"}])], None),
-    ([ASKED, ANSWERED, b'{"type": "system", "subtype": "turn_duration"}\n', b"{\n"], "first")])
+    ([ASKED, ANSWERED, b'{"type": "system", "subtype": "turn_duration"}\n', b"{\n"], "first"),
+    *[([ASKED, line("assistant", [{"type": "text", "text": "said"}], message={"stop_reason": stop})], last)
+      for stop, last in (("stop_sequence", "said"), ("pause_turn", "said"), ("max_tokens", None), ("refusal", None),
+                         ("tool_use", None), (None, None))]])
 def test_the_last_word_of_a_turn_is_what_nothing_came_behind(tmp_path, lines, said):
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"".join(lines))
