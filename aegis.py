@@ -485,6 +485,9 @@ def new_id(prefix: str = "") -> str:
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # JSON, compact, never NaN
 
 
+MAX_DIGITS = 300   # of a whole number in JSON
+
+
 def strict_json(raw: str) -> Any:
     """Read JSON as the standard has it: no NaN, no numbers without end.  Raises ValueError."""
     return json.loads(raw, parse_constant=_no_constant, parse_int=_short_int)
@@ -495,8 +498,8 @@ def _no_constant(word: str) -> Any:
 
 
 def _short_int(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number is too long")
+    if len(digits) > MAX_DIGITS:   # beyond that it is no float any more, and costs its square
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
     return int(digits)
 
 
@@ -2954,6 +2957,16 @@ def read_process(pid: Any, name: str) -> bytes:
         return b"".join(parts)
     finally:
         os.close(handle)
+
+
+def is_signal(status: int) -> bool:
+    """Tell whether an exit status, as a shell gives it, is that of a process that a signal killed."""
+    return 128 < status < 128 + signal.NSIG
+
+
+def told_status(status: int) -> str:
+    """Say what an exit status means."""
+    return f"killed by signal {status - 128}" if is_signal(status) else f"exit status {status}"
 
 
 def is_zombie(pid: int) -> bool:
@@ -6319,7 +6332,8 @@ def find_live(context: Context, session_id: str) -> Session:
     """Find a session that has not ended.  Raises ApiError 404, or 409 when it has ended."""
     session = find_session(context, session_id)
     if not session.live:
-        raise ApiError(409, "SESSION_ENDED", f"session {session_id} is {session.row.status}; it takes nothing any more")
+        state = session.row.status if session.row.ended_at else "being ended"
+        raise ApiError(409, "SESSION_ENDED", f"session {session_id} is {state}; it takes nothing any more")
     return session
 
 
@@ -8879,8 +8893,8 @@ def on_exit(context: Context, session: Session) -> None:
     how = (
         "the agent ended" + what_took_it(context, session)
         if status is None
-        else f"the agent was killed by signal {status - 128}"
-        if status > 128
+        else f"the agent was {told_status(status)}"
+        if is_signal(status)
         else f"the agent ended with status {status}"
         + (" (its program or interpreter was not found)" if status == 127 else "")
     )
@@ -9975,10 +9989,13 @@ def process_parents() -> Iterator[Tuple[int, int]]:
 # -- what callers do to a live session
 
 
-def interrupt(context: Context, session: Session, by: str = "api") -> Tuple[bool, str]:
-    """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened."""
+def interrupt(context: Context, session: Session, by: str = "api", of: Optional[str] = None) -> Tuple[bool, str]:
+    """End the turn with one Ctrl-C, never the agent; tells whether the turn ended, and what happened.
+
+    of: the prompt whose turn it is to be; another's goes on.
+    """
     with session.key_lock:
-        return interrupt_alone(context, session, by)
+        return interrupt_alone(context, session, by, of)
 
 
 TYPED_SECONDS = 5.0      # how long an interrupt waits for a prompt that is being typed to be taken
@@ -9986,7 +10003,7 @@ INTERRUPT_SECONDS = 6.0   # and for the turn's end
 UNHEARD_SECONDS = 2.0    # a key that ends a turn has done so by then, or was not heard
 
 
-def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tuple[bool, str]:
+def interrupt_alone(context: Context, session: Session, by: str = "api", of: Optional[str] = None) -> Tuple[bool, str]:
     """End the turn; called with the session's key lock held."""
     typed = next((one for one in session.facts.waiting if one.typed_at), None)
     if typed and not session.facts.pending and not session.facts.current:   # its turn begins any moment
@@ -9994,6 +10011,8 @@ def interrupt_alone(context: Context, session: Session, by: str = "api") -> Tupl
     with session.lock:
         pending = list(session.facts.pending)
         current, busy = session.facts.current, session.facts.busy
+    if of and (current is None or current.id != of):
+        return False, "its turn is over, or has not begun"
     if pending:
         for request in pending:
             interrupt_request(context, session, request, by)
@@ -10253,10 +10272,10 @@ def check_budget(context: Context, session: Session, now: float) -> None:
         spawn("aegis-budget", interrupt_quietly, context, session)
 
 
-def interrupt_quietly(context: Context, session: Session) -> None:
-    """Interrupt a turn for nobody in particular."""
+def interrupt_quietly(context: Context, session: Session, prompt_id: Optional[str] = None) -> None:
+    """Interrupt a turn, or that of one prompt alone, for nobody in particular."""
     with contextlib.suppress(ApiError, TmuxError):
-        interrupt(context, session)
+        interrupt(context, session, of=prompt_id)
 
 
 def continue_due(session: Session) -> Optional[float]:
@@ -10818,14 +10837,15 @@ OUTPUT_SHOWN = 8_000           # characters of it that are stored
 MANIFEST_BYTES = 1_000_000     # a project's file that is longer is not read for checks
 CHECK_LOOK = 0.05              # seconds between two looks at a running check; an adopted one costs more
 ADOPTED_LOOK = 0.5
+SHIM_SECONDS = 5.0             # a shim may take to say whether it has a tool
 KEEPER_SECONDS = 2.0           # a check's output is complete when nothing can write to it any more
 CHECK_MARK = "AEGIS_CHECK"     # the variable that marks a check's processes
 
 # The inner command's exit status is written whole or not at all, before anybody can see it.
 CHECK_SCRIPT = 'status=$1; shift; "$@"; code=$?; echo "$code" > "$status.part" && mv "$status.part" "$status"'
-CREDENTIAL = re.compile(
-    r"AEGIS_.*|CLAUDE.*|ANTHROPIC_.*|.*(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE_KEY).*",
-    re.IGNORECASE)
+CREDENTIAL = re.compile(   # PWD alone is where one is
+    r"AEGIS_.*|CLAUDE.*|ANTHROPIC_.*|.*(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE_KEY).*"
+    r"|.*KEY(_.*)?|(.*_)?PASS(_.*)?|.+_(PWD|AUTH)", re.IGNORECASE)
 CHECK_ENV = {"CI": "1", "TERM": "dumb", "NO_COLOR": "1", "PAGER": "cat", "GIT_PAGER": "cat", "GIT_TERMINAL_PROMPT": "0"}
 
 
@@ -10893,7 +10913,7 @@ TARGETS = ("lint", "format:check", "typecheck", "type-check", "check-types", "ch
 LOCKS = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lock": "bun", "bun.lockb": "bun"}   # file -> its tool
 TOOL_PLACES = (".venv/bin", "venv/bin", "node_modules/.bin", "vendor/bin")
 MAKE_RULE = re.compile(r"^([A-Za-z0-9][\w.-]*(?:[ \t]+[A-Za-z0-9][\w.-]*){0,20})[ \t]*::?(?!=)", re.MULTILINE)
-RECIPE_LINE = re.compile(r"^@?([A-Za-z][\w-]*)[^:=\n]{0,200}:(?!=)", re.MULTILINE)
+RECIPE_LINE = re.compile(r"^@?([A-Za-z][\w-]{0,63})(?![\w-])[^:=\n]{0,200}:(?!=)", re.MULTILINE)
 
 
 def read_manifest(work_dir: str, name: str) -> Optional[str]:
@@ -10915,16 +10935,38 @@ def find_tool(work_dir: str, tools: Sequence[str]) -> Optional[str]:
         own = next((one for one in (os.path.join(work_dir, place) for place in places)
                     if os.path.isfile(one) and os.access(one, os.X_OK)), None)
         found = own or (None if "/" in tool else shutil.which(tool))
-        if found:
+        if found and can_run(found, work_dir):
             return found
     return None
+
+
+def can_run(program: str, work_dir: str) -> bool:
+    """Tell whether a program's interpreter is there, and a version manager's shim (pyenv, asdf) has a tool behind it.
+
+    A check's own exit status tells nothing of that: what it runs may end with any.
+    """
+    try:
+        with open(program, "rb") as file:
+            first = file.readline(1_000)
+        words = first[2:].decode("utf-8", "replace").split() if first[:2] == b"#!" else []
+        named = next((word for word in words[1:] if word[0] != "-" and "=" not in word), "sh")
+        if words and not (shutil.which(named) if os.path.basename(words[0]) == "env"
+                          else os.access(os.path.join(work_dir, words[0]), os.X_OK)):
+            return False
+        if os.path.basename(os.path.dirname(program)) != "shims":
+            return True
+        return subprocess.run([program, "--version"], cwd=work_dir, env=check_environment(""), timeout=SHIM_SECONDS,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              check=False).returncode not in (126, 127)
+    except (OSError, subprocess.SubprocessError):
+        return True   # it is run, and says why not
 
 
 def check_with(work_dir: str, name: str, tools: Sequence[str], words: Sequence[str]) -> Check:
     """Make a check of a tool; a tool that is not installed makes it one that is skipped."""
     program = find_tool(work_dir, tools)
     if program is None:
-        return Check(name, (tools[-1], *words), skip=f"{tools[-1]} is not installed")
+        return Check(name, (tools[-1], *words), skip=f"{tools[-1]} is not installed, or cannot be run")
     return Check(name, (program, *words))
 
 
@@ -11056,9 +11098,12 @@ def marked_processes(check_id: str) -> List[int]:
 
 def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
     """Kill what is left of a check's processes, and give the end of its output."""
-    group = row.pid if row.pid and row.pid in marked_processes(row.id) else None
-    if group:
-        terminate(group, 0.5)
+    if row.pid and row.pid in marked_processes(row.id):
+        terminate(row.pid, 0.5)
+    elif running:   # its own shell is over; what else is in its group may carry no mark
+        running.check.wait()
+        with contextlib.suppress(OSError):
+            os.killpg(running.check.pid, signal.SIGKILL)
     for _ in range(5):
         left = marked_processes(row.id)
         for pid in left:
@@ -11067,14 +11112,37 @@ def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
         if not left:
             break
         time.sleep(0.02)
-    until = time.monotonic() + KEEPER_SECONDS
-    while row.keeper and alive(row.keeper) and not is_zombie(row.keeper) and time.monotonic() < until:
-        if running and running.keeper.poll() is not None:
-            break
-        time.sleep(0.005)
+    if row.keeper and not await_keeper(row.keeper, running, KEEPER_SECONDS / 4):
+        for pid in writers_to(row.keeper):   # they left group and mark behind, and hold the output still
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        await_keeper(row.keeper, running, KEEPER_SECONDS)
     if running:
         running.check.poll()   # collected
     return last_lines(read_tail(folder / f"{row.id}.output", OUTPUT_KEPT))
+
+
+def await_keeper(keeper: int, running: Optional[Running], seconds: float) -> bool:
+    """Wait until the end of a check's output is kept; False when something may write to it still."""
+    until = time.monotonic() + seconds
+    while alive(keeper) and not is_zombie(keeper) and not (running and running.keeper.poll() is not None):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def writers_to(keeper: int) -> List[int]:
+    """List the processes that hold the other end of a check's output; where there is no /proc, none is found."""
+    found = []
+    with contextlib.suppress(OSError):
+        pipe = os.readlink(f"/proc/{keeper}/fd/0")
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) != keeper:
+                with contextlib.suppress(OSError), os.scandir(f"/proc/{entry}/fd") as opened:
+                    if any(os.readlink(one.path) == pipe for one in opened):
+                        found.append(int(entry))
+    return found
 
 
 def last_lines(said: str) -> str:
@@ -11084,12 +11152,15 @@ def last_lines(said: str) -> str:
     return shown if len(shown) == len(plain) or "\n" not in shown else shown.partition("\n")[2]
 
 
-def read_status(row: CheckRow, folder: Path) -> Optional[int]:
-    """Read a check's exit status; None while it has none."""
+def read_status(row: CheckRow, folder: Path) -> Optional[Json]:
+    """Read a check's exit status, and when it ended; None while it has not."""
     try:
-        return int((folder / f"{row.id}.status").read_text())
+        with open(folder / f"{row.id}.status", encoding="utf-8") as file:
+            code, ended_at = int(file.read()), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError):
         return None
+    ended_at = min(max(ended_at, row.started_at or 0), time.time())   # should the clock have been set meanwhile
+    return {"exit_code": code, "ended_at": ended_at}
 
 
 def forget_files(row: CheckRow, folder: Path) -> None:
@@ -11099,13 +11170,9 @@ def forget_files(row: CheckRow, folder: Path) -> None:
             (folder / f"{row.id}.{kind}").unlink()
 
 
-def judge_status(row: CheckRow, code: int, output: str) -> Json:
+def judge_status(code: int) -> Json:
     """Turn an exit status into a state, and why."""
-    if code == 0:
-        return {"state": "passed"}
-    if code in (126, 127) and row.found:
-        return {"state": "skipped", "reason": f"its tool cannot be run: {clip(output.strip()[-200:], 200)}"}
-    return {"state": "failed", "reason": f"killed by signal {code - 128}" if code > 128 else f"exit status {code}"}
+    return {"state": "failed", "reason": told_status(code)} if code else {"state": "passed"}
 
 
 # ============================================================================
@@ -11250,29 +11317,32 @@ class Verifier:
             return
         output = end_check(row, self.folder, running)
         code = result.get("exit_code")
-        self.end(row, {**(judge_status(row, code, output) if code is not None else {}), **result}, output)
+        self.end(row, {**(judge_status(code) if code is not None else {}), **result}, output)
 
     def await_check(self, row: CheckRow, running: Optional[Running]) -> Optional[Json]:
         """Wait for a check's end; gives what ended it, None when it is to be left as it is."""
         spent = max(0.0, time.time() - (row.started_at or 0))   # 0 when the clock was set back meanwhile
         deadline, pause = time.monotonic() + row.timeout - spent, CHECK_LOOK
+        late = {"state": "timed_out", "reason": f"it took more than {row.timeout:g} s"}
         while True:
-            code = read_status(row, self.folder)
-            if code is not None:
-                return {"exit_code": code}
-            if running and running.check.poll() is not None:
-                code = read_status(row, self.folder)   # it ended between the two looks
-                return {"exit_code": code if code is not None else 128 - min(running.check.returncode, 0)}
+            ended = read_status(row, self.folder)
+            if ended and running is None and ended["ended_at"] - (row.started_at or 0) > row.timeout:
+                return {**late, "ended_at": ended["ended_at"]}   # nobody was there to end it
+            if ended:
+                return ended
+            if running and running.check.poll() is not None:   # or it ended between the two looks
+                return read_status(row, self.folder) or {"exit_code": 128 - min(running.check.returncode, 0)}
             if running is None and not marked_processes(row.id):
-                code = read_status(row, self.folder)
-                if code is None:   # it vanished with the box, or never began: nobody knows what it came to
-                    self.change(row, state="queued", started_at=None, pid=None, keeper=None)
-                    forget_files(row, self.folder)
-                return None if code is None else {"exit_code": code}
+                if read_status(row, self.folder):
+                    continue
+                # It vanished with the box, or never began: nobody knows what it came to.
+                self.change(row, state="queued", started_at=None, pid=None, keeper=None)
+                forget_files(row, self.folder)
+                return None
             if row.verify in self.cancelled:
                 return {"state": "cancelled", "reason": "cancelled"}
             if time.monotonic() > deadline:
-                return {"state": "timed_out", "reason": f"it took more than {row.timeout:g} s"}
+                return late
             if self.context.stopping.wait(pause if running else ADOPTED_LOOK):
                 return None
 
@@ -11296,6 +11366,7 @@ class Verifier:
         """Send what failed to the agent; the prompt's key makes it one prompt, however often this is tried."""
         try:
             session = find_live(self.context, row.session)
+            check_mends(session.row.agent)
             prompt = enqueue(session, "prompt", fix_prompt(checks), f"{row.id} round {row.round}")
         except ApiError as error:
             if error.status == 503:
@@ -11340,6 +11411,12 @@ class Verifier:
                 "checks": [{"name": one.name, "state": one.state} for one in checks]}
         changes = {"state": state, "reason": reason, "ended_at": time.time()}
         self.context.bus.commit([update("verifies", row.id, changes)], [Draft("verify.completed", row.session, told)])
+
+
+def check_mends(agent: str) -> None:
+    """Refuse to have a shell mend: it would run what a check printed.  Raises ApiError 400."""
+    if not AGENTS[agent].reports:
+        raise faulty({"fix": f"{agent} runs what it is sent: only an agent that reads can be told what failed"})
 
 
 STEPS: Dict[str, Callable[[Verifier, VerifyRow], None]] = {
@@ -11425,7 +11502,7 @@ def cancel_turn(context: Context, session_id: str, prompt_id: str) -> None:
         if prompt.state == "queued" and prompt.typed_at is None:
             cancel_prompt(session, prompt_id)
         elif prompt.ended_at is None:
-            interrupt_quietly(context, session)
+            interrupt_quietly(context, session, prompt_id)
 
 
 def cancel_verify(verifier: Verifier, verify_id: str) -> Tuple[VerifyRow, bool]:
@@ -12109,12 +12186,14 @@ class Runner:
                 self.context.bus.commit([update("stages", stage.id, changes)], [stage_event(after)])
 
     def abandon(self, row: PipelineRow, stage: StageRow) -> None:
-        """End what a stage that is over has under way: its verification, its turn, its session."""
+        """End what a stage that is over has under way: its verification, its turn, its session if no other needs it."""
         with contextlib.suppress(ApiError):
             if stage.verify and find_verify(self.context, stage.verify).ended_at is None:
                 cancel_verify(self.context.verifier, stage.verify)
         session_id = stage.session or begun_under(self.context, stage_key(stage))
-        if session_id and (stage.spec["same"] or row.keep):   # a start under way sees that it is not wanted
+        with self.loop.lock:   # whoever sees that a stage is over stores so before others look
+            needed = needed_sessions(self.context, stages_of(self.context, row.id))
+        if session_id and (stage.spec["same"] or row.keep or session_id in needed):   # a start under way sees it, too
             if stage.prompt:
                 cancel_turn(self.context, session_id, stage.prompt)
         elif session_id:
@@ -12389,6 +12468,11 @@ def checked(fields: Mapping[str, Field], given: Any, where: str) -> Json:
         raise ValueError(f"{where}: {clip(error.message, 300)}") from None
 
 
+def criterion_key(name: str) -> str:
+    """Reduce a criterion's name to what a reviewer was sure to be shown and may write another way."""
+    return canonical(name).casefold()
+
+
 def read_assessment(said: str, criteria: Sequence[str]) -> Json:
     """Read a reviewer's answer.  Raises ValueError that says what is wrong with it."""
     if len(said) > MAX_ASSESSMENT:
@@ -12397,11 +12481,11 @@ def read_assessment(said: str, criteria: Sequence[str]) -> Json:
     if len(blocks) != 1:
         raise ValueError(f"it holds {len(blocks)} blocks of ```json, and must hold exactly one")
     told = checked(ASSESSMENT, unambiguous_json(blocks[0]), "the assessment")
-    names = {name.casefold(): name for name in criteria}
+    names = {criterion_key(name): name for name in criteria}
     found: Dict[str, Json] = {}
     for number_, one in enumerate(told["criteria"], 1):
         one = checked(CRITERION, one, f"criterion {number_}")
-        name = names.get(one["name"].strip().casefold())
+        name = names.get(criterion_key(one["name"]))
         if name is None or name in found:
             raise ValueError(f"criterion {number_} is {clip(one['name'], 60)!r}, which was "
                              + ("not asked for" if name is None else "given already"))
@@ -17463,6 +17547,7 @@ def verify_session(ask: Ask, id: str, checks: Optional[List[Json]], parallel: bo
     context, session = ask.context, find_session(ask.context, id)
     if fix:
         find_live(context, id)
+        check_mends(session.row.agent)
     key = f"{id}:{ask.idempotency_key}" if ask.idempotency_key else None
 
     def work() -> Json:
@@ -17560,7 +17645,7 @@ def read_stages(ask: Ask, row: PipelineRow, given: Sequence[Json], shared: Json)
             fields = {f"stages.{place}.{name}".rstrip("."): wrong for name, wrong in inner.items()}
             raise ApiError(error.status, error.code, f"stage {place + 1}: {error.message}",
                            **{**error.more, "headers": error.headers, "fields": fields}) from None
-    check_stages(rows)
+    check_stages(ask.context.settings, rows)
     return rows
 
 
@@ -17653,7 +17738,14 @@ def read_gate(given: Any) -> Optional[Json]:
     return gate
 
 
-def check_stages(rows: Sequence[StageRow]) -> None:
+def takes_words(settings: Settings, stage: StageRow, rows: Sequence[StageRow]) -> bool:
+    """Tell whether the agent of a stage's session reads what it is sent, and does not run it."""
+    while stage.spec["same"]:
+        stage = next(one for one in rows if one.name == stage.depends_on[0])
+    return AGENTS[stage.spec["wanted"]["agent"] or settings.agent].reports
+
+
+def check_stages(settings: Settings, rows: Sequence[StageRow]) -> None:
     """Check how stages hang together: names, dependencies, what they quote.  Raises ApiError 400 naming each fault."""
     place = {one.name: f"stages.{one.place}" for one in rows}
     if len(place) < len(rows):
@@ -17667,6 +17759,9 @@ def check_stages(rows: Sequence[StageRow]) -> None:
             faults[f"{place[one.name]}.prompt"] = "; ".join(wrong)
         if one.spec["same"] and len(one.depends_on) != 1:
             faults[f"{place[one.name]}.session"] = "can be same only where the stage depends on exactly one other"
+    for one in rows if not faults else ():
+        if (one.spec["verify"] or {}).get("fix") and not takes_words(settings, one, rows):
+            faults[f"{place[one.name]}.verify.fix"] = "needs an agent that reads what it is sent, and is no shell"
     if faults:
         raise faulty(faults)
 
@@ -17745,7 +17840,11 @@ def either_of(name: str, value: Any, synonym: str, other: Any) -> Any:
 def read_criteria(given: Optional[Sequence[str]]) -> List[str]:
     """Read what a review judges by.  Raises ApiError 400 when a name is there twice."""
     names_ = [" ".join(name.split()) for name in given or DEFAULT_CRITERIA]
-    twice = next((name for at, name in enumerate(names_) if name.casefold() in map(str.casefold, names_[:at])), None)
+    keys = list(map(criterion_key, names_))
+    blank = next((name for name, key in zip(names_, keys) if not key), None)
+    if blank is not None:
+        raise faulty({"criteria": f"{blank!r} holds nothing that a reviewer could read"})
+    twice = next((name for at, name in enumerate(names_) if keys[at] in keys[:at]), None)
     if twice is not None:
         raise faulty({"criteria": f"{twice!r} is there twice"})
     return names_
@@ -17753,7 +17852,9 @@ def read_criteria(given: Optional[Sequence[str]]) -> List[str]:
 
 def read_weights(rule: str, given: Any, criteria: Sequence[str], reviewers: int) -> Any:
     """Read the weights of reviewers, in order, or of criteria, by name.  Raises ApiError 400."""
-    if (rule == "weighted") != (given is not None):
+    if rule == "weighted" and given is None:
+        raise faulty({"weights": "are missing: the rule weighted needs one for each reviewer, or each criterion"})
+    if rule != "weighted" and given is not None:
         raise faulty({"weights": "belong to the rule weighted, and to that alone"})
     if given is None:
         return None

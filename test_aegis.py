@@ -7442,8 +7442,8 @@ def key(server: Server) -> Iterator[str]:
         server.call(f"DELETE /v1/memory/{urllib.parse.quote(one['key'])}")
 
 
-VALUES = ["Using Fastify v5", "", 0, -1.5, 10 ** 19, True, False, None, [], {}, [1, [None, {"a": "b"}]], "\u0000\n",
-          {"deep": [[[[["x"]]]]]}, "\U0001f600 \u00e9"]
+VALUES = ["Using Fastify v5", "", 0, -1.5, 10 ** 19, 1 - 10 ** 290, True, False, None, [], {}, [1, [None, {"a": "b"}]],
+          "\u0000\n", {"deep": [[[[["x"]]]]]}, "\U0001f600 \u00e9"]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
@@ -7813,6 +7813,37 @@ def test_verify_session_finds_the_projects_checks_and_runs_them_in_its_directory
     assert "cannot be run" in told["checks"][-1]["reason"] and told["checks"][0]["found"] is True
 
 
+def test_verify_session_fails_a_found_check_whatever_status_it_ends_with(make, tmp_path):
+    work = project(tmp_path / "w", {"go.mod": "", "node_modules/.bin/go": "!", "Makefile": "test:\n\ttrue\n"})
+    (work / "node_modules/.bin/go").write_text(
+        "#!/bin/sh\ncase $1 in build) exit 126;; vet) exit 127;; *) exit 255;; esac\n")
+    told = make(workDir=str(work)).ask("POST verify")
+    assert {one["name"]: one["reason"] for one in told["checks"]} == {
+        "make test": None, "go build": "exit status 126", "go vet": "exit status 127", "go test": "exit status 255"}
+    assert told["passed"] is False and states(told)["go vet"] == "failed"
+
+
+def test_a_tool_that_is_only_a_shim_or_has_no_interpreter_is_not_installed(tmp_path, monkeypatch):
+    for name, content in {"shims/ruff": "#!/bin/sh\nexit 127\n", "shims/mypy": "#!/bin/sh\ntrue\n",
+                          "bin/black": "#!/no/such/python\n", "bin/go": "#!/usr/bin/env no-such-program\n",
+                          "bin/mvn": "#!/usr/bin/env -S sh -e\n", "bin/cargo": "\x7fELF"}.items():
+        project(tmp_path, {name: "!"})
+        (tmp_path / name).write_text(content)
+    monkeypatch.setenv("PATH", f"{tmp_path}/shims:{tmp_path}/bin:/usr/bin:/bin")
+    found = {name: aegis.find_tool(str(tmp_path), (name,)) for name in ("ruff", "mypy", "black", "go", "mvn", "cargo")}
+    assert {name for name, program in found.items() if program} == {"mypy", "mvn", "cargo"}
+
+
+@pytest.mark.parametrize("name", ["justfile", "Makefile", "package.json", "pyproject.toml", "setup.cfg", "tox.ini"])
+@pytest.mark.parametrize("content", ["a" * 999_000, "a " * 499_000, ("b" * 189 + "\n") * 5_200, "[" * 999_000,
+                                     "@a:" * 300_000, "\n" * 999_000, ("a" + " " * 199 + "\n") * 4_900], ids=range(7))
+def test_no_projects_file_takes_long_to_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    began = time.process_time()
+    aegis.find_checks(str(tmp_path), 1.0)
+    assert time.process_time() - began < 0.35, "it takes a twentieth of that where no pattern goes back and forth"
+
+
 def test_verify_session_of_many_checks_keeps_no_other_waiting(make):
     hogs, small = [make() for _ in range(aegis.CHECKS_AT_ONCE)], make()
     with concurrent.futures.ThreadPoolExecutor(len(hogs)) as pool:
@@ -7875,6 +7906,14 @@ def test_verify_session_kills_all_of_what_takes_too_long(talk, tmp_path):
     assert not alive(int((tmp_path / "pid").read_text())) and nap not in command_lines()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what left group and mark behind is found in /proc")
+def test_verify_session_kills_what_left_its_mark_behind_and_shows_what_it_wrote(talk):
+    nap = f"sleep 301.{random.randrange(10 ** 9)}"
+    told = verify(talk, check(f"env -i {nap} & echo in", "in"), check(f"env -i {SETSID} {nap} & echo out", "out"))
+    assert [one["output"] for one in told["checks"]] == ["in\n", "out\n"] and told["passed"] is True
+    eventually(lambda: nap not in command_lines())
+
+
 def test_verify_session_bounds_the_output(talk):
     told = verify(talk, check("yes 0123456789 | head -c 60000000; echo end", "loud"))
     assert states(told) == {"loud": "passed"} and len(told["checks"][0]["output"]) <= 8_000
@@ -7894,10 +7933,12 @@ def test_verify_session_runs_checks_at_once_when_told(talk, tmp_path):
 @alone
 def test_verify_session_gives_checks_no_credentials(house):
     own = house(AEGIS_AUTH_TOKEN="t0ken", ANTHROPIC_API_KEY="hush", GITHUB_TOKEN="hush", DB_PASSWORD="hush",
-                HARMLESS="yes")
+                STRIPE_KEY="hush", AWS_ACCESS_KEY_ID="hush", SSHKEY="hush", DB_PASS="hush", PG_PWD="hush",
+                KEYBOARD="yes", HARMLESS="yes")
     told = own.open().ask("POST verify", {"checks": [check("env; cat", "env")]})
     said = told["checks"][0]["output"]
     assert told["passed"] is True and "HARMLESS=yes" in said and "CI=1" in said and "PATH=" in said
+    assert "KEYBOARD=yes" in said and "\nPWD=" in said
     assert "hush" not in said and "t0ken" not in said and "TMUX=" not in said
 
 
@@ -7984,12 +8025,41 @@ def test_verify_session_gives_up_after_so_many_rounds_or_when_the_agent_cannot(m
     assert talk.refusal("POST verify", {"checks": [check("false")], "fix": 1}) == (409, "SESSION_ENDED")
 
 
+def test_verify_session_has_no_shell_mend(server, make):
+    shell = make(agent="shell", command=["bash", "--norc"])
+    refused = shell.call("POST verify", {"checks": [check("false")], "fix": 1})
+    assert refused.status == 400 and "fix" in refused.json["fields"], refused.raw
+    stages = [{"name": "a", "prompt": "true", "agent": "shell", "verify": {"fix": 1}},
+              {"name": "b", "prompt": "true", "session": "same", "verify": {"fix": 1}}]
+    for place in (0, 1):
+        refused = server.call("POST /v1/pipelines", {"workDir": str(server.work), "stages": [
+            {**one, "verify": one["verify"] if at == place else True} for at, one in enumerate(stages)]})
+        assert refused.status == 400 and list(refused.json["fields"]) == [f"stages.{place}.verify.fix"], refused.raw
+
+
 def test_cancel_verify_interrupts_the_mending(server, make):
     talk = make()
     told = verify(talk, check("echo '[[hang]]'; false", "never"), fix=2, wait=False)
     talk.wait("prompt.started", promptId=talk.wait("verify.fixing")["promptId"])
     assert server.ask(f"DELETE /v1/verify/{told['id']}")["state"] == "cancelled"
     assert talk.read()["status"] == "idle"
+
+
+@alone
+def test_a_check_that_ended_while_aegis_was_away_is_judged_by_when_it_did(house):
+    own = house()
+    talk, over = own.open(), own.root / "over"
+    told = verify(talk, check("sleep 0.3; exit 3", "quick"), check(f"sleep 2.5; touch {over}", "slow", timeout=1),
+                  wait=False, parallel=True)
+    eventually(lambda: all(one["seconds"] for one in own.ask(f"GET /v1/verify/{told['id']}")["checks"]))
+    own.crash()
+    eventually(over.exists)
+    gone = time.monotonic()
+    eventually(lambda: time.monotonic() > gone + 2)
+    own.start()
+    quick, slow = own.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=30")["checks"]
+    assert (quick["state"], quick["exitCode"], slow["state"]) == ("failed", 3, "timed_out")
+    assert "1 s" in slow["reason"] and quick["seconds"] < 1.5 and 2.4 < slow["seconds"] < 4.0
 
 
 @alone
@@ -8341,6 +8411,8 @@ def test_create_pipeline_takes_templates_memory_and_defaults(server, key, tmp_pa
     ({"stages": [{"prompt": "{{nothing}}"}]}, "stages.0.prompt"),
     ({"stages": [{"prompt": "{{a b}}"}]}, "stages.0.prompt"),
     ({"stages": [{"prompt": "x", "session": "same"}]}, "stages.0.session"),
+    ({"stages": [{"name": "b", "prompt": "x", "session": "same", "dependsOn": ["a"], "verify": {"fix": 1}},
+                 {"name": "a", "prompt": "x", "session": "same", "dependsOn": []}]}, "stages.1.session"),
     ({"stages": [{"prompt": "\u200b"}]}, "stages.0.prompt"),
     ({"stages": [{"prompt": "x"}, {"prompt": "x", "session": "same", "model": "m"}]}, "stages.1.model"),
     ({"stages": [{"prompt": "x", "workDir": "/no/such/place"}]}, "stages.0.workDir"),
@@ -8401,6 +8473,21 @@ def test_stages_in_one_session_take_turns_and_each_counts_its_own(server):
     assert min(used) > 0 and sum(used) == told["tokenUsage"]["output"], used
     b, c = told["stages"][1:]
     assert max(b["startedAt"], c["startedAt"]) >= min(b["endedAt"], c["endedAt"])
+
+
+@pytest.mark.parametrize("first", [
+    {"prompt": "[[say A]]", "verify": {"checks": [{"command": "trap '' TERM HUP; sleep 9; sleep 9"}]}},
+    {"prompt": "[[slow 30]]"}, {"prompt": "[[hang]]"}])
+def test_create_pipeline_goes_on_in_the_session_of_a_stage_that_timed_out(server, first):
+    told = finished(server, pipeline(
+        server, {"name": "a", "timeout": 1, "onFailure": "continue", **first},
+        {"name": "b", "prompt": "[[wait 1.5]] [[say B]]", "session": "same", "retries": 1},
+        {"name": "c", "prompt": "[[say C]]", "session": "same"}))
+    assert come_to(told) == {"a": "failed", "b": "done", "c": "done"}, told
+    a, b, c = told["stages"]
+    assert (b["output"], c["output"], b["attempt"]) == ("B", "C", 1)
+    assert a["sessionId"] == b["sessionId"] == c["sessionId"]
+    eventually(lambda: server.ask(f"GET /v1/sessions/{a['sessionId']}")["status"] == "killed")
 
 
 @alone
@@ -8760,6 +8847,18 @@ def test_an_answer_is_read_strictly(said, wrong):
     with pytest.raises(ValueError, match=re.escape(wrong)) as refused:
         aegis.read_assessment(said, ["a", "b"])
     assert len(str(refused.value)) < 500 and str(refused.value).encode("utf-8")
+
+
+@pytest.mark.parametrize("asked", ["cafe\u0301", "\u0645\u06cc\u200c\u062e\u0648", "a\u200bb", "Is it safe?"])
+def test_a_criterion_is_known_by_what_an_agent_was_sure_to_be_shown(asked):
+    criteria = aegis.read_criteria([asked])
+    for written in (asked, aegis.canonical(asked), unicodedata.normalize("NFC", asked), f" {asked.upper()} "):
+        told = aegis.read_assessment(fenced(assessment(**{written: "approve"})), criteria)
+        assert told["criteria"][0]["name"] == asked
+    for wrong in ([asked, f"\u200d{asked}"], ["\u200b"]):
+        with pytest.raises(aegis.ApiError) as refused:
+            aegis.read_criteria(wrong)
+        assert list(refused.value.more["fields"]) == ["criteria"]
 
 
 def test_no_answer_whatever_breaks_the_reading():
