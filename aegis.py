@@ -266,6 +266,8 @@ SETTINGS = (
         "for a decision, is stalled."
     ),
     Setting("pipeline_stages", "int", "8", "How many stages of all pipelines may work at once, each with an agent."),
+    Setting("checks", "int", "0", "How many checks of all verifications may run at once; others are queued. "
+            "0: as many as the box has processors, and 2 at least."),
     Setting("resume_all", "onoff", "off", "At start, bring back the sessions that were alive when the box went down."),
     Setting("heartbeat_seconds", "seconds", "15", "Pause between the comments that keep event streams alive."),
     Setting("keep_events", "int", "100000", "How many events stay stored for replay."),
@@ -421,6 +423,8 @@ class Settings:
                 raise ValueError(f"AEGIS_{name.upper()} (--{name.replace('_', '-')}) is 0: it must be at least 1")
         if self.port > 65535:
             raise ValueError(f"AEGIS_PORT (--port) is {self.port}: it must be at most 65535")
+        if not re.fullmatch(r"[\x21-\x7e]*", self.auth_token):   # a header has no other characters for sure
+            raise ValueError("AEGIS_AUTH_TOKEN is (hidden): it must have visible ASCII characters only")
         self.state_dir = os.path.realpath(os.path.expanduser(self.state_dir))
         self.tmux_socket = self.tmux_socket or default_socket(self.state_dir)
         self.work_dirs = tuple(os.path.realpath(os.path.expanduser(path)) for path in self.work_dirs)
@@ -854,9 +858,16 @@ def validate(fields: Mapping[str, Field], given: Mapping[str, Any]) -> Json:
     return values
 
 
+def read_number(word: str) -> float:
+    """Read a number as JSON writes it: Python reads more, such as 1_0.  Raises ValueError."""
+    if not re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?", word):
+        raise ValueError("must be a number")
+    return json.loads(word)   # type: ignore[no-any-return]
+
+
 def from_words(fields: Mapping[str, Field], words: Mapping[str, str]) -> Json:
     """Read query words as the types their fields want; what does not fit is left for validate."""
-    readers: Dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "boolean": read_onoff}
+    readers: Dict[str, Callable[[str], Any]] = {"integer": read_number, "number": read_number, "boolean": read_onoff}
     values: Json = {}
     for name, word in words.items():
         kind = fields.get(name, {}).get("type")
@@ -2627,7 +2638,9 @@ class Tmux:
             return subprocess.run(
                 self.argv(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 env=tmux_environment(), timeout=timeout, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired:
+            raise TmuxError(words[0], f"no answer within {timeout:g} s") from None
+        except OSError as error:
             raise TmuxError(words[0], str(error)) from error
 
     def _run_once(self, commands: Sequence[Command], timeout: float) -> List[str]:
@@ -5753,8 +5766,8 @@ DIALOG_STATUS: Dict[str, Tuple[str, str]] = {
     "bypass": ("asking", "the agent asks whether to run without permission checks: attach and answer once"),
     "login": (
         "error",
-        "the agent is not logged in: attach and run /login, or start Aegis with ANTHROPIC_API_KEY or "
-        "CLAUDE_CODE_OAUTH_TOKEN set",
+        "the agent is not logged in: attach and run /login, or start Aegis with CLAUDE_CODE_OAUTH_TOKEN or "
+        "ANTHROPIC_AUTH_TOKEN set",
     ),
     "onboarding": (
         "error",
@@ -6143,6 +6156,8 @@ class Change:
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now, self.session.last_outcome = time.time(), outcome
+        if outcome != "done" and prompt.state != "queued":
+            self.columns["output"] = None   # the last turn came to no answer; an older one is not its
         if outcome == "done" and self.facts.continues:
             self.set(continues=0, continue_at=0.0)
         if prompt.state == "queued":
@@ -6875,6 +6890,14 @@ def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
     return False
 
 
+FAREWELL_SECONDS = 10.0   # how long an agent may take to end that was told to
+
+
+def is_farewell(prompt: PromptRow) -> bool:
+    """Tell whether a command ends the agent."""
+    return prompt.kind == "command" and prompt.text.split()[0] in ("/exit", "/quit")
+
+
 def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
     """Wait for the agent's report; press Enter again only while the draft is still in the box."""
     began, presses = time.monotonic(), 1
@@ -6897,6 +6920,8 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         elif prompt.kind == "bash" and reading.kind == "working" and reading.empty:
             start_unreported(session, prompt.id, "the shell line left the box, and the agent works")
             return
+        elif is_farewell(prompt) and reading.kind not in DIALOG_STATUS and time.monotonic() - began < FAREWELL_SECONDS:
+            pass   # its process ends any moment, and with it its session
         elif prompt.kind != "prompt" and reading.kind != "working":
             end_unreported(session, prompt.id, reading)
             return
@@ -8484,6 +8509,7 @@ def on_session_end(session: Session, body: Json) -> Answer:
     with session.changing("hook", "SessionEnd", str(body.get("reason"))) as change:
         if body.get("reason") == "clear":
             end_command(change, "/clear")
+            change.columns["output"] = None   # what was said is not of this conversation
     return {}
 
 
@@ -8806,14 +8832,14 @@ def end_untold(change: Change, said: Optional[Entry], why: str) -> None:
     change.session.stopped_at = time.time()
     if said and said.cause:
         fail_turn(change, ended, said.cause, said.text)
-    elif said:
-        if said.text:
-            change.columns["output"] = said.text
-        for prompt in ended:
-            change.end_prompt(prompt, "done", answer=said.text)
     for prompt in others:
         merged = prompt.kind == "terminal" and prompt.agent_id is None   # the client put it into another turn
         change.end_prompt(prompt, "done" if merged else "interrupted", None if merged else why)
+    if said and not said.cause:
+        for prompt in ended:
+            change.end_prompt(prompt, "done", answer=said.text)
+        if said.text:
+            change.columns["output"] = said.text
 
 
 def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
@@ -8979,7 +9005,7 @@ def end_everything(change: Change, status: str, reason: str, exit_code: Optional
         record_closed(change, request._replace(
             state=state, decided_by=request.decided_by if request.claim else status, decided_at=now))
     for prompt in change.facts.prompts:
-        wanted_exit = prompt.kind == "command" and prompt.text.split()[0] in ("/exit", "/quit") and prompt.typed_at
+        wanted_exit = is_farewell(prompt) and prompt.typed_at
         if prompt.state in OPEN_STATES:
             change.end_prompt(
                 prompt, "done" if wanted_exit else "error", None if wanted_exit else f"the session was {status}"
@@ -8990,6 +9016,7 @@ def end_everything(change: Change, status: str, reason: str, exit_code: Optional
             change.prompt(
                 prompt, state="failed", ended_at=now, reason=f"the session was {status} before it was delivered"
             )
+    change.columns.pop("output", None)   # of a session that ended, what it answered last stays readable
     change.set(ended=status, prompts=(), pending=(), dialog=None, stalled=None)
     change.columns.update(
         status=status,
@@ -9703,9 +9730,41 @@ def launch_agent(context: Context, session: Session, words: List[str], environme
         if isinstance(error, ApiError) and error.code == "SESSION_ENDED":   # somebody else is at it
             raise
         session.ending = True
+        if isinstance(error, TmuxError):
+            spawn("aegis-stray", end_stray, context, session.row.id)
         finish_surely(context, session, "exited", f"could not be started: {error}")
         code = error.code if isinstance(error, ApiError) else "TMUX_UNAVAILABLE"
         raise ApiError(503, code, f"the agent could not be started: {error}", sessionId=session.row.id) from error
+
+
+def pane_tag(pane: Pane) -> str:
+    """Tell which session a pane belongs to: by its tag, or by the launch file it was started with."""
+    named = re.search(r"/run/([0-9a-f]{12})\.launch", pane.command)
+    return pane.session or (named.group(1) if named else "")
+
+
+def close_pane_of_ended(context: Context, tag: str, pane: Pane) -> None:
+    """Close the pane of a session that has ended, and end what runs there."""
+    context.log.note("warning", "closing the window of an ended session", session=tag)
+    if not pane.dead:
+        terminate(pane.pid)
+    context.tmux.close_pane(pane.pane, pane.session)
+
+
+STRAY_LOOKS = 3   # a second apart, at a tmux that answers again
+
+
+def end_stray(context: Context, session_id: str) -> None:
+    """Close what tmux opens for a start that counts as failed: one that hung does late what it was told."""
+    looks = 0
+    while looks < STRAY_LOOKS and not context.stopping.wait(1.0) and session_id not in context.sessions:
+        try:
+            for pane in context.tmux.panes():
+                if pane_tag(pane) == session_id and session_id not in context.sessions:
+                    close_pane_of_ended(context, session_id, pane)
+            looks += 1
+        except TmuxError:
+            looks = 0
 
 
 def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str, str]]:
@@ -10044,6 +10103,9 @@ def choose_in_dialog(context: Context, session: Session, dialog: Reading, label:
         chosen = choose_row(context, session, dialog, lambda row: row.label == label)
     if not chosen:
         raise ApiError(409, "DIALOG_GONE", "the dialog is gone, is another one now, or did not take the keys")
+    with session.changing("api", "dialog answered", label) as change:   # no screen need show at once what comes of it
+        if change.facts.dialog and akin(change.facts.dialog, dialog):
+            change.set(dialog=None)
     inspect(context, session)
 
 
@@ -11190,7 +11252,6 @@ def judge_status(code: int) -> Json:
 #     either   -> cancelled
 
 OVER = ("passed", "failed", "cancelled")
-CHECKS_AT_ONCE = max(2, os.cpu_count() or 1)   # of all verifications: more would only slow each other down
 FIX_SHOWN = 3_000          # characters of each failed check's output that the agent is shown
 CANCEL_SECONDS = 15.0      # how long a cancelled verification may take to end its processes
 
@@ -11201,7 +11262,7 @@ class Verifier:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.folder = context.run_dir
-        self.slots = threading.BoundedSemaphore(CHECKS_AT_ONCE)
+        self.slots = threading.BoundedSemaphore(context.settings.checks or max(2, os.cpu_count() or 1))
         self.line: "collections.deque[str]" = collections.deque()   # checks that wait for a slot, the next one first
         self.cancelled: "set[str]" = set()
 
@@ -15326,10 +15387,7 @@ def adopt_all(context: Context) -> None:
         spawn("aegis-resume", resume_all, context, lost)
     for tag, pane in panes.items():
         if context.store.value("SELECT 1 FROM sessions WHERE id = ?", tag):
-            context.log.note("warning", "closing the window of an ended session", session=tag)
-            if not pane.dead:
-                terminate(pane.pid)
-            context.tmux.close_pane(pane.pane, pane.session)
+            close_pane_of_ended(context, tag, pane)
         else:
             context.log.note(
                 "warning", "a window is tagged with an unknown session: left alone", session=tag, window=pane.window
@@ -15395,12 +15453,6 @@ def drop_worktrees(context: Context, paths: Sequence[Path]) -> None:
                              "branch": run_git(str(path), "symbolic-ref", "--short", "HEAD")}, False)
         except ApiError as error:
             context.log.note("warning", "a worktree of no session: left alone", path=path, why=error.message)
-
-
-def pane_tag(pane: Pane) -> str:
-    """Tell which session a pane belongs to: by its tag, or by the launch file it was started with."""
-    named = re.search(r"/run/([0-9a-f]{12})\.launch", pane.command)
-    return pane.session or (named.group(1) if named else "")
 
 
 def adopt(context: Context, session: Session, pane: Optional[Pane]) -> None:
@@ -17339,6 +17391,7 @@ def kill_batch(ask: Ask, ids: List[str], label: Optional[str]) -> Any:
         if act:
             act.entry = act.entry._replace(session=session_id)
         return kill_session(ask.context, session_id)[0].id
+    ids = list(dict.fromkeys(ids))   # who is named twice is killed once
     return Later(lambda: in_batch(ids, one, "killed", "ids", lambda item: {"id": item}))
 
 
@@ -20429,6 +20482,9 @@ def parse_head(raw: bytes) -> Head:
     """Read a request's first lines.  Raises ApiError 400, 413 or 505."""
     lines = raw.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
+    whole = re.match(r"(?i)https?://([^/?#]+)", words[1]) if len(words) == 3 else None   # RFC 9112, section 3.2.2
+    if whole:
+        words[1] = words[1][whole.end():] if words[1][whole.end():][:1] == "/" else f"/{words[1][whole.end():]}"
     if len(words) != 3 or not words[1].startswith(("/", "*")) or not HEADER_NAME.match(words[0]):
         raise ApiError(400, "BAD_REQUEST", "the first line must be METHOD /path HTTP/1.1")
     if words[2] not in ("HTTP/1.1", "HTTP/1.0"):
@@ -20444,6 +20500,8 @@ def parse_head(raw: bytes) -> Head:
         headers[name] = value.strip(" \t")
     if words[2] == "HTTP/1.1" and "host" not in headers:
         raise ApiError(400, "BAD_REQUEST", "the header Host is missing")
+    if whole:
+        headers["host"] = whole[1]   # it counts, whatever the header says
     path, _, query = words[1].partition("?")
     wish = headers.get("connection", "").lower()
     keep = "close" not in wish if words[2] == "HTTP/1.1" else "keep-alive" in wish
@@ -20529,6 +20587,9 @@ def parse_text(headers: Mapping[str, str], raw: bytes) -> str:
         raise ApiError(
             415, "UNSUPPORTED_MEDIA_TYPE", "the body must be JSON, with the header Content-Type: application/json"
         )
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "the body must not be compressed: send it without "
+                       "Content-Encoding")
     charset = re.search(r"charset\s*=\s*\"?([\w-]+)", parameters, re.I)
     if charset and charset.group(1).lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, "UNSUPPORTED_MEDIA_TYPE", "JSON must be in UTF-8")
@@ -21663,6 +21724,7 @@ class DemoAgent:
         self.draft: List[Tuple[str, str]] = []      # pieces of the box: what it shows, what it is
         self.bash = self.front = False              # shell mode; the cursor stands before the text
         self.clumsy = 0                             # so many keys that open a text will be misread
+        self.leaving = 0.0                          # seconds from /exit to its end
         self.notice = ""
         self.dialog: Optional[DemoDialog] = None
         self.asks: List[DemoCall] = []              # calls that wait for a decision
@@ -22329,6 +22391,8 @@ class DemoAgent:
         """Run a slash command."""
         word, _, rest = line.partition(" ")
         if word in ("/exit", "/quit"):
+            self.draw()
+            time.sleep(self.leaving)
             self.report("SessionEnd", reason="prompt_input_exit")
             self.exit_code = 0
         elif word == "/clear":
@@ -22736,6 +22800,9 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
     if name == "clumsy":
         agent.clumsy = int(argument)
         return None
+    if name == "leaving":
+        agent.leaving = float(argument)
+        return None
     if name == "crash":
         print(f"demo agent: told to crash with {argument}", file=sys.stderr)
         return int(argument or 1)
@@ -22746,7 +22813,8 @@ def demo_boot(agent: DemoAgent, what: str) -> Optional[int]:
         for match in DEMO_KEYS.finditer(os.read(0, 1000)):
             done, verdict = agent.dialog.key(match.group())
             if done:
-                agent.dialog = None
+                agent.dialog, agent.drawn = None, []
+                agent.put("\x1b[H\x1b[J")   # nothing stands there until the next screen
                 return verdict
         agent.draw()
 

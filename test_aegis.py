@@ -817,6 +817,7 @@ def run_aegis(*words: str, root: Optional[Path] = None, within: float = WITHIN, 
     ((), {"AEGIS_CLAUDE_CMD": "claude 'unclosed"}, "AEGIS_CLAUDE_CMD"),
     (("--no-such-flag",), {}, "no-such-flag"),
     (("--auth-token", "x"), {}, "auth-token"),
+    ((), {"AEGIS_AUTH_TOKEN": "s3cr\u00e9t"}, "AEGIS_AUTH_TOKEN"),
     (("--host", "0.0.0.0"), {}, "AEGIS_AUTH_TOKEN"),
     (("--host", "::"), {}, "AEGIS_AUTH_TOKEN"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
@@ -4643,6 +4644,40 @@ def test_interrupt_session_ends_the_turn_and_never_the_agent(make):
     assert talk.say("[[say alive]]")["output"] == "alive"
 
 
+@pytest.mark.parametrize("wish, outcome", [("[[hang]]", "interrupted"), ("[[error 529]]", "error")])
+def test_read_output_is_no_older_turns(make, wish, outcome):
+    talk = make()
+    assert talk.say("[[say first]]")["output"] == "first"
+    talk.send(wish)
+    talk.wait("session.working")
+    if outcome == "interrupted":
+        talk.ask("POST interrupt")
+    assert talk.wait("turn.ended", outcome=outcome) and talk.read()["output"] is None
+    assert talk.say("[[say third]]")["output"] == "third"
+    talk.ask("POST command", {"command": "/clear"})
+    assert eventually(lambda: talk.read()["output"] is None)
+    talk.say("[[say last]]")
+    talk.kill()
+    assert talk.read()["output"] == "last"
+
+
+def test_a_dialog_that_was_answered_is_gone_whatever_comes_then(make):
+    talk = make(args=["--demo-boot", "apikey", "--demo-boot", "slow:1"], ready=False, prompt="[[say through]]")
+    talk.wait("session.asking")
+    told = talk.ask("POST answer", {"answer": "Yes"})
+    assert told["status"] == "starting" and talk.get()["pendingQuestion"] is None
+    assert talk.read()["output"] == "through"
+
+
+def test_an_agent_that_is_told_to_exit_is_never_idle_before_it_has(make, server):
+    talk = make(args=["--demo-boot", "leaving:1"])
+    told = talk.ask("POST command", {"command": "/exit"})
+    talk.wait("session.exited")
+    heard = [one["type"] for one in server.events.heard if one.get("sessionId") == talk.id]
+    assert "session.idle" not in heard[heard.index("prompt.queued"):] and heard.count("prompt.done") == 1
+    assert (told["state"], told["status"], talk.get()["exitCode"]) == ("done", "exited", 0)
+
+
 def test_interrupt_session_when_idle_presses_nothing(talk):
     for _ in range(4):
         answer = talk.ask("POST interrupt")
@@ -5649,7 +5684,7 @@ def test_create_batch_spoils_nothing_by_one_bad_item(server):
         server.events.wait_for("prompt.done", one["id"])
         assert one["promptDelivery"]["state"] in ("queued", "submitted", "started", "done")
     ids = [one["id"] for one in made["sessions"]]
-    gone = server.ask("DELETE /v1/sessions/batch", {"ids": [*ids, "nobody"]})
+    gone = server.ask("DELETE /v1/sessions/batch", {"ids": [*ids, "nobody", *ids]})
     assert (gone["killed"], gone["failed"], sorted(gone["ids"])) == (2, 1, sorted(ids))
     error = gone["errors"][0]
     assert (error["index"], error["id"], error["code"]) == (2, "nobody", "SESSION_NOT_FOUND")
@@ -6447,6 +6482,22 @@ def test_a_session_is_brought_to_the_present_by_a_tmux_that_answers_late(house):
     os.kill(pid, signal.SIGCONT)
     talk.wait("turn.ended")
     assert decisions(talk) == [("approved", "api")]
+
+
+@alone
+def test_an_agent_that_tmux_starts_too_late_is_ended(house):
+    own = house()
+    talk = own.open()
+    with stopped_tmux(own):
+        eventually(lambda: talk.call("GET pane").status == 503)   # there is no control client any more
+        refused = own.call("POST /v1/sessions", {"workDir": str(own.work), "name": "late"})
+        assert refused.status == 503 and "no answer within" in refused.json["error"] and "-u" not in refused.json["error"]
+    log = eventually(lambda: "closing the window of an ended session" in own.log.read_text())
+    assert log and "late" not in own.tmux("list-windows", "-a", "-F", "#{window_name}").split()
+    assert own.ask(f"GET /v1/sessions/{refused.json['sessionId']}")["status"] == "exited"
+    assert talk.say("[[say well]]")["output"] == "well"
+    made = own.ask("POST /v1/sessions", {"workDir": str(own.work), "name": "late"})
+    assert Talk(own, made).get()["name"] == "late"
 
 
 @alone
@@ -7844,8 +7895,10 @@ def test_no_projects_file_takes_long_to_read(tmp_path, name, content):
     assert time.process_time() - began < 0.35, "it takes a twentieth of that where no pattern goes back and forth"
 
 
-def test_verify_session_of_many_checks_keeps_no_other_waiting(make):
-    hogs, small = [make() for _ in range(aegis.CHECKS_AT_ONCE)], make()
+@alone
+def test_verify_session_of_many_checks_keeps_no_other_waiting(house):
+    own = house("--checks", "3")
+    hogs, small = [own.open() for _ in range(3)], own.open()
     with concurrent.futures.ThreadPoolExecutor(len(hogs)) as pool:
         long = [pool.submit(verify, hog, *[check("sleep 0.1", f"c{place}") for place in range(25)]) for hog in hogs]
         for hog in hogs:
@@ -12486,6 +12539,15 @@ def test_a_client_that_says_close_or_speaks_http_1_0_is_hung_up_on(server):
             assert answer().status == 200 and answer.ended()
 
 
+@pytest.mark.parametrize("place", ["/v1/health", "/v1/health?x=1", ""])
+def test_an_address_may_be_whole(server, place):
+    with dial(server) as (line, answer):
+        line.sendall(head("GET", f"HTTP://localhost:{server.port}{place}"))
+        whole = answer()
+        line.sendall(head("GET", place or "/"))
+        assert whole.status == answer().status
+
+
 LONG_HEAD = head("GET", "/v1/health", "X-Long: " + "x" * 100_000)
 BAD_REQUESTS = {
     "no length": (head("POST", "/v1/sessions", JSON_TYPE), 400, None),
@@ -12503,6 +12565,9 @@ BAD_REQUESTS = {
                   "BAD_LENGTH"),
     "long chunk": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: chunked") + b"1\r\n{}\r\n0\r\n\r\n", 400,
                    "BAD_LENGTH"),
+    "gzip content": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Encoding: gzip", "Content-Length: 2") + b"{}",
+                     415, "UNSUPPORTED_MEDIA_TYPE"),
+    "another's address": (head("GET", "http://evil.example/v1/health"), 403, None),
     "gzip coding": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: gzip, chunked"), 501, "BAD_ENCODING"),
     "bad json": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 5") + b"{oops", 400, "BAD_JSON"),
     "not an object": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2") + b"[]", 400, "BAD_JSON"),
@@ -15609,6 +15674,9 @@ def test_real_trust_question_is_left_to_a_person_when_told_so(model):
         assert (talk.delivery["delivered"], talk.status) == (False, "asking")
         assert "trust" in talk.get()["statusReason"]
         assert own.ask(f"GET /v1/sessions/{talk.id}/queue")["queue"][0]["attempts"] == 0
+        told = talk.ask("POST answer", {"answer": next(
+            row for row in talk.get()["pendingQuestion"]["options"] if row.startswith("Yes"))})
+        assert told["status"] != "asking" and talk.read()["output"] == "x"
     finally:
         own.close()
 
