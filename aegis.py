@@ -9778,7 +9778,8 @@ def agent_words(context: Context, row: SessionRow) -> Tuple[List[str], Dict[str,
     words = row.launch["command"] or agent.program(context.settings)
     program = find_program(words, environment.get("PATH"))
     if program is None:
-        raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {agent.missing}")
+        mend = "name another `command`, or install it" if row.launch["command"] else agent.missing
+        raise ApiError(503, "AGENT_NOT_FOUND", f"cannot find {words[0]!r}: {mend}")
     return [program, *words[1:]], environment
 
 
@@ -17483,12 +17484,15 @@ def check_body(session: Json) -> Json:
     """Check a template's body: known fields, and right values where no blank stands.  Raises ApiError 400."""
     faults = {}
     for name, value in session.items():
-        if name not in NEW_SESSION:
+        field = NEW_SESSION.get(name)
+        if field is None:
             faults[f"session.{clip(name, 60)}"] = "is not a field of create"
-        elif not any("{{" in text_ for _, text_ in strings(value, f"session.{name}")) and value is not None:
-            wrong = complaint(NEW_SESSION[name], value)
-            if wrong:
-                faults[f"session.{name}"] = wrong
+            continue
+        filled = any("{{" in text_ for _, text_ in strings(value, f"session.{name}"))
+        never = isinstance(value, str) and "string" not in str(field.get("type"))   # what fills a blank is a text
+        wrong = complaint(field, value) if value is not None and (never or not filled) else None
+        if wrong:
+            faults[f"session.{name}"] = wrong
     if faults:
         raise faulty(faults)
     return {name: value for name, value in session.items() if value is not None}

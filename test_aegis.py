@@ -3450,6 +3450,7 @@ def test_a_missing_program_is_a_clear_error_within_a_second(server):
                                                    "prompt": "touch ran", **body})
         assert (answer.status, answer.json["code"]) == (503, "AGENT_NOT_FOUND")
         assert "no" in answer.json["error"] and time.monotonic() - began < 1
+        assert ("command" in body) == ("name another `command`" in answer.json["error"])
     assert not (server.work / "ran").exists()
 
 
@@ -7416,6 +7417,7 @@ def test_create_session_from_a_template_names_what_is_missing_unknown_or_wrong(s
 @pytest.mark.parametrize("change, field", [
     ({"session": {"prompt": "{{other}}"}}, "session.prompt"), ({"session": {"prompt": "{{a b}}"}}, "session.prompt"),
     ({"session": {"zebra": 1}}, "session.zebra"), ({"session": {"maxSeconds": "soon"}}, "session.maxSeconds"),
+    ({"session": {"maxTokens": "{{x}}"}, "variables": {"x": {}}}, "session.maxTokens"),
     ({"session": {"name": "{{memory.k}}"}}, "session.name"), ({"session": {"prompt": "{{stages.a.output}}"}},
                                                               "session.prompt"),
     ({"session": {"env": {"A": "{{b}}"}}}, "session.env.A"), ({"session": {"args": ["{{b}}"]}}, "session.args.0"),
