@@ -6890,7 +6890,7 @@ def enter_seen(context: Context, session: Session, prompt: PromptRow) -> bool:
     return False
 
 
-FAREWELL_SECONDS = 10.0   # how long an agent may take to end that was told to
+LEAVING_SECONDS = 10.0   # how long an agent may take to end that was told to
 
 
 def is_farewell(prompt: PromptRow) -> bool:
@@ -6920,7 +6920,7 @@ def confirm(context: Context, session: Session, prompt: PromptRow) -> None:
         elif prompt.kind == "bash" and reading.kind == "working" and reading.empty:
             start_unreported(session, prompt.id, "the shell line left the box, and the agent works")
             return
-        elif is_farewell(prompt) and reading.kind not in DIALOG_STATUS and time.monotonic() - began < FAREWELL_SECONDS:
+        elif is_farewell(prompt) and reading.kind not in DIALOG_STATUS and time.monotonic() - began < LEAVING_SECONDS:
             pass   # its process ends any moment, and with it its session
         elif prompt.kind != "prompt" and reading.kind != "working":
             end_unreported(session, prompt.id, reading)
