@@ -6156,7 +6156,8 @@ class Change:
     ) -> None:
         """End a prompt's turn: done, interrupted or error."""
         now, self.session.last_outcome = time.time(), outcome
-        if outcome != "done" and prompt.state != "queued":
+        begun = prompt.state == "started" or (prompt.submitted_at or 0) > self.session.stopped_at
+        if outcome != "done" and begun and prompt.state != "queued":
             self.columns["output"] = None   # the last turn came to no answer; an older one is not its
         if outcome == "done" and self.facts.continues:
             self.set(continues=0, continue_at=0.0)
@@ -8829,7 +8830,6 @@ def end_untold(change: Change, said: Optional[Entry], why: str) -> None:
     """End the turns of an agent at rest that reported no end: by the last one's answer or error, or as interrupted."""
     ended = ending_with(change.facts, change.session.transcript_prompt or "") if said else []
     others = [one for one in change.facts.prompts if one.state in OPEN_STATES and one not in ended]
-    change.session.stopped_at = time.time()
     if said and said.cause:
         fail_turn(change, ended, said.cause, said.text)
     for prompt in others:
@@ -8840,6 +8840,7 @@ def end_untold(change: Change, said: Optional[Entry], why: str) -> None:
             change.end_prompt(prompt, "done", answer=said.text)
         if said.text:
             change.columns["output"] = said.text
+    change.session.stopped_at = time.time()
 
 
 def weigh_rest(session: Session, reading: Reading, status: Optional[AgentStatus], seen_at: float) -> None:
@@ -11004,25 +11005,29 @@ def find_tool(work_dir: str, tools: Sequence[str]) -> Optional[str]:
 
 
 def can_run(program: str, work_dir: str) -> bool:
-    """Tell whether a program's interpreter is there, and a version manager's shim (pyenv, asdf) has a tool behind it.
-
-    A check's own exit status tells nothing of that: what it runs may end with any.
-    """
+    """Tell whether a program's interpreter is there; where that is not plain to see, it is."""
     try:
         with open(program, "rb") as file:
             first = file.readline(1_000)
-        words = first[2:].decode("utf-8", "replace").split() if first[:2] == b"#!" else []
-        named = next((word for word in words[1:] if word[0] != "-" and "=" not in word), "sh")
-        if words and not (shutil.which(named) if os.path.basename(words[0]) == "env"
-                          else os.access(os.path.join(work_dir, words[0]), os.X_OK)):
-            return False
-        if os.path.basename(os.path.dirname(program)) != "shims":
-            return True
+    except OSError:
+        return True   # it is run, and says why not
+    words = first[2:].decode("utf-8", "replace").split() if first[:2] == b"#!" else []
+    if not words or os.path.basename(words[0]) != "env":
+        return not words or os.access(os.path.join(work_dir, words[0]), os.X_OK)
+    plain = len(words) == 2 and words[1][0] != "-" and "=" not in words[1]
+    return not plain or shutil.which(words[1]) is not None
+
+
+def is_empty_shim(program: str, work_dir: str) -> bool:
+    """Tell whether a program is a version manager's shim (pyenv, asdf) without a tool behind it, by running it."""
+    if os.path.basename(os.path.dirname(program)) != "shims":
+        return False
+    try:
         return subprocess.run([program, "--version"], cwd=work_dir, env=check_environment(""), timeout=SHIM_SECONDS,
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              check=False).returncode not in (126, 127)
+                              check=False).returncode in (126, 127)
     except (OSError, subprocess.SubprocessError):
-        return True   # it is run, and says why not
+        return False
 
 
 def check_with(work_dir: str, name: str, tools: Sequence[str], words: Sequence[str]) -> Check:
@@ -11175,7 +11180,8 @@ def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
         if not left:
             break
         time.sleep(0.02)
-    if row.keeper and not await_keeper(row.keeper, running, KEEPER_SECONDS / 4):
+    ours = row.keeper and (running or is_keeper(row.keeper, folder / f"{row.id}.output"))
+    if row.keeper and ours and not await_keeper(row.keeper, running, KEEPER_SECONDS / 4):
         for pid in writers_to(row.keeper):   # they left group and mark behind, and hold the output still
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -11195,13 +11201,22 @@ def await_keeper(keeper: int, running: Optional[Running], seconds: float) -> boo
     return True
 
 
+def is_keeper(pid: int, output: Path) -> bool:
+    """Tell whether a process keeps a check's output, and did not only get its number since; without /proc, no."""
+    try:
+        return (os.readlink(f"/proc/{pid}/fd/0").startswith("pipe:[")
+                and os.path.samefile(f"/proc/{pid}/fd/1", output))
+    except OSError:
+        return False
+
+
 def writers_to(keeper: int) -> List[int]:
     """List the processes that hold the other end of a check's output; where there is no /proc, none is found."""
     found = []
     with contextlib.suppress(OSError):
         pipe = os.readlink(f"/proc/{keeper}/fd/0")
-        for entry in os.listdir("/proc"):
-            if entry.isdigit() and int(entry) != keeper:
+        for entry in os.listdir("/proc") if pipe.startswith("pipe:[") else ():
+            if entry.isdigit() and int(entry) not in (keeper, os.getpid()):
                 with contextlib.suppress(OSError), os.scandir(f"/proc/{entry}/fd") as opened:
                     if any(os.readlink(one.path) == pipe for one in opened):
                         found.append(int(entry))
@@ -11379,7 +11394,10 @@ class Verifier:
             return
         output = end_check(row, self.folder, running)
         code = result.get("exit_code")
-        self.end(row, {**(judge_status(code) if code is not None else {}), **result}, output)
+        judged = judge_status(code) if code is not None else {}
+        if code in (126, 127) and row.found and is_empty_shim(row.words[0], work_dir):
+            judged = {"state": "skipped", "reason": f"{os.path.basename(row.words[0])} is not installed"}
+        self.end(row, {**judged, **result}, output)
 
     def await_check(self, row: CheckRow, running: Optional[Running]) -> Optional[Json]:
         """Wait for a check's end; gives what ended it, None when it is to be left as it is."""
@@ -20482,11 +20500,14 @@ class Head(NamedTuple):
     length: int            # of the body; -1 when it comes in chunks
 
 
+WHOLE_ADDRESS = re.compile(r"(?i)https?://([^/?#@]+)(?![^/?])")   # servers must take it: RFC 9112, section 3.2.2
+
+
 def parse_head(raw: bytes) -> Head:
     """Read a request's first lines.  Raises ApiError 400, 413 or 505."""
     lines = raw.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
-    whole = re.match(r"(?i)https?://([^/?#]+)", words[1]) if len(words) == 3 else None   # RFC 9112, section 3.2.2
+    whole = WHOLE_ADDRESS.match(words[1]) if len(words) == 3 else None
     if whole:
         words[1] = words[1][whole.end():] if words[1][whole.end():][:1] == "/" else f"/{words[1][whole.end():]}"
     if len(words) != 3 or not words[1].startswith(("/", "*")) or not HEADER_NAME.match(words[0]):

@@ -4662,6 +4662,20 @@ def test_read_output_is_no_older_turns(make, wish, outcome):
     assert talk.read()["output"] == "last"
 
 
+def test_an_answer_outlives_the_end_of_a_prompt_that_was_there_before_it(talk):
+    talk.say("[[say first]]")
+    for name in ("p1", "p2"):
+        assert report(talk, "UserPromptSubmit", prompt_id=name, prompt=name).status == 200
+    report(talk, "Stop", prompt_id="p1", last_assistant_message="good", background_tasks=[])
+    assert talk.read("")["output"] == "good"
+    status = talk.server.state / "demo/sessions" / f"{talk.get()['pid']}.json"
+    told = json.loads(status.read_text())
+    status.write_text(json.dumps({**told, "status": "idle", "statusUpdatedAt": time.time() * 1_000}))   # it rests
+    eventually(lambda: talk.ask("GET explain")["status"] == "idle")
+    assert talk.wait("turn.ended", outcome="interrupted")
+    assert talk.read()["output"] == "good"
+
+
 def test_a_dialog_that_was_answered_is_gone_whatever_comes_then(make):
     talk = make(args=["--demo-boot", "apikey", "--demo-boot", "slow:1"], ready=False, prompt="[[say through]]")
     talk.wait("session.asking")
@@ -7877,15 +7891,28 @@ def test_verify_session_fails_a_found_check_whatever_status_it_ends_with(make, t
     assert told["passed"] is False and states(told)["go vet"] == "failed"
 
 
-def test_a_tool_that_is_only_a_shim_or_has_no_interpreter_is_not_installed(tmp_path, monkeypatch):
-    for name, content in {"shims/ruff": "#!/bin/sh\nexit 127\n", "shims/mypy": "#!/bin/sh\ntrue\n",
-                          "bin/black": "#!/no/such/python\n", "bin/go": "#!/usr/bin/env no-such-program\n",
-                          "bin/mvn": "#!/usr/bin/env -S sh -e\n", "bin/cargo": "\x7fELF"}.items():
+def test_a_tool_without_its_interpreter_is_not_installed(tmp_path, monkeypatch):
+    begins = {"black": "#!/no/such/python", "go": "#!/usr/bin/env no-such-program", "mvn": "#!/usr/bin/env -S sh -e",
+              "cargo": "\x7fELF", "mix": '#!/usr/bin/env -S -u FOO "sh" -e', "ruff": "#!/bin/sh", "deno": "#!",
+              "mypy": "#!/usr/bin/env sh"}
+    for name, first in begins.items():
         project(tmp_path, {name: "!"})
-        (tmp_path / name).write_text(content)
-    monkeypatch.setenv("PATH", f"{tmp_path}/shims:{tmp_path}/bin:/usr/bin:/bin")
-    found = {name: aegis.find_tool(str(tmp_path), (name,)) for name in ("ruff", "mypy", "black", "go", "mvn", "cargo")}
-    assert {name for name, program in found.items() if program} == {"mypy", "mvn", "cargo"}
+        (tmp_path / name).write_text(f"{first}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = {name for name in begins if aegis.find_tool(str(tmp_path / "nowhere"), (name,))}
+    assert found == set(begins) - {"black", "go"}
+
+
+@alone
+def test_a_check_whose_tool_is_only_a_shim_is_skipped(house, tmp_path):
+    for name, line in {"shims/ruff": "exit 127", "shims/mypy": '[ "$1" = --version ] || exit 127'}.items():
+        project(tmp_path, {name: "!"})
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+    own = house(PATH=f"{tmp_path}/shims:{os.environ['PATH']}")
+    project(own.work, {"ruff.toml": "", "mypy.ini": "", "Makefile": "test:\n\ttrue\n"})
+    told = own.open().ask("POST verify")
+    assert states(told) == {"make test": "passed", "ruff": "skipped", "mypy": "failed"}
+    assert told["checks"][1]["reason"] == "ruff is not installed" and told["checks"][2]["reason"] == "exit status 127"
 
 
 @pytest.mark.parametrize("name", ["justfile", "Makefile", "package.json", "pyproject.toml", "setup.cfg", "tox.ini"])
@@ -8116,6 +8143,28 @@ def test_a_check_that_ended_while_aegis_was_away_is_judged_by_when_it_did(house)
     quick, slow = own.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=30")["checks"]
     assert (quick["state"], quick["exitCode"], slow["state"]) == ("failed", 3, "timed_out")
     assert "1 s" in slow["reason"] and quick["seconds"] < 1.5 and 2.4 < slow["seconds"] < 4.0
+
+
+@alone
+def test_no_stranger_is_killed_for_having_the_number_of_a_checks_process(house):
+    own = house()
+    over, held = own.root / "over", own.root / "held"
+    told = verify(own.open(), check(f"sleep 1; touch {over}", "late"), wait=False)
+    eventually(lambda: own.ask(f"GET /v1/verify/{told['id']}")["checks"][0]["state"] == "running")
+    held.write_text("")
+    with contextlib.ExitStack() as stack:
+        with held.open() as file:   # held by them alone: whoever has it open is taken for one that writes to the check
+            strangers = [stack.enter_context(subprocess.Popen(["sleep", "300"], stdin=file)) for _ in range(2)]
+        for one in strangers:
+            stack.callback(one.kill)
+        eventually(over.exists)
+        own.crash()
+        with contextlib.closing(sqlite3.connect(own.state / "aegis.db")) as books_, books_:
+            books_.execute("UPDATE checks SET keeper = ?, pid = ?, state = 'running', ended_at = NULL "
+                           "WHERE verify = ? AND ended_at IS NULL", (strangers[0].pid, strangers[0].pid, told["id"]))
+        own.start()
+        own.ask(f"GET /v1/verify/{told['id']}?wait=done&timeout=30")
+        assert [one.poll() for one in strangers] == [None, None]
 
 
 @alone
@@ -12571,6 +12620,7 @@ BAD_REQUESTS = {
     "gzip content": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Encoding: gzip", "Content-Length: 2") + b"{}",
                      415, "UNSUPPORTED_MEDIA_TYPE"),
     "another's address": (head("GET", "http://evil.example/v1/health"), 403, None),
+    "an address with a name": (head("GET", "http://localhost:1@evil.example/v1/health"), 400, "BAD_REQUEST"),
     "gzip coding": (head("POST", "/v1/sessions", JSON_TYPE, "Transfer-Encoding: gzip, chunked"), 501, "BAD_ENCODING"),
     "bad json": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 5") + b"{oops", 400, "BAD_JSON"),
     "not an object": (head("POST", "/v1/sessions", JSON_TYPE, "Content-Length: 2") + b"[]", 400, "BAD_JSON"),
