@@ -17362,8 +17362,10 @@ def explain_session(ask: Ask, id: str) -> Any:
         inspect(ask.context, session)
         with session.lock:
             row, reading = session.row, session.reading
+            source, _, rule = (row.rule or "").partition(": ")   # of a session that ended, only the last is stored
+            last = [Evidence(source, rule, row.since, row.reason or "")] if rule and row.since else []
             evidence = [{"source": one.source, "rule": one.rule, "at": iso(one.at), "detail": one.detail}
-                        for one in reversed(session.evidence)]
+                        for one in reversed(session.evidence or last)]
         status = read_status_file(session) if session.live else None
         screen = (
             {"kind": reading.kind, "rule": reading.rule, "draft": "!" * reading.shell + reading.draft,

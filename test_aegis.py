@@ -3836,7 +3836,9 @@ def test_explain_session_gives_the_evidence(make):
     told = talk.ask("GET explain")
     assert told["status"] == "permission_prompt" and "perm-" in told["rule"]
     talk.kill()
-    assert talk.ask("GET explain")["status"] == "killed"
+    told = talk.ask("GET explain")
+    assert told["status"] == "killed" and [(one["source"], one["rule"], one["detail"]) for one in told["evidence"]] == [
+        ("process", "killed", told["reason"])] and "API" in told["reason"]
 
 
 SAYINGS = ["esc to interrupt", "✶ Doodling… (2s · esc to interrupt)", "Error: 529 Overloaded", "Rate limit reached",
