@@ -11166,12 +11166,14 @@ def marked_processes(check_id: str) -> List[int]:
 
 def end_check(row: CheckRow, folder: Path, running: Optional[Running]) -> str:
     """Kill what is left of a check's processes, and give the end of its output."""
-    if row.pid and row.pid in marked_processes(row.id):
-        terminate(row.pid, 0.5)
-    elif running:   # its own shell is over; what else is in its group may carry no mark
-        running.check.wait()
+    if running and read_status(row, folder):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.check.wait(1.0)   # to write that was the last thing it did
+    if running and running.check.poll() is not None:   # what else is in its group may carry no mark
         with contextlib.suppress(OSError):
             os.killpg(running.check.pid, signal.SIGKILL)
+    elif row.pid and (running or row.pid in marked_processes(row.id)):
+        terminate(row.pid, 0.5)
     for _ in range(5):
         left = marked_processes(row.id)
         for pid in left:
