@@ -2259,6 +2259,8 @@ TMUX_OPTIONS = (      # of the private server; a person who attaches gets the sa
     ("set-option", "-g", "history-limit", str(HISTORY_LINES)),
     ("set-option", "-g", "default-size", "x".join(map(str, PANE_SIZE))),
     ("set-option", "-g", "window-size", "latest"),
+    ("set-option", "-g", "aggressive-resize", "on"),        # who looks at a window resizes that one: tmux before 3.2
+                                                            # resizes all, and tells the programs in the others nothing
     ("set-option", "-g", "default-terminal", "screen-256color"),
     ("set-option", "-g", "automatic-rename", "off"),
     ("set-option", "-g", "allow-rename", "off"),

@@ -6881,7 +6881,7 @@ def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
     pty = pytest.importorskip("pty")
     fcntl, termios, struct = (pytest.importorskip(name) for name in ("fcntl", "termios", "struct"))
     own = house()
-    talk = own.open()
+    talk, other = own.open(), own.open()
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 14, 46, 0, 0))
     person = subprocess.Popen(["/bin/sh", "-c", talk.get()["attach"]], stdin=slave, stdout=slave, stderr=slave,
@@ -6896,6 +6896,7 @@ def test_a_person_who_attaches_in_a_small_terminal_spoils_nothing(house):
     drainer.start()
     try:
         eventually(lambda: talk.ask("GET pane")["width"] == 46)
+        assert other.ask("GET pane")["width"] == aegis.PANE_SIZE[0] and other.say("[[say x]]")["output"] == "x"
         assert talk.say("[[say " + "small " * 30 + "]]")["output"].split() == ["small"] * 30
         asked = request(talk)
         talk.ask("POST approve", {"permissionId": asked["id"]})
@@ -7884,7 +7885,9 @@ def test_verify_session_finds_the_projects_checks_and_runs_them_in_its_directory
 
 
 def test_verify_session_fails_a_found_check_whatever_status_it_ends_with(make, tmp_path):
-    work = project(tmp_path / "w", {"go.mod": "", "node_modules/.bin/go": "!", "Makefile": "test:\n\ttrue\n"})
+    work = project(tmp_path / "w", {"go.mod": "", "node_modules/.bin/go": "!", "Makefile": "test:\n\ttrue\n",
+                                    "node_modules/.bin/make": "!"})
+    (work / "node_modules/.bin/make").write_text("#!/bin/sh\n")
     (work / "node_modules/.bin/go").write_text(
         "#!/bin/sh\ncase $1 in build) exit 126;; vet) exit 127;; *) exit 255;; esac\n")
     told = make(workDir=str(work)).ask("POST verify")
@@ -7911,7 +7914,8 @@ def test_a_check_whose_tool_is_only_a_shim_is_skipped(house, tmp_path):
         project(tmp_path, {name: "!"})
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
     own = house(PATH=f"{tmp_path}/shims:{os.environ['PATH']}")
-    project(own.work, {"ruff.toml": "", "mypy.ini": "", "Makefile": "test:\n\ttrue\n"})
+    project(own.work, {"ruff.toml": "", "mypy.ini": "", "Makefile": "test:\n\ttrue\n", "node_modules/.bin/make": "!"})
+    (own.work / "node_modules/.bin/make").write_text("#!/bin/sh\n")
     told = own.open().ask("POST verify")
     assert states(told) == {"make test": "passed", "ruff": "skipped", "mypy": "failed"}
     assert told["checks"][1]["reason"] == "ruff is not installed" and told["checks"][2]["reason"] == "exit status 127"
